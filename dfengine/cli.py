@@ -1,0 +1,194 @@
+"""The command line: each verb reads its options and calls the engine."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from dfengine.engine import Event
+
+app = typer.Typer(
+    help="Explain how diffusion models make images.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@app.callback()
+def _verbs() -> None:
+    """Explain how diffusion models make images."""
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="what the image should show")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="HDF5 file to write")],
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 30,
+    masks: Annotated[int, typer.Option(help="masks a step")] = 500,
+    seed: Annotated[int, typer.Option(help="of the start noise and the masks")] = 0,
+    sampling: Annotated[str, typer.Option(help="uniform, early or latter")] = "uniform",
+    gamma: Annotated[float, typer.Option(help="shift of early and latter sampling")] = 60,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; the model's own by default")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="what the image should not show")] = "",
+    model: Annotated[str, typer.Option(help="'shapes' (embedded), a diffusers folder or a hub id")] = "shapes",
+    variant: Annotated[str | None, typer.Option(help="weights variant, as in fp16")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU by default where there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="masked latents in one forward")] = None,
+    keep_probability: Annotated[float, typer.Option(help="share of latent pixels a mask keeps, in (0, 1)")] = 0.5,
+    mask_kind: Annotated[str, typer.Option(help="gaussian or rise")] = "gaussian",
+    similarity: Annotated[
+        str, typer.Option(help="structure, luminance, contrast_structure, contrast, ssim, cosine or frechet")
+    ] = "structure",
+    score: Annotated[str, typer.Option(help="local (a map a mask) or global (a number a mask)")] = "local",
+    estimator: Annotated[str | None, typer.Option(help="sum, coverage, contrast or ridge")] = None,
+    target: Annotated[str, typer.Option(help="conditional, guided or unconditional prediction")] = "conditional",
+    stop_at_error: Annotated[
+        float | None, typer.Option(help="stop a step at this mean standard error, as a share of its map's range")
+    ] = None,
+    previews: Annotated[bool, typer.Option(help="keep the image predicted at each step")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")] = False,
+) -> None:
+    """Generate an image and explain every step of it with DF-RISE."""
+    from dfengine import Engine, Rise
+
+    rise = Rise(
+        num_masks=masks,
+        keep_probability=keep_probability,
+        masks=mask_kind,  # type: ignore[arg-type]  # checked by Rise
+        similarity=similarity,  # type: ignore[arg-type]
+        score=score,  # type: ignore[arg-type]
+        estimator=estimator,  # type: ignore[arg-type]
+        target=target,  # type: ignore[arg-type]
+        stop_at_error=stop_at_error,
+    )
+    engine = Engine.from_pretrained(
+        model, device=device, dtype=dtype, variant=variant, revision=revision, batch_size=batch_size
+    )
+    with _interruptible(out), _progress(steps) as on_event:
+        engine.explain(
+            prompt,
+            rise,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_steps=steps,
+            sampling=sampling,  # type: ignore[arg-type]  # checked by the schedule
+            gamma=gamma,
+            guidance=guidance,
+            previews=previews,
+            out=out,
+            overwrite=overwrite,
+            on_event=on_event,
+        )
+    print(f"{out}: {steps} steps of DF-RISE, {masks} masks each")
+
+
+@app.command()
+def info(
+    run: Annotated[Path, typer.Argument(help="an HDF5 file that explain wrote or is writing")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, for another program")] = False,
+) -> None:
+    """Say what a file holds, what of it is done, and how it was made."""
+    import json
+
+    from dfengine import store
+
+    with store.open(run) as opened:
+        summary = opened.summary()
+    print(json.dumps(summary, indent=2) if as_json else "\n".join(_told(summary)))
+
+
+@app.command()
+def figures(
+    run: Annotated[Path, typer.Argument(help="an HDF5 file that explain wrote")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="picture to write: .png, .pdf or .svg")],
+    method: Annotated[str, typer.Option(help="which maps to draw")] = "rise",
+    step: Annotated[list[int] | None, typer.Option(help="step to show, from 0; repeat for several")] = None,
+    item: Annotated[int, typer.Option(help="which image of the file, from 0")] = 0,
+) -> None:
+    """Draw the image, the predicted x0 and the heat maps at a row of steps (the paper's Figure 7)."""
+    from dfengine import figures, store
+
+    with store.open(run) as opened:
+        print(figures.save(figures.strip(opened[item], method, step), out))
+
+
+def _told(summary: dict[str, Any]) -> Iterator[str]:
+    """A file's summary in lines for a person."""
+    state = "finished" if summary["finished"] else "not finished"
+    yield f"{summary['path']}: {state}, {summary['bytes'] / 1e6:.1f} MB"
+    yield f"  model   {summary['model']} on {summary['environment']['device']}"
+    yield f"  images  {summary['trajectories']} of {summary['items']}, {summary['steps']} steps each"
+    for name, method in summary["methods"].items():
+        yield f"  {name:<7} {method['maps_done']} of {method['maps_planned']} maps, {method['num_masks']} masks each"
+    if summary["seconds"]:
+        yield f"  made in {summary['seconds']:.1f} s"
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[Event], None]]:
+    """A bar on the terminal that follows the engine's events."""
+    from dfengine import StepMap
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err) as bar:
+        task = bar.add_task("generating", total=steps)
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, StepMap):
+                bar.advance(task)
+            else:
+                bar.update(task, description="explaining steps")
+
+        yield on_event
+
+
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """On Ctrl-C say where what was done is, and leave with status 130."""
+    from dfengine.store.files import part_path
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _err.print(f"dfengine: interrupted; what was done is in {part_path(out)}")
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Run the command line: what a user can get wrong is one line on stderr and exit status 2."""
+
+    def note(message: Warning | str, *_: object) -> None:
+        _err.print(f"dfengine: note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note  # type: ignore[assignment]  # restored on leaving the block
+        try:
+            app()
+        except (ValueError, OSError) as error:
+            _err.print(f"dfengine: {' '.join(str(error).split())}")
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

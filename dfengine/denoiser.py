@@ -1,0 +1,126 @@
+"""The one convention every model is brought to: `denoiser(x_t, t, condition) → ε`.
+
+An adapter implements `Denoiser` for a family of models. What is explained, and how a trajectory is guided, are
+wrappers around it, so neither the sampler nor the explainers ask what kind of model they have.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dfengine.schedule import NoiseSchedule, Prediction
+
+Target = Literal["conditional", "guided", "unconditional"]
+TARGETS: tuple[str, ...] = get_args(Target)
+
+#: Images [n, 3, H, W] in [0, 1] → features [n, d].
+Features = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network is told of n prompts: named tensors, each with the prompts along its first axis."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Tensor | slice) -> Condition:
+        return Condition({name: value[rows] for name, value in self.tensors.items()})
+
+    @classmethod
+    def cat(cls, conditions: Sequence[Condition]) -> Condition:
+        """The prompts of several conditions in one."""
+        return cls({name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors})
+
+
+class Denoiser(ABC):
+    """A denoising network with its noise schedule, text conditioning and image codec.
+
+    Networks are not trained here: adapters hold them in evaluation mode without parameter gradients.
+    """
+
+    name: str
+    """the folder or hub id it was loaded from"""
+    schedule: NoiseSchedule
+    latent_shape: tuple[int, int, int]
+    """(channels, height, width) of R_t"""
+    image_shape: tuple[int, int]
+    """(height, width) of decoded images, in pixels"""
+    device: torch.device
+    dtype: torch.dtype
+    """of the network; ε, x0 and latents are float32"""
+    batch_size: int
+    """latents in one forward; every forward of an explainer has exactly this many"""
+    features: Features | None = None
+    """image features for comparisons on decoded images, if the model comes with them"""
+
+    @abstractmethod
+    def predict(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition
+    ) -> Float[Tensor, "n c h w"]:
+        """The network's own output, whatever its parametrisation."""
+
+    @abstractmethod
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts. Raises ValueError for one that the model cannot be told whole."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
+        """Images in [0, 1]."""
+
+    @abstractmethod
+    def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
+        """Latents of images in [0, 1]."""
+
+    def __call__(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition
+    ) -> Float[Tensor, "n c h w"]:
+        """The noise prediction ε, float32."""
+        return self.read(x_t, timesteps, condition).epsilon
+
+    def read(self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition) -> Prediction:
+        """x0 and ε, each straight from the network's output."""
+        return self.schedule.read(self.predict(x_t, timesteps, condition), x_t, timesteps)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A denoiser bound to prompts and to one of the three targets: `explained(x_t, t, rows) → Prediction`.
+
+    conditional    f(x | prompt): one forward
+    unconditional  f(x | negative prompt): one forward
+    guided         f(x | negative) + scale (f(x | prompt) − f(x | negative)): two forwards
+    """
+
+    denoiser: Denoiser
+    prompts: Condition
+    negatives: Condition
+    target: Target
+    scale: Float[Tensor, " rows"]
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target {self.target!r} is not known: expected one of {', '.join(TARGETS)}")
+
+    def __call__(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"]
+    ) -> Prediction:
+        """x0 and ε for each latent under the prompt of its row."""
+        predict, schedule = self.denoiser.predict, self.denoiser.schedule
+        if self.target == "conditional":
+            return schedule.read(predict(x_t, timesteps, self.prompts[rows]), x_t, timesteps)
+        if self.target == "unconditional":
+            return schedule.read(predict(x_t, timesteps, self.negatives[rows]), x_t, timesteps)
+        both = Condition.cat([self.negatives[rows], self.prompts[rows]])
+        without, given = predict(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).float().chunk(2)
+        scale = self.scale[rows][:, None, None, None]
+        return schedule.read(without + scale * (given - without), x_t, timesteps)

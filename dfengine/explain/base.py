@@ -1,0 +1,44 @@
+"""What every explainer is: frozen settings with one method."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dfengine.denoiser import Denoiser
+from dfengine.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class StepMap:
+    """One explainer's map of one step of one item, raw and exact: float32, on the CPU, before any normalisation."""
+
+    item: int
+    """index among the trajectories given to the explainer"""
+    step: int
+    """index in the item's list of time-steps"""
+    method: str
+    saliency: Float[Tensor, "h w"]
+    error: Float[Tensor, "h w"]
+    """standard error per pixel; infinite where nothing was measured"""
+    scores: Float[Tensor, " masks"]
+    """each mask's (mean) score, NaN for masks that an early stop spared"""
+
+
+class Explainer(Protocol):
+    """A frozen dataclass of settings; `dataclasses.asdict` of it runs it again."""
+
+    @property
+    def name(self) -> str:
+        """What its maps are filed under."""
+        ...
+
+    def explain(
+        self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
+    ) -> Iterator[StepMap]:
+        """Stream the maps of all trajectories as they are made, leaving out the (item, step) pairs in `done`."""
+        ...

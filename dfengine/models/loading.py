@@ -1,0 +1,122 @@
+"""From a name to a denoiser: a diffusers folder, a hub id, or a pipeline that the caller already has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfengine.denoiser import Denoiser
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    batch_size: int | None = None,
+) -> Denoiser:
+    """Load a diffusers pipeline by folder or hub id through its own `from_pretrained`.
+
+    The device is the GPU where there is one; the dtype float16 on a GPU and float32 elsewhere. A hub id is looked for
+    among the files already here before the network is asked. Raises ValueError where there is no such model.
+    """
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    with quiet():
+        from diffusers import DiffusionPipeline
+
+        options = {"dtype": dtype, "variant": variant, "revision": revision}
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(locate(model), **options)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"model {str(model)!r} could not be loaded: {reason}") from error
+        return adapt(pipeline.to(device), name=str(model), batch_size=batch_size)
+
+
+def locate(model: str | Path) -> str:
+    """The folder of a model, or its hub id. Raises ValueError for a folder that is not a pipeline's."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"{str(model)!r} is a folder without model_index.json: expected a diffusers pipeline folder, as "
+                "save_pretrained writes it"
+            )
+        return str(folder)
+    parts = str(model).split("/")
+    if folder.exists() or len(parts) > 2 or str(model).startswith((".", "/", "~")) or not all(parts):
+        raise ValueError(
+            f"there is no model at {str(model)!r}: expected a diffusers pipeline folder or a hub id as in 'owner/name'"
+        )
+    if len(parts) == 1:
+        raise ValueError(
+            f"model {str(model)!r} is not known: expected 'shapes' (the embedded model), a diffusers pipeline folder or "
+            "a hub id as in 'owner/name'"
+        )
+    return str(model)
+
+
+def adapt(pipeline: Any, *, name: str | None = None, batch_size: int | None = None) -> Denoiser:
+    """Wrap a diffusers pipeline. Raises ValueError for a kind that has no adapter."""
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+    from dfengine.models.stable_diffusion import StableDiffusion
+
+    if isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline)):
+        return StableDiffusion(pipeline, name=name or pipeline.config._name_or_path, batch_size=batch_size)
+    raise ValueError(
+        f"{type(pipeline).__name__} is not supported: expected a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x)"
+    )
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else a GPU where there is one. Raises ValueError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, else float16 on a GPU and float32 elsewhere."""
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known: expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' notes and progress bars off the user's screen while a model loads."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    try:
+        for library, _ in levels:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+        for library in bars:
+            library.enable_progress_bar()

@@ -1,0 +1,229 @@
+"""Noise schedules, the DDIM update for any list of time-steps, and exponential time-step sampling.
+
+Everything here is a pure function of a scheduler's configuration: there is no stepping state, so a list of one's own
+is as right as the scheduler's. (diffusers' `DDIMScheduler.step` takes `prev = t − T // n`, right for one list only.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Stage = Literal["early", "latter"]
+Sampling = Literal["uniform", "early", "latter"] | Sequence[int]
+
+_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class Prediction(NamedTuple):
+    """What one prediction of the network says about a latent, both read straight from it."""
+
+    x0: Tensor
+    epsilon: Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The cumulative signal share ᾱ of a model's training schedule and how its sampler treats predictions."""
+
+    alpha_bar: Float[Tensor, " T"]
+    """ᾱ_t = ∏(1 − β), float64, decreasing; 0 at the last entry for a zero-terminal-SNR model"""
+    final_alpha_bar: float = 1.0
+    """ᾱ after the last step"""
+    prediction_type: str = "epsilon"
+    """epsilon, v_prediction or sample (x0)"""
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    clip_range: float | None = None
+    """clip predicted x0 to ± this"""
+    thresholding: tuple[float, float] | None = None
+    """dynamic thresholding of predicted x0: (quantile, largest value)"""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T: time-steps are 0 … T − 1."""
+        return len(self.alpha_bar)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Read a diffusers scheduler's configuration; what it leaves out has DDIMScheduler's defaults.
+
+        Raises ValueError for a schedule or prediction type that is not known.
+        """
+        betas = _betas(config)
+        alpha_bar = (1 - betas).cumprod(0)
+        if config.get("rescale_betas_zero_snr", False):
+            alpha_bar = _rescale_zero_terminal_snr(alpha_bar)
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in _PREDICTION_TYPES:
+            raise ValueError(f"prediction_type {prediction_type!r} is not known: expected one of {_PREDICTION_TYPES}")
+        return cls(
+            alpha_bar=alpha_bar,
+            final_alpha_bar=1.0 if config.get("set_alpha_to_one", True) else float(alpha_bar[0]),
+            prediction_type=prediction_type,
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+            steps_offset=config.get("steps_offset", 0),
+            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+            thresholding=(config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0))
+            if config.get("thresholding", False)
+            else None,
+        )
+
+    def at(self, timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n 1 1 1"]:
+        """ᾱ of each time-step in float32, shaped to multiply latents."""
+        return self.alpha_bar.to(timesteps.device)[timesteps].float()[:, None, None, None]
+
+    def timesteps(self, sampling: Sampling = "uniform", num_steps: int = 30, gamma: float = 60) -> list[int]:
+        """The decreasing list of time-steps to visit.
+
+        `sampling` is "uniform" (the scheduler's own spacing), "early" or "latter" (`exponential_timesteps`), or a list.
+        Raises ValueError where the list is not strictly decreasing or leaves [0, T − 1].
+        """
+        total = self.num_train_timesteps
+        if sampling == "uniform":
+            _check_num_steps(num_steps, total)
+            return self._uniform(num_steps)
+        if sampling in ("early", "latter"):
+            return exponential_timesteps(num_steps, gamma, sampling, total)  # type: ignore[arg-type]  # narrowed above
+        if isinstance(sampling, str):
+            raise ValueError(f"sampling {sampling!r} is not known: expected 'uniform', 'early', 'latter' or a list")
+        steps = [int(t) for t in sampling]
+        if not steps:
+            raise ValueError("the list of time-steps is empty: give at least one")
+        for t in steps:
+            if not 0 <= t < total:
+                raise ValueError(f"time-step {t} is outside [0, {total - 1}]: steps index the training schedule")
+        for earlier, later in zip(steps, steps[1:], strict=False):
+            if later >= earlier:
+                raise ValueError(f"time-steps must fall strictly, but {later} follows {earlier}")
+        return steps
+
+    def _uniform(self, num_steps: int) -> list[int]:
+        total = self.num_train_timesteps
+        if self.timestep_spacing == "linspace":
+            return [round(t) for t in torch.linspace(total - 1, 0, num_steps, dtype=torch.float64).tolist()]
+        if self.timestep_spacing == "trailing":
+            return [round(total - i * total / num_steps) - 1 for i in range(num_steps)]
+        if self.timestep_spacing == "leading":
+            stride = total // num_steps
+            offset = min(self.steps_offset, total - 1 - stride * (num_steps - 1))
+            return [stride * i + offset for i in reversed(range(num_steps))]
+        raise ValueError(
+            f"timestep_spacing {self.timestep_spacing!r} is not known: expected 'leading', 'linspace' or 'trailing'"
+        )
+
+    def read(
+        self, prediction: Float[Tensor, "n c h w"], x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
+    ) -> Prediction:
+        """x0 and ε from the network's own output; `x_t` is the network's own input (masked, if it was masked).
+
+        Both come straight from the prediction wherever it allows, never one through the other: at ᾱ = 0 (zero-terminal
+        SNR) ε says nothing about x0.
+        """
+        alpha_bar = self.at(timesteps)
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        x_t, prediction = x_t.float(), prediction.float()
+        if self.prediction_type == "v_prediction":
+            return Prediction(signal * x_t - noise * prediction, signal * prediction + noise * x_t)
+        if self.prediction_type == "sample":
+            return Prediction(prediction, (x_t - signal * prediction) / noise)
+        return Prediction((x_t - noise * prediction) / signal, prediction)
+
+    def step(
+        self, prediction: Prediction, timesteps: Int[Tensor, " n"], next_timesteps: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n c h w"]:
+        """x_next = √ᾱ_next x0 + √(1 − ᾱ_next) ε, deterministic DDIM (Eq. 4, σ = 0).
+
+        A next time-step of −1 is the end of the list: it lands on `final_alpha_bar`.
+        """
+        table = torch.cat([self.alpha_bar, self.alpha_bar.new_tensor([self.final_alpha_bar])])
+        alpha_bar = table.to(next_timesteps.device)[next_timesteps].float()[:, None, None, None]
+        return alpha_bar.sqrt() * self.limit(prediction.x0) + (1 - alpha_bar).sqrt() * prediction.epsilon
+
+    def limit(self, x0: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Predicted x0 under the configuration's thresholding or clipping."""
+        if self.thresholding is not None:
+            quantile, largest = self.thresholding
+            bound = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(1.0, largest)[:, None, None, None]
+            return torch.minimum(torch.maximum(x0, -bound), bound) / bound
+        return x0 if self.clip_range is None else x0.clamp(-self.clip_range, self.clip_range)
+
+    def add_noise(
+        self, x0: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n c h w"]:
+        """x_t = √ᾱ_t x0 + √(1 − ᾱ_t) ε [2]."""
+        alpha_bar = self.at(timesteps)
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+
+def exponential_timesteps(
+    num_steps: int, gamma: float = 60, stage: Stage = "early", num_train_timesteps: int = 1000
+) -> list[int]:
+    """Time-steps concentrated in the early (noisy) or latter part of the process, Eqs. 12–14.
+
+    With l steps of T and δ = T^(1/(l+γ)): early is T − 1, then T − ⌊δ^(i+γ)⌋ for i = 1 … l − 1; latter is ⌊δ^(i+γ)⌋
+    for i = l … 1 with T replaced by T − 1. Repeats are spread, so the list falls strictly inside [0, T − 1].
+
+    Raises ValueError for l outside [1, T], γ < 0 or an unknown stage.
+    """
+    total = num_train_timesteps
+    _check_num_steps(num_steps, total)
+    if not (gamma >= 0 and math.isfinite(gamma)):
+        raise ValueError(f"gamma {gamma} is not possible: expected a finite number of at least 0")
+
+    def power(i: int) -> int:
+        # The small term keeps exact powers from falling one short in floating point.
+        return math.floor(total ** ((i + gamma) / (num_steps + gamma)) + 1e-9)
+
+    if stage == "early":
+        steps = [total - 1] + [total - power(i) for i in range(1, num_steps)]
+    elif stage == "latter":
+        steps = [min(power(i), total - 1) for i in range(num_steps, 0, -1)]
+    else:
+        raise ValueError(f"stage {stage!r} is not known: expected 'early' or 'latter'")
+    for i in range(1, num_steps):
+        steps[i] = min(steps[i], steps[i - 1] - 1)
+    for i in reversed(range(num_steps)):
+        below = steps[i + 1] + 1 if i + 1 < num_steps else 0
+        steps[i] = max(steps[i], below, num_steps - 1 - i)
+    return steps
+
+
+def _check_num_steps(num_steps: int, total: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} steps are not possible: expected at least 1")
+    if num_steps > total:
+        raise ValueError(f"{num_steps} steps are more than the {total} of the training schedule: ask for at most {total}")
+
+
+def _betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
+    """β_t in float64, by the configuration's `trained_betas` or `beta_schedule`."""
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    total, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    if kind == "linear":
+        return torch.linspace(start, end, total, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, total, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        level = torch.cos((torch.arange(total + 1, dtype=torch.float64) / total + 0.008) / 1.008 * torch.pi / 2) ** 2
+        return (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    if kind == "sigmoid":
+        return torch.sigmoid(torch.linspace(-6, 6, total, dtype=torch.float64)) * (end - start) + start
+    raise ValueError(
+        f"beta_schedule {kind!r} is not known: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid' "
+        "or trained_betas"
+    )
+
+
+def _rescale_zero_terminal_snr(alpha_bar: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Shift and scale √ᾱ so that it ends at 0 and begins where it began (Lin et al. 2024, Algorithm 1)."""
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

@@ -1,0 +1,11 @@
+"""The store: explanations in HDF5, written so that nothing computed is lost and read by any tool.
+
+It knows plain arrays, strings and settings; models and explainers are the engine's. See FORMAT in the documentation.
+"""
+
+from dfengine.store.plan import Item, Method, Plan, StoreError
+from dfengine.store.reader import LazyArray, Run, StoredItem, open
+from dfengine.store.schema import FORMAT_VERSION
+from dfengine.store.writer import Writer
+
+__all__ = ["FORMAT_VERSION", "Item", "LazyArray", "Method", "Plan", "Run", "StoreError", "StoredItem", "Writer", "open"]

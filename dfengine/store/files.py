@@ -1,0 +1,85 @@
+"""Names beside a result, the lock that keeps two writers apart, and what an operating system's error means to a user."""
+
+import errno
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from dfengine.store.plan import StoreError
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full: free some space and run again to go on",
+    errno.EDQUOT: "the disk quota is used up: free some space and run again to go on",
+    errno.EFBIG: "the file-size limit is reached (ulimit -f): raise it and run again to go on",
+    errno.EIO: "the disk reports an input/output error",
+    errno.ENOENT: "the folder does not exist: create it first",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EISDIR: "it is a folder: name a file in it",
+    errno.EACCES: "permission denied: its folder must be writable",
+    errno.EPERM: "permission denied: its folder must be writable",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOLCK: "the file system has no locks: write on a local disk and copy the finished file",
+}
+
+
+def part_path(path: Path) -> Path:
+    """Where a result is while it is being written: run.h5 is run.part.h5."""
+    return path.with_name(f"{path.stem}.part{path.suffix}")
+
+
+def fresh_path(path: Path) -> Path:
+    """Where a file is being created, until it can be read: run.h5 is .run.h5.new."""
+    return path.with_name(f".{path.name}.new")
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cause(error: Exception) -> str:
+    """The error in words; HDF5 gives the system's number in its text only."""
+    number = getattr(error, "errno", None)
+    if number is None and (match := re.search(r"errno = (\d+)", str(error))):
+        number = int(match[1])
+    return _CAUSES.get(number or 0, " ".join(str(error).split()))
+
+
+class Lock:
+    """Held by the one writer of `path`; the system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(f".{path.name}.lock")
+        while True:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(self._handle, 20).decode() or "unknown"
+                os.close(self._handle)
+                raise StoreError(f"{path} is being written by another run (process {owner})") from None
+            except OSError:
+                os.close(self._handle)
+                raise
+            if self._is_current():
+                break
+            os.close(self._handle)
+        os.truncate(self._handle, 0)
+        os.write(self._handle, str(os.getpid()).encode())
+
+    def _is_current(self) -> bool:
+        """Whether the name still leads to what was locked: its last owner removes the file on letting go."""
+        try:
+            return os.stat(self._path).st_ino == os.fstat(self._handle).st_ino
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Lets go, and removes the lock's file."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._handle)

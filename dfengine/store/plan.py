@@ -1,0 +1,117 @@
+"""What a file will hold, said before it is written: items, methods and sizes, as plain values that survive JSON."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class StoreError(ValueError):
+    """A file that cannot be written or read as asked: one line with what was found, what was expected and the remedy."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One generation to explain: a prompt and a seed under a key that no other item of the run has.
+
+    `tokens` and `words` name the rows of the item's relevance curves and heat maps; items may differ in their number.
+    """
+
+    key: str
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    tokens: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One explainer with a map on the latent grid; `num_masks` is the length of the scores it stores, 0 for none."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    num_masks: int = 0
+    has_error: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a file will hold, so that every object in it can be created before the first value is written.
+
+    Sizes: `latent` is (channels, h, w), `image` (H, W); `layers` are DF-CAM's, each with its own resolution (u, v).
+    With `previews` the image predicted at each step is kept.
+    `settings` are the run's own (sampling, gamma, guidance, target, …). All settings must be JSON values; they come
+    back from a file as JSON has them (tuples as lists).
+    """
+
+    items: tuple[Item, ...]
+    methods: tuple[Method, ...]
+    num_steps: int
+    latent: tuple[int, int, int]
+    image: tuple[int, int]
+    layers: tuple[tuple[str, tuple[int, int]], ...] = ()
+    previews: bool = False
+    model: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, names in (
+            ("item keys", [item.key for item in self.items]),
+            ("method names", [method.name for method in self.methods]),
+            ("layer names", [name for name, _ in self.layers]),
+        ):
+            if repeated := {name for name in names if names.count(name) > 1}:
+                raise StoreError(f"{what} repeat: {', '.join(sorted(repeated))}; each must be there once")
+        sizes = {"items": len(self.items), "num_steps": self.num_steps, "latent": min(self.latent)}
+        for what, size in (sizes | {"image": min(self.image)}).items():
+            if size < 1:
+                raise StoreError(f"{what} of size {size}: expected at least 1")
+
+    def to_json(self) -> str:
+        """The plan as JSON; StoreError where a setting is not a JSON value."""
+        try:
+            return json.dumps(self, default=_plain, ensure_ascii=False)
+        except TypeError as error:
+            raise StoreError(f"settings must be JSON values (numbers, strings, lists, mappings): {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote."""
+        values = json.loads(text)
+        values["items"] = tuple(
+            Item(**item | {"tokens": tuple(item["tokens"]), "words": tuple(item["words"])}) for item in values["items"]
+        )
+        values["methods"] = tuple(Method(**method) for method in values["methods"])
+        values["layers"] = tuple((name, tuple(size)) for name, size in values["layers"])
+        return cls(**values | {"latent": tuple(values["latent"]), "image": tuple(values["image"])})
+
+    def differences(self, other: "Plan") -> list[str]:
+        """Each setting in which the two plans differ, as "name (mine, now theirs)"; empty when they are the same.
+
+        Keys follow from what an item is, so they are named only where nothing else tells two items apart.
+        """
+        mine, theirs = dict(_leaves(json.loads(self.to_json()))), dict(_leaves(json.loads(other.to_json())))
+        names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
+        named = [name for name in names if not name.endswith(".key")] or names
+        return [f"{name} ({mine.get(name, 'unset')}, now {theirs.get(name, 'unset')})" for name in dict.fromkeys(named)]
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    if isinstance(value, Item | Method | Plan):
+        return dict(vars(value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested JSON under dotted names; members of a list go by their own name or key where they have one."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {member.get("name", str(place)): member for place, member in enumerate(value)}
+    if isinstance(value, dict):
+        for key, member in value.items():
+            yield from _leaves(member, f"{name}.{key}" if name else key)
+    else:
+        text = json.dumps(value, ensure_ascii=False)
+        yield name, text if len(text) <= 60 else f"{text[:50]}… of {len(text)} characters"

@@ -1,0 +1,125 @@
+"""The sampling loop, batched over prompts: R_t and ε(R_t) of every step, and the image they end in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from dfengine.denoiser import Condition, Denoiser, Guided
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to generate, or a given image to stand in for a generation, and the steps to visit."""
+
+    prompt: str
+    timesteps: tuple[int, ...]
+    seed: int = 0
+    negative_prompt: str = ""
+    guidance: float = 7.5
+    image: UInt8[Tensor, "H W 3"] | None = None
+    """a given image: it is encoded and noised to each step instead of being generated"""
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip() and self.image is None:
+            raise ValueError("the prompt is empty: say what the image should show")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is outside [0, 2^63): choose one inside")
+
+    @property
+    def mask_seed(self) -> int:
+        """64 bits from seed and prompt (signed), so that no two items share their masks."""
+        digest = hashlib.sha256(f"{self.seed}\n{self.prompt}".encode()).digest()
+        return int.from_bytes(digest[:8], "big", signed=True)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One finished generation; everything that is explained is computed from it.
+
+    Tensors are float32 on the denoiser's device.
+    """
+
+    job: Job
+    latents: Float[Tensor, "steps c h w"]
+    """R_t at each step"""
+    epsilon: Float[Tensor, "steps c h w"]
+    """ε(R_t), with guidance"""
+    x0: Float[Tensor, "steps c h w"]
+    """the clean latent predicted at each step, with guidance"""
+    alpha_bar: Float[Tensor, " steps"]
+    image: UInt8[Tensor, "H W 3"]
+    """on the CPU"""
+    prompt: Condition
+    negative: Condition
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def start_noise(seed: int, shape: tuple[int, int, int]) -> Float[Tensor, "c h w"]:
+    """N(0, 1) drawn on the CPU in float32: a seed is the same noise on every device and in every batch."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+@torch.no_grad()
+def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
+    """Sample all jobs together by deterministic DDIM; they must have equally many steps.
+
+    Raises ValueError for a prompt that the model cannot take, or an image of another size than it makes.
+    """
+    if len({len(job.timesteps) for job in jobs}) > 1:
+        raise ValueError("jobs sampled together must have equally many steps")
+    schedule, device = denoiser.schedule, denoiser.device
+    prompts = denoiser.condition([job.prompt for job in jobs])
+    negatives = denoiser.condition([job.negative_prompt for job in jobs])
+    scale = torch.tensor([job.guidance for job in jobs], device=device)
+    guided = Guided(denoiser, prompts, negatives, "guided", scale)
+    rows = torch.arange(len(jobs), device=device)
+    timesteps = torch.tensor([job.timesteps for job in jobs], device=device)
+    following = torch.cat([timesteps[:, 1:], torch.full_like(timesteps[:, :1], -1)], dim=1)
+    noise = torch.stack([start_noise(job.seed, denoiser.latent_shape) for job in jobs]).to(device)
+    given = {i: _encode(denoiser, job.image) for i, job in enumerate(jobs) if job.image is not None}
+
+    latents, predictions = [], []
+    x = noise
+    for t, t_next in zip(timesteps.T, following.T, strict=True):
+        for i, clean in given.items():
+            x[i] = schedule.add_noise(clean, noise[i : i + 1], t[i : i + 1])[0]
+        latents.append(x)
+        predictions.append(guided(x, t, rows))
+        x = schedule.step(predictions[-1], t, t_next)
+    images = to_bytes(denoiser.decode(x))
+
+    return [
+        Trajectory(
+            job=job,
+            latents=torch.stack([step[i] for step in latents]),
+            epsilon=torch.stack([step.epsilon[i] for step in predictions]),
+            x0=torch.stack([schedule.limit(step.x0[i : i + 1])[0] for step in predictions]),
+            alpha_bar=schedule.at(timesteps[i]).flatten(),
+            image=images[i] if job.image is None else job.image,
+            prompt=prompts[i : i + 1],
+            negative=negatives[i : i + 1],
+        )
+        for i, job in enumerate(jobs)
+    ]
+
+
+def to_bytes(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n H W 3"]:
+    """Images in [0, 1] as bytes on the CPU."""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _encode(denoiser: Denoiser, image: UInt8[Tensor, "H W 3"]) -> Float[Tensor, "1 c h w"]:
+    if tuple(image.shape) != (*denoiser.image_shape, 3) or image.dtype != torch.uint8:
+        height, width = denoiser.image_shape
+        raise ValueError(
+            f"the image is {image.dtype} {tuple(image.shape)}, but the model makes uint8 ({height}, {width}, 3): resize it"
+        )
+    return denoiser.encode(image.permute(2, 0, 1)[None].to(denoiser.device).float() / 255)

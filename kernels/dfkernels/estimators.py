@@ -1,0 +1,238 @@
+"""From scores to a map: running sums over masks, the estimators read from them, and ridge regression.
+
+Symbols as in `reference`: s_n(λ) the score of mask n (a scalar score is the same at every λ), M_n(λ) in [0, 1], p the
+keep probability.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from dfkernels import reference
+from dfkernels.reference import draw, masks
+
+ESTIMATORS = ("sum", "coverage", "contrast")
+
+#: How many mask pixels ridge draws at a time: drawing takes some 100 bytes for each.
+CHUNK_PIXELS = 2**22
+#: X = M − p a chunk at a time, with the masks each chunk holds.
+Design = Iterator[tuple[slice, Float64[Tensor, "k hw"]]]
+#: β, diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹], ‖y − Xβ‖² and N − tr H.
+Solution = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Running sums over the masks of each row: moments[row, i, j, λ] = Σ_n M_n(λ)ⁱ s_n(λ)ʲ, float64.
+
+    All that `estimate` needs, for every estimator, mask and score. Sums of disjoint sets of masks add.
+    """
+
+    moments: Float64[Tensor, "r 3 3 h w"]
+
+    @classmethod
+    def zeros(cls, rows: int, shape: tuple[int, int], device: torch.device | str | None = None) -> "Sums":
+        return cls(torch.zeros(rows, 3, 3, *shape, dtype=torch.float64, device=device))
+
+    @property
+    def count(self) -> Float64[Tensor, " r"]:
+        """The number of masks summed so far, N, of each row."""
+        return self.moments[:, 0, 0, 0, 0]
+
+
+def add(
+    sums: Sums,
+    scores: Float[Tensor, "n h w"] | Float[Tensor, " n"],
+    seeds: Int[Tensor, " r"],
+    steps: Int[Tensor, " r"],
+    rows: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    *,
+    keep_probability: float = 0.5,
+    kind: str = "gaussian",
+    grid: int = 8,
+) -> None:
+    """Add a batch to the sums, in place: moments[row_n] += Mⁱ sʲ, the masks drawn again from their counters.
+
+    Padding (row −1) adds nothing, whatever its score. However the masks are split into batches, the sums agree to the
+    rounding of float64; the same batches in the same order give the same bits.
+    """
+    h, w = sums.moments.shape[-2:]
+    row, is_entry = rows.clamp(min=0), (rows >= 0)[:, None, None]
+    m = draw(seeds[row], steps[row], indices, (h, w), keep_probability=keep_probability, kind=kind, grid=grid).double()
+    s = (scores if scores.ndim == 3 else scores[:, None, None]).double().expand_as(m)
+    one = torch.ones_like(m)
+    m_powers, s_powers = torch.stack((one, m, m * m), 1)[:, :, None], torch.stack((one, s, s * s), 1)[:, None]
+    batch = torch.where(is_entry[:, None, None], m_powers * s_powers, 0.0)
+    # index_put_ and not index_add_, whose float atomics on a GPU add in another order each time.
+    sums.moments.index_put_((row,), batch, accumulate=True)
+
+
+def accumulate(
+    epsilon: Float[Tensor, "n c h w"],
+    references: Float[Tensor, "r c h w"],
+    sums: Sums,
+    seeds: Int[Tensor, " r"],
+    steps: Int[Tensor, " r"],
+    rows: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    *,
+    similarity: str = "structure",
+    score: str = "local",
+    window: int = 11,
+    sigma: float = 1.5,
+    data_range: float = 1.0,
+    keep_probability: float = 0.5,
+    mask_kind: str = "gaussian",
+    grid: int = 8,
+) -> Float[Tensor, " n"]:
+    """Score a batch of masked forwards against f(R) of their rows and `add` it to the sums, in place.
+
+    s_i = similarity(epsilon_i, references[row_i]). Returns the mean score of each mask, NaN for padding (row −1).
+    """
+    scores = reference.similarity(
+        epsilon,
+        references[rows.clamp(min=0)],
+        similarity,
+        score,
+        window=window,
+        sigma=sigma,
+        data_range=data_range,
+    )
+    add(sums, scores, seeds, steps, rows, indices, keep_probability=keep_probability, kind=mask_kind, grid=grid)
+    return torch.where(rows >= 0, scores if score == "global" else scores.mean((1, 2)), torch.nan)
+
+
+def estimate(sums: Sums, estimator: str) -> tuple[Float[Tensor, "r h w"], Float[Tensor, "r h w"]]:
+    """The map S(λ) and its standard error, float32, from the sums over N masks.
+
+        sum        Σ M s                              error √(N · Var[M s])                  Algorithm 1
+        coverage   Σ M s / Σ M                        error of the weighted mean
+        contrast   Σ M s / Σ M − Σ (1−M) s / Σ (1−M)  error √(Var₁/n₁ + Var₀/n₀) for M in {0, 1}
+
+    Where fractional masks (RISE) let one score count on both sides of the contrast, their covariance is taken off.
+    Where no mask keeps λ (for contrast: or none drops it) the map takes its mean over the other pixels and the error
+    is ∞; so is the error where fewer than two (effective) samples tell of it.
+    """
+    (n, s, s2), (m, ms, ms2), (m2, m2s, m2s2) = (powers.unbind(1) for powers in sums.moments.unbind(1))
+    kept = _WeightedMean(m, m2, ms, m2s, m2s2)
+    if estimator == "sum":
+        value, variance, samples = ms, n / (n - 1) * (m2s2 - ms**2 / n), n
+    elif estimator == "coverage":
+        value, variance, samples = kept.mean, kept.variance, kept.samples
+    elif estimator == "contrast":
+        dropped = _WeightedMean(n - m, n - 2 * m + m2, s - ms, s - 2 * ms + m2s, s2 - 2 * ms2 + m2s2)
+        both = (ms2 - m2s2) - (kept.mean + dropped.mean) * (ms - m2s) + kept.mean * dropped.mean * (m - m2)
+        value = kept.mean - dropped.mean
+        variance = kept.variance + dropped.variance - 2 * both / (kept.weight * dropped.weight)
+        samples = torch.minimum(kept.samples, dropped.samples)
+    else:
+        known = ", ".join(ESTIMATORS)
+        raise ValueError(f"unknown estimator {estimator!r}: choose one of {known}, or call ridge() with the scores")
+
+    defined = (m > 0) & (m < n) if estimator == "contrast" else m > 0
+    mean = torch.where(defined, value, 0).sum((1, 2), keepdim=True) / defined.sum((1, 2), keepdim=True).clamp(min=1)
+    error = torch.where(defined & (samples >= 2), variance.clamp(min=0).sqrt(), torch.inf)
+    return torch.where(defined, value, mean).float(), error.float()
+
+
+@dataclass(frozen=True)
+class _WeightedMean:
+    """ŝ = Σ w s / Σ w, and the variance of it, from Σ w, Σ w², Σ w s, Σ w² s and Σ w² s².
+
+    Var ŝ = Σ w² (s − ŝ)² / (Σ w)² · k / (k − 1), k = (Σ w)² / Σ w² the effective samples: for w in {0, 1} it is the
+    unbiased variance over k.
+    """
+
+    weight: Tensor
+    w2: Tensor
+    ws: Tensor
+    w2s: Tensor
+    w2s2: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.ws / self.weight
+
+    @property
+    def samples(self) -> Tensor:
+        return self.weight**2 / self.w2
+
+    @property
+    def variance(self) -> Tensor:
+        squares = (self.w2s2 - 2 * self.mean * self.w2s + self.mean**2 * self.w2).clamp(min=0)
+        return squares / self.weight**2 * self.samples / (self.samples - 1)
+
+
+def ridge(
+    scores: Float[Tensor, " n"],
+    seed: int,
+    step: int,
+    shape: tuple[int, int],
+    *,
+    keep_probability: float = 0.5,
+    kind: str = "gaussian",
+    grid: int = 8,
+    penalty: float = 1.0,
+    first: int = 0,
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """Ridge regression of the scores of masks first, first + 1, … on the masks: the map β and its error, float32.
+
+        β = (XᵀX + κ)⁻¹ Xᵀy,   X = M − p,   y = s − s̄,   κ the penalty
+        error² = σ̂² diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹],   σ̂² = ‖y − Xβ‖² / max(N − tr H, 1),   H = X (XᵀX + κ)⁻¹ Xᵀ
+
+    β(λ) is what keeping λ adds to the score. Every mask, of either kind, has mean p at every pixel. Solved in float64,
+    in the h·w pixels for N ≥ h·w, else in the N masks. With fewer than two scores the error is ∞.
+    """
+    if not penalty > 0:
+        raise ValueError(f"penalty {penalty} is not positive: 1 is the default")
+    if len(scores) == 0:
+        raise ValueError("no scores: ridge needs the score of each mask, at least one (2·h·w for a good map)")
+    y = scores.double() - scores.double().mean()
+
+    sample = partial(
+        masks, seed, step, shape=shape, keep_probability=keep_probability, kind=kind, grid=grid, device=y.device
+    )
+
+    def design() -> Design:
+        chunk = max(1, CHUNK_PIXELS // (shape[0] * shape[1]))
+        for start in range(0, len(y), chunk):
+            part = slice(start, min(start + chunk, len(y)))
+            yield part, sample(first + start, part.stop - start).flatten(1).double() - keep_probability
+
+    solve = _primal if len(y) >= shape[0] * shape[1] else _dual
+    beta, spread, residual, freedom = solve(design(), y, penalty)
+    error = (residual.clamp(min=0) / freedom.clamp(min=1) * spread.clamp(min=0)).sqrt()
+    if len(y) < 2:
+        error = torch.full_like(error, torch.inf)
+    return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
+
+
+def _primal(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
+    """With A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA², ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ, tr H = h·w − κ tr A."""
+    gram = projected = y.new_zeros(())
+    for part, x in design:
+        gram, projected = gram + x.T @ x, projected + x.T @ y[part]
+    inverse = _inverse(gram, penalty)
+    beta = inverse @ projected
+    spread = inverse.diagonal() - penalty * inverse.square().sum(1)
+    freedom = len(y) - len(beta) + penalty * inverse.trace()
+    return beta, spread, y @ y - beta @ projected - penalty * beta @ beta, freedom
+
+
+def _dual(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
+    """With A = (XXᵀ + κ)⁻¹: β = XᵀA y, (XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹ = XᵀA²X, y − Xβ = κA y, N − tr H = κ tr A."""
+    x = torch.cat([part for _, part in design])
+    inverse = _inverse(x @ x.T, penalty)
+    weights = inverse @ y
+    return x.T @ weights, (inverse @ x).square().sum(0), (penalty * weights).square().sum(), penalty * inverse.trace()
+
+
+def _inverse(gram: Float64[Tensor, "k k"], penalty: float) -> Float64[Tensor, "k k"]:
+    """(gram + κ)⁻¹; `gram` is used up."""
+    gram.diagonal().add_(penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram))

@@ -1,0 +1,316 @@
+"""Running sums and the maps read from them, against values worked out by hand, loops, and repetition."""
+
+import dfkernels
+import numpy as np
+import pytest
+import torch
+from dfkernels import estimators
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import tolerance
+from torch.testing import assert_close
+
+MASK_KINDS = dfkernels.reference.MASK_KINDS
+SHAPE = (7, 13)
+SEEDS, STEPS = torch.tensor([4, -9, 0]), torch.tensor([0, 6, 6])
+ROWS = torch.tensor([0, 1, 1, 2, 0, 1, -1, 2, 2, 0, 1, -1])
+INDICES = torch.tensor([0, 0, 1, 0, 1, 2, 7, 1, 2, 2, 3, 0])
+
+
+def random_scores(score: str, n: int = len(ROWS)) -> torch.Tensor:
+    shape = (n, *SHAPE) if score == "local" else (n,)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def moments(masks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Σ_n Mⁱ sʲ [1, 3, 3, h, w], by loops."""
+    m, s = masks.double(), scores.double().reshape(len(scores), *scores.shape[1:] or (1, 1)).expand(masks.shape)
+    return torch.stack([torch.stack([sum(m**i * s**j) for j in range(3)]) for i in range(3)])[None]
+
+
+def rows_of_sums(
+    score_function, rows: int, masks_per_row: int, shape: tuple[int, int], *, kind: str
+) -> tuple[dfkernels.Sums, torch.Tensor]:
+    """Sums of many independent seeds at once, the scores being a function of the masks."""
+    row = torch.arange(rows).repeat_interleave(masks_per_row)
+    index = torch.arange(masks_per_row).repeat(rows)
+    seeds, steps = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    masks = dfkernels.draw(seeds[row], steps[row], index, shape, kind=kind, grid=2).float()
+    sums = dfkernels.Sums.zeros(rows, shape)
+    dfkernels.add(sums, score_function(masks), seeds, steps, row, index, kind=kind, grid=2)
+    return sums, masks
+
+
+# Sums ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("score", dfkernels.reference.SCORES)
+def test_add_sums_each_rows_masks_and_scores(kind: str, score: str) -> None:
+    scores = random_scores(score)
+    sums = dfkernels.Sums.zeros(3, SHAPE)
+    dfkernels.add(sums, scores, SEEDS, STEPS, ROWS, INDICES, keep_probability=0.3, kind=kind, grid=3)
+    for row in range(3):
+        mine = row == ROWS
+        masks = torch.cat(
+            [
+                dfkernels.masks(
+                    SEEDS[row].item(), STEPS[row].item(), index, 1, SHAPE, keep_probability=0.3, kind=kind, grid=3
+                )
+                for index in INDICES[mine].tolist()
+            ]
+        )
+        assert_close(sums.moments[row : row + 1], moments(masks, scores[mine]), **tolerance("add"))
+    assert sums.count.tolist() == [3, 4, 3]
+
+
+@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@given(
+    st.permutations(range(len(ROWS))),
+    st.sets(st.integers(1, len(ROWS) - 1)),
+    st.sampled_from(MASK_KINDS),
+    st.sampled_from(dfkernels.reference.SCORES),
+)
+def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[int], kind: str, score: str) -> None:
+    scores = random_scores(score)
+    whole, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
+    dfkernels.add(whole, scores, SEEDS, STEPS, ROWS, INDICES, kind=kind)
+    bounds = [0, *sorted(cuts), len(ROWS)]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        batch = torch.tensor(order[start:stop])
+        dfkernels.add(parts, scores[batch], SEEDS, STEPS, ROWS[batch], INDICES[batch], kind=kind)
+    assert_close(parts.moments, whole.moments, **tolerance("add"))
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("score", dfkernels.reference.SCORES)
+def test_poisoned_padding_changes_nothing(kind: str, score: str) -> None:
+    scores, poisoned = random_scores(score), random_scores(score)
+    poisoned[ROWS < 0] = torch.nan
+    clean, padded = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
+    real = ROWS >= 0
+    dfkernels.add(clean, scores[real], SEEDS, STEPS, ROWS[real], INDICES[real], kind=kind)
+    dfkernels.add(padded, poisoned, SEEDS, STEPS, ROWS, INDICES, kind=kind)
+    assert torch.equal(padded.moments, clean.moments)
+
+
+def test_a_score_that_is_not_a_number_stays_in_its_row() -> None:
+    scores = random_scores("local")
+    scores[2] = torch.nan  # of row 1
+    sums = dfkernels.Sums.zeros(3, SHAPE)
+    dfkernels.add(sums, scores, SEEDS, STEPS, ROWS, INDICES)
+    assert sums.moments[[0, 2]].isfinite().all()
+    assert sums.moments[1, 0, 1].isnan().all()
+    assert sums.count.tolist() == [3, 4, 3]
+
+
+def test_running_sums_keep_what_float32_would_lose() -> None:
+    sums = dfkernels.Sums.zeros(1, (1, 1))
+    row, seed = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for score in (1.0, 2.0**-30):
+        dfkernels.add(sums, torch.tensor([score]), seed, seed, row, row)
+    assert sums.moments[0, 0, 1].item() == 1 + 2.0**-30
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("similarity", dfkernels.reference.SIMILARITIES)
+@pytest.mark.parametrize("score", dfkernels.reference.SCORES)
+def test_accumulate_is_similarity_then_add(kind: str, similarity: str, score: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    references = torch.randn(3, 3, *SHAPE, generator=g)
+    epsilon = 0.5 * references[ROWS] + 0.5 * torch.randn(len(ROWS), 3, *SHAPE, generator=g)
+    epsilon[ROWS < 0] = torch.nan
+    window = {"window": 5, "sigma": 1.1, "data_range": 2.0}
+    masks = {"keep_probability": 0.4, "grid": 3}
+
+    fused, apart = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
+    means = dfkernels.accumulate(
+        epsilon,
+        references,
+        fused,
+        SEEDS,
+        STEPS,
+        ROWS,
+        INDICES,
+        similarity=similarity,
+        score=score,
+        mask_kind=kind,
+        **window,
+        **masks,
+    )
+    for entry, (row, index) in enumerate(zip(ROWS.tolist(), INDICES.tolist(), strict=True)):
+        if row < 0:
+            assert means[entry].isnan()
+            continue
+        one = dfkernels.similarity(epsilon[entry : entry + 1], references[row], similarity, score, **window)
+        place = torch.tensor([row]), torch.tensor([index])
+        dfkernels.add(apart, one, SEEDS, STEPS, *place, kind=kind, **masks)
+        assert_close(means[entry], one.mean(), **tolerance("similarity"))
+    assert_close(fused.moments, apart.moments, **tolerance("similarity"))
+
+
+# Estimators ----------------------------------------------------------------------------------------------------------
+
+# Four masks of two pixels and their scores.
+TOY_MASKS = torch.tensor([[[1, 0]], [[1, 1]], [[0, 1]], [[0, 0]]])
+TOY_SCORES = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "error"),
+    [
+        # M s = 1 2 0 0 and 0 2 3 0: variances 2.75/3 and 6.75/3, times N = 4.
+        ("sum", [3, 5], [(11 / 3) ** 0.5, 3]),
+        # Kept: scores 1 2 and 2 3, variance 1/2 each, over 2.
+        ("coverage", [1.5, 2.5], [0.5, 0.5]),
+        # Dropped: 3 4 (variance 1/2) and 1 4 (9/2), over 2.
+        ("contrast", [1.5 - 3.5, 2.5 - 2.5], [0.5**0.5, 2.5**0.5]),
+    ],
+)
+def test_estimators_by_hand(estimator: str, value: list[float], error: list[float]) -> None:
+    ours = dfkernels.estimate(dfkernels.Sums(moments(TOY_MASKS, TOY_SCORES)), estimator)
+    assert [x.dtype for x in ours] == [torch.float32] * 2
+    assert_close(ours[0], torch.tensor([[value]], dtype=torch.float32), **tolerance("estimate"))
+    assert_close(ours[1], torch.tensor([[error]], dtype=torch.float32), **tolerance("estimate"))
+
+
+def test_fractional_masks_are_weights() -> None:
+    g = torch.Generator().manual_seed(0)
+    masks, scores = torch.rand(9, *SHAPE, generator=g), torch.rand(9, *SHAPE, generator=g)
+    m, s = masks.double().numpy(), scores.double().numpy()
+    kept, dropped = np.average(s, 0, m), np.average(s, 0, 1 - m)
+    on, off = m * (s - kept) / m.sum(0), (1 - m) * (s - dropped) / (1 - m).sum(0)
+    k, l = m.sum(0) ** 2 / (m**2).sum(0), (1 - m).sum(0) ** 2 / ((1 - m) ** 2).sum(0)
+    variance_on, variance_off = (on**2).sum(0) * k / (k - 1), (off**2).sum(0) * l / (l - 1)
+    expected = {
+        "sum": ((m * s).sum(0), np.sqrt(9 * (m * s).var(0, ddof=1))),
+        "coverage": (kept, np.sqrt(variance_on)),
+        "contrast": (kept - dropped, np.sqrt(variance_on + variance_off - 2 * (on * off).sum(0))),
+    }
+    sums = dfkernels.Sums(moments(masks, scores))
+    for estimator, maps in expected.items():
+        for ours, theirs in zip(dfkernels.estimate(sums, estimator), maps, strict=True):
+            np.testing.assert_allclose(ours[0].numpy(), theirs, **tolerance("estimate"))
+
+
+def test_a_pixel_without_masks_takes_the_mean_and_an_infinite_error() -> None:
+    # Pixel 0 is never kept, pixel 1 always, 2 and 3 now and then, 2 kept once and 3 dropped once.
+    masks = torch.tensor([[[0, 1, 1, 0]], [[0, 1, 0, 1]], [[0, 1, 0, 1]]])
+    sums = dfkernels.Sums(moments(masks, torch.tensor([1.0, 2.0, 6.0])))
+    expected = {
+        "sum": ([6, 9, 1, 8], [True, False, False, False]),
+        "coverage": ([8 / 3, 3, 1, 4], [True, False, True, False]),
+        "contrast": ([0, 0, -3, 3], [True, True, True, True]),
+    }
+    for estimator, (value, infinite) in expected.items():
+        ours, error = dfkernels.estimate(sums, estimator)
+        assert_close(ours.flatten(), torch.tensor(value, dtype=torch.float32), **tolerance("estimate"))
+        assert error.isinf().flatten().tolist() == infinite, estimator
+
+
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+def test_too_few_masks_give_no_error_bar(estimator: str) -> None:
+    value, error = dfkernels.estimate(dfkernels.Sums.zeros(2, SHAPE), estimator)
+    assert not value.any()
+    assert error.isinf().all()
+    one = dfkernels.Sums(moments(torch.ones(1, *SHAPE), torch.tensor([0.5])))
+    assert dfkernels.estimate(one, estimator)[1].isinf().all()
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+@pytest.mark.parametrize("score", dfkernels.reference.SCORES)
+def test_standard_errors_are_the_spread_over_seeds(kind: str, estimator: str, score: str) -> None:
+    def scores(masks: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(masks.shape[: 3 if score == "local" else 1], generator=torch.Generator().manual_seed(1))
+        if score == "local":
+            return 0.2 + 0.3 * masks + 0.3 * masks.roll(1, -1) + 0.2 * noise
+        return 0.2 + 0.5 * masks.mean((1, 2)) + 0.2 * noise
+
+    sums, _ = rows_of_sums(scores, rows=600, masks_per_row=60, shape=(3, 4), kind=kind)
+    value, error = dfkernels.estimate(sums, estimator)
+    # 600 repetitions tell a spread to 3 % a pixel; twelve (dependent) pixels together to some 2 %.
+    assert abs(error.mean() / value.std(0).mean() - 1) < 0.06
+
+
+def test_unknown_estimators_are_named() -> None:
+    sums = dfkernels.Sums.zeros(1, SHAPE)
+    with pytest.raises(
+        ValueError, match="unknown estimator 'ridge': choose one of sum, coverage, contrast, or call ridge"
+    ):
+        dfkernels.estimate(sums, "ridge")
+
+
+# Ridge ---------------------------------------------------------------------------------------------------------------
+
+
+def numpy_ridge(x: np.ndarray, scores: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """β and its standard error as the formulas are written."""
+    y = scores - scores.mean()
+    inverse = np.linalg.inv(x.T @ x + penalty * np.eye(x.shape[1]))
+    beta = inverse @ x.T @ y
+    freedom = max(len(y) - np.trace(x @ inverse @ x.T), 1)
+    variance = ((y - x @ beta) ** 2).sum() / freedom
+    return beta, np.sqrt(variance * np.diag(inverse @ x.T @ x @ inverse))
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("n", [2, 30, 34, 35, 36, 90])
+@pytest.mark.parametrize("penalty", [1.0, 7.0])
+def test_ridge_equals_numpy(monkeypatch: pytest.MonkeyPatch, kind: str, n: int, penalty: float) -> None:
+    monkeypatch.setattr(estimators, "CHUNK_PIXELS", 35 * 17)  # chunks of 17 masks, the last one shorter
+    scores = random_scores("global", n)
+    mask = {"keep_probability": 0.3, "kind": kind, "grid": 3}
+    ours = dfkernels.ridge(scores, 8, 2, (5, 7), penalty=penalty, first=40, **mask)
+    x = dfkernels.masks(8, 2, 40, n, (5, 7), **mask).flatten(1).double().numpy() - 0.3
+    for map_, theirs in zip(ours, numpy_ridge(x, scores.double().numpy(), penalty), strict=True):
+        assert map_.dtype == torch.float32
+        np.testing.assert_allclose(map_.flatten().numpy(), theirs, **tolerance("ridge"))
+
+
+@pytest.mark.parametrize("n", [20, 35, 60])
+def test_primal_and_dual_are_one(n: int) -> None:
+    x = dfkernels.masks(1, 1, 0, n, (5, 7)).flatten(1).double() - 0.5
+    y = random_scores("global", n).double()
+    chunks = [(slice(0, 13), x[:13]), (slice(13, n), x[13:])]
+    primal = estimators._primal(iter(chunks), y, 1.0)
+    dual = estimators._dual(iter(chunks), y, 1.0)
+    for one, other in zip(primal, dual, strict=True):
+        assert_close(one, other, **tolerance("add"))
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_ridge_recovers_a_linear_score(kind: str) -> None:
+    weights = torch.linspace(-1, 1, 12).reshape(3, 4)
+    masks = dfkernels.masks(5, 0, 0, 4000, (3, 4), kind=kind, grid=4).float()
+    beta, error = dfkernels.ridge(0.7 + (masks * weights).sum((1, 2)), 5, 0, (3, 4), kind=kind, grid=4)
+    # The penalty draws β in by κ over the eigenvalues of XᵀX: 1000 for Gaussian masks, down to some 30 for smooth ones.
+    assert (beta - weights).abs().max() < (0.003 if kind == "gaussian" else 0.05)
+    assert (error < 0.01).all()
+
+
+def test_ridge_errors_are_the_spread_over_seeds() -> None:
+    weights = torch.linspace(-1, 1, 12).reshape(3, 4)
+    for n in (10, 150):  # dual and primal
+        maps, errors = [], []
+        for seed in range(250):
+            # A fixed design and fresh noise: the error is that of β given the masks.
+            masks = dfkernels.masks(0, 0, 0, n, (3, 4)).float()
+            noise = 0.5 * torch.randn(n, generator=torch.Generator().manual_seed(seed))
+            beta, error = dfkernels.ridge((masks * weights).sum((1, 2)) * (n > 12) + noise, 0, 0, (3, 4))
+            maps.append(beta)
+            errors.append(error)
+        assert abs(torch.stack(errors).mean() / torch.stack(maps).std(0).mean() - 1) < 0.1
+
+
+def test_ridge_with_one_score_knows_nothing() -> None:
+    beta, error = dfkernels.ridge(torch.tensor([0.4]), 0, 0, SHAPE)
+    assert not beta.any()
+    assert error.isinf().all()
+
+
+def test_ridge_refuses_what_it_cannot_solve() -> None:
+    with pytest.raises(ValueError, match="penalty 0 is not positive"):
+        dfkernels.ridge(torch.ones(3), 0, 0, SHAPE, penalty=0)
+    with pytest.raises(ValueError, match="no scores: ridge needs the score of each mask"):
+        dfkernels.ridge(torch.ones(0), 0, 0, SHAPE)
