@@ -1,9 +1,9 @@
 """dfengine explains how diffusion models make images.
 
-    from dfengine import Engine, Rise
+from dfengine import Engine, Rise
 
-    engine = Engine.from_pretrained("shapes")
-    result = engine.explain("a red circle above a blue square on a gray background", Rise(num_masks=256))
+engine = Engine.from_pretrained("shapes")
+result = engine.explain("a red circle above a blue square on a gray background", Rise(num_masks=256))
 """
 
 from dfengine.engine import Engine

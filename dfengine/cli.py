@@ -68,11 +68,11 @@ def explain(
     rise = Rise(
         num_masks=masks,
         keep_probability=keep_probability,
-        masks=mask_kind,  # type: ignore[arg-type]  # checked by Rise
-        similarity=similarity,  # type: ignore[arg-type]
-        score=score,  # type: ignore[arg-type]
-        estimator=estimator,  # type: ignore[arg-type]
-        target=target,  # type: ignore[arg-type]
+        masks=mask_kind,
+        similarity=similarity,
+        score=score,
+        estimator=estimator,
+        target=target,
         stop_at_error=stop_at_error,
     )
     engine = Engine.from_pretrained(
@@ -85,7 +85,7 @@ def explain(
             negative_prompt=negative_prompt,
             seed=seed,
             num_steps=steps,
-            sampling=sampling,  # type: ignore[arg-type]  # checked by the schedule
+            sampling=sampling,
             gamma=gamma,
             guidance=guidance,
             previews=previews,

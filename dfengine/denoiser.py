@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from dfengine.schedule import NoiseSchedule, Prediction
 
-Target = Literal["conditional", "guided", "unconditional"]
-TARGETS: tuple[str, ...] = get_args(Target)
+TARGETS = ("conditional", "guided", "unconditional")
 
 #: Images [n, 3, H, W] in [0, 1] → features [n, d].
 Features = Callable[[Tensor], Tensor]
@@ -104,7 +102,7 @@ class Guided:
     denoiser: Denoiser
     prompts: Condition
     negatives: Condition
-    target: Target
+    target: str
     scale: Float[Tensor, " rows"]
 
     def __post_init__(self) -> None:

@@ -21,7 +21,6 @@ from dfengine import models, shapes, store
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap
 from dfengine.result import Result
-from dfengine.schedule import Sampling
 from dfengine.shapes.judge import Judge
 from dfengine.trajectory import Job, Trajectory, to_bytes, trajectories
 
@@ -51,9 +50,9 @@ Event = Generated | StepMap | Finished
 class Engine:
     """Explains generations of one model.
 
-        engine = Engine.from_pretrained("shapes")
-        result = engine.explain("a red circle above a blue square on a gray background", Rise(num_masks=256))
-        result.heatmap("rise", step=3)
+    engine = Engine.from_pretrained("shapes")
+    result = engine.explain("a red circle above a blue square on a gray background", Rise(num_masks=256))
+    result.heatmap("rise", step=3)
     """
 
     def __init__(self, pipeline: Any, *, batch_size: int | None = None, guidance: float | None = None) -> None:
@@ -99,7 +98,7 @@ class Engine:
         negative_prompt: str = "",
         seed: int = 0,
         num_steps: int = 30,
-        sampling: Sampling = "uniform",
+        sampling: str | Sequence[int] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
     ) -> Job:
@@ -117,9 +116,7 @@ class Engine:
             image=None if image is None else torch.from_numpy(np.array(image)),
         )
 
-    def stream(
-        self, jobs: Sequence[Job], explainers: Explainer | Sequence[Explainer]
-    ) -> Iterator[Event]:
+    def stream(self, jobs: Sequence[Job], explainers: Explainer | Sequence[Explainer]) -> Iterator[Event]:
         """Generate and explain many images, telling of each thing as it is done.
 
         Jobs are sampled in groups of neighbours with equally many steps, and masks of a group share their batches. For
@@ -154,7 +151,7 @@ class Engine:
         negative_prompt: str = "",
         seed: int = 0,
         num_steps: int = 30,
-        sampling: Sampling = "uniform",
+        sampling: str | Sequence[int] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
         previews: bool = True,
@@ -183,8 +180,10 @@ class Engine:
         with torch.no_grad():
             self.denoiser.condition([prompt, negative_prompt])
         plan = self.plan([job], explainers, previews=previews)
-        file = nullcontext() if out is None else store.Writer.create(
-            Path(out), plan, overwrite=overwrite, device=device_name(self.denoiser.device)
+        file = (
+            nullcontext()
+            if out is None
+            else store.Writer.create(Path(out), plan, overwrite=overwrite, device=device_name(self.denoiser.device))
         )
         result: Result | None = None
         with file as writer:
@@ -275,7 +274,9 @@ def _several(explainers: Explainer | Sequence[Explainer]) -> list[Explainer]:
     if not several:
         raise ValueError("there is no explainer: give at least one, such as Rise()")
     if len(set(names)) < len(names):
-        raise ValueError(f"explainers share a name ({', '.join(names)}): give each its own, as in Rise(name='rise-global')")
+        raise ValueError(
+            f"explainers share a name ({', '.join(names)}): give each its own, as in Rise(name='rise-global')"
+        )
     return several
 
 
@@ -283,7 +284,8 @@ def describe(explainer: Explainer) -> dict[str, Any]:
     """An explainer's settings as JSON values; a function is told by its qualified name."""
     settings = {field.name: getattr(explainer, field.name) for field in dataclasses.fields(explainer)}  # type: ignore[arg-type]  # explainers are dataclasses
     return {"explainer": type(explainer).__name__} | {
-        name: f"{value.__module__}.{value.__qualname__}" if callable(value) else value for name, value in settings.items()
+        name: f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+        for name, value in settings.items()
     }
 
 

@@ -7,16 +7,13 @@ is as right as the scheduler's. (diffusers' `DDIMScheduler.step` takes `prev = t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-Stage = Literal["early", "latter"]
-Sampling = Literal["uniform", "early", "latter"] | Sequence[int]
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -54,6 +51,8 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read a diffusers scheduler's configuration; what it leaves out has DDIMScheduler's defaults.
 
+        Except for `clip_sample`: only samplers that can clip have the entry, the others leave x0 as it is.
+
         Raises ValueError for a schedule or prediction type that is not known.
         """
         betas = _betas(config)
@@ -69,7 +68,7 @@ class NoiseSchedule:
             prediction_type=prediction_type,
             timestep_spacing=config.get("timestep_spacing", "leading"),
             steps_offset=config.get("steps_offset", 0),
-            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None,
             thresholding=(config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0))
             if config.get("thresholding", False)
             else None,
@@ -79,26 +78,27 @@ class NoiseSchedule:
         """ᾱ of each time-step in float32, shaped to multiply latents."""
         return self.alpha_bar.to(timesteps.device)[timesteps].float()[:, None, None, None]
 
-    def timesteps(self, sampling: Sampling = "uniform", num_steps: int = 30, gamma: float = 60) -> list[int]:
+    def timesteps(self, sampling: str | Iterable[int] = "uniform", num_steps: int = 30, gamma: float = 60) -> list[int]:
         """The decreasing list of time-steps to visit.
 
         `sampling` is "uniform" (the scheduler's own spacing), "early" or "latter" (`exponential_timesteps`), or a list.
         Raises ValueError where the list is not strictly decreasing or leaves [0, T − 1].
         """
         total = self.num_train_timesteps
-        if sampling == "uniform":
-            _check_num_steps(num_steps, total)
-            return self._uniform(num_steps)
-        if sampling in ("early", "latter"):
-            return exponential_timesteps(num_steps, gamma, sampling, total)  # type: ignore[arg-type]  # narrowed above
         if isinstance(sampling, str):
-            raise ValueError(f"sampling {sampling!r} is not known: expected 'uniform', 'early', 'latter' or a list")
-        steps = [int(t) for t in sampling]
-        if not steps:
+            if sampling == "uniform":
+                _check_num_steps(num_steps, total)
+                return self._uniform(num_steps)
+            if sampling not in ("early", "latter"):
+                raise ValueError(f"sampling {sampling!r} is not known: expected 'uniform', 'early', 'latter' or a list")
+            return exponential_timesteps(num_steps, gamma, sampling, total)
+        given = list(sampling)
+        if not given:
             raise ValueError("the list of time-steps is empty: give at least one")
-        for t in steps:
-            if not 0 <= t < total:
-                raise ValueError(f"time-step {t} is outside [0, {total - 1}]: steps index the training schedule")
+        for t in given:
+            if not (0 <= t < total and int(t) == t):
+                raise ValueError(f"time-step {t} is not one of 0 … {total - 1}: steps index the training schedule")
+        steps = [int(t) for t in given]
         for earlier, later in zip(steps, steps[1:], strict=False):
             if later >= earlier:
                 raise ValueError(f"time-steps must fall strictly, but {later} follows {earlier}")
@@ -135,9 +135,7 @@ class NoiseSchedule:
             return Prediction(prediction, (x_t - signal * prediction) / noise)
         return Prediction((x_t - noise * prediction) / signal, prediction)
 
-    def step(
-        self, prediction: Prediction, timesteps: Int[Tensor, " n"], next_timesteps: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n c h w"]:
+    def step(self, prediction: Prediction, next_timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
         """x_next = √ᾱ_next x0 + √(1 − ᾱ_next) ε, deterministic DDIM (Eq. 4, σ = 0).
 
         A next time-step of −1 is the end of the list: it lands on `final_alpha_bar`.
@@ -163,7 +161,7 @@ class NoiseSchedule:
 
 
 def exponential_timesteps(
-    num_steps: int, gamma: float = 60, stage: Stage = "early", num_train_timesteps: int = 1000
+    num_steps: int, gamma: float = 60, stage: str = "early", num_train_timesteps: int = 1000
 ) -> list[int]:
     """Time-steps concentrated in the early (noisy) or latter part of the process, Eqs. 12–14.
 
@@ -199,7 +197,9 @@ def _check_num_steps(num_steps: int, total: int) -> None:
     if num_steps < 1:
         raise ValueError(f"{num_steps} steps are not possible: expected at least 1")
     if num_steps > total:
-        raise ValueError(f"{num_steps} steps are more than the {total} of the training schedule: ask for at most {total}")
+        raise ValueError(
+            f"{num_steps} steps are more than the {total} of the training schedule: ask for at most {total}"
+        )
 
 
 def _betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:

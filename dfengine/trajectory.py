@@ -93,7 +93,7 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
             x[i] = schedule.add_noise(clean, noise[i : i + 1], t[i : i + 1])[0]
         latents.append(x)
         predictions.append(guided(x, t, rows))
-        x = schedule.step(predictions[-1], t, t_next)
+        x = schedule.step(predictions[-1], t_next)
     images = to_bytes(denoiser.decode(x))
 
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +29,7 @@ class StepMap:
     """each mask's (mean) score, NaN for masks that an early stop spared"""
 
 
+@runtime_checkable
 class Explainer(Protocol):
     """A frozen dataclass of settings; `dataclasses.asdict` of it runs it again."""
 

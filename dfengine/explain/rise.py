@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import dfkernels
 import torch
@@ -17,16 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfengine.batching import PADDING, in_batches
-from dfengine.denoiser import TARGETS, Condition, Denoiser, Guided, Target
+from dfengine.denoiser import TARGETS, Condition, Denoiser, Guided
 from dfengine.explain.base import StepMap
 from dfengine.trajectory import Trajectory
 
-Similarity = Literal[
-    "structure", "luminance", "contrast_structure", "contrast", "ssim", "cosine", "frechet"
-]
-Score = Literal["local", "global"]
-Estimator = Literal["sum", "coverage", "contrast", "ridge"]
-MaskKind = Literal["gaussian", "rise"]
+SIMILARITIES = (*dfkernels.SIMILARITIES, "frechet")
+ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")
 
 #: With an early stop, the standard error is looked at after every so many masks.
 _MASKS_BETWEEN_CHECKS = 64
@@ -44,21 +40,21 @@ class Rise:
     """N a step; the most there are if `stop_at_error` is set"""
     keep_probability: float = 0.5
     """share of latent pixels that a mask keeps, in (0, 1)"""
-    masks: MaskKind = "gaussian"
+    masks: str = "gaussian"
     """"gaussian": every pixel by itself; "rise": a smooth random grid"""
     grid: int = 8
     """cells a side of a "rise" mask"""
-    similarity: Similarity | Callable[[Tensor, Tensor], Tensor] = "structure"
+    similarity: str | Callable[[Tensor, Tensor], Tensor] = "structure"
     """by name, or a function (a [n, c, h, w], b [c, h, w]) → scores, [n, h, w] if local and [n] if global"""
-    score: Score = "local"
+    score: str = "local"
     """a map of scores a mask, or one scalar a mask"""
-    estimator: Estimator | None = None
+    estimator: str | None = None
     """None is "coverage" for local and "ridge" for global scores"""
     window: int = 11
     """pixels a side of the Gaussian window of local statistics, odd"""
     sigma: float = 1.5
     """of that window, in latent pixels"""
-    target: Target = "conditional"
+    target: str = "conditional"
     """which prediction is explained"""
     stop_at_error: float | None = None
     """stop a step once the mean standard error is below this share of its map's range"""
@@ -83,20 +79,20 @@ class Rise:
             raise ValueError(f"sigma {self.sigma} is not possible: expected more than 0")
         if self.stop_at_error is not None and not self.stop_at_error > 0:
             raise ValueError(f"stop_at_error {self.stop_at_error} is not possible: expected more than 0")
-        choice("masks", get_args(MaskKind))
-        choice("score", get_args(Score))
+        choice("masks", dfkernels.MASK_KINDS)
+        choice("score", dfkernels.SCORES)
         choice("target", TARGETS)
         if not callable(self.similarity):
-            choice("similarity", get_args(Similarity))
+            choice("similarity", SIMILARITIES)
         if self.estimator is not None:
-            choice("estimator", get_args(Estimator))
+            choice("estimator", ESTIMATORS)
         if self.score == "local" and self.estimator == "ridge":
             raise ValueError("the ridge estimator regresses one score a mask: it needs score='global'")
         if self.score == "local" and self.similarity == "frechet":
             raise ValueError("the Fréchet similarity compares whole images: it needs score='global'")
 
     @property
-    def estimates(self) -> Estimator:
+    def estimates(self) -> str:
         """The estimator in force."""
         return self.estimator or ("coverage" if self.score == "local" else "ridge")
 
@@ -167,7 +163,9 @@ class _Masking:
             unfinished: list[int] = []
             seen = 0
 
-            def work(entries: Int[Tensor, " n"], count: int = count, first: int = first, active: Tensor = active) -> None:
+            def work(
+                entries: Int[Tensor, " n"], count: int = count, first: int = first, active: Tensor = active
+            ) -> None:
                 padded = entries == PADDING
                 rows = torch.where(padded, PADDING, active[(entries // count).clamp(min=0)])
                 self._measure(rows, first + entries % count)
@@ -198,7 +196,7 @@ class _Masking:
         if isinstance(self.rise.similarity, str) and self.rise.similarity != "frechet":
             means = dfkernels.accumulate(
                 answers,
-                self.references,
+                self.references[:-1],
                 self.sums,
                 *where,
                 similarity=self.rise.similarity,

@@ -87,6 +87,7 @@ def loss(logits: dict[str, Tensor], captions: list[Caption]) -> Float[Tensor, ""
     """Summed cross-entropy over the attributes that each caption has."""
     wanted: Int[Tensor, "n attributes"] = torch.tensor([read(caption) for caption in captions])
     terms = [
-        F.cross_entropy(part, wanted[:, i].to(part.device), ignore_index=ABSENT) for i, part in enumerate(logits.values())
+        F.cross_entropy(part, wanted[:, i].to(part.device), ignore_index=ABSENT)
+        for i, part in enumerate(logits.values())
     ]
     return torch.stack(terms).sum()

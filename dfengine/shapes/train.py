@@ -242,7 +242,12 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 def build_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -297,7 +302,9 @@ def train_judge(run: Run, steps: int) -> judging.Judge:
         images = render(scenes)[0]
         blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         images = torch.lerp(images, blurred, torch.rand(64, 1, 1, 1, generator=generator))
-        images = images + 0.1 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
+        images = images + 0.1 * torch.rand(64, 1, 1, 1, generator=generator) * torch.randn(
+            images.shape, generator=generator
+        )
         images = images + 0.05 * torch.randn(64, 3, 1, 1, generator=generator)
         return judging.loss(model(images.to(run.device)), scenes.captions)
 
@@ -308,7 +315,9 @@ def train_judge(run: Run, steps: int) -> judging.Judge:
     return model
 
 
-def export(pair: Pair, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, judge: judging.Judge, folder: Path) -> None:
+def export(
+    pair: Pair, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, judge: judging.Judge, folder: Path
+) -> None:
     """Write the pipeline folder that `StableDiffusionPipeline.from_pretrained` reads, and the judge beside it."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder.cpu(),
@@ -322,7 +331,9 @@ def export(pair: Pair, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, jud
     )
     pipeline.to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    save_file({name: value.contiguous() for name, value in judge.cpu().state_dict().items()}, folder / judging.WEIGHTS.name)
+    save_file(
+        {name: value.contiguous() for name, value in judge.cpu().state_dict().items()}, folder / judging.WEIGHTS.name
+    )
 
 
 def main() -> None:
@@ -331,7 +342,9 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of checkpoints and logs, outside git")
     parser.add_argument("--out", type=Path, help="pipeline folder to write (default: STATE/pipeline)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument(
+        "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     parser.add_argument("--autoencoder-steps", type=int, default=4000)
     parser.add_argument("--denoiser-steps", type=int, default=10_000)
     parser.add_argument("--judge-steps", type=int, default=3000)

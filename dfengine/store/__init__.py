@@ -3,8 +3,9 @@
 It knows plain arrays, strings and settings; models and explainers are the engine's. See FORMAT in the documentation.
 """
 
+from dfengine.store.item import LazyArray, StoredItem
 from dfengine.store.plan import Item, Method, Plan, StoreError
-from dfengine.store.reader import LazyArray, Run, StoredItem, open
+from dfengine.store.reader import Run, open
 from dfengine.store.schema import FORMAT_VERSION
 from dfengine.store.writer import Writer
 

@@ -1,9 +1,11 @@
-"""Names beside a result, the lock that keeps two writers apart, and what an operating system's error means to a user."""
+"""Names beside a result, the lock that keeps two writers apart, and the system's errors in a user's words."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from dfengine.store.plan import StoreError
@@ -48,6 +50,28 @@ def cause(error: Exception) -> str:
     if number is None and (match := re.search(r"errno = (\d+)", str(error))):
         number = int(match[1])
     return _CAUSES.get(number or 0, " ".join(str(error).split()))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's errors into a line that names the file; HDF5 raises some of them as RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StoreError(f"cannot write {path}: {cause(error)}") from error
+
+
+def cut_off(handle: int, about: os.stat_result) -> None:
+    """Leaves the file as it is on the disk, and HDF5, which has it open as `handle`, with memory to write to.
+
+    HDF5 cannot let go of a file that it fails to write: it tries again on closing and at exit, may then mark a file as
+    complete that is not, and crash. Without its file, it clears up in peace, and the file is what a kill would leave.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(handle), about):
+            memory = os.memfd_create("dfengine")
+            os.dup2(memory, handle)
+            os.close(memory)
 
 
 class Lock:

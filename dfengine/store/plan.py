@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StoreError(ValueError):
-    """A file that cannot be written or read as asked: one line with what was found, what was expected and the remedy."""
+    """A file that cannot be written or read as asked: one line with what was found, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """The values of nested JSON under dotted names; members of a list go by their own name or key where they have one."""
+    """The values of nested JSON under dotted names; members of a list go by their name where they have one."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {member.get("name", str(place)): member for place, member in enumerate(value)}
     if isinstance(value, dict):

@@ -186,7 +186,8 @@ def ridge(
         error² = σ̂² diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹],   σ̂² = ‖y − Xβ‖² / max(N − tr H, 1),   H = X (XᵀX + κ)⁻¹ Xᵀ
 
     β(λ) is what keeping λ adds to the score. Every mask, of either kind, has mean p at every pixel. Solved in float64,
-    in the h·w pixels for N ≥ h·w, else in the N masks. With fewer than two scores the error is ∞.
+    in the h·w pixels for N ≥ h·w, else in the N masks. The error is right from N = 2·h·w on; it is too small below
+    N = h·w, where β all but interpolates the scores (a third of the truth at N = h·w / 4), and ∞ for one score.
     """
     if not penalty > 0:
         raise ValueError(f"penalty {penalty} is not positive: 1 is the default")

@@ -168,7 +168,7 @@ def blend(
 
 def similarity(
     a: Float[Tensor, "n c h w"],
-    b: Float[Tensor, "c h w"] | Float[Tensor, "n c h w"],
+    b: Float[Tensor, "..."],
     kind: str = "structure",
     score: str = "local",
     *,
@@ -176,7 +176,7 @@ def similarity(
     sigma: float = 1.5,
     data_range: float = 1.0,
 ) -> Float[Tensor, "n h w"] | Float[Tensor, " n"]:
-    """Similarity of a = f(R⊙M) and b = f(R): a map of it each (`local`) or a number each (`global`).
+    """Similarity of a = f(R⊙M) and b = f(R) [c, h, w] or [n, c, h, w]: a map each (`local`) or a number (`global`).
 
         luminance            (2μ_a μ_b + C₁) / (μ_a² + μ_b² + C₁)          eq. 5        C₁ = (0.01 L)²
         contrast_structure   (2σ_ab + C₂) / (σ_a² + σ_b² + C₂)             eq. 6        C₂ = (0.03 L)²

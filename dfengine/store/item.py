@@ -1,0 +1,186 @@
+"""One item of an open file: its arrays, by the names that a result in memory has, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from dfengine.result import Explanation
+from dfengine.store import schema
+from dfengine.store.plan import Item, StoreError
+
+if TYPE_CHECKING:
+    from dfengine.store.reader import Run
+
+
+class LazyArray:
+    """Values of one item in the file, read when sliced; values not written yet read as NaN.
+
+    Slices as h5py does: integers, slices, one list or mask, an ellipsis. `numpy.asarray` reads all of it.
+    """
+
+    def __init__(self, run: Run, path: str, where: dict[str, int], lengths: Mapping[str, int] | None = None) -> None:
+        self._run = run
+        self._path = path
+        self._where = where
+        if path not in run.layout:
+            raise StoreError(f"{run.path} holds no {path}: it was not asked for")
+        size = run.layout[path][1] | dict(lengths or {})
+        self._free = {axis: size[axis] for axis in run.layout[path][0].axis_names if axis not in where}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._free.values())
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self._run.layout[self._path][0].dtype)
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the axes."""
+        return tuple(self._free)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        keys = list(key) if isinstance(key, tuple) else [key]
+        missing = len(self.shape) - sum(part is not Ellipsis for part in keys)
+        if missing < 0:
+            raise IndexError(f"{len(keys)} indices for {self._path}, which has the axes {', '.join(self._free)}")
+        place = next((place for place, part in enumerate(keys) if part is Ellipsis), len(keys))
+        keys[place : place + 1] = [slice(None)] * missing
+        chosen = {
+            axis: slice(*part.indices(length))
+            if isinstance(part, slice)
+            else range(length)[part]
+            if _whole(part)
+            else part
+            for (axis, length), part in zip(self._free.items(), keys, strict=True)
+        }
+        return self._run.read(self._path, self._where | chosen)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[...], dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"LazyArray({self._path}, shape {self.shape}, {self.dtype})"
+
+
+def _whole(part: Any) -> bool:
+    return isinstance(part, int | np.integer)
+
+
+class StoredItem(Explanation):
+    """One item of a file; its arrays are read when asked for."""
+
+    def __init__(self, run: Run, index: int) -> None:
+        self._run = run
+        self.index = index
+        self.item: Item = run.plan.items[index]
+
+    key = property(lambda self: self.item.key)
+    prompt = property(lambda self: self.item.prompt)
+    negative_prompt = property(lambda self: self.item.negative_prompt)
+    seed = property(lambda self: self.item.seed)
+    model = property(lambda self: self._run.plan.model)
+    tokens = property(lambda self: self.item.tokens)
+    words = property(lambda self: self.item.words)
+
+    def _methods(self, path: str, chosen: Mapping[str, Mapping[str, int]]) -> dict[str, LazyArray]:
+        names = [method.name for method in self._run.plan.methods]
+        return {
+            name: LazyArray(self._run, path, {"item": self.index, "method": names.index(name)}, lengths)
+            for name, lengths in chosen.items()
+        }
+
+    @property
+    def maps(self) -> dict[str, LazyArray]:
+        """Raw saliency, float32 [steps, h, w], by method."""
+        return self._methods("maps/saliency", {method.name: {} for method in self._run.plan.methods})
+
+    @property
+    def errors(self) -> dict[str, LazyArray]:
+        """Standard error of the saliency, float32 [steps, h, w], by the methods that give one."""
+        return self._methods("maps/error", {method.name: {} for method in self._run.plan.methods if method.has_error})
+
+    @property
+    def scores(self) -> dict[str, LazyArray]:
+        """The masks' scores, float32 [steps, masks], by the methods that keep them; NaN after the last mask drawn."""
+        methods = [method for method in self._run.plan.methods if method.num_masks]
+        return self._methods("scores/score", {method.name: {"mask": method.num_masks} for method in methods})
+
+    @property
+    def cam(self) -> dict[str, LazyArray]:
+        """Raw DF-CAM maps at the layer's own resolution, float32 [steps, u, v], by layer."""
+        found = {}
+        for (u, v), layers in schema.resolutions(self._run.plan).items():
+            for place, name in enumerate(layers):
+                found[name] = LazyArray(self._run, f"cam/{u}x{v}/saliency", {"item": self.index, "layer": place})
+        return {name: found[name] for name, _ in self._run.plan.layers}
+
+    @property
+    def relevance(self) -> LazyArray:
+        """Relevance of each of the item's tokens, float32 [tokens, steps]."""
+        return LazyArray(self._run, "curves/relevance", {"item": self.index}, {"token": len(self.tokens)})
+
+    @property
+    def heat(self) -> LazyArray:
+        """Cross-attention heat map of each of the item's words, float32 [words, steps, h, w]."""
+        return LazyArray(self._run, "curves/heat", {"item": self.index}, {"word": len(self.words)})
+
+    @property
+    def latents(self) -> LazyArray:
+        """R_t, float32 [steps, c, h, w]."""
+        return LazyArray(self._run, "latents/latent", {"item": self.index})
+
+    @property
+    def epsilon(self) -> LazyArray:
+        """ε(R_t), float32 [steps, c, h, w]."""
+        return LazyArray(self._run, "latents/epsilon", {"item": self.index})
+
+    @property
+    def image(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The decoded image; StoreError where the trajectory is not stored yet."""
+        return self._of_trajectory("images/rgb")
+
+    @property
+    def previews(self) -> LazyArray | None:
+        """The image predicted at each step, uint8 [steps, H, W, 3], if the file keeps them."""
+        path = "images/preview"
+        return LazyArray(self._run, path, {"item": self.index}) if path in self._run.layout else None
+
+    @property
+    def timesteps(self) -> Int[np.ndarray, " steps"]:
+        """The steps of the training schedule; StoreError where the trajectory is not stored yet."""
+        return self._of_trajectory("schedule/timestep")
+
+    @property
+    def alpha_bar(self) -> Float[np.ndarray, " steps"]:
+        """ᾱ of each step; StoreError where the trajectory is not stored yet."""
+        return self._of_trajectory("schedule/alpha_bar")
+
+    def _of_trajectory(self, path: str) -> np.ndarray:
+        if not self.has_trajectory:
+            raise StoreError(f"{self._run.path}: item {self.index} has no trajectory yet")
+        return self._run.read(path, {"item": self.index})
+
+    @property
+    def has_trajectory(self) -> bool:
+        """Whether image, latents, ε and schedule are stored."""
+        return bool(self._run.marks("trajectory_done")[self.index])
+
+    @property
+    def done(self) -> dict[str, Bool[np.ndarray, " steps"]]:
+        """The steps whose map, error and scores are stored, by method."""
+        marks = self._run.marks("done")[self.index]
+        return {method.name: marks[place] for place, method in enumerate(self._run.plan.methods)}
+
+    @property
+    def seconds(self) -> float:
+        """Wall time the item took, NaN until it is finished."""
+        return float(self._run.read("items/seconds", {"item": self.index}))

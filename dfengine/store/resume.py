@@ -1,0 +1,56 @@
+"""Resume: a killed file is never appended to; what is marked in it is written again into a fresh one."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+
+from dfengine.store import schema
+from dfengine.store.files import part_path
+from dfengine.store.plan import Plan, StoreError
+from dfengine.store.reader import Run
+from dfengine.store.reader import open as open_run
+from dfengine.store.sink import Job, Sink
+
+
+def interrupted_run(path: Path, plan: Plan, overwrite: bool, resume: bool) -> Run | None:
+    """The interrupted file to go on with, if any; StoreError where something is in the way that may not be lost."""
+    part = part_path(path)
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder: name a file in it")
+    if path.exists() and not overwrite:
+        raise StoreError(f"{path} exists already: choose another name, or --overwrite to replace it")
+    if not part.exists() or (overwrite and not resume):
+        return None
+    if not resume:
+        raise StoreError(f"{part} holds an interrupted run: --resume to go on with it, or --overwrite to start afresh")
+    try:
+        run = open_run(part)
+        if differences := run.plan.differences(plan):
+            run.close()
+            told = "; ".join(differences)
+            raise StoreError(f"{part} was begun with other settings: {told}; use those, or --overwrite to start afresh")
+    except StoreError:
+        if not overwrite:
+            raise
+        return None
+    return run
+
+
+def copy(source: Run, sink: Sink) -> None:
+    """Writes again what is marked in another file of the same plan; what is damaged there stays unmarked here."""
+    for marker, row in schema.MARKERS.items():
+        members = [name for name, (dataset, _) in source.layout.items() if dataset.marker == marker]
+        for place in np.argwhere(source.marks(marker)):
+            where = dict(zip(row.axis_names, place.tolist(), strict=True))
+            with contextlib.suppress(StoreError):
+                values = {name: source.read(name, where) for name in members}
+                sink.write(Job(where, {name: values[name] for name in members if _written(values[name])}, marker))
+    seconds = source.read("items/seconds", {})
+    attempts = source.read("items/attempt", {}) + np.isnan(seconds)
+    sink.write(Job({}, {"items/seconds": seconds, "items/attempt": attempts}))
+
+
+def _written(values: np.ndarray) -> bool:
+    """Whether there is anything in what was read: a place without an array reads as NaN."""
+    return values.dtype.kind != "f" or not np.isnan(values).all()

@@ -1,0 +1,178 @@
+"""A small run for the store's tests, its values known for every place; and, run as a script, the faults of its writer.
+
+    LD_PRELOAD=shim.so python store_example.py shim.so FOLDER ERRNO
+
+writes the run again and again, in a fork each: ended before its Nth write (ERRNO 0), or with that write and all later
+ones failing, for every N until a run gets through. Each leftover is read and then resumed.
+"""
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dfengine import store
+
+PLAN = store.Plan(
+    items=(
+        store.Item("k0", "a red circle", seed=1, tokens=("a", "red", "circle"), words=("red", "circle")),
+        store.Item("k1", "ein Würfel", "blurry", seed=2**64 - 1, tokens=("ein", "Würfel"), words=("Würfel",)),
+    ),
+    methods=(
+        store.Method("rise", {"keep_probability": 0.5, "kind": "gaussian"}, num_masks=7, has_error=True),
+        store.Method("random", {"seed": 3}),
+    ),
+    num_steps=3,
+    latent=(2, 5, 6),
+    image=(10, 12),
+    layers=(("down.0", (5, 6)), ("mid", (3, 3)), ("up.0", (5, 6))),
+    previews=True,
+    model="shapes",
+    settings={"sampling": "early", "gamma": 60, "timesteps": [900, 500, 100]},
+)
+SMALL = store.Plan(
+    items=(store.Item("k", "a red circle", tokens=("a",), words=("a",)),),
+    methods=(store.Method("rise", num_masks=3, has_error=True),),
+    num_steps=2,
+    latent=(1, 4, 4),
+    image=(4, 4),
+    layers=(("mid", (2, 2)),),
+)
+
+
+def values(plan: store.Plan, *place: int) -> Callable[..., np.ndarray]:
+    """Float32 values that belong to one place of a run, of any shape asked for."""
+    return lambda *shape: np.random.default_rng(place).standard_normal(shape).astype(np.float32)
+
+
+def trajectory(plan: store.Plan, item: int) -> dict[str, np.ndarray]:
+    steps, random = plan.num_steps, np.random.default_rng(item)
+    images = random.integers(256, size=(steps + 1, *plan.image, 3), dtype=np.uint8)
+    return {
+        "timesteps": np.arange(steps, 0, -1) * 300,
+        "alpha_bar": random.random(steps),
+        "latents": random.standard_normal((steps, *plan.latent)).astype(np.float32),
+        "epsilon": random.standard_normal((steps, *plan.latent)).astype(np.float32),
+        "image": images[0],
+    } | ({"previews": images[1:]} if plan.previews else {})
+
+
+def step(plan: store.Plan, item: int, place: int, step: int) -> dict[str, np.ndarray]:
+    """One map; scores come one fewer with each step, as after an early stop."""
+    method, random = plan.methods[place], np.random.default_rng((item, place, step))
+    drawn = {"saliency": random.standard_normal(plan.latent[1:]).astype(np.float32)}
+    if method.has_error:
+        drawn["error"] = random.random(plan.latent[1:]).astype(np.float32)
+    if method.num_masks:
+        drawn["scores"] = random.standard_normal(method.num_masks - step).astype(np.float32)
+    return drawn
+
+
+def cam(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng((item, 100, step))
+    return {name: random.random(size).astype(np.float32) for name, size in plan.layers}
+
+
+def curves(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
+    random, told = np.random.default_rng((item, 200, step)), plan.items[item]
+    return {
+        "relevance": random.random(len(told.tokens)).astype(np.float32),
+        "heat": random.random((len(told.words), *plan.latent[1:])).astype(np.float32),
+    }
+
+
+def fill(writer: store.Writer) -> None:
+    """Writes all that is not stored yet, in an engine's order."""
+    plan, done = writer.plan, writer.done
+    for item in range(len(plan.items)):
+        if not writer.has_trajectory(item):
+            writer.trajectory(item, **trajectory(plan, item))
+        for place, method in enumerate(plan.methods):
+            for at in np.flatnonzero(~done[item, place]).tolist():
+                writer.step(item, method.name, at, **step(plan, item, place, at))
+        for at in range(plan.num_steps):
+            if not writer.has_cam(item, at):
+                writer.cam(item, at, cam(plan, item, at))
+            missing = {"relevance": not writer.has_relevance(item, at), "heat": not writer.has_heat(item, at)}
+            writer.curves(item, at, **{name: curves(plan, item, at)[name] for name in missing if missing[name]})
+        writer.finish(item, 1.5 + item)
+
+
+def check(run: store.Run) -> int:
+    """Asserts that all that is marked in a run is there and right; the number of marks."""
+    equal, plan, marks = np.testing.assert_array_equal, run.plan, 0
+    for index, item in enumerate(run):
+        if item.has_trajectory:
+            marks += 1
+            given = trajectory(plan, index)
+            for name in given:
+                equal(getattr(item, name)[...], given[name], name)
+        for place, method in enumerate(plan.methods):
+            for at in np.flatnonzero(item.done[method.name]).tolist():
+                marks += 1
+                given = step(plan, index, place, at)
+                equal(item.maps[method.name][at], given["saliency"])
+                if "error" in given:
+                    equal(item.errors[method.name][at], given["error"])
+                if "scores" in given:
+                    equal(item.scores[method.name][at], np.append(given["scores"], [np.nan] * at).astype(np.float32))
+        for at in np.flatnonzero(run.marks("cam_done")[index]).tolist():
+            marks += 1
+            for name, values in cam(plan, index, at).items():
+                equal(item.cam[name][at], values)
+        for name in ("relevance", "heat"):
+            for at in np.flatnonzero(run.marks(f"{name}_done")[index]).tolist():
+                marks += 1
+                equal(getattr(item, name)[:, at], curves(plan, index, at)[name])
+    return marks
+
+
+def total(plan: store.Plan) -> int:
+    """The number of marks of a whole run."""
+    return len(plan.items) * (1 + plan.num_steps * (len(plan.methods) + 3))
+
+
+def leftover(folder: Path) -> int:
+    """The marks in what a fault left in the folder, −1 where no file was there yet."""
+    path = next((path for path in (folder / "run.h5", folder / "run.part.h5") if path.exists()), None)
+    if path is None:
+        return -1
+    with store.open(path) as run:
+        return check(run)
+
+
+def faults(shim: ctypes.CDLL, folder: Path, error: int) -> None:
+    marks, last = [], -1
+    for nth in range(1, 100_000):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if (child := os.fork()) == 0:
+            shim.shim_arm(nth, error)
+            try:
+                with store.Writer.create(folder / "run.h5", SMALL) as writer:
+                    fill(writer)
+            except store.StoreError as refused:
+                assert os.strerror(error) in str(refused) or "full" in str(refused), refused
+                sys.exit(0)  # through HDF5's own clearing up, with the disk still failing
+            os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        marks.append(leftover(folder))
+        if status == 1:
+            break
+        assert status == (0 if error else 77), f"write {nth}: status {status}"
+        assert marks[-1] >= last, f"write {nth}: {marks[-1]} marks, {last} before"
+        last = marks[-1]
+        if not (folder / "run.h5").exists():
+            with store.Writer.resume(folder / "run.h5", SMALL) as writer:
+                fill(writer)
+        assert leftover(folder) == total(SMALL), f"write {nth}: resumed"
+    assert marks[-1] == total(SMALL), marks
+    print(f"{nth} writes, marks {sorted(set(marks))}")
+
+
+if __name__ == "__main__":
+    faults(ctypes.CDLL(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
