@@ -10,7 +10,7 @@ from dfengine.engine import Engine
 from dfengine.explain import Rise, StepMap
 from dfengine.result import Result
 from dfengine.schedule import exponential_timesteps
-from dfengine.store import open  # noqa: A004
+from dfengine.store import open
 from dfengine.trajectory import Job
 
 __all__ = ["Engine", "Job", "Result", "Rise", "StepMap", "exponential_timesteps", "open"]

@@ -6,10 +6,12 @@ is as right as the scheduler's. (diffusers' `DDIMScheduler.step` takes `prev = t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import index
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -78,7 +80,9 @@ class NoiseSchedule:
         """ᾱ of each time-step in float32, shaped to multiply latents."""
         return self.alpha_bar.to(timesteps.device)[timesteps].float()[:, None, None, None]
 
-    def timesteps(self, sampling: str | Iterable[int] = "uniform", num_steps: int = 30, gamma: float = 60) -> list[int]:
+    def timesteps(
+        self, sampling: str | Iterable[SupportsIndex] = "uniform", num_steps: int = 30, gamma: float = 60
+    ) -> list[int]:
         """The decreasing list of time-steps to visit.
 
         `sampling` is "uniform" (the scheduler's own spacing), "early" or "latter" (`exponential_timesteps`), or a list.
@@ -92,24 +96,26 @@ class NoiseSchedule:
             if sampling not in ("early", "latter"):
                 raise ValueError(f"sampling {sampling!r} is not known: expected 'uniform', 'early', 'latter' or a list")
             return exponential_timesteps(num_steps, gamma, sampling, total)
-        given = list(sampling)
-        if not given:
+        steps = [index(t) for t in sampling]
+        if not steps:
             raise ValueError("the list of time-steps is empty: give at least one")
-        for t in given:
-            if not (0 <= t < total and int(t) == t):
-                raise ValueError(f"time-step {t} is not one of 0 … {total - 1}: steps index the training schedule")
-        steps = [int(t) for t in given]
-        for earlier, later in zip(steps, steps[1:], strict=False):
+        for t in steps:
+            if not 0 <= t < total:
+                raise ValueError(f"time-step {t} is outside [0, {total - 1}]: steps index the training schedule")
+        for earlier, later in itertools.pairwise(steps):
             if later >= earlier:
                 raise ValueError(f"time-steps must fall strictly, but {later} follows {earlier}")
         return steps
 
     def _uniform(self, num_steps: int) -> list[int]:
         total = self.num_train_timesteps
+        # Halves are rounded as diffusers rounds them, which numpy's linspace and arange decide by their own arithmetic.
         if self.timestep_spacing == "linspace":
-            return [round(t) for t in torch.linspace(total - 1, 0, num_steps, dtype=torch.float64).tolist()]
+            gap = (total - 1) / max(num_steps - 1, 1)
+            return [round(i * gap) for i in reversed(range(num_steps))]
         if self.timestep_spacing == "trailing":
-            return [round(total - i * total / num_steps) - 1 for i in range(num_steps)]
+            gap = total - (total - total / num_steps)
+            return [round(total - i * gap) - 1 for i in range(num_steps)]
         if self.timestep_spacing == "leading":
             stride = total // num_steps
             offset = min(self.steps_offset, total - 1 - stride * (num_steps - 1))
@@ -212,15 +218,27 @@ def _betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
         return torch.linspace(start, end, total, dtype=torch.float64)
     if kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, total, dtype=torch.float64) ** 2
-    if kind == "squaredcos_cap_v2":
-        level = torch.cos((torch.arange(total + 1, dtype=torch.float64) / total + 0.008) / 1.008 * torch.pi / 2) ** 2
+    if kind in ("squaredcos_cap_v2", "laplace"):
+        level = _cosine_level(total) if kind == "squaredcos_cap_v2" else _laplace_level(total)
         return (1 - level[1:] / level[:-1]).clamp(max=0.999)
     if kind == "sigmoid":
         return torch.sigmoid(torch.linspace(-6, 6, total, dtype=torch.float64)) * (end - start) + start
     raise ValueError(
-        f"beta_schedule {kind!r} is not known: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid' "
-        "or trained_betas"
+        f"beta_schedule {kind!r} is not known: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid', "
+        "'laplace' or trained_betas"
     )
+
+
+def _cosine_level(total: int) -> Float[Tensor, " edges"]:
+    """cos²((s + 0.008)/1.008 · π/2) at s = 0 … 1 (Nichol & Dhariwal 2021)."""
+    return torch.cos((torch.arange(total + 1, dtype=torch.float64) / total + 0.008) / 1.008 * torch.pi / 2) ** 2
+
+
+def _laplace_level(total: int) -> Float[Tensor, " edges"]:
+    """√(SNR/(1 + SNR)) at s = 0 … 1, SNR = (1 − |1 − 2s| + 1e-6)^(∓1/2), as diffusers' DDPMScheduler has it."""
+    from_middle = 1 - 2 * torch.arange(total + 1, dtype=torch.float64) / total
+    log_snr = -0.5 * torch.where(from_middle < 0, -1.0, 1.0) * (1 - from_middle.abs() + 1e-6).log()
+    return log_snr.sigmoid().sqrt()
 
 
 def _rescale_zero_terminal_snr(alpha_bar: Float[Tensor, " T"]) -> Float[Tensor, " T"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class Job:
             raise ValueError("the prompt is empty: say what the image should show")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is outside [0, 2^63): choose one inside")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance {self.guidance} is not possible: expected a finite number")
 
     @property
     def mask_seed(self) -> int:
@@ -78,7 +81,7 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
     schedule, device = denoiser.schedule, denoiser.device
     prompts = denoiser.condition([job.prompt for job in jobs])
     negatives = denoiser.condition([job.negative_prompt for job in jobs])
-    scale = torch.tensor([job.guidance for job in jobs], device=device)
+    scale = torch.tensor([job.guidance for job in jobs], dtype=torch.float32, device=device)
     guided = Guided(denoiser, prompts, negatives, "guided", scale)
     rows = torch.arange(len(jobs), device=device)
     timesteps = torch.tensor([job.timesteps for job in jobs], device=device)
@@ -87,7 +90,7 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
     given = {i: _encode(denoiser, job.image) for i, job in enumerate(jobs) if job.image is not None}
 
     latents, predictions = [], []
-    x = noise
+    x = noise.clone()
     for t, t_next in zip(timesteps.T, following.T, strict=True):
         for i, clean in given.items():
             x[i] = schedule.add_noise(clean, noise[i : i + 1], t[i : i + 1])[0]
@@ -120,6 +123,7 @@ def _encode(denoiser: Denoiser, image: UInt8[Tensor, "H W 3"]) -> Float[Tensor, 
     if tuple(image.shape) != (*denoiser.image_shape, 3) or image.dtype != torch.uint8:
         height, width = denoiser.image_shape
         raise ValueError(
-            f"the image is {image.dtype} {tuple(image.shape)}, but the model makes uint8 ({height}, {width}, 3): resize it"
+            f"the image is {image.dtype} {tuple(image.shape)}, but the model makes torch.uint8 ({height}, {width}, 3): "
+            "resize it"
         )
     return denoiser.encode(image.permute(2, 0, 1)[None].to(denoiser.device).float() / 255)

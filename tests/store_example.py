@@ -1,17 +1,4 @@
-"""A small run for the store's tests, its values known for every place; and, run as a script, the faults of its writer.
-
-    LD_PRELOAD=shim.so python store_example.py shim.so FOLDER ERRNO
-
-writes the run again and again, in a fork each: ended before its Nth write (ERRNO 0), or with that write and all later
-ones failing, for every N until a run gets through. Each leftover is read and then resumed.
-"""
-
-import ctypes
-import os
-import shutil
-import sys
-from collections.abc import Callable
-from pathlib import Path
+"""A small run for the store's tests, with values known for every place."""
 
 import numpy as np
 
@@ -42,11 +29,6 @@ SMALL = store.Plan(
     image=(4, 4),
     layers=(("mid", (2, 2)),),
 )
-
-
-def values(plan: store.Plan, *place: int) -> Callable[..., np.ndarray]:
-    """Float32 values that belong to one place of a run, of any shape asked for."""
-    return lambda *shape: np.random.default_rng(place).standard_normal(shape).astype(np.float32)
 
 
 def trajectory(plan: store.Plan, item: int) -> dict[str, np.ndarray]:
@@ -134,45 +116,3 @@ def check(run: store.Run) -> int:
 def total(plan: store.Plan) -> int:
     """The number of marks of a whole run."""
     return len(plan.items) * (1 + plan.num_steps * (len(plan.methods) + 3))
-
-
-def leftover(folder: Path) -> int:
-    """The marks in what a fault left in the folder, −1 where no file was there yet."""
-    path = next((path for path in (folder / "run.h5", folder / "run.part.h5") if path.exists()), None)
-    if path is None:
-        return -1
-    with store.open(path) as run:
-        return check(run)
-
-
-def faults(shim: ctypes.CDLL, folder: Path, error: int) -> None:
-    marks, last = [], -1
-    for nth in range(1, 100_000):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        if (child := os.fork()) == 0:
-            shim.shim_arm(nth, error)
-            try:
-                with store.Writer.create(folder / "run.h5", SMALL) as writer:
-                    fill(writer)
-            except store.StoreError as refused:
-                assert os.strerror(error) in str(refused) or "full" in str(refused), refused
-                sys.exit(0)  # through HDF5's own clearing up, with the disk still failing
-            os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        marks.append(leftover(folder))
-        if status == 1:
-            break
-        assert status == (0 if error else 77), f"write {nth}: status {status}"
-        assert marks[-1] >= last, f"write {nth}: {marks[-1]} marks, {last} before"
-        last = marks[-1]
-        if not (folder / "run.h5").exists():
-            with store.Writer.resume(folder / "run.h5", SMALL) as writer:
-                fill(writer)
-        assert leftover(folder) == total(SMALL), f"write {nth}: resumed"
-    assert marks[-1] == total(SMALL), marks
-    print(f"{nth} writes, marks {sorted(set(marks))}")
-
-
-if __name__ == "__main__":
-    faults(ctypes.CDLL(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

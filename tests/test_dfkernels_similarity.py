@@ -182,6 +182,15 @@ def test_constant_inputs(score: str) -> None:
     assert_close(luminance, torch.full_like(luminance, (0.3 + 1e-4) / (0.34 + 1e-4)), **tolerance("similarity"))
 
 
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_flat_regions_have_no_negative_variance(kind: str) -> None:
+    # Away from the channel's mean and flat, so that E[a²] − E[a]² rounds to either side of zero.
+    a = torch.linspace(0.1, 0.9, 5).repeat_interleave(24)[None, None, None].repeat(1, 1, 24, 1)
+    b = torch.randn(1, 24, 120, generator=torch.Generator().manual_seed(0))
+    assert dfkernels.similarity(a, b, kind).isfinite().all()
+    assert dfkernels.similarity(b[None], a[0], kind).isfinite().all()
+
+
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 def test_an_offset_costs_structure_no_precision(score: str) -> None:
     a, b = (0.02 * x for x in images(1, 2, 7, 13))

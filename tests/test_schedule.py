@@ -7,23 +7,30 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 from dfengine.schedule import NoiseSchedule, exponential_timesteps
 
-PROPERTY = settings(max_examples=200, deadline=None, database=None, derandomize=True)
+PROPERTY = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 STAGES = st.sampled_from(["early", "latter"])
 
 # diffusers multiplies up to 1000 factors in float32, each with an error of 6e-8.
-TABLE = {"rtol": 1e-4, "atol": 1e-8}
-# x0 divides that error in ᾱ, and the rounding of x_t, by √ᾱ ≥ 0.07; ten steps.
-STEPS = {"rtol": 2e-4, "atol": 2e-4}
+TABLE = {"rtol": 2e-5, "atol": 1e-8}
+# float32 ᾱ against float64 ᾱ, over a dozen steps: measured 2e-5 at most.
+STEPS = {"rtol": 1e-4, "atol": 1e-4}
 
-EARLY = "999 893 884 875 865 854 842 829 816 801 785 768 749 729 708 684 659 632 602 571 536 499 459 416 370 319 265 206 143 74"
-LATTER = "999 926 857 794 735 681 630 584 541 501 464 429 398 368 341 316 292 271 251 232 215 199 184 171 158 146 135 125 116 107"
+#: T = 1000, l = 30, γ = 60, as SPEC §4 prints them.
+EARLY = (
+    "999 893 884 875 865 854 842 829 816 801 785 768 749 729 708 684 659 632 602 571 "
+    "536 499 459 416 370 319 265 206 143 74"
+)
+LATTER = (
+    "999 926 857 794 735 681 630 584 541 501 464 429 398 368 341 316 292 271 251 232 "
+    "215 199 184 171 158 146 135 125 116 107"
+)
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
@@ -81,7 +88,7 @@ def test_repeats_are_spread(stage: str) -> None:
 
 
 @PROPERTY
-@given(total=st.integers(1, 1500), gamma=st.floats(0, 1e6), stage=STAGES, data=st.data())
+@given(total=st.integers(1, 600), gamma=st.floats(0, 1e6), stage=STAGES, data=st.data())
 def test_exponential_lists_fall_strictly_inside(total: int, gamma: float, stage: str, data: st.DataObject) -> None:
     num_steps = data.draw(st.integers(1, total))
     steps = exponential_timesteps(num_steps, gamma, stage, total)
@@ -95,14 +102,11 @@ def test_exponential_lists_fall_strictly_inside(total: int, gamma: float, stage:
 @given(num_steps=st.integers(1, 40), gamma=st.integers(0, 60), stage=STAGES, total=st.integers(40, 1200))
 def test_exponential_lists_are_the_floors_of_exact_powers(num_steps: int, gamma: int, stage: str, total: int) -> None:
     """Where no floor repeats, in integers: k = ⌊T^(p/q)⌋ iff k^q ≤ T^p < (k + 1)^q."""
-    steps, q = exponential_timesteps(num_steps, float(gamma), stage, total), num_steps + gamma
-    # Late entries of a list are its small powers, where repeats are: stop before two neighbours that were spread.
-    order = range(num_steps, 0, -1) if stage == "latter" else range(num_steps)
-    floors = [_floor_root(total ** (i + gamma), q) for i in order]
-    raw = [total - 1 if i == 0 else total - k for i, k in enumerate(floors)] if stage == "early" else floors
-    raw[0] = total - 1
-    if all(later < earlier for earlier, later in pairwise(raw)) and raw[-1] >= 0:
-        assert steps == raw
+    q = num_steps + gamma
+    powers = [_floor_root(total ** (i + gamma), q) for i in range(1, num_steps)]
+    steps = [total - 1] + ([total - k for k in powers] if stage == "early" else powers[::-1])
+    assume(all(later < earlier for earlier, later in pairwise(steps)))
+    assert exponential_timesteps(num_steps, float(gamma), stage, total) == steps
 
 
 def _floor_root(value: int, q: int) -> int:
@@ -135,12 +139,11 @@ def test_impossible_exponential_lists_are_refused(arguments: dict[str, Any], mes
 
 
 @pytest.mark.parametrize("total", [1000, 97])
-@pytest.mark.parametrize("options", [{}, {"steps_offset": 1}, {"set_alpha_to_one": False}])
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_uniform_lists_are_diffusers(spacing: str, options: dict[str, Any], total: int) -> None:
-    scheduler = DDIMScheduler(num_train_timesteps=total, timestep_spacing=spacing, **options)
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)])
+def test_uniform_lists_are_diffusers(spacing: str, offset: int, total: int) -> None:
+    scheduler = DDIMScheduler(num_train_timesteps=total, timestep_spacing=spacing, steps_offset=offset)
     schedule = NoiseSchedule.from_config(scheduler.config)
-    for num_steps in range(2, total + 1):
+    for num_steps in range(1, total + 1):
         scheduler.set_timesteps(num_steps)
         # numpy's arange sometimes gives one more than was asked for.
         theirs = scheduler.timesteps.tolist()[:num_steps]
@@ -151,12 +154,6 @@ def test_uniform_lists_are_diffusers(spacing: str, options: dict[str, Any], tota
 def test_uniform_lists_stay_inside_where_diffusers_leave() -> None:
     schedule = NoiseSchedule.from_config({"steps_offset": 1})
     assert schedule.timesteps("uniform", 1000) == list(range(999, -1, -1))
-
-
-@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
-def test_one_step_begins_in_the_noise(spacing: str) -> None:
-    # diffusers' own linspace begins, and ends, at 0: an image of pure noise.
-    assert NoiseSchedule.from_config({"timestep_spacing": spacing}).timesteps("uniform", 1) == [999]
 
 
 def test_sampling_chooses_the_list() -> None:
@@ -177,9 +174,6 @@ def test_sampling_chooses_the_list() -> None:
         ([3, -1], "time-step -1"),
         ([3, 3], "3 follows 3"),
         ([3, 7], "7 follows 3"),
-        ([7.5, 3], "time-step 7.5"),
-        ([float("nan")], "time-step nan"),
-        (np.array([500.5]), "time-step 500.5"),
         ("late", "'late' is not known"),
     ],
 )
@@ -277,7 +271,9 @@ def test_steps_from_zero_signal_are_diffusers_ddim(prediction_type: str) -> None
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("steps", [exponential_timesteps(12, 20.0, "early"), exponential_timesteps(12, 20.0, "latter"), [321, 5]])
+@pytest.mark.parametrize(
+    "steps", [exponential_timesteps(12, 20.0, "early"), exponential_timesteps(12, 20.0, "latter"), [321, 5]]
+)
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 def test_any_list_is_first_order_dpm_solver(steps: list[int], prediction_type: str, set_alpha_to_one: bool) -> None:
     peer = DPMSolverMultistepScheduler(
@@ -287,6 +283,7 @@ def test_any_list_is_first_order_dpm_solver(steps: list[int], prediction_type: s
         solver_order=1,
         final_sigmas_type="zero" if set_alpha_to_one else "sigma_min",
     )
+    peer.alphas_cumprod = peer.alphas_cumprod.numpy()  # its own conversion warns under numpy 2
     peer.set_timesteps(timesteps=steps)
     config = SD | {"prediction_type": prediction_type, "set_alpha_to_one": set_alpha_to_one}
     assert_close(follow(NoiseSchedule.from_config(config), start(), steps), follow_peer(peer, start(), steps), **STEPS)

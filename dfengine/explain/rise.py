@@ -69,7 +69,7 @@ class Rise:
             raise ValueError(f"{self.num_masks} masks are not possible: expected at least 1")
         if not 0 < self.keep_probability < 1:
             raise ValueError(
-                f"keep probability {self.keep_probability} is outside (0, 1): a mask must keep some pixels and hide some"
+                f"keep probability {self.keep_probability} is outside (0, 1): a mask keeps some pixels and hides some"
             )
         if self.grid < 1:
             raise ValueError(f"a grid of {self.grid} cells is not possible: expected at least 1")

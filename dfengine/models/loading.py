@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,28 @@ def load(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with quiet():
-        from diffusers import DiffusionPipeline
-
-        options = {"dtype": dtype, "variant": variant, "revision": revision}
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(locate(model), **options)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"model {str(model)!r} could not be loaded: {reason}") from error
+        pipeline = _read(locate(model), dtype=dtype, variant=variant, revision=revision)
         return adapt(pipeline.to(device), name=str(model), batch_size=batch_size)
+
+
+def _read(source: str, **options: Any) -> Any:
+    """The pipeline of a folder or hub id.
+
+    Raises ValueError for whatever goes wrong: the libraries have an exception of its own for each file that is missing,
+    cut short or of another version, and for each way that a network can fail.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        if Path(source).is_dir():
+            return DiffusionPipeline.from_pretrained(source, **options)
+        try:
+            return DiffusionPipeline.from_pretrained(source, local_files_only=True, **options)
+        except Exception:  # not here, or not whole
+            return DiffusionPipeline.from_pretrained(source, **options)
+    except Exception as error:
+        reason = textwrap.shorten(str(error.__cause__ or error) or type(error).__name__, 300, placeholder=" …")
+        raise ValueError(f"model {source!r} could not be loaded: {reason}") from error
 
 
 def locate(model: str | Path) -> str:
@@ -59,7 +73,7 @@ def locate(model: str | Path) -> str:
         )
     if len(parts) == 1:
         raise ValueError(
-            f"model {str(model)!r} is not known: expected 'shapes' (the embedded model), a diffusers pipeline folder or "
+            f"model {str(model)!r} is not known: expected 'shapes' (the embedded model), a diffusers folder or "
             "a hub id as in 'owner/name'"
         )
     return str(model)

@@ -6,6 +6,8 @@ is the upper or left one. `read` turns a caption into the same form.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +43,7 @@ class Judge(nn.Module):
         widths = (3, 24, 48, 64, _FEATURES)
         stages = [
             nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         ]
         self.body = nn.Sequential(*stages, nn.Conv2d(_FEATURES, _FEATURES, 3, padding=1), nn.SiLU())
         self.mix = nn.Linear(_FEATURES * 16, _FEATURES)
@@ -51,10 +53,9 @@ class Judge(nn.Module):
         """A feature vector an image; `images` in [0, 1]."""
         return F.silu(self.mix(self.body(2 * images - 1).flatten(1)))
 
-    def forward(self, images: Float[Tensor, "n 3 64 64"]) -> dict[str, Float[Tensor, "n values"]]:
+    def forward(self, images: Float[Tensor, "n 3 64 64"]) -> dict[str, Float[Tensor, "n _"]]:
         """Logits of every attribute; `images` in [0, 1]."""
-        parts = self.heads(self.features(images)).split([len(values) for values in ATTRIBUTES.values()], dim=1)
-        return dict(zip(ATTRIBUTES, parts, strict=True))
+        return split(self.heads(self.features(images)))
 
     @classmethod
     def load(cls) -> Judge:
@@ -66,28 +67,36 @@ class Judge(nn.Module):
     @torch.no_grad()
     def agrees(self, images: Float[Tensor, "n 3 64 64"], captions: list[Caption]) -> Bool[Tensor, "n attributes"]:
         """Whether each image shows each attribute of its caption; an absent one counts as shown."""
-        wanted = torch.tensor([read(caption) for caption in captions])
+        wanted = read(captions)
         shown = torch.stack([logits.argmax(1).cpu() for logits in self(images).values()], dim=1)
         return (shown == wanted) | (wanted == ABSENT)
 
 
-def read(caption: Caption) -> list[int]:
-    """The index of each attribute's value in a caption, in the order of ATTRIBUTES."""
-    first, second, arrangement = caption.subject, caption.object, "single"
-    if caption.relation is not None and second is not None:
-        arrangement = "vertical" if caption.relation in ("above", "below") else "horizontal"
-        if caption.relation in ("below", "right of"):
-            first, second = second, first
-    values = [arrangement, *first, *(second or (None, None)), caption.background]
-    options = ATTRIBUTES.values()
-    return [ABSENT if value is None else names.index(value) for value, names in zip(values, options, strict=True)]
+def read(captions: Sequence[Caption]) -> Int[Tensor, "n attributes"]:
+    """The index of each attribute's value in each caption, in the order of ATTRIBUTES; ABSENT where it has none."""
+    rows = []
+    for caption in captions:
+        first, second, arrangement = caption.subject, caption.object, "single"
+        if caption.relation is not None and second is not None:
+            arrangement = "vertical" if caption.relation in ("above", "below") else "horizontal"
+            if caption.relation in ("below", "right of"):
+                first, second = second, first
+        values = [arrangement, *first, *(second or (None, None)), caption.background]
+        options = ATTRIBUTES.values()
+        rows.append([ABSENT if value is None else of.index(value) for value, of in zip(values, options, strict=True)])
+    return torch.tensor(rows)
 
 
-def loss(logits: dict[str, Tensor], captions: list[Caption]) -> Float[Tensor, ""]:
-    """Summed cross-entropy over the attributes that each caption has."""
-    wanted: Int[Tensor, "n attributes"] = torch.tensor([read(caption) for caption in captions])
+def split(logits: Float[Tensor, "n all"]) -> dict[str, Float[Tensor, "n _"]]:
+    """The logits of every attribute, out of one row of all of them."""
+    return dict(zip(ATTRIBUTES, logits.split([len(values) for values in ATTRIBUTES.values()], dim=1), strict=True))
+
+
+def loss(logits: dict[str, Tensor], wanted: Int[Tensor, "n attributes"]) -> Float[Tensor, ""]:
+    """Summed cross-entropy over the attributes that are there."""
+    there = wanted != ABSENT
     terms = [
-        F.cross_entropy(part, wanted[:, i].to(part.device), ignore_index=ABSENT)
+        F.cross_entropy(part, wanted[:, i], ignore_index=ABSENT, reduction="sum") / there[:, i].sum().clamp(min=1)
         for i, part in enumerate(logits.values())
     ]
     return torch.stack(terms).sum()

@@ -11,11 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import time
-from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +21,8 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dfengine.shapes import judge as judging
-from dfengine.shapes.world import SIZE, Scenes, render, sample_scenes, vocabulary
+from dfengine.shapes.optimise import Run
+from dfengine.shapes.world import SIZE, Caption, Scenes, render, sample_scenes, vocabulary
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 96
@@ -34,83 +30,8 @@ TEXT_WIDTH = 96
 LATENT_NOISE = 0.05
 #: Share of prompts left empty, so that the model can be guided.
 EMPTY_PROMPTS = 0.1
-#: Min-SNR weighting (Hang et al. 2023): caps the weight of the nearly noiseless time-steps.
-MAX_SNR = 5.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a training run keeps its state and how it is seeded."""
-
-    state: Path
-    seed: int
-    device: torch.device
-
-    def generator(self, stage: str, step: int) -> torch.Generator:
-        """The generator of one batch, a function of (seed, stage, step)."""
-        return torch.Generator().manual_seed(hash_name(f"{self.seed}/{stage}/{step}"))
-
-    def optimise(
-        self,
-        stage: str,
-        model: nn.Module,
-        loss_of: Callable[[nn.Module, torch.Generator], Tensor],
-        *,
-        steps: int,
-        learning_rate: float,
-        ema_decay: float | None = None,
-    ) -> nn.Module:
-        """AdamW with warm-up and cosine decay; returns the (averaged) model, resuming from the state folder."""
-        model.to(self.device, memory_format=torch.channels_last).train()
-        average = deepcopy(model).requires_grad_(False)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
-        warm_up = min(200, 1 + steps // 10)
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            optimiser,
-            lambda i: min((i + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * i / steps)) + 1e-3),
-        )
-        parts = {"model": model, "average": average, "optimiser": optimiser, "rate": rate}
-        path, first = self.state / f"{stage}.pt", 0
-        if path.exists():
-            saved = torch.load(path, map_location=self.device)
-            first = saved.pop("step")
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-
-        began, recent = time.monotonic(), []
-        for step in range(first, steps):
-            loss = loss_of(model, self.generator(stage, step))
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            rate.step()
-            decay = min(ema_decay or 0.0, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                    mean.lerp_(value, 1 - decay)
-            recent.append(loss.item())
-            if (step + 1) % 100 == 0 or step + 1 == steps:
-                self.log(stage, step=step + 1, loss=sum(recent) / len(recent), seconds=time.monotonic() - began)
-                recent.clear()
-                states = {name: part.state_dict() for name, part in parts.items()}
-                torch.save({"step": step + 1, **states}, path.with_suffix(".new"))
-                os.replace(path.with_suffix(".new"), path)
-        return average.eval()
-
-    def log(self, stage: str, **values: float) -> None:
-        """Print a line and append it to `log.jsonl`."""
-        line = json.dumps({"stage": stage} | {k: round(v, 6) for k, v in values.items()})
-        print(line, flush=True)
-        with open(self.state / "log.jsonl", "a") as file:
-            file.write(line + "\n")
-
-
-def hash_name(text: str) -> int:
-    """A 63-bit seed from a name, the same in every process."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+#: Weight of the text encoder's own task: the end-of-text token must tell what is where (see `Pair.tell`).
+TELLING = 0.1
 
 
 # --- autoencoder -----------------------------------------------------------------------------------------------------
@@ -131,7 +52,7 @@ def train_autoencoder(run: Run, steps: int) -> AutoencoderKL:
         scaling_factor=1.0,
     )
 
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss_of(model: AutoencoderKL, generator: torch.Generator) -> Tensor:
         images = 2 * render(sample_scenes(16, generator))[0].to(run.device, memory_format=torch.channels_last) - 1
         latents = model.encode(images).latent_dist.mean
         spread = latents.std((0, 2, 3), keepdim=True).detach()
@@ -229,10 +150,14 @@ class Pair(nn.Module):
             pad_token_id=tokenizer.pad_token_id,
         )
         self.text_encoder = CLIPTextModel(config)
+        self.tell = nn.Linear(TEXT_WIDTH, sum(map(len, judging.ATTRIBUTES.values())))
+        """Reads the caption's attributes by place off its last token. Which shape is at the left follows from subject
+        and relation together; noise prediction alone finds that out very late."""
 
-    def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The noise prediction, and the logits of what the text says."""
         text = self.text_encoder(tokens).last_hidden_state
-        return self.unet(latents, timesteps, encoder_hidden_states=text).sample
+        return self.unet(latents, timesteps, encoder_hidden_states=text).sample, judging.split(self.tell(text[:, -1]))
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
@@ -252,14 +177,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def train_denoiser(run: Run, autoencoder: AutoencoderKL, steps: int, num_scenes: int) -> tuple[Pair, CLIPTokenizer]:
-    """Noise prediction, weighted min(SNR, 5)/SNR, on cached latents."""
+    """Noise prediction on cached latents, and the text encoder's own task beside it."""
     torch.manual_seed(run.seed)
     tokenizer = build_tokenizer(run.state / "tokenizer")
-    latents, tokens = cached_latents(run, autoencoder, tokenizer, num_scenes)
+    latents, tokens, attributes = cached_latents(run, autoencoder, tokenizer, num_scenes)
     empty = tokenize(tokenizer, [""])[0].to(run.device)
     alpha_bar = build_scheduler().alphas_cumprod.to(run.device)
 
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss_of(model: Pair, generator: torch.Generator) -> Tensor:
         rows = torch.randint(num_scenes, (32,), generator=generator)
         t = torch.randint(1000, (32,), generator=generator).to(run.device)
         noise = torch.randn((32, *latents.shape[1:]), generator=generator).to(run.device)
@@ -267,26 +192,40 @@ def train_denoiser(run: Run, autoencoder: AutoencoderKL, steps: int, num_scenes:
         a = alpha_bar[t][:, None, None, None]
         noisy = a.sqrt() * latents[rows].to(run.device) + (1 - a).sqrt() * noise
         text = torch.where(dropped, empty, tokens[rows].to(run.device))
-        predicted = model(noisy.contiguous(memory_format=torch.channels_last), t, text)
-        snr = a / (1 - a)
-        return ((snr.clamp(max=MAX_SNR) / snr) * (predicted - noise) ** 2).mean()
+        predicted, told = model(noisy.contiguous(memory_format=torch.channels_last), t, text)
+        wanted = torch.where(dropped, judging.ABSENT, attributes[rows].to(run.device))
+        return (weight(a) * (predicted - noise) ** 2).mean() + TELLING * judging.loss(told, wanted)
 
     pair = run.optimise("denoiser", Pair(tokenizer), loss_of, steps=steps, learning_rate=2e-3, ema_decay=0.999)
     return pair, tokenizer
 
 
-def cached_latents(run: Run, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, Tensor]:
-    """Latents [count, 4, 16, 16] and token ids of `count` training scenes, encoded once."""
+def weight(alpha_bar: Tensor) -> Tensor:
+    """The error in ε counts as the error in v would, 1/ᾱ, but at most 10; and where there is hardly any noise, by min-SNR.
+
+    What is where is decided at high noise, where an error in ε is small; plain weights learn it last (Salimans & Ho 2022;
+    Hang et al. 2023).
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    return (1 / alpha_bar).clamp(max=10) * (5 / snr).clamp(max=1)
+
+
+def cached_latents(
+    run: Run, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents [count, 4, 16, 16], token ids and attributes by place of `count` training scenes, encoded once."""
     path = run.state / "latents.pt"
     if not path.exists():
-        parts, prompts = [], []
+        parts: list[Tensor] = []
+        captions: list[Caption] = []
         for first in range(0, count, 500):
             scenes: Scenes = sample_scenes(min(500, count - first), run.generator("latents", first))
             images = render(scenes)[0].to(run.device, memory_format=torch.channels_last)
             with torch.no_grad():
                 parts.append(autoencoder.encode(2 * images - 1).latent_dist.mean.cpu())
-            prompts += map(str, scenes.captions)
-        torch.save((torch.cat(parts), tokenize(tokenizer, prompts)), path)
+            captions += scenes.captions
+        tokens = tokenize(tokenizer, list(map(str, captions)))
+        torch.save((torch.cat(parts), tokens, judging.read(captions)), path)
     return torch.load(path)
 
 
@@ -297,7 +236,7 @@ def train_judge(run: Run, steps: int) -> judging.Judge:
     """Cross-entropy on rendered scenes, blurred and noised a little so that decoded latents look the same to it."""
     torch.manual_seed(run.seed)
 
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss_of(model: judging.Judge, generator: torch.Generator) -> Tensor:
         scenes = sample_scenes(64, generator)
         images = render(scenes)[0]
         blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -306,7 +245,7 @@ def train_judge(run: Run, steps: int) -> judging.Judge:
             images.shape, generator=generator
         )
         images = images + 0.05 * torch.randn(64, 3, 1, 1, generator=generator)
-        return judging.loss(model(images.to(run.device)), scenes.captions)
+        return judging.loss(model(images.to(run.device)), judging.read(scenes.captions).to(run.device))
 
     model = run.optimise("judge", judging.Judge(), loss_of, steps=steps, learning_rate=1e-3, ema_decay=0.99)
     scenes = sample_scenes(1000, run.generator("judge-test", 0), held_out=True)

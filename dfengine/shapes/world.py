@@ -156,23 +156,6 @@ def sample_scenes(count: int, generator: torch.Generator, *, held_out: bool = Fa
     return Scenes(**{name: torch.cat([vars(part)[name] for part in kept]) for name in Scenes.__dataclass_fields__})
 
 
-def place_scenes(captions: list[Caption], generator: torch.Generator) -> Scenes:
-    """Lay out given captions at random places and sizes."""
-    scenes = _draw(len(captions), generator)
-    colours, backgrounds = list(COLOURS), list(BACKGROUNDS)
-    shapes = [(caption.subject, caption.object or caption.subject) for caption in captions]
-    relation = torch.tensor([RELATIONS.index(c.relation) if c.relation else -1 for c in captions])
-    centre, radius = _layout(relation, generator)
-    return Scenes(
-        kind=torch.tensor([[KINDS.index(kind) for _, kind in pair] for pair in shapes]),
-        colour=torch.tensor([[colours.index(colour) for colour, _ in pair] for pair in shapes]),
-        relation=relation,
-        background=torch.tensor([backgrounds.index(caption.background) for caption in captions]),
-        centre=centre,
-        radius=radius,
-    )
-
-
 def _draw(count: int, generator: torch.Generator) -> Scenes:
     def choose(options: int, *shape: int) -> Tensor:
         return torch.randint(options, shape, generator=generator)

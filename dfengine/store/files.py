@@ -62,16 +62,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cut_off(handle: int, about: os.stat_result) -> None:
-    """Leaves the file as it is on the disk, and HDF5, which has it open as `handle`, with memory to write to.
+    """Leaves the file as it is on the disk, and HDF5, which has it open as `handle`, writing to nowhere.
 
     HDF5 cannot let go of a file that it fails to write: it tries again on closing and at exit, may then mark a file as
     complete that is not, and crash. Without its file, it clears up in peace, and the file is what a kill would leave.
     """
     with contextlib.suppress(OSError):
         if os.path.samestat(os.fstat(handle), about):
-            memory = os.memfd_create("dfengine")
-            os.dup2(memory, handle)
-            os.close(memory)
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, handle)
+            os.close(nowhere)
 
 
 class Lock:

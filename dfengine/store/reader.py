@@ -67,7 +67,7 @@ class Run:
             dataset = self._h5["entry"][path]
             if self._live:
                 dataset.refresh()
-            return dataset[self.layout[path][0].index(where)]
+            return np.asarray(dataset[self.layout[path][0].index(where)])
         except OSError as error:
             raise StoreError(
                 f"{self.path} is damaged: {path} cannot be read at {dict(where)} ({cause(error)})"

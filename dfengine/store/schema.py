@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dfengine.store.plan import Plan
 
@@ -38,9 +39,9 @@ class Dataset:
 
     @property
     def fill(self) -> float | None:
-        return {"f": math.nan, "u": 0, "i": 0}.get(self.dtype[0])
+        return {"f": math.nan, "u": 0.0, "i": 0.0}.get(self.dtype[0])
 
-    def index(self, where: Mapping[str, int]) -> tuple[int | slice, ...]:
+    def index(self, where: Mapping[str, Any]) -> tuple[Any, ...]:
         """The selection of this dataset at the given axes, whole along the others."""
         return tuple(where.get(axis, slice(None)) for axis in self.axis_names)
 

@@ -1,0 +1,128 @@
+"""The three targets and the reading of predictions, on a network whose output can be worked out by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from analytic import Analytic
+from torch import Tensor
+from torch.testing import assert_close
+
+from dfengine.denoiser import Condition, Guided
+from dfengine.schedule import NoiseSchedule
+
+EXACT = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def network(**config: Any) -> Analytic:
+    """Answers x + (the prompt's number)."""
+    denoiser = Analytic(lambda x, number: x + number[:, None, None, None], shape=(2, 3, 5))
+    denoiser.schedule = NoiseSchedule.from_config({"clip_sample": False} | config)
+    return denoiser
+
+
+def guided(denoiser: Analytic, target: str, scale: tuple[float, ...] = (1.0, 2.0, 5.0)) -> Guided:
+    """Prompts 10 20 30 with negatives 1 2 3."""
+    prompts, negatives = denoiser.condition(["10", "20", "30"]), denoiser.condition(["1", "2", "3"])
+    return Guided(denoiser, prompts, negatives, target, torch.tensor(scale))
+
+
+def latents(count: int) -> Tensor:
+    return torch.randn(count, 2, 3, 5, generator=torch.Generator().manual_seed(1))
+
+
+ROWS = torch.tensor([2, 0, 2, 1])
+T = torch.tensor([900, 500, 20, 0])
+
+
+@pytest.mark.parametrize(
+    ("target", "added", "batches"),
+    [
+        ("conditional", [30.0, 10.0, 30.0, 20.0], [4]),
+        ("unconditional", [3.0, 1.0, 3.0, 2.0], [4]),
+        # u + s (c − u) with s = 5, 1, 5, 2
+        ("guided", [138.0, 10.0, 138.0, 38.0], [8]),
+    ],
+)
+def test_each_latent_is_explained_under_the_prompt_of_its_row(
+    target: str, added: list[float], batches: list[int]
+) -> None:
+    denoiser, x = network(), latents(4)
+    epsilon = guided(denoiser, target)(x, T, ROWS).epsilon
+    assert_close(epsilon, x + torch.tensor(added)[:, None, None, None], **EXACT | {"atol": 2e-5})
+    assert denoiser.batches == batches
+
+
+@pytest.mark.parametrize(("scale", "like"), [(0.0, "unconditional"), (1.0, "conditional")])
+def test_guidance_of_zero_and_one_are_the_other_targets(scale: float, like: str) -> None:
+    denoiser, x = network(prediction_type="v_prediction"), latents(4)
+    ours, other = guided(denoiser, "guided", (scale,) * 3)(x, T, ROWS), guided(denoiser, like)(x, T, ROWS)
+    assert_close(ours.epsilon, other.epsilon, rtol=0, atol=2e-5)
+    assert_close(ours.x0, other.x0, rtol=0, atol=2e-5)
+
+
+def test_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="'both' is not known: expected one of conditional, guided, unconditional"):
+        guided(network(), "both")
+
+
+@pytest.mark.parametrize("target", ["conditional", "unconditional", "guided"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_predictions_are_read_with_the_networks_own_input(prediction_type: str, target: str) -> None:
+    """For a masked latent R ⊙ M: ε and x0 by the definitions of the parametrisations, one pixel at a time."""
+    denoiser = network(prediction_type=prediction_type)
+    masked = latents(4) * (latents(4).flip(0)[:, :1] > 0)
+    assert (masked == 0).any()
+    x0, epsilon = guided(denoiser, target)(masked, T, ROWS)
+    added = {
+        "conditional": [30.0, 10.0, 30.0, 20.0],
+        "unconditional": [3.0, 1.0, 3.0, 2.0],
+        "guided": [138.0, 10.0, 138.0, 38.0],
+    }[target]
+    for i in range(4):
+        a = math.sqrt(denoiser.schedule.alpha_bar[T[i]])
+        s = math.sqrt(1 - denoiser.schedule.alpha_bar[T[i]])
+        x = masked[i, 1, 2, 3].item()
+        out = x + added[i]
+        if prediction_type == "epsilon":
+            want_x0, want_epsilon = (x - s * out) / a, out
+        elif prediction_type == "v_prediction":
+            # v = a ε − s x0 and x = a x0 + s ε
+            want_x0, want_epsilon = a * x - s * out, s * x + a * out
+        else:
+            want_x0, want_epsilon = out, (x - a * out) / s
+        assert x0[i, 1, 2, 3].item() == pytest.approx(want_x0, rel=1e-4, abs=1e-4)
+        # At t = 0, s = 0.01: float32 keeps 1 − ᾱ = 1e-4 to 6e-4 of itself.
+        assert epsilon[i, 1, 2, 3].item() == pytest.approx(want_epsilon, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("prediction_type", "sign"), [("v_prediction", -1), ("sample", 1)])
+def test_without_signal_x0_and_epsilon_come_straight_from_the_prediction(prediction_type: str, sign: int) -> None:
+    """ᾱ = 0: the latent is ε, whole, and x0 is ∓ the network's output; x0 through ε would be 0/0."""
+    denoiser = network(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    x, last = latents(3), torch.tensor([999, 999, 999])
+    x0, epsilon = guided(denoiser, "conditional")(x, last, torch.arange(3))
+    output = x + torch.tensor([10.0, 20.0, 30.0])[:, None, None, None]
+    assert_close(x0, sign * output, **EXACT)
+    assert_close(epsilon, x, **EXACT)
+
+
+def test_a_denoiser_called_is_its_epsilon() -> None:
+    denoiser, x = network(prediction_type="v_prediction"), latents(4)
+    condition = denoiser.condition(["1", "2", "3", "4"])
+    assert_close(denoiser(x, T, condition), denoiser.read(x, T, condition).epsilon, rtol=0, atol=0)
+
+
+def test_half_precision_outputs_are_read_in_float32() -> None:
+    schedule = NoiseSchedule.from_config({})
+    prediction = schedule.read(latents(4).half(), latents(4).half(), T)
+    assert prediction.x0.dtype == prediction.epsilon.dtype == torch.float32
+
+
+def test_conditions_are_picked_and_joined_by_rows() -> None:
+    first, second = (Condition({"text": torch.arange(n, n + 3)[:, None], "pooled": torch.ones(3)}) for n in (0, 10))
+    both = Condition.cat([first[torch.tensor([2, 0])], second[1:]])
+    assert len(both) == 4
+    assert both.tensors["text"].flatten().tolist() == [2, 0, 11, 12]
+    assert both.tensors["pooled"].shape == (4,)

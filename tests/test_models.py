@@ -1,0 +1,345 @@
+"""Loading, its errors, and the Stable Diffusion adapter, on a tiny random pipeline and without a network."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from conftest import CAPTIONS
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
+from torch.testing import assert_close
+
+from dfengine.denoiser import Denoiser
+from dfengine.models import adapt, load
+from dfengine.models.loading import pick_device, pick_dtype, quiet
+from dfengine.models.stable_diffusion import StableDiffusion
+from dfengine.shapes.world import vocabulary
+
+REPOSITORY = Path(__file__).parent.parent
+T = torch.tensor([700, 20])
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No network: what is asked of it fails as it does without one, and is listed."""
+    asked: list[Any] = []
+
+    def refuse(*target: Any, **_: Any) -> None:
+        asked.append(target)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return asked
+
+
+@pytest.fixture
+def copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline's folder, to be damaged."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def outputs(denoiser: Denoiser) -> torch.Tensor:
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return denoiser.predict(x, T, denoiser.condition(CAPTIONS)).float()
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_without_network(tiny_folder: Path, cut_off: list[Any]) -> None:
+    for name in (str(tiny_folder), tiny_folder, os.path.relpath(tiny_folder)):
+        denoiser = load(name, device="cpu")
+        assert isinstance(denoiser, StableDiffusion)
+        assert denoiser.name == str(name)
+    assert cut_off == []
+    assert (denoiser.dtype, denoiser.device) == (torch.float32, torch.device("cpu"))
+    assert (denoiser.latent_shape, denoiser.image_shape) == ((4, 8, 8), (16, 16))
+    assert not any(weight.requires_grad for weight in denoiser.unet.parameters())
+    assert not denoiser.unet.training
+
+
+def test_the_callers_own_pipeline_is_the_same_model(tiny: Denoiser, tiny_folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    denoiser = adapt(pipeline, batch_size=3)
+    assert denoiser.batch_size == 3
+    assert denoiser.name == str(tiny_folder)
+    assert_close(outputs(denoiser), outputs(tiny), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64", torch.float64])
+def test_dtype_is_the_one_asked_for(tiny: Denoiser, tiny_folder: Path, dtype: Any) -> None:
+    if dtype == "float64":
+        with pytest.raises(ValueError, match="'float64' is not known: expected one of float32, float16, bfloat16"):
+            load(tiny_folder, dtype=dtype)
+        return
+    denoiser = load(tiny_folder, device="cpu", dtype=dtype)
+    assert isinstance(denoiser, StableDiffusion)
+    want = torch.bfloat16 if dtype == "bfloat16" else dtype
+    assert {denoiser.dtype, *(weight.dtype for weight in denoiser.unet.parameters())} == {want}
+    # bfloat16 keeps 8 bits, through a dozen layers.
+    assert_close(outputs(denoiser), outputs(tiny), rtol=0, atol=0.05)
+    x = torch.zeros(1, 4, 8, 8)
+    assert denoiser(x, T[:1], denoiser.condition(CAPTIONS[:1])).dtype == torch.float32
+    assert denoiser.decode(x).dtype == denoiser.encode(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+
+
+def test_variant_chooses_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: Path) -> None:
+    half = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    denoiser = load(tmp_path / "half", device="cpu", dtype="float32", variant="fp16")
+    assert isinstance(denoiser, StableDiffusion)
+    assert isinstance(tiny, StableDiffusion)
+    assert denoiser.dtype == torch.float32
+    for (name, ours), whole in zip(denoiser.unet.named_parameters(), tiny.unet.parameters(), strict=True):
+        assert torch.equal(ours, whole.half().float()), name
+    with pytest.raises(ValueError, match="half.*could not be loaded"):
+        load(tmp_path / "half", device="cpu")
+    with pytest.raises(ValueError, match="pipeline.*could not be loaded: .*bf16"):
+        load(tiny_folder, device="cpu", variant="bf16")
+
+
+def test_loading_prints_nothing(tiny_folder: Path) -> None:
+    """In a fresh process, where the libraries are imported too; the user's own switch for bars included."""
+    code = f"from dfengine.models import load; load({str(tiny_folder)!r}, device='cpu').condition(['a red circle'])"
+    for switch in ({}, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])} | switch
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_loading_again_prints_nothing(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(tiny_folder, device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+LIBRARIES = (diffusers.utils.logging, transformers.utils.logging)
+
+
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize(("level", "bars"), [(logging.INFO, True), (logging.CRITICAL, False)])
+def test_quiet_leaves_the_libraries_as_they_were(level: int, bars: bool, error: bool) -> None:
+    def state() -> list[tuple[int, bool]]:
+        return [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in LIBRARIES]
+
+    before, hub_before = state(), huggingface_hub.utils.are_progress_bars_disabled()
+    try:
+        for library in LIBRARIES:
+            library.set_verbosity(level)
+            (library.enable_progress_bar if bars else library.disable_progress_bar)()
+        huggingface_hub.utils.disable_progress_bars()
+        wanted = state()
+        try:
+            with quiet():
+                assert state() == [(logging.ERROR, False)] * 2
+                if error:
+                    raise KeyError
+        except KeyError:
+            pass
+        assert state() == wanted == [(level, bars)] * 2
+        assert huggingface_hub.utils.are_progress_bars_disabled()
+    finally:
+        for library, (verbosity, enabled) in zip(LIBRARIES, before, strict=True):
+            library.set_verbosity(verbosity)
+            (library.enable_progress_bar if enabled else library.disable_progress_bar)()
+        if not hub_before:
+            huggingface_hub.utils.enable_progress_bars()
+
+
+# --- what cannot be loaded -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["shape", "stable-diffusion", "owner/", "/no/such/folder", "./none", "~/none", "a/b/c"]
+)
+def test_unknown_models_are_refused_without_asking_the_network(name: str, cut_off: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"{name}' is not known|no model at '{name}'") as caught:
+        load(name, device="cpu")
+    assert "diffusers" in str(caught.value)
+    assert "a hub id as in 'owner/name'" in str(caught.value)
+    assert cut_off == []
+
+
+def test_a_file_or_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a folder without model_index.json"):
+        load(tmp_path, device="cpu")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="no model at .*model.safetensors"):
+        load(tmp_path / "model.safetensors", device="cpu")
+
+
+def test_a_hub_id_without_network_is_one_clear_line(cut_off: list[Any]) -> None:
+    with pytest.raises(ValueError, match="model 'nobody/nothing' could not be loaded: .*not known") as caught:
+        load("nobody/nothing", device="cpu")
+    assert "\n" not in str(caught.value)
+    assert cut_off != []
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(*_: Any, **__: Any) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "getaddrinfo", time_out)
+    with pytest.raises(ValueError, match="model 'nobody/nothing' could not be loaded: .*timed out"):
+        load("nobody/nothing", device="cpu")
+
+
+def test_a_hub_model_that_is_here_is_not_asked_for(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off: list[Any]
+) -> None:
+    """In the layout of the hub's cache: blobs apart, a snapshot per commit, the commit of each branch."""
+    repository = tmp_path / "models--somebody--something"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(diffusers.pipelines.pipeline_utils, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert load("somebody/something", device="cpu").name == "somebody/something"
+    assert cut_off == []
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def remove_part(folder: Path) -> None:
+    shutil.rmtree(folder / "text_encoder")
+
+
+def garble_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{")
+
+
+def unknown_class(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "TeleportationPipeline"}))
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own, on the way to their errors
+@pytest.mark.parametrize("damage", [remove_weights, cut_weights, remove_part, garble_index, unknown_class])
+def test_a_damaged_folder_is_one_clear_line(copy: Path, damage: Callable[[Path], None], cut_off: list[Any]) -> None:
+    damage(copy)
+    with pytest.raises(ValueError, match="copy' could not be loaded: .") as caught:
+        load(copy, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert cut_off == []
+
+
+def test_a_pipeline_of_another_kind_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DDPMPipeline is not supported: expected a StableDiffusionPipeline"):
+        load(tmp_path, device="cpu")
+    components = StableDiffusionPipeline.from_pretrained(tiny_folder).components
+    inpaint = StableDiffusionInpaintPipeline(**components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="StableDiffusionInpaintPipeline is not supported"):
+        adapt(inpaint)
+
+
+@pytest.mark.parametrize("device", ["cuda:97", "tpu", "xpu", "mps", "cuda:x", ""])
+def test_devices_that_are_not_there_are_refused(device: str, tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .") as caught:
+        load(tiny_folder, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_devices_and_dtypes_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
+    for there, device, dtype in ((True, "cuda", torch.float16), (False, "cpu", torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert pick_device(None) == torch.device(device)
+        assert pick_dtype(None, torch.device(device)) == dtype
+    assert pick_dtype("float32", torch.device("cuda")) == torch.float32
+    with pytest.raises(ValueError, match="'half' is not known: expected one of float32, float16, bfloat16"):
+        pick_dtype("half", torch.device("cpu"))
+    with pytest.raises(ValueError, match="torch.int8"):
+        pick_dtype(torch.int8, torch.device("cpu"))
+
+
+# --- the adapter -----------------------------------------------------------------------------------------------------
+
+
+def test_networks_are_called_as_diffusers_calls_them(tiny: Denoiser, tiny_folder: Path) -> None:
+    """The text as the encoder's last hidden state, images scaled to [−1, 1], latents by the scaling factor."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    generator = torch.Generator().manual_seed(3)
+    x, images = torch.randn(9, 4, 8, 8, generator=generator), torch.rand(9, 3, 16, 16, generator=generator)
+    with torch.no_grad():
+        tokens = pipeline.tokenizer(list(CAPTIONS), padding="max_length", return_tensors="pt").input_ids
+        text = pipeline.text_encoder(tokens).last_hidden_state
+        condition = tiny.condition(CAPTIONS)
+        assert_close(condition.tensors["text"], text, rtol=0, atol=1e-6)
+        assert len(condition) == 2
+        want = torch.cat([pipeline.unet(x[i : i + 1], T[i], text[i : i + 1]).sample for i in range(2)])
+        assert_close(tiny.predict(x[:2], T, condition), want, rtol=1e-5, atol=1e-5)
+        decoded = pipeline.image_processor.postprocess(pipeline.vae.decode(x / 0.5).sample, output_type="pt")
+        assert_close(tiny.decode(x), decoded, rtol=1e-5, atol=1e-5)
+        encoded = pipeline.vae.encode(pipeline.image_processor.preprocess(images)).latent_dist.mean * 0.5
+        assert_close(tiny.encode(images), encoded, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sampler_without_clipping_is_not_clipped(tiny_folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, scheduler=DPMSolverMultistepScheduler())
+    assert adapt(pipeline).schedule.clip_range is None
+
+
+@pytest.mark.parametrize("word", ["teapot", "circle,", "circles", "红"])
+def test_an_unknown_word_lists_the_vocabulary(tiny: Denoiser, word: str) -> None:
+    with pytest.raises(ValueError, match="does not know") as caught:
+        tiny.condition(["a red circle", f"a red {word} on a gray background"])
+    assert repr(word) in str(caught.value)
+    assert all(known in str(caught.value) for known in vocabulary())
+    assert "gray'" not in str(caught.value)
+
+
+def test_prompts_of_known_words_are_taken(tiny: Denoiser) -> None:
+    plain, shouted, spaced, empty = (
+        tiny.condition([prompt]).tensors["text"] for prompt in ("a red circle", "A Red CIRCLE", "  a  red\ncircle ", "")
+    )
+    assert torch.equal(plain, shouted)
+    assert torch.equal(plain, spaced)
+    assert not torch.equal(plain, empty)
+
+
+@pytest.mark.parametrize("extra", [["star"], ["star", "on", "a", "pink", "ring"]])
+def test_a_prompt_too_long_says_what_is_cut(tiny: Denoiser, extra: list[str]) -> None:
+    # 16 tokens, two of which begin and end the text.
+    fits = "a red circle above a blue square on a gray background a red circle"
+    assert len(fits.split()) == 14
+    tiny.condition([fits])
+    with pytest.raises(ValueError, match="too many|would be cut") as caught:
+        tiny.condition([" ".join([fits, *extra])])
+    message = str(caught.value)
+    assert f"the prompt has {14 + len(extra)} tokens and the model takes 14" in message
+    assert f"{' '.join(extra)!r} would be cut" in message

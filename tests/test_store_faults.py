@@ -1,0 +1,178 @@
+"""Whatever happens to the disk, the process or the file: what is marked is whole, and the error is one line."""
+
+import errno
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from store_example import SMALL, check, fill, step, total
+
+from dfengine import store
+from dfengine.store.sink import Sink
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    made = tmp_path_factory.mktemp("shim") / "shim.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", made, HERE / "store_shim.c", "-ldl"], check=True)
+    return made
+
+
+@pytest.fixture
+def path(tmp_path):
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        fill(writer)
+    return tmp_path / "run.h5"
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in memory where there is one: thousands of fsyncs take their time on a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("run", ["new", "resumed"])
+@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
+def test_at_every_single_write(shim, memory, error, run):
+    command = [sys.executable, HERE / "store_faults.py", shim, memory, str(error), run]
+    environment = os.environ | {"LD_PRELOAD": str(shim)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 4 * total(SMALL), "a value, its index, a marker: several writes a mark"
+
+
+def test_a_file_size_limit(tmp_path):
+    """The kernel's own refusal, EFBIG, midway; the process ends well and the file is readable."""
+    code = """
+import resource, signal, sys
+sys.path.insert(0, "tests")
+import store_faults, store_example
+from dfengine import store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+plan = store.Plan(**vars(store_example.SMALL) | {"num_steps": 500, "latent": (1, 16, 16)})
+writer = store.Writer.create(sys.argv[1], plan)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    with writer:
+        for step in range(500):
+            given = store_example.step(plan, 0, 0, step % 3)
+            writer.step(0, "rise", step, **given)
+except store.StoreError as refused:
+    print(refused)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run.h5"], capture_output=True, text=True, cwd=HERE.parent
+    )
+    part = tmp_path / "run.part.h5"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"cannot write {part}: the file-size limit is reached")
+    with store.open(part) as run:
+        stored = np.flatnonzero(run[0].done["rise"])
+        assert 10 < len(stored) < 500
+        for at in stored.tolist():
+            np.testing.assert_array_equal(run[0].maps["rise"][at], step(run.plan, 0, 0, at % 3)["saliency"])
+
+
+def test_an_error_of_the_thread_reaches_the_next_call(tmp_path, monkeypatch):
+    writer = store.Writer.create(tmp_path / "run.h5", SMALL)
+    monkeypatch.setattr(Sink, "write", lambda self, job: (_ for _ in ()).throw(OSError(errno.EIO, "")))
+    writer.finish(0, 1.0)
+    writer._queue.put(None)
+    writer._thread.join()
+    with pytest.raises(store.StoreError, match=r"run.part.h5: the disk reports an input/output error"):
+        writer.finish(0, 1.0)
+    with pytest.raises(store.StoreError, match="input/output error"):
+        writer.close()
+    assert os.listdir(tmp_path) == ["run.part.h5"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.5, -1])
+def test_a_truncated_file(path, kept):
+    size = path.stat().st_size
+    os.truncate(path, int(size * kept) if 0 < kept < 1 else kept % size)
+    with pytest.raises(store.StoreError, match=r"is truncated|is not an HDF5 file") as told:
+        store.open(path)
+    assert ("is truncated" in str(told.value)) == (kept not in (0, 1, 7)), told.value
+
+
+def test_a_damaged_value_is_told_and_the_others_are_read(path):
+    with h5py.File(path) as h5:
+        chunk = h5["entry/maps/saliency"].id.get_chunk_info(1)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset + 5)
+        file.write(b"\xff\x00\xff")
+    with store.open(path) as run:
+        np.testing.assert_array_equal(run[0].maps["rise"][0], step(SMALL, 0, 0, 0)["saliency"])
+        with pytest.raises(store.StoreError, match=r"run.h5 is damaged: maps/saliency cannot be read at .*'step': 1"):
+            run[0].maps["rise"][1]
+
+
+def test_files_that_are_not_ours(path, tmp_path):
+    (tmp_path / "text.h5").write_text("not HDF5")
+    with h5py.File(tmp_path / "foreign.h5", "w") as h5:
+        h5["data"] = [1, 2, 3]
+    with h5py.File(path, "r+") as h5:
+        h5.attrs["format_version"] = store.FORMAT_VERSION + 1
+    with store.Writer.create(tmp_path / "unfinished.h5", SMALL) as writer:
+        for name, told in {
+            "text.h5": "text.h5 is not an HDF5 file",
+            "foreign.h5": "foreign.h5 is an HDF5 file, but dfengine did not write it",
+            "run.h5": "run.h5 has format version 2, this dfengine reads up to 1: upgrade dfengine",
+            "missing.h5": "missing.h5 does not exist",
+            "unfinished.h5": f"unfinished.h5 is not finished: open {tmp_path / 'unfinished.part.h5'}",
+            ".": "cannot read .*: it is a folder",
+        }.items():
+            with pytest.raises(store.StoreError, match=told) as refused:
+                store.open(tmp_path / name)
+            assert "\n" not in str(refused.value)
+        assert writer.done.sum() == 0
+
+
+def test_a_file_that_another_program_is_writing(path):
+    code = "import h5py, sys; h5 = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, path], **pipes) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(store.StoreError, match=r"run.h5 is being written by another program"):
+            store.open(path)
+        other.stdin.close()
+    with store.open(path) as run:
+        assert check(run) == total(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere/run.h5", "cannot write .*run.h5: the folder does not exist: create it first"),
+        ("file/run.h5", "a part of its path is a file, not a folder"),
+        ("folder", "folder is a folder: name a file in it"),
+    ],
+)
+def test_places_that_cannot_be_written(tmp_path, name, told):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(store.StoreError, match=told):
+        store.Writer.create(tmp_path / name, SMALL)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.EACCES, "permission denied: its folder must be writable"), (errno.EROFS, "read-only")]
+)
+def test_a_read_only_folder(tmp_path, monkeypatch, number, told):
+    """Said by a stand-in for the system: permissions do not bind the administrator that tests may run as."""
+
+    def refuse(name, flags, *mode):
+        raise OSError(number, os.strerror(number), name)
+
+    monkeypatch.setattr("dfengine.store.files.os.open", refuse)
+    with pytest.raises(store.StoreError, match=f"cannot write .*run.h5: .*{told}"):
+        store.Writer.create(tmp_path / "run.h5", SMALL)

@@ -1,0 +1,110 @@
+"""Other tools open a file unaided: xarray and h5netcdf for real, NXdata viewers by the rules that they read."""
+
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import xarray
+from store_example import PLAN, fill, step
+
+from dfengine import store
+
+AXES = {
+    "maps": ("item", "method", "step", "y", "x"),
+    "cam/5x6": ("item", "layer", "step", "u", "v"),
+    "cam/3x3": ("item", "layer", "step", "u", "v"),
+    "scores": ("item", "method", "step", "mask"),
+    "curves": ("item", "token", "step"),
+    "images": ("item", "height", "width", "color"),
+    "latents": ("item", "step", "channel", "y", "x"),
+    "schedule": ("item", "step"),
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "run.h5"
+    with store.Writer.create(path, PLAN) as writer:
+        fill(writer)
+    return path
+
+
+@pytest.mark.parametrize("group", AXES)
+def test_xarray_names_the_axes(path, group):
+    with xarray.open_dataset(path, group=f"/entry/{group}", engine="h5netcdf") as opened:
+        assert opened[opened.attrs["signal"]].dims == AXES[group]
+        names = {"method": ["rise", "random"], "layer": ["mid"] if group == "cam/3x3" else ["down.0", "up.0"]}
+        for axis in AXES[group]:
+            expected = names.get(axis, np.arange(opened.sizes[axis]))
+            assert opened[axis].values.tolist() == list(expected), axis
+
+
+def test_xarray_selects_by_name(path):
+    with xarray.open_dataset(path, group="/entry/maps", engine="h5netcdf") as maps:
+        found = maps["saliency"].sel({"item": 1, "method": "random", "step": 2})  # sel has a keyword "method"
+        np.testing.assert_array_equal(found.values, step(PLAN, 1, 1, 2)["saliency"])
+
+
+def test_the_whole_file_is_a_tree_of_datasets(path):
+    with xarray.open_datatree(path, engine="h5netcdf") as tree:
+        assert {f"/entry/{group}" for group in AXES} < set(tree.groups)
+
+
+def test_viewers_are_led_to_the_maps(path):
+    with h5py.File(path) as h5:
+        assert h5.attrs["NX_class"] == "NXroot"
+        entry = h5[h5.attrs["default"]]
+        assert entry.attrs["NX_class"] == "NXentry"
+        assert entry[entry.attrs["default"]].name == "/entry/maps"
+
+
+@pytest.mark.parametrize("group", AXES)
+def test_viewers_show_pictures_and_axes(path, group):
+    """h5web's rules: axes one an axis of the signal, numbers of its length or "."; auxiliary signals of its shape."""
+    shown = {"images": "rgb-image", "scores": "spectrum", "curves": "spectrum", "schedule": "spectrum"}
+    with h5py.File(path) as h5:
+        data = h5["entry"][group]
+        signal = data[data.attrs["signal"]]
+        assert data.attrs["NX_class"] == "NXdata"
+        assert signal.attrs["interpretation"] == shown.get(group, "image")
+        assert len(data.attrs["axes"]) == signal.ndim
+        for axis, expected, length in zip(data.attrs["axes"], AXES[group], signal.shape, strict=True):
+            assert axis == ("." if expected in ("method", "layer") else expected)
+            if axis != ".":
+                assert (data[axis].shape, data[axis].dtype.kind) == ((length,), "i")
+        for name in data.attrs.get("auxiliary_signals", ()):
+            assert data[name].shape == signal.shape
+
+
+def test_every_axis_has_a_dimension_scale(path):
+    def visit(name, thing):
+        if isinstance(thing, h5py.Dataset) and not h5py.h5ds.is_scale(thing.id):
+            checked.append(name)
+            for dimension, length in zip(thing.dims, thing.shape, strict=True):
+                assert [scale.shape for scale in dimension.values()] == [(length,)], name
+
+    checked = []
+    with h5py.File(path) as h5:
+        h5.visititems(visit)
+        assert len(checked) == len(store.open(path).layout)
+
+
+def test_hdf5_1_10_and_later_can_read_it(path):
+    superblock_version, hdf5_1_10 = path.read_bytes()[8], 3
+    assert superblock_version == hdf5_1_10
+
+
+def test_to_xarray(path):
+    with store.open(path) as run:
+        held = run.to_xarray()
+    assert held["saliency"].dims == AXES["maps"]
+    assert held["prompt"].values.tolist() == ["a red circle", "ein Würfel"]
+    np.testing.assert_array_equal(held["error"].sel({"method": "rise"})[1, 2], step(PLAN, 1, 0, 2)["error"])
+    assert held["timestep"].values.tolist() == [[900, 600, 300]] * 2
+
+
+def test_to_xarray_without_xarray(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with store.open(path) as run, pytest.raises(store.StoreError, match="pip install 'dfengine\\[xarray\\]'"):
+        run.to_xarray()

@@ -1,0 +1,98 @@
+"""A file is read while it is written, by another process, and has one writer."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from store_example import PLAN, SMALL, check, fill, total, trajectory
+
+from dfengine import store
+
+READER = """
+import sys, time
+sys.path.insert(0, "tests")
+import store_faults
+from store_example import check
+from dfengine import store
+
+seen = []
+with store.open(sys.argv[1]) as run:
+    assert not run.finished
+    print("reading", flush=True)
+    while not seen or seen[-1] < int(sys.argv[2]):
+        seen.append(check(run))
+print(*dict.fromkeys(seen))
+"""
+
+LOCKED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import store_faults
+from dfengine.store.files import Lock
+
+lock = Lock(Path(sys.argv[1]))
+os._exit(0)
+"""
+
+
+def test_a_reader_in_another_process_sees_whole_maps_only(tmp_path):
+    with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
+        command = [sys.executable, "-c", READER, str(tmp_path / "run.part.h5"), str(total(PLAN))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "reading\n"
+            put = writer._queue.put
+
+            def slowly(job):
+                time.sleep(0.02)
+                put(job)
+
+            writer._queue.put = slowly
+            fill(writer)
+            seen = [int(marks) for marks in reader.stdout.read().split()]
+        assert reader.returncode == 0
+    assert seen == sorted(seen)
+    assert len(seen) > 3, "several states on the way"
+
+
+def test_a_writer_shows_what_it_has(tmp_path):
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        given = trajectory(SMALL, 0)
+        writer.trajectory(0, **given)
+        while not writer.has_trajectory(0):
+            time.sleep(0.001)
+        assert (writer.stored(0).image == given["image"]).all()
+        assert (writer.stored(0).latents[1] == given["latents"][1]).all()
+
+
+def test_a_reader_keeps_its_file_when_it_gets_its_final_name(tmp_path):
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        run = store.open(tmp_path / "run.part.h5")
+        fill(writer)
+    with run:
+        assert check(run) == total(SMALL)
+
+
+def test_a_second_writer_is_refused_and_told_of_the_first(tmp_path):
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        for more in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(
+                store.StoreError, match=rf"run.h5 is being written by another run .process {os.getpid()}"
+            ):
+                store.Writer.create(tmp_path / "run.h5", SMALL, **more)
+        with store.Writer.create(tmp_path / "other.h5", SMALL) as other:
+            fill(other)
+        fill(writer)
+    with store.open(tmp_path / "run.h5") as run:
+        assert check(run) == total(SMALL)
+
+
+def test_a_lock_whose_owner_died_does_not_hold(tmp_path):
+    subprocess.run([sys.executable, "-c", LOCKED, tmp_path / "run.h5"], check=True)
+    assert (tmp_path / ".run.h5.lock").exists()
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        fill(writer)
+    assert os.listdir(tmp_path) == ["run.h5"]

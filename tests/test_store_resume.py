@@ -1,0 +1,188 @@
+"""An interrupted run goes on where it stopped, recomputes nothing, and ends with the same data."""
+
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from store_example import PLAN, SMALL, check, fill, total
+
+from dfengine import store
+
+
+class Stopped(Exception):
+    pass
+
+
+class Counting:
+    """A writer that counts what it is given, and stops after so many."""
+
+    def __init__(self, writer, stop=None, how=Stopped):
+        self.writer, self.stop, self.how, self.given = writer, stop, how, []
+
+    def __getattr__(self, name):
+        found = getattr(self.writer, name)
+        if name not in ("trajectory", "step", "cam", "curves"):
+            return found
+
+        def count(*place, **values):
+            if name == "curves" and not values:
+                return
+            if len(self.given) == self.stop:
+                raise self.how
+            self.given.append((name, *place))
+            found(*place, **values)
+
+        return count
+
+
+def interrupt(path, stop, plan=PLAN):
+    with pytest.raises(Stopped), store.Writer.create(path, plan) as writer:
+        fill(Counting(writer, stop))
+
+
+def data(path):
+    """All values of a file as bytes, but for how often and how long items ran."""
+    found = {}
+
+    def visit(name, thing):
+        if isinstance(thing, h5py.Dataset) and name.rpartition("/")[2] not in ("attempt", "seconds"):
+            values = thing[()]
+            found[name] = values.tolist() if values.dtype == object else values.tobytes()
+
+    with h5py.File(path) as h5:
+        h5["entry"].visititems(visit)
+        return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "run.h5"
+    with store.Writer.create(path, PLAN) as writer:
+        fill(writer)
+    return data(path)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 9, 13, 14, 20])
+def test_resumed_is_the_same_as_uninterrupted(tmp_path, whole, stop):
+    path = tmp_path / "run.h5"
+    interrupt(path, stop)
+    assert not path.exists()
+    with store.open(tmp_path / "run.part.h5") as run:
+        assert run.finished, "closed in order, though not published"
+        marks = check(run)
+    with store.Writer.resume(path, PLAN) as writer:
+        counting = Counting(writer)
+        fill(counting)
+    full = len(PLAN.items) * (1 + PLAN.num_steps * (len(PLAN.methods) + 2))
+    assert len(counting.given) == full - stop, "nothing is computed twice"
+    assert data(path) == whole
+    assert marks >= stop
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.h5"]
+
+
+def test_twice_interrupted(tmp_path, whole):
+    interrupt(tmp_path / "run.h5", 5)
+    with pytest.raises(KeyboardInterrupt), store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
+        fill(Counting(writer, 8, KeyboardInterrupt))
+    with store.open(tmp_path / "run.part.h5") as run:
+        assert check(run) >= 13
+    with store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
+        fill(writer)
+    assert data(tmp_path / "run.h5") == whole
+
+
+def test_attempts_are_counted_for_items_that_were_not_finished(tmp_path):
+    interrupt(tmp_path / "run.h5", 20)
+    with store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
+        fill(writer)
+    with h5py.File(tmp_path / "run.h5") as h5:
+        assert h5["entry/items/attempt"][:].tolist() == [1, 2]
+        assert h5["entry/items/seconds"][:].tolist() == [1.5, 2.5]
+
+
+def test_a_finished_or_interrupted_file_is_not_lost_by_mistake(tmp_path):
+    path = tmp_path / "run.h5"
+    interrupt(path, 5)
+    with pytest.raises(store.StoreError, match=r"run.part.h5 holds an interrupted run: --resume .* or --overwrite"):
+        store.Writer.create(path, PLAN)
+    with store.Writer.create(path, SMALL, overwrite=True) as writer:
+        fill(writer)
+    with pytest.raises(store.StoreError, match=r"run.h5 exists already: .*--overwrite"):
+        store.Writer.resume(path, SMALL)
+    with store.open(path) as run:
+        assert check(run) == total(SMALL)
+    with store.Writer.create(path, PLAN, overwrite=True) as writer:
+        with store.open(path) as run:
+            assert run.plan == SMALL, "kept until the new one is whole"
+        fill(writer)
+    with store.open(path) as run:
+        assert check(run) == total(PLAN)
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    path = tmp_path / "run.h5"
+    interrupt(path, 5)
+    other = store.Plan(
+        **vars(PLAN)
+        | {
+            "settings": {"sampling": "early", "gamma": 10, "timesteps": [900, 500, 100]},
+            "methods": (store.Method("rise", {"keep_probability": 0.5, "kind": "rise"}, 7, True), PLAN.methods[1]),
+            "items": (store.Item(**vars(PLAN.items[0]) | {"seed": 2, "key": "k2"}), PLAN.items[1]),
+        }
+    )
+    with pytest.raises(store.StoreError) as refused:
+        store.Writer.resume(path, other)
+    assert str(refused.value) == (
+        f"{tmp_path / 'run.part.h5'} was begun with other settings: items.0.seed (1, now 2); "
+        'methods.rise.settings.kind ("gaussian", now "rise"); settings.gamma (60, now 10); '
+        "use those, or --overwrite to start afresh"
+    )
+    with store.open(tmp_path / "run.part.h5") as run:
+        assert check(run) >= 5
+    with store.Writer.resume(path, other, overwrite=True) as writer:
+        assert not writer.done.any()
+
+
+def test_settings_are_the_same_whatever_their_order_and_sequence_type():
+    mine = store.Plan(**vars(SMALL) | {"settings": {"a": (1, 2), "b": 1}})
+    assert mine.differences(store.Plan(**vars(SMALL) | {"settings": {"b": 1, "a": [1, 2]}})) == []
+    assert mine.differences(SMALL) == ["settings.a ([1, 2], now unset)", "settings.b (1, now unset)"]
+
+
+def test_what_is_damaged_is_computed_again(tmp_path, whole):
+    path = tmp_path / "run.h5"
+    interrupt(path, 9)
+    part = tmp_path / "run.part.h5"
+    with h5py.File(part) as h5:
+        chunk = h5["entry/maps/saliency"].id.get_chunk_info(1)
+    with part.open("r+b") as file:
+        file.seek(chunk.byte_offset + 5)
+        file.write(b"\xff\x00\xff")
+    with store.Writer.resume(path, PLAN) as writer:
+        assert writer.done[0, 0].tolist() == [True, False, True]
+        fill(writer)
+    assert data(path) == whole
+
+
+def test_a_part_is_kept_until_the_fresh_file_holds_it(tmp_path, monkeypatch):
+    path, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
+    interrupt(path, 9)
+    shutil.copy(part, tmp_path / "before")
+
+    def fail(handle):
+        raise OSError(5, "")
+
+    monkeypatch.setattr("dfengine.store.files.os.fsync", fail)
+    with pytest.raises(store.StoreError, match="input/output"):
+        store.Writer.resume(path, PLAN)
+    assert part.read_bytes() == (tmp_path / "before").read_bytes()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["before", "run.part.h5"]
+
+
+def test_resume_without_anything_to_resume(tmp_path, whole):
+    with store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
+        assert not writer.done.any()
+        fill(writer)
+    assert data(tmp_path / "run.h5") == whole
+    assert np.all([len(values) for values in whole.values()])

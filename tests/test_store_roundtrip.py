@@ -1,0 +1,241 @@
+"""What goes into a file comes out of it, and nothing else does."""
+
+import json
+import threading
+
+import h5py
+import numpy as np
+import pytest
+from store_example import PLAN, SMALL, check, fill, step, total, trajectory
+
+from dfengine import store
+from dfengine.store.sink import Sink
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "run.h5"
+    with store.Writer.create(path, PLAN, device="cpu: a test") as writer:
+        fill(writer)
+    return path
+
+
+@pytest.fixture
+def run(path):
+    with store.open(path) as run:
+        yield run
+
+
+def test_every_value_comes_back(run):
+    assert check(run) == total(PLAN)
+    assert [len(found) for found in (run[0].relevance, run[1].relevance, run[0].heat, run[1].heat)] == [3, 2, 2, 1]
+    assert list(run[0].errors) == list(run[0].scores) == ["rise"]
+
+
+def test_the_plan_and_what_made_it_come_back(run):
+    assert run.plan == PLAN
+    assert [(item.key, item.prompt, item.seed) for item in run] == [
+        ("k0", "a red circle", 1),
+        ("k1", "ein Würfel", 2**64 - 1),
+    ]
+    assert run.environment["device"] == "cpu: a test"
+    assert run.environment["h5py"] == h5py.__version__
+    assert [item.seconds for item in run] == [1.5, 2.5]
+
+
+def test_other_tools_find_items_as_tables(path):
+    with h5py.File(path) as h5:
+        items = h5["entry/items"]
+        prompts = items["prompts"].asstr()[:]
+        assert prompts[items["prompt_index"][:]].tolist() == ["a red circle", "ein Würfel"]
+        assert prompts[items["negative_prompt_index"][:]].tolist() == ["", "blurry"]
+        assert items["seed"][:].tolist() == [1, 2**64 - 1]
+        assert json.loads(items["settings"][0]) == PLAN.methods[0].settings
+        assert items["attempt"][:].tolist() == [1, 1]
+        assert h5["entry/curves/token_text"].asstr()[:].tolist() == [["a", "red", "circle"], ["ein", "Würfel", ""]]
+
+
+def test_a_finished_file_stands_alone(path):
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.h5"]
+
+
+@pytest.mark.parametrize(
+    "key", [0, -1, np.int64(1), slice(1, None), (slice(None), 2), (..., 0), (1, ..., slice(0, 4, 2)), [0, 2], ...]
+)
+def test_slices_are_numpys(run, key):
+    whole = np.asarray(run[0].maps["rise"])
+    assert whole.shape == run[0].maps["rise"].shape == (3, 5, 6)
+    np.testing.assert_array_equal(run[0].maps["rise"][key], whole[key])
+
+
+@pytest.mark.parametrize("key", [3, -4, (0, 0, 0, 0)])
+def test_slices_outside_are_refused(run, key):
+    with pytest.raises(IndexError):
+        run[0].maps["rise"][key]
+    with pytest.raises(IndexError):
+        run[2]
+
+
+def test_chunks_and_filters(path):
+    with h5py.File(path) as h5:
+        entry = h5["entry"]
+        for name, chunk in {
+            "maps/saliency": (1, 1, 1, 5, 6),
+            "maps/error": (1, 1, 1, 5, 6),
+            "cam/3x3/saliency": (1, 1, 1, 3, 3),
+            "curves/heat": (1, 1, 1, 5, 6),
+            "images/rgb": (1, 10, 12, 3),
+            "latents/latent": (1, 1, 2, 5, 6),
+        }.items():
+            made = entry[name]
+            assert (made.chunks, made.maxshape[0]) == (chunk, None), name
+            assert (made.compression, made.compression_opts, made.shuffle, made.fletcher32) == ("gzip", 1, True, True)
+        assert np.isnan(entry["maps/saliency"].fillvalue)
+        assert (entry["scores/score"].chunks, entry["scores/score"].id.get_create_plist().get_nfilters()) == (
+            (1, 1, 1, 7),
+            0,
+        )
+        written = entry["maps/error"].id.get_num_chunks()
+    assert written == len(PLAN.items) * PLAN.num_steps, "methods without an error take no space"
+
+
+def test_what_is_not_written_yet_reads_as_nan(tmp_path):
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        writer.step(0, "rise", 1, **step(SMALL, 0, 0, 1))
+    with store.open(tmp_path / "run.h5") as run:
+        assert run[0].done["rise"].tolist() == [False, True]
+        assert np.isnan(run[0].maps["rise"][0]).all()
+        assert not np.isnan(run[0].maps["rise"][1]).any()
+        assert not run[0].has_trajectory
+        with pytest.raises(store.StoreError, match="no trajectory yet"):
+            _ = run[0].image
+        assert check(run) == 1
+
+
+def test_arrays_may_change_after_the_call(tmp_path, monkeypatch):
+    started, blocked = threading.Event(), threading.Event()
+    write = Sink.write
+
+    def slow(self, job):
+        started.set()
+        blocked.wait()
+        write(self, job)
+
+    monkeypatch.setattr(Sink, "write", slow)
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        given = step(SMALL, 0, 0, 0)
+        writer.step(0, "rise", 0, **given)
+        given["saliency"][:] = 0
+        started.wait()
+        blocked.set()
+    with store.open(tmp_path / "run.h5") as run:
+        assert check(run) == 1
+
+
+def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
+    blocked, returned, write = threading.Event(), [], Sink.write
+
+    def slow(self, job):
+        blocked.wait()
+        write(self, job)
+
+    def produce():
+        for _ in range(4):
+            writer.step(0, "rise", 0, **step(SMALL, 0, 0, 0))
+            returned.append(True)
+
+    monkeypatch.setattr(Sink, "write", slow)
+    with store.Writer.create(tmp_path / "run.h5", SMALL, queue_size=1) as writer:
+        producer = threading.Thread(target=produce)
+        producer.start()
+        producer.join(timeout=0.5)
+        assert len(returned) <= 2, "one in the thread's hands, one in the queue"
+        blocked.set()
+        producer.join()
+    assert len(returned) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            dict.fromkeys(("saliency", "error"), np.zeros((5, 4), np.float32)),
+            r"shape \(5, 4\): expected \(4, 4\), y × x",
+        ),
+        ({"scores": np.zeros(4, np.float32)}, "4 scores of method 'rise': the plan has 3 masks"),
+        ({"error": None}, "error of method 'rise': in the plan, but not given"),
+        ({"step": 2}, r"step 2 is outside \[0, 1\]"),
+        ({"step": -1}, r"step -1 is outside \[0, 1\]"),
+        ({"method": "lime"}, "'lime' is not in the plan: expected one of rise"),
+    ],
+)
+def test_what_the_plan_does_not_have_is_refused(tmp_path, change, told):
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        given = {"item": 0, "method": "rise", "step": 0} | step(SMALL, 0, 0, 0) | change
+        with pytest.raises(ValueError, match=told):
+            writer.step(**given)
+        given = trajectory(SMALL, 0)
+        with pytest.raises(ValueError, match="previews: given, but not in the plan"):
+            writer.trajectory(0, **given, previews=np.zeros((2, 4, 4, 3), np.uint8))
+        with pytest.raises(ValueError, match="layers: down missing or unknown"):
+            writer.cam(0, 0, {"mid": np.zeros((2, 2), np.float32), "down": np.zeros((2, 2), np.float32)})
+    with store.open(tmp_path / "run.h5") as run:
+        assert check(run) == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ({"items": ()}, "items of size 0"),
+        ({"num_steps": 0}, "num_steps of size 0"),
+        ({"methods": (store.Method("rise"), store.Method("rise"))}, "method names repeat: rise"),
+        ({"items": (store.Item("k", "a"), store.Item("k", "b"))}, "item keys repeat: k"),
+    ],
+)
+def test_impossible_plans_are_refused(plan, told):
+    with pytest.raises(store.StoreError, match=told):
+        store.Plan(**vars(SMALL) | plan)
+
+
+def test_settings_must_be_json(tmp_path):
+    plan = store.Plan(**vars(SMALL) | {"settings": {"score": print}})
+    with pytest.raises(store.StoreError, match=r"must be JSON values.*print"):
+        store.Writer.create(tmp_path / "run.h5", plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_created_while_writing(path, tmp_path):
+    def everything(name):
+        found = {}
+        with h5py.File(name, "r", swmr=True) as h5:
+            h5.visititems(lambda name, thing: found.update({name: (type(thing), sorted(thing.attrs))}))
+            return found | {"/": sorted(h5.attrs)}
+
+    with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
+        before = everything(tmp_path / "run.part.h5")
+        fill(writer)
+    assert everything(tmp_path / "run.h5") == everything(path) == before
+
+
+@pytest.mark.parametrize("parts", ["cam", "curves", "maps"])
+def test_a_file_of_one_kind_only(tmp_path, parts):
+    without = {"cam": {"layers": ()}, "maps": {"methods": ()}, "curves": {"items": (store.Item("k", "a"),)}}
+    plan = store.Plan(
+        **vars(SMALL) | {name: value for part in without if part != parts for name, value in without[part].items()}
+    )
+    with store.Writer.create(tmp_path / "run.h5", plan) as writer:
+        writer.trajectory(0, **trajectory(plan, 0))
+    with store.open(tmp_path / "run.h5") as run:
+        assert check(run) == 1
+        assert {path.partition("/")[0] for path in run.layout} & {"cam", "curves", "maps"} == {parts}
+
+
+def test_the_summary_is_json_and_counts(run, tmp_path):
+    summary = json.loads(json.dumps(run.summary()))
+    assert summary["methods"]["rise"]["maps_done"] == summary["methods"]["rise"]["maps_planned"] == 6
+    assert (summary["items_finished"], summary["seconds"], summary["finished"]) == (2, 4.0, True)
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        with store.open(tmp_path / "run.part.h5") as live:
+            summary = live.summary()
+        assert (summary["methods"]["rise"]["maps_done"], summary["finished"]) == (0, False)
+        assert writer.plan == SMALL
