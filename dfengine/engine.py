@@ -22,7 +22,7 @@ from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap
 from dfengine.result import Result
 from dfengine.shapes.judge import Judge
-from dfengine.trajectory import Job, Trajectory, to_bytes, trajectories
+from dfengine.trajectory import Job, Trajectory, check_image, to_bytes, trajectories
 
 #: Used where neither the caller nor the model says otherwise.
 GUIDANCE = 7.5
@@ -107,13 +107,16 @@ class Engine:
         `sampling` is "uniform" (the model's own spacing), "early" or "latter" (exponential, with `gamma`), or a list of
         time-steps. `image` (uint8 [H, W, 3]) stands in for a generation. Raises ValueError for what is not possible.
         """
+        given = None if image is None else torch.from_numpy(np.array(image))
+        if given is not None:
+            check_image(self.denoiser, given)
         return Job(
             prompt=prompt,
             timesteps=tuple(self.denoiser.schedule.timesteps(sampling, num_steps, gamma)),
             seed=seed,
             negative_prompt=negative_prompt,
             guidance=self.guidance if guidance is None else guidance,
-            image=None if image is None else torch.from_numpy(np.array(image)),
+            image=given,
         )
 
     def stream(self, jobs: Sequence[Job], explainers: Explainer | Sequence[Explainer]) -> Iterator[Event]:

@@ -119,11 +119,15 @@ def to_bytes(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n H W 3"]:
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
-def _encode(denoiser: Denoiser, image: UInt8[Tensor, "H W 3"]) -> Float[Tensor, "1 c h w"]:
-    if tuple(image.shape) != (*denoiser.image_shape, 3) or image.dtype != torch.uint8:
-        height, width = denoiser.image_shape
+def check_image(denoiser: Denoiser, image: Tensor) -> None:
+    """Raise ValueError for an image that is not uint8 of the size that the model makes."""
+    height, width = denoiser.image_shape
+    if tuple(image.shape) != (height, width, 3) or image.dtype != torch.uint8:
         raise ValueError(
             f"the image is {image.dtype} {tuple(image.shape)}, but the model makes torch.uint8 ({height}, {width}, 3): "
             "resize it"
         )
+
+
+def _encode(denoiser: Denoiser, image: UInt8[Tensor, "H W 3"]) -> Float[Tensor, "1 c h w"]:
     return denoiser.encode(image.permute(2, 0, 1)[None].to(denoiser.device).float() / 255)

@@ -1,5 +1,11 @@
 """Fixtures that several files share: a tiny random Stable Diffusion in diffusers' own folder format."""
 
+from jaxtyping import install_import_hook
+
+# Before anything of ours is imported: every call is checked against its annotations.
+install_import_hook(("dfengine", "dfkernels"), "typechecker.typecheck")
+
+
 from pathlib import Path
 
 import pytest

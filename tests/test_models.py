@@ -1,5 +1,6 @@
 """Loading, its errors, and the Stable Diffusion adapter, on a tiny random pipeline and without a network."""
 
+import contextlib
 import json
 import logging
 import os
@@ -33,7 +34,6 @@ from dfengine.models.loading import pick_device, pick_dtype, quiet
 from dfengine.models.stable_diffusion import StableDiffusion
 from dfengine.shapes.world import vocabulary
 
-REPOSITORY = Path(__file__).parent.parent
 T = torch.tensor([700, 20])
 
 
@@ -84,6 +84,7 @@ def test_the_callers_own_pipeline_is_the_same_model(tiny: Denoiser, tiny_folder:
     assert denoiser.batch_size == 3
     assert denoiser.name == str(tiny_folder)
     assert_close(outputs(denoiser), outputs(tiny), rtol=0, atol=0)
+    assert adapt(StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)).name != ""
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64", torch.float64])
@@ -112,19 +113,18 @@ def test_variant_chooses_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: 
     assert denoiser.dtype == torch.float32
     for (name, ours), whole in zip(denoiser.unet.named_parameters(), tiny.unet.parameters(), strict=True):
         assert torch.equal(ours, whole.half().float()), name
-    with pytest.raises(ValueError, match="half.*could not be loaded"):
+    with pytest.raises(ValueError, match=r"half.*could not be loaded"):
         load(tmp_path / "half", device="cpu")
-    with pytest.raises(ValueError, match="pipeline.*could not be loaded: .*bf16"):
+    with pytest.raises(ValueError, match=r"pipeline.*could not be loaded: .*bf16"):
         load(tiny_folder, device="cpu", variant="bf16")
 
 
 def test_loading_prints_nothing(tiny_folder: Path) -> None:
-    """In a fresh process, where the libraries are imported too; the user's own switch for bars included."""
+    """In a fresh process, where the libraries are imported too."""
     code = f"from dfengine.models import load; load({str(tiny_folder)!r}, device='cpu').condition(['a red circle'])"
-    for switch in ({}, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])} | switch
-        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def test_loading_again_prints_nothing(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -141,28 +141,20 @@ def test_quiet_leaves_the_libraries_as_they_were(level: int, bars: bool, error: 
     def state() -> list[tuple[int, bool]]:
         return [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in LIBRARIES]
 
-    before, hub_before = state(), huggingface_hub.utils.are_progress_bars_disabled()
+    before = state()
     try:
         for library in LIBRARIES:
             library.set_verbosity(level)
             (library.enable_progress_bar if bars else library.disable_progress_bar)()
-        huggingface_hub.utils.disable_progress_bars()
-        wanted = state()
-        try:
-            with quiet():
-                assert state() == [(logging.ERROR, False)] * 2
-                if error:
-                    raise KeyError
-        except KeyError:
-            pass
-        assert state() == wanted == [(level, bars)] * 2
-        assert huggingface_hub.utils.are_progress_bars_disabled()
+        with contextlib.suppress(KeyError), quiet():
+            assert state() == [(logging.ERROR, False)] * 2
+            if error:
+                raise KeyError
+        assert state() == [(level, bars)] * 2
     finally:
         for library, (verbosity, enabled) in zip(LIBRARIES, before, strict=True):
             library.set_verbosity(verbosity)
             (library.enable_progress_bar if enabled else library.disable_progress_bar)()
-        if not hub_before:
-            huggingface_hub.utils.enable_progress_bars()
 
 
 # --- what cannot be loaded -------------------------------------------------------------------------------------------
@@ -180,15 +172,15 @@ def test_unknown_models_are_refused_without_asking_the_network(name: str, cut_of
 
 
 def test_a_file_or_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a folder without model_index.json"):
+    with pytest.raises(ValueError, match=r"a folder without model_index\.json"):
         load(tmp_path, device="cpu")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="no model at .*model.safetensors"):
+    with pytest.raises(ValueError, match=r"no model at .*model\.safetensors"):
         load(tmp_path / "model.safetensors", device="cpu")
 
 
 def test_a_hub_id_without_network_is_one_clear_line(cut_off: list[Any]) -> None:
-    with pytest.raises(ValueError, match="model 'nobody/nothing' could not be loaded: .*not known") as caught:
+    with pytest.raises(ValueError, match=r"model 'nobody/nothing' could not be loaded: .*not known") as caught:
         load("nobody/nothing", device="cpu")
     assert "\n" not in str(caught.value)
     assert cut_off != []
@@ -199,7 +191,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monkey
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(socket, "getaddrinfo", time_out)
-    with pytest.raises(ValueError, match="model 'nobody/nothing' could not be loaded: .*timed out"):
+    with pytest.raises(ValueError, match=r"model 'nobody/nothing' could not be loaded: .*timed out"):
         load("nobody/nothing", device="cpu")
 
 
@@ -244,7 +236,7 @@ def unknown_class(folder: Path) -> None:
 @pytest.mark.parametrize("damage", [remove_weights, cut_weights, remove_part, garble_index, unknown_class])
 def test_a_damaged_folder_is_one_clear_line(copy: Path, damage: Callable[[Path], None], cut_off: list[Any]) -> None:
     damage(copy)
-    with pytest.raises(ValueError, match="copy' could not be loaded: .") as caught:
+    with pytest.raises(ValueError, match=r"copy' could not be loaded: .") as caught:
         load(copy, device="cpu")
     assert "\n" not in str(caught.value)
     assert cut_off == []
@@ -283,8 +275,6 @@ def test_devices_and_dtypes_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_dtype("float32", torch.device("cuda")) == torch.float32
     with pytest.raises(ValueError, match="'half' is not known: expected one of float32, float16, bfloat16"):
         pick_dtype("half", torch.device("cpu"))
-    with pytest.raises(ValueError, match="torch.int8"):
-        pick_dtype(torch.int8, torch.device("cpu"))
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
@@ -309,9 +299,16 @@ def test_networks_are_called_as_diffusers_calls_them(tiny: Denoiser, tiny_folder
         assert_close(tiny.encode(images), encoded, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sampler_without_clipping_is_not_clipped(tiny_folder: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, scheduler=DPMSolverMultistepScheduler())
-    assert adapt(pipeline).schedule.clip_range is None
+def test_another_samplers_configuration_is_read(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One that knows no clipping, and that diffusers corrects (to steps_offset = 1) with a warning."""
+    DPMSolverMultistepScheduler(timestep_spacing="leading").save_pretrained(copy / "scheduler")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    schedule = load(copy, device="cpu").schedule
+    assert schedule.clip_range is None
+    assert schedule.timesteps("uniform", 4) == [751, 501, 251, 1]
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("word", ["teapot", "circle,", "circles", "红"])
@@ -338,7 +335,7 @@ def test_a_prompt_too_long_says_what_is_cut(tiny: Denoiser, extra: list[str]) ->
     fits = "a red circle above a blue square on a gray background a red circle"
     assert len(fits.split()) == 14
     tiny.condition([fits])
-    with pytest.raises(ValueError, match="too many|would be cut") as caught:
+    with pytest.raises(ValueError, match="would be cut") as caught:
         tiny.condition([" ".join([fits, *extra])])
     message = str(caught.value)
     assert f"the prompt has {14 + len(extra)} tokens and the model takes 14" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def adapt(pipeline: Any, *, name: str | None = None, batch_size: int | None = No
     from dfengine.models.stable_diffusion import StableDiffusion
 
     if isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline)):
-        return StableDiffusion(pipeline, name=name or pipeline.config._name_or_path, batch_size=batch_size)
+        name = name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+        return StableDiffusion(pipeline, name=name, batch_size=batch_size)
     raise ValueError(
         f"{type(pipeline).__name__} is not supported: expected a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x)"
     )
@@ -128,7 +130,10 @@ def quiet() -> Iterator[None]:
         for library, _ in levels:
             library.set_verbosity_error()
             library.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            # Of configurations that diffusers corrects by itself.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+            yield
     finally:
         for library, level in levels:
             library.set_verbosity(level)

@@ -1,0 +1,172 @@
+"""The command line as a user meets it: in a process of its own, with every mistake typed in."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dfengine
+
+CAPTION = "a red circle above a blue square on a gray background"
+QUICK = ["--steps", "2", "--masks", "4"]
+
+
+def dfengine_command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dfengine.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+
+
+def refused(*arguments: str) -> str:
+    """What a refusal says: one line, exit status 2, no traceback, nothing on stdout."""
+    run = dfengine_command(*arguments)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    (line,) = run.stderr.strip().splitlines()
+    assert line.startswith("dfengine: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run, made by the command line."""
+    out = tmp_path_factory.mktemp("made") / "run.h5"
+    run = dfengine_command("explain", CAPTION, "-o", str(out), *QUICK, "--seed", "3", "--sampling", "early")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"{out}: 2 steps of DF-RISE, 4 masks each\n"
+    return out
+
+
+def test_explain_writes_what_was_asked_for(made: Path) -> None:
+    with dfengine.open(made) as run:
+        (item,) = run
+        assert (item.prompt, item.seed) == (CAPTION, 3)
+        assert item.timesteps.tolist() == dfengine.exponential_timesteps(2, 60, "early")
+        assert item.scores["rise"].shape == (2, 4)
+        assert item.done["rise"].all()
+
+
+def test_info_tells_people_and_programs(made: Path) -> None:
+    told = dfengine_command("info", str(made))
+    assert "finished" in told.stdout
+    assert "2 of 2 maps, 4 masks each" in told.stdout
+    summary = json.loads(dfengine_command("info", str(made), "--json").stdout)
+    assert summary["methods"]["rise"]["maps_done"] == 2
+    assert summary["model"] == "shapes"
+
+
+def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rise.png"
+    assert dfengine_command("figures", str(made), "-o", str(out)).returncode == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_that_exists_is_kept(made: Path) -> None:
+    before = made.read_bytes()
+    assert "--overwrite" in refused("explain", CAPTION, "-o", str(made), *QUICK)
+    assert made.read_bytes() == before
+
+
+def test_help_explains_itself() -> None:
+    for verb in ("explain", "figures", "info"):
+        assert verb in dfengine_command("--help").stdout
+        run = dfengine_command(verb, "--help")
+        assert run.returncode == 0
+        assert "Usage:" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["", *QUICK], "the prompt is empty"),
+        (["a red dog", *QUICK], "does not know 'dog'; its words are: a above"),
+        (["a red circle " * 6, *QUICK], "tokens and the model takes 14: '.*' would be cut"),
+        ([CAPTION, "--masks", "0"], "0 masks are not possible"),
+        ([CAPTION, "--masks", "-5"], "-5 masks are not possible"),
+        ([CAPTION, "--steps", "0", "--masks", "4"], "0 steps are not possible"),
+        ([CAPTION, "--steps", "1001", "--masks", "4"], "more than the 1000"),
+        ([CAPTION, *QUICK, "--keep-probability", "1"], r"outside \(0, 1\)"),
+        ([CAPTION, *QUICK, "--keep-probability", "-0.5"], r"outside \(0, 1\)"),
+        ([CAPTION, *QUICK, "--sampling", "middle"], "sampling 'middle' is not known"),
+        ([CAPTION, *QUICK, "--sampling", "early", "--gamma", "-1"], "gamma -1"),
+        ([CAPTION, *QUICK, "--similarity", "psnr"], "similarity 'psnr' is not known"),
+        ([CAPTION, *QUICK, "--batch-size", "0"], "batch size 0"),
+        ([CAPTION, *QUICK, "--model", "no-such-model"], "'no-such-model' is not known: expected 'shapes'"),
+        ([CAPTION, *QUICK, "--model", "/no/such/folder"], "no model at '/no/such/folder'"),
+        ([CAPTION, *QUICK, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        ([CAPTION, *QUICK, "--device", "abacus"], "device 'abacus' cannot be used"),
+        ([CAPTION, *QUICK, "--dtype", "float8"], "dtype 'float8' is not known"),
+        ([CAPTION, *QUICK, "--seed", "-1"], "seed -1"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert re.search(said, refused("explain", *arguments, "-o", str(tmp_path / "run.h5")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_cannot_be_written_to_are_one_line(tmp_path: Path) -> None:
+    assert "does not exist" in refused("explain", CAPTION, "-o", str(tmp_path / "no" / "run.h5"), *QUICK)
+    (tmp_path / "file").touch()
+    assert "not a folder" in refused("explain", CAPTION, "-o", str(tmp_path / "file" / "run.h5"), *QUICK)
+    # /proc takes no files even from root, whom permission bits do not bind.
+    assert "cannot write" in refused("explain", CAPTION, "-o", "/proc/run.h5", *QUICK)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    command = [sys.executable, "-m", "dfengine.cli", "explain", CAPTION, "-o", str(out), "--steps", "12", "--masks", "8"]
+    # A limit on the size of files, the nearest thing to a full disk that needs no mount.
+    limited = "import os, resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000)); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    run = subprocess.run([sys.executable, "-c", limited, *command], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.strip().splitlines()
+    assert "cannot write" in line
+    assert not out.exists()
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
+    out, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
+    command = [sys.executable, "-m", "dfengine.cli", "explain", CAPTION, "-o", str(out), "--masks", "64"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        if part.exists():
+            with dfengine.open(part) as run:
+                if run[0].done["rise"].sum() >= 2:
+                    break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert told.strip().splitlines() == [f"dfengine: interrupted; what was done is in {part}"]
+    with dfengine.open(part) as run:
+        assert 2 <= run[0].done["rise"].sum() < 30
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "cam"], "no map 'cam'"),
+        (["--step", "7"], r"step 7 is outside \[0, 1\]"),
+        (["--item", "3"], "item 3"),
+    ],
+)
+def test_figures_of_what_is_not_there(made: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert re.search(said, refused("figures", str(made), "-o", str(tmp_path / "rise.png"), *arguments))
+
+
+def test_figures_that_cannot_be_read_or_written(made: Path, tmp_path: Path) -> None:
+    assert "expected .png, .pdf or .svg" in refused("figures", str(made), "-o", str(tmp_path / "rise.jpg"))
+    assert "does not exist" in refused("figures", str(made), "-o", str(tmp_path / "no" / "rise.png"))
+    assert "does not exist" in refused("figures", str(tmp_path / "none.h5"), "-o", str(tmp_path / "rise.png"))
+    (tmp_path / "text.h5").write_text("not a file of ours")
+    assert "not an HDF5 file" in refused("info", str(tmp_path / "text.h5"))

@@ -1,0 +1,181 @@
+"""The engine end to end on the embedded model: a stored result is the result, and bad input leaves nothing behind."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from analytic import Analytic
+
+import dfengine
+from dfengine import Engine, Rise, StepMap
+from dfengine.engine import Event, Finished, Generated, describe, item_key
+
+CAPTION = "a red circle above a blue square on a gray background"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
+
+
+def test_what_is_stored_is_what_is_returned(engine: Engine, tmp_path: Path) -> None:
+    explainers = [Rise(12), Rise(5, score="global", estimator="sum", name="printed")]
+    result = engine.explain(CAPTION, explainers, num_steps=3, seed=4, out=tmp_path / "run.h5")
+    assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
+    with dfengine.open(tmp_path / "run.h5") as run:
+        (item,) = run
+        assert (item.prompt, item.seed, item.model) == (CAPTION, 4, "shapes")
+        np.testing.assert_array_equal(item.image, result.image)
+        np.testing.assert_array_equal(item.timesteps, result.timesteps)
+        np.testing.assert_array_equal(item.latents, result.latents)
+        np.testing.assert_array_equal(item.epsilon, result.epsilon)
+        np.testing.assert_array_equal(item.previews, result.previews)
+        for name in ("rise", "printed"):
+            np.testing.assert_array_equal(item.maps[name], result.maps[name])
+            np.testing.assert_array_equal(item.errors[name], result.errors[name])
+            np.testing.assert_array_equal(item.scores[name], result.scores[name])
+            np.testing.assert_array_equal(item.heatmap(name, 2), result.heatmap(name, 2))
+            assert item.done[name].all()
+        assert run.plan.methods[0].settings == describe(explainers[0])
+    assert result.maps["rise"].shape == (3, 16, 16)
+    assert result.previews is not None
+    assert result.previews.shape == (3, 64, 64, 3)
+    assert np.isfinite(result.maps["rise"]).all()
+
+
+def test_the_public_settings_run_it_again(engine: Engine) -> None:
+    rise = Rise(6, keep_probability=0.3, masks="rise", grid=4, window=7)
+    settings = describe(rise)
+    assert settings.pop("explainer") == "Rise"
+    again = Rise(**settings)
+    assert again == rise
+    one = engine.explain(CAPTION, rise, num_steps=1)
+    other = engine.explain(CAPTION, again, num_steps=1)
+    np.testing.assert_array_equal(one.maps["rise"], other.maps["rise"])
+
+
+def test_a_stream_tells_of_each_thing_as_it_is_done(engine: Engine) -> None:
+    jobs = [engine.job(CAPTION, seed=seed, num_steps=2) for seed in range(5)]
+    jobs.append(engine.job("a green star on a white background", num_steps=3))
+    events: list[Event] = list(engine.stream(jobs, Rise(3)))
+    for item, job in enumerate(jobs):
+        mine = [event for event in events if event.item == item]
+        assert isinstance(mine[0], Generated)
+        assert mine[0].trajectory.job is job
+        assert isinstance(mine[-1], Finished)
+        assert [event.step for event in mine if isinstance(event, StepMap)] == list(range(len(job.timesteps)))
+    # With a batch of 8, four guided trajectories are sampled together.
+    assert [type(event) for event in events[:5]] == [Generated] * 4 + [StepMap]
+
+
+def test_neighbours_in_a_stream_do_not_change_a_map(engine: Engine) -> None:
+    jobs = [engine.job(CAPTION, seed=seed, num_steps=2) for seed in range(3)]
+    together = {(e.item, e.step): e for e in engine.stream(jobs, Rise(10)) if isinstance(e, StepMap)}
+    (alone,) = [e for e in engine.stream(jobs[2:], Rise(10)) if isinstance(e, StepMap) and e.step == 1]
+    torch.testing.assert_close(together[2, 1].saliency, alone.saliency, rtol=1e-3, atol=1e-4)
+
+
+def test_exponential_and_given_time_steps_are_visited(engine: Engine) -> None:
+    early = engine.job(CAPTION, num_steps=4, sampling="early", gamma=10)
+    assert list(early.timesteps) == dfengine.exponential_timesteps(4, 10, "early")
+    assert engine.job(CAPTION, sampling=[900, 500, 20]).timesteps == (900, 500, 20)
+
+
+def test_a_given_image_stands_in_for_a_generation(engine: Engine) -> None:
+    made = engine.explain(CAPTION, Rise(2), num_steps=20, seed=1)
+    result = engine.explain(CAPTION, Rise(2), image=made.image, num_steps=3)
+    np.testing.assert_array_equal(result.image, made.image)
+    # At the last step there is hardly any noise: the latent decodes to the image.
+    last = engine.denoiser.decode(torch.from_numpy(result.latents[-1:]))[0].permute(1, 2, 0).numpy()
+    assert np.abs(last - made.image / 255).mean() < 0.03
+
+
+def test_progress_is_told(engine: Engine) -> None:
+    events: list[Event] = []
+    engine.explain(CAPTION, Rise(2), num_steps=2, on_event=events.append)
+    assert [type(event).__name__ for event in events] == ["Generated", "StepMap", "StepMap", "Finished"]
+
+
+def test_a_pipeline_of_ones_own_is_wrapped(engine: Engine) -> None:
+    mine = Engine(engine.denoiser.pipeline, batch_size=4)
+    assert mine.denoiser.batch_size == 4
+    one = mine.explain(CAPTION, Rise(8), num_steps=1, guidance=engine.guidance)
+    other = engine.explain(CAPTION, Rise(8), num_steps=1)
+    np.testing.assert_allclose(one.maps["rise"], other.maps["rise"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_denoiser_of_ones_own_is_explained() -> None:
+    engine = Engine(Analytic(lambda x_t, _: x_t, shape=(1, 4, 4)))
+    result = engine.explain("1", Rise(3, estimator="sum"), num_steps=2)
+    assert result.maps["rise"].shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "a red dog"}, "does not know 'dog'; its words are: a above an"),
+        ({"prompt": "a red circle on " + "a " * 20}, "would be cut"),
+        ({"num_steps": 0}, "0 steps .* at least 1"),
+        ({"num_steps": 1001}, "1001 steps are more than the 1000"),
+        ({"sampling": "middle"}, "sampling 'middle'"),
+        ({"sampling": [5, 7]}, "fall strictly"),
+        ({"sampling": "early", "gamma": -1}, "gamma -1"),
+        ({"seed": -1}, "seed -1"),
+        ({"negative_prompt": "ugly"}, "does not know 'ugly'"),
+        ({"image": np.zeros((3, 3, 3), np.uint8)}, "resize it"),
+        ({"explainers": []}, "no explainer"),
+        ({"explainers": [Rise(1), Rise(2)]}, "share a name"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    engine: Engine, tmp_path: Path, wrong: dict, said: str
+) -> None:
+    given = {"prompt": CAPTION, "explainers": Rise(2), "num_steps": 2} | wrong
+    with pytest.raises(ValueError, match=said):
+        engine.explain(**given, out=tmp_path / "run.h5")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(engine: Engine, tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    first = engine.explain(CAPTION, Rise(2), num_steps=1, out=out)
+    with pytest.raises(ValueError, match="--overwrite"):
+        engine.explain(CAPTION, Rise(3), num_steps=1, out=out)
+    with dfengine.open(out) as run:
+        np.testing.assert_array_equal(run[0].maps["rise"], first.maps["rise"])
+    engine.explain(CAPTION, Rise(3), num_steps=1, out=out, overwrite=True)
+    with dfengine.open(out) as run:
+        assert run.plan.methods[0].num_masks == 3
+
+
+def test_what_was_done_is_kept_when_it_is_cut_off(engine: Engine, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, StepMap) and event.step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.explain(CAPTION, Rise(16), num_steps=4, out=tmp_path / "run.h5", on_event=stop)
+    with dfengine.open(tmp_path / "run.part.h5") as run:
+        assert run[0].done["rise"].tolist() == [True, True, False, False]
+        assert np.isfinite(run[0].maps["rise"][:2]).all()
+        assert np.isnan(run[0].maps["rise"][2:]).all()
+
+
+def test_an_items_key_follows_everything_it_depends_on(engine: Engine) -> None:
+    job = engine.job(CAPTION)
+    settings = {"rise": describe(Rise(5))}
+    keys = {
+        item_key("shapes", job, settings),
+        item_key("other", job, settings),
+        item_key("shapes", dataclasses.replace(job, seed=1), settings),
+        item_key("shapes", dataclasses.replace(job, prompt="a red circle"), settings),
+        item_key("shapes", dataclasses.replace(job, guidance=4.0), settings),
+        item_key("shapes", dataclasses.replace(job, timesteps=(3, 2)), settings),
+        item_key("shapes", dataclasses.replace(job, image=torch.zeros(2, 2, 3, dtype=torch.uint8)), settings),
+        item_key("shapes", job, {"rise": describe(Rise(6))}),
+    }
+    assert len(keys) == 8
+    assert item_key("shapes", engine.job(CAPTION), {"rise": describe(Rise(5))}) in keys
