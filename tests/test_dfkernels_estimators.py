@@ -238,7 +238,8 @@ def numpy_ridge(x: np.ndarray, scores: np.ndarray, penalty: float) -> tuple[np.n
     y = scores - scores.mean()
     inverse = np.linalg.inv(x.T @ x + penalty * np.eye(x.shape[1]))
     beta = inverse @ x.T @ y
-    freedom = max(len(y) - np.trace(x @ inverse @ x.T), 1)
+    left = np.eye(len(y)) - x @ inverse @ x.T
+    freedom = np.trace(left @ left)
     variance = ((y - x @ beta) ** 2).sum() / freedom
     return beta, np.sqrt(variance * np.diag(inverse @ x.T @ x @ inverse))
 
@@ -278,7 +279,7 @@ def test_ridge_recovers_a_linear_score(kind: str) -> None:
     assert (error < 0.01).all()
 
 
-@pytest.mark.parametrize("n", [60, 150])
+@pytest.mark.parametrize("n", [8, 60, 150])
 def test_ridge_errors_are_the_spread_over_noise(n: int) -> None:
     weights = torch.linspace(-0.3, 0.3, 12).reshape(3, 4)
     signal = (dfkernels.masks(0, 0, 0, n, (3, 4)) * weights).sum((1, 2))

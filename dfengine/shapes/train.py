@@ -268,7 +268,6 @@ def export(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder, safe_serialization=True)
     save_file(
         {name: value.contiguous() for name, value in judge.cpu().state_dict().items()}, folder / judging.WEIGHTS.name

@@ -21,7 +21,7 @@ ESTIMATORS = ("sum", "coverage", "contrast")
 CHUNK_PIXELS = 2**22
 #: X = M − p a chunk at a time, with the masks each chunk holds.
 Design = Iterator[tuple[slice, Float64[Tensor, "k hw"]]]
-#: β, diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹], ‖y − Xβ‖² and N − tr H.
+#: β, diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹], ‖y − Xβ‖² and tr (I − H)².
 Solution = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -183,11 +183,10 @@ def ridge(
     """Ridge regression of the scores of masks first, first + 1, … on the masks: the map β and its error, float32.
 
         β = (XᵀX + κ)⁻¹ Xᵀy,   X = M − p,   y = s − s̄,   κ the penalty
-        error² = σ̂² diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹],   σ̂² = ‖y − Xβ‖² / max(N − tr H, 1),   H = X (XᵀX + κ)⁻¹ Xᵀ
+        error² = σ̂² diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹],   σ̂² = ‖y − Xβ‖² / tr (I − H)²,   H = X (XᵀX + κ)⁻¹ Xᵀ
 
     β(λ) is what keeping λ adds to the score. Every mask, of either kind, has mean p at every pixel. Solved in float64,
-    in the h·w pixels for N ≥ h·w, else in the N masks. The error is right from N = 2·h·w on; it is too small below
-    N = h·w, where β all but interpolates the scores (a third of the truth at N = h·w / 4), and ∞ for one score.
+    in the h·w pixels for N ≥ h·w, else in the N masks. The error is ∞ for one score.
     """
     if not penalty > 0:
         raise ValueError(f"penalty {penalty} is not positive: 1 is the default")
@@ -207,30 +206,32 @@ def ridge(
 
     solve = _primal if len(y) >= shape[0] * shape[1] else _dual
     beta, spread, residual, freedom = solve(design(), y, penalty)
-    error = (residual.clamp(min=0) / freedom.clamp(min=1) * spread.clamp(min=0)).sqrt()
+    error = (residual.clamp(min=0) / freedom * spread.clamp(min=0)).sqrt()
     if len(y) < 2:
         error = torch.full_like(error, torch.inf)
     return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
 
 
 def _primal(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
-    """With A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA², ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ, tr H = h·w − κ tr A."""
+    """With A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA², ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ,
+    tr (I − H)² = N − h·w + κ² tr A².
+    """
     gram = projected = y.new_zeros(())
     for part, x in design:
         gram, projected = gram + x.T @ x, projected + x.T @ y[part]
     inverse = _inverse(gram, penalty)
     beta = inverse @ projected
     spread = inverse.diagonal() - penalty * inverse.square().sum(1)
-    freedom = len(y) - len(beta) + penalty * inverse.trace()
+    freedom = len(y) - len(beta) + penalty**2 * inverse.square().sum()
     return beta, spread, y @ y - beta @ projected - penalty * beta @ beta, freedom
 
 
 def _dual(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
-    """With A = (XXᵀ + κ)⁻¹: β = XᵀA y, (XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹ = XᵀA²X, y − Xβ = κA y, N − tr H = κ tr A."""
+    """With A = (XXᵀ + κ)⁻¹: β = XᵀA y, (XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹ = XᵀA²X, y − Xβ = κA y, tr (I − H)² = κ² tr A²."""
     x = torch.cat([part for _, part in design])
     inverse = _inverse(x @ x.T, penalty)
     weights = inverse @ y
-    return x.T @ weights, (inverse @ x).square().sum(0), (penalty * weights).square().sum(), penalty * inverse.trace()
+    return x.T @ weights, (inverse @ x).square().sum(0), (penalty * weights).square().sum(), penalty**2 * inverse.square().sum()
 
 
 def _inverse(gram: Float64[Tensor, "k k"], penalty: float) -> Float64[Tensor, "k k"]:
