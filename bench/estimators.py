@@ -35,7 +35,9 @@ RESULT = Path(__file__).parent / "results" / "estimators.json"
 ESTIMATORS = {"local": ("sum", "coverage", "contrast"), "global": ("sum", "coverage", "contrast", "ridge")}
 
 
-def scores_of(engine: Engine, path: Trajectory, step: int, first: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def scores_of(
+    engine: Engine, path: Trajectory, step: int, first: int, count: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Mask indices, local score maps and global scores of a range of masks of one step, in batches."""
     denoiser, size = engine.denoiser, 250
     latent = path.latents[step : step + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def explain(
     engine = Engine.from_pretrained(
         model, device=device, dtype=dtype, variant=variant, revision=revision, batch_size=batch_size
     )
+    began = time.monotonic()
     with _interruptible(out), _progress(steps) as on_event:
         engine.explain(
             prompt,
@@ -93,7 +95,7 @@ def explain(
             overwrite=overwrite,
             on_event=on_event,
         )
-    print(f"{out}: {steps} steps of DF-RISE, {masks} masks each")
+    print(f"{out}: {steps} steps of DF-RISE, {masks} masks each, in {time.monotonic() - began:.0f} s")
 
 
 @app.command()
@@ -151,7 +153,7 @@ def _progress(steps: int) -> Iterator[Callable[[Event], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_err) as bar:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
         task = bar.add_task("generating", total=steps)
 
         def on_event(event: Event) -> None:

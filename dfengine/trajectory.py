@@ -130,4 +130,5 @@ def check_image(denoiser: Denoiser, image: Tensor) -> None:
 
 
 def _encode(denoiser: Denoiser, image: UInt8[Tensor, "H W 3"]) -> Float[Tensor, "1 c h w"]:
+    check_image(denoiser, image)
     return denoiser.encode(image.permute(2, 0, 1)[None].to(denoiser.device).float() / 255)

@@ -4,7 +4,7 @@
 
 Each run, a new one or one that was interrupted and goes on, is a fork. Its process is ended before its Nth write
 (ERRNO 0), or that write and all later ones fail with ERRNO, for every N until a run gets through. What is left is read
-and compared; every third is resumed, too.
+and compared; every eighth is resumed, too.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def write(shim: ctypes.CDLL, path: Path, nth: int, error: int) -> None:
     except store.StoreError as refused:
         status = 3 if "the disk is full" in str(refused) else 4
     # Not os._exit: HDF5 clears up on leaving, while the disk is still full; and Python, which takes longer.
-    if nth % 3:
+    if nth % 8:
         ctypes.CDLL(None).exit(status)
     sys.exit(status)
 
@@ -80,7 +80,7 @@ def main(shim: ctypes.CDLL, folder: Path, error: int, resumed: bool) -> None:
         if status == 0:
             break
         assert status == (3 if error else 77), f"write {nth}: status {status}"
-        if nth % 3:
+        if nth % 8:
             continue
         if not (folder / "run.h5").exists():
             with store.Writer.resume(folder / "run.h5", SMALL) as writer:

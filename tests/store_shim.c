@@ -1,5 +1,5 @@
-/* Preloaded: once armed, counts what a process does to its disk, and ends the process before the Nth such call (a kill),
-   or lets that call and every later one fail with an error (a full or broken disk). */
+/* Preloaded: once armed, counts what a process does to its disk, and ends the process before the Nth such call (a
+   kill), or lets that call and every later one fail with an error (a full or broken disk). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

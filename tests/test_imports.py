@@ -23,8 +23,16 @@ MAY_IMPORT = {
     "dfengine.figures": {"result"},
     "dfengine.shapes": {"models"},
     "dfengine.engine": {
-        "batching", "denoiser", "explain", "models", "result", "schedule", "shapes", "store", "trajectory"
-    },  # fmt: skip
+        "batching",
+        "denoiser",
+        "explain",
+        "models",
+        "result",
+        "schedule",
+        "shapes",
+        "store",
+        "trajectory",
+    },
     "dfengine.cli": {"engine", "explain", "figures", "store"},
 }
 

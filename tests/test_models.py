@@ -119,6 +119,7 @@ def test_variant_chooses_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: 
         load(tiny_folder, device="cpu", variant="bf16")
 
 
+@pytest.mark.slow
 def test_loading_prints_nothing(tiny_folder: Path) -> None:
     """In a fresh process, where the libraries are imported too."""
     code = f"from dfengine.models import load; load({str(tiny_folder)!r}, device='cpu').condition(['a red circle'])"

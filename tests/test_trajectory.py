@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from dfengine.denoiser import Denoiser
 from dfengine.schedule import exponential_timesteps
-from dfengine.trajectory import Job, Trajectory, start_noise, to_bytes, trajectories
+from dfengine.trajectory import Job, Trajectory, check_image, start_noise, to_bytes, trajectories
 
 # float32 through a small network whose sums are made in another order, times 1/√ᾱ ≤ 15 at the first step.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -155,6 +155,8 @@ def test_an_image_of_another_size_is_refused(tiny: Denoiser) -> None:
     image = torch.zeros(16, 20, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=re.escape("(16, 20, 3)") + ".*" + re.escape("(16, 16, 3): resize it")):
         trajectories(tiny, [Job("", LEADING, image=image)])
+    with pytest.raises(ValueError, match=re.escape("torch.float32 (16, 16, 3)")):
+        check_image(tiny, torch.zeros(16, 16, 3))
 
 
 @pytest.mark.parametrize(

@@ -201,10 +201,10 @@ def train_denoiser(run: Run, autoencoder: AutoencoderKL, steps: int, num_scenes:
 
 
 def weight(alpha_bar: Tensor) -> Tensor:
-    """The error in ε counts as the error in v would, 1/ᾱ, but at most 10; and where there is hardly any noise, by min-SNR.
+    """The error in ε counts as the error in v would, 1/ᾱ, but at most 10; where there is hardly any noise, by min-SNR.
 
-    What is where is decided at high noise, where an error in ε is small; plain weights learn it last (Salimans & Ho 2022;
-    Hang et al. 2023).
+    What is where is decided at high noise, where an error in ε is small; plain weights learn it last (Salimans & Ho
+    2022; Hang et al. 2023).
     """
     snr = alpha_bar / (1 - alpha_bar)
     return (1 / alpha_bar).clamp(max=10) * (5 / snr).clamp(max=1)

@@ -10,6 +10,10 @@ class StoreError(ValueError):
     """A file that cannot be written or read as asked: one line with what was found, and the remedy."""
 
 
+class NoSuchItem(StoreError, IndexError):
+    """An item that a file does not have."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One generation to explain: a prompt and a seed under a key that no other item of the run has.

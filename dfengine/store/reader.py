@@ -15,7 +15,7 @@ from jaxtyping import Bool
 from dfengine.store import schema
 from dfengine.store.files import cause, part_path
 from dfengine.store.item import StoredItem
-from dfengine.store.plan import Plan, StoreError
+from dfengine.store.plan import NoSuchItem, Plan, StoreError
 
 if TYPE_CHECKING:
     import xarray
@@ -51,6 +51,8 @@ class Run:
         return len(self.plan.items)
 
     def __getitem__(self, index: int) -> StoredItem:
+        if not -len(self) <= index < len(self):
+            raise NoSuchItem(f"item {index} is not in {self.path}: it has {len(self)}, counted from 0")
         return StoredItem(self, range(len(self))[index])
 
     def __iter__(self) -> Iterator[StoredItem]:
