@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -20,9 +19,10 @@ from numpy.typing import ArrayLike
 from dfengine import models, shapes, store
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap
+from dfengine.record import Recorder, device_name, plan
 from dfengine.result import Result
 from dfengine.shapes.judge import Judge
-from dfengine.trajectory import Job, Trajectory, check_image, to_bytes, trajectories
+from dfengine.trajectory import Job, Trajectory, check_image, trajectories
 
 #: Used where neither the caller nor the model says otherwise.
 GUIDANCE = 7.5
@@ -98,7 +98,7 @@ class Engine:
         negative_prompt: str = "",
         seed: int = 0,
         num_steps: int = 30,
-        sampling: str | Sequence[int] = "uniform",
+        sampling: str | Iterable[SupportsIndex] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
     ) -> Job:
@@ -119,27 +119,46 @@ class Engine:
             image=given,
         )
 
-    def stream(self, jobs: Sequence[Job], explainers: Explainer | Sequence[Explainer]) -> Iterator[Event]:
+    def stream(
+        self,
+        jobs: Sequence[Job],
+        explainers: Explainer | Sequence[Explainer],
+        *,
+        restored: Mapping[int, Trajectory] = MappingProxyType({}),
+        done: Collection[tuple[int, str, int]] = (),
+    ) -> Iterator[Event]:
         """Generate and explain many images, telling of each thing as it is done.
 
         Jobs are sampled in groups of neighbours with equally many steps, and masks of a group share their batches. For
-        each item come `Generated`, a `StepMap` a step and explainer, and `Finished`.
+        each item come `Generated`, a `StepMap` a step and explainer, and `Finished`. Work of an earlier run is not done
+        again: trajectories in `restored`, by item, and maps in `done`, as (item, explainer's name, step).
         """
         explainers = _several(explainers)
         group_size = max(1, self.denoiser.batch_size // 2)
         for _, neighbours in groupby(enumerate(jobs), key=lambda pair: len(pair[1].timesteps)):
             run = list(neighbours)
             for first in range(0, len(run), group_size):
-                yield from self._explain_group(run[first : first + group_size], explainers)
+                yield from self._explain_group(dict(run[first : first + group_size]), explainers, restored, done)
 
-    def _explain_group(self, group: Sequence[tuple[int, Job]], explainers: Sequence[Explainer]) -> Iterator[Event]:
+    def _explain_group(
+        self,
+        group: Mapping[int, Job],
+        explainers: Sequence[Explainer],
+        restored: Mapping[int, Trajectory],
+        done: Collection[tuple[int, str, int]],
+    ) -> Iterator[Event]:
         began = time.monotonic()
-        items = [item for item, _ in group]
-        finished = trajectories(self.denoiser, [job for _, job in group])
+        items = list(group)
+        new = [item for item in items if item not in restored]
+        sampled = dict(zip(new, trajectories(self.denoiser, [group[item] for item in new]), strict=True)) if new else {}
+        finished = [restored[item] if item in restored else sampled[item] for item in items]
         for item, trajectory in zip(items, finished, strict=True):
             yield Generated(item, trajectory)
         for explainer in explainers:
-            for step_map in explainer.explain(self.denoiser, finished):
+            left_out = {
+                (items.index(item), step) for item, name, step in done if name == explainer.name and item in group
+            }
+            for step_map in explainer.explain(self.denoiser, finished, left_out):
                 yield dataclasses.replace(step_map, item=items[step_map.item])
         seconds = (time.monotonic() - began) / len(items)
         for item in items:
@@ -154,7 +173,7 @@ class Engine:
         negative_prompt: str = "",
         seed: int = 0,
         num_steps: int = 30,
-        sampling: str | Sequence[int] = "uniform",
+        sampling: str | Iterable[SupportsIndex] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
         previews: bool = True,
@@ -165,7 +184,8 @@ class Engine:
         """Generate an image (or take the given one) and explain every step of it.
 
         With `out`, maps are written to that HDF5 file as they are made; it exists under its name once it is complete,
-        and as `.part.h5` until then. `previews` keeps the image predicted at each step. `on_event` is told of progress.
+        and as `.part.h5` until then. A run of the same settings that was cut off is gone on with: nothing that is done
+        is computed again. `previews` keeps the image predicted at each step. `on_event` is told of progress.
 
         Raises ValueError for input that is not possible, before anything is computed or written.
         """
@@ -182,93 +202,27 @@ class Engine:
         )
         with torch.no_grad():
             self.denoiser.condition([prompt, negative_prompt])
-        plan = self.plan([job], explainers, previews=previews)
-        file = (
-            nullcontext()
-            if out is None
-            else store.Writer.create(Path(out), plan, overwrite=overwrite, device=device_name(self.denoiser.device))
-        )
-        result: Result | None = None
+        file: AbstractContextManager[store.Writer | None] = nullcontext()
+        if out is not None:
+            file = store.Writer.create(
+                Path(out),
+                plan(self.denoiser, [job], explainers, previews=previews),
+                overwrite=overwrite,
+                resume=True,
+                device=device_name(self.denoiser.device),
+            )
         with file as writer:
-            for event in self.stream([job], explainers):
+            recorder = Recorder(self.denoiser, job, explainers, previews=previews, writer=writer)
+            for event in self.stream([job], explainers, restored=recorder.restored, done=recorder.done):
                 if isinstance(event, Generated):
-                    result = self._begin(event.trajectory, explainers, previews)
-                    if writer is not None:
-                        writer.trajectory(
-                            event.item,
-                            timesteps=result.timesteps,
-                            alpha_bar=result.alpha_bar,
-                            latents=result.latents,
-                            epsilon=result.epsilon,
-                            image=result.image,
-                            previews=result.previews,
-                        )
+                    recorder.begin(event.trajectory)
                 elif isinstance(event, StepMap):
-                    assert result is not None
-                    maps = (event.saliency.numpy(), event.error.numpy(), event.scores.numpy())
-                    for kept, values in zip((result.maps, result.errors, result.scores), maps, strict=True):
-                        kept[event.method][event.step] = values
-                    if writer is not None:
-                        saliency, error, scores = maps
-                        writer.step(event.item, event.method, event.step, saliency=saliency, error=error, scores=scores)
-                elif writer is not None:
-                    writer.finish(event.item, event.seconds)
+                    recorder.add(event)
+                else:
+                    recorder.finish(event.seconds)
                 if on_event is not None:
                     on_event(event)
-        assert result is not None
-        return result
-
-    def plan(self, jobs: Sequence[Job], explainers: Sequence[Explainer], *, previews: bool) -> store.Plan:
-        """What a file of these jobs will hold. They must have equally many steps."""
-        settings = {explainer.name: describe(explainer) for explainer in explainers}
-        return store.Plan(
-            items=tuple(
-                store.Item(item_key(self.denoiser.name, job, settings), job.prompt, job.negative_prompt, job.seed)
-                for job in jobs
-            ),
-            methods=tuple(
-                store.Method(name, given, num_masks=given.get("num_masks", 0), has_error=True)
-                for name, given in settings.items()
-            ),
-            num_steps=len(jobs[0].timesteps),
-            latent=self.denoiser.latent_shape,
-            image=self.denoiser.image_shape,
-            previews=previews,
-            model=self.denoiser.name,
-            settings={
-                "guidance": [job.guidance for job in jobs],
-                "timesteps": [list(job.timesteps) for job in jobs],
-                "dtype": str(self.denoiser.dtype).removeprefix("torch."),
-                "batch_size": self.denoiser.batch_size,
-            },
-        )
-
-    def _begin(self, trajectory: Trajectory, explainers: Sequence[Explainer], previews: bool) -> Result:
-        """A result with its maps still empty."""
-        steps, (height, width) = len(trajectory), self.denoiser.latent_shape[1:]
-        names = [explainer.name for explainer in explainers]
-        masks = {explainer.name: describe(explainer).get("num_masks", 0) for explainer in explainers}
-
-        def empty(size: tuple[int, ...]) -> np.ndarray:
-            return np.full((steps, *size), np.nan, np.float32)
-
-        with torch.no_grad():
-            images = to_bytes(self.denoiser.decode(trajectory.x0)).numpy() if previews else None
-        return Result(
-            prompt=trajectory.job.prompt,
-            seed=trajectory.job.seed,
-            model=self.denoiser.name,
-            image=trajectory.image.numpy(),
-            timesteps=np.array(trajectory.job.timesteps),
-            alpha_bar=trajectory.alpha_bar.cpu().numpy(),
-            latents=trajectory.latents.cpu().numpy(),
-            epsilon=trajectory.epsilon.cpu().numpy(),
-            previews=images,
-            maps={name: empty((height, width)) for name in names},
-            errors={name: empty((height, width)) for name in names},
-            scores={name: empty((masks[name],)) for name in names},
-            settings={explainer.name: explainer for explainer in explainers},
-        )
+        return recorder.result
 
 
 def _several(explainers: Explainer | Sequence[Explainer]) -> list[Explainer]:
@@ -281,28 +235,3 @@ def _several(explainers: Explainer | Sequence[Explainer]) -> list[Explainer]:
             f"explainers share a name ({', '.join(names)}): give each its own, as in Rise(name='rise-global')"
         )
     return several
-
-
-def describe(explainer: Explainer) -> dict[str, Any]:
-    """An explainer's settings as JSON values; a function is told by its qualified name."""
-    settings = {field.name: getattr(explainer, field.name) for field in dataclasses.fields(explainer)}  # type: ignore[arg-type]  # explainers are dataclasses
-    return {"explainer": type(explainer).__name__} | {
-        name: f"{value.__module__}.{value.__qualname__}" if callable(value) else value
-        for name, value in settings.items()
-    }
-
-
-def item_key(model: str, job: Job, settings: dict[str, Any]) -> str:
-    """SHA-256 of the canonical description of an item: equal keys are equal work."""
-    described = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)} | {
-        "image": None if job.image is None else hashlib.sha256(job.image.numpy().tobytes()).hexdigest(),
-        "model": model,
-        "explainers": settings,
-        "schema": store.FORMAT_VERSION,
-    }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a person would name it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

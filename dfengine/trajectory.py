@@ -53,8 +53,8 @@ class Trajectory:
     """R_t at each step"""
     epsilon: Float[Tensor, "steps c h w"]
     """ε(R_t), with guidance"""
-    x0: Float[Tensor, "steps c h w"]
-    """the clean latent predicted at each step, with guidance"""
+    x0: Float[Tensor, "steps c h w"] | None
+    """the clean latent predicted at each step, with guidance; None if the trajectory was restored from a file"""
     alpha_bar: Float[Tensor, " steps"]
     image: UInt8[Tensor, "H W 3"]
     """on the CPU"""
@@ -112,6 +112,28 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
         )
         for i, job in enumerate(jobs)
     ]
+
+
+@torch.no_grad()
+def restore(
+    denoiser: Denoiser,
+    job: Job,
+    latents: Float[Tensor, "steps c h w"],
+    epsilon: Float[Tensor, "steps c h w"],
+    image: UInt8[Tensor, "H W 3"],
+) -> Trajectory:
+    """A trajectory from what was stored of it."""
+    device = denoiser.device
+    return Trajectory(
+        job=job,
+        latents=latents.to(device),
+        epsilon=epsilon.to(device),
+        x0=None,
+        alpha_bar=denoiser.schedule.at(torch.tensor(job.timesteps, device=device)).flatten(),
+        image=image,
+        prompt=denoiser.condition([job.prompt]),
+        negative=denoiser.condition([job.negative_prompt]),
+    )
 
 
 def to_bytes(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n H W 3"]:

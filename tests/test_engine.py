@@ -10,7 +10,8 @@ from analytic import Analytic
 
 import dfengine
 from dfengine import Engine, Rise, StepMap
-from dfengine.engine import Event, Finished, Generated, describe, item_key
+from dfengine.engine import Event, Finished, Generated
+from dfengine.record import describe, item_key
 
 CAPTION = "a red circle above a blue square on a gray background"
 
@@ -162,6 +163,41 @@ def test_what_was_done_is_kept_when_it_is_cut_off(engine: Engine, tmp_path: Path
         assert run[0].done["rise"].tolist() == [True, True, False, False]
         assert np.isfinite(run[0].maps["rise"][:2]).all()
         assert np.isnan(run[0].maps["rise"][2:]).all()
+
+
+def test_an_interrupted_run_is_gone_on_with_to_the_bit(engine: Engine, tmp_path: Path) -> None:
+    explainers = [Rise(21), Rise(13, score="global", estimator="contrast", name="global")]
+    whole = engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "whole.h5")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepMap) and (event.method, event.step) == ("global", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "cut.h5", on_event=stop)
+    again: list[Event] = []
+    resumed = engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "cut.h5", on_event=again.append)
+    assert [(e.method, e.step) for e in again if isinstance(e, StepMap)] == [("global", 2), ("global", 3)]
+    with dfengine.open(tmp_path / "whole.h5") as one, dfengine.open(tmp_path / "cut.h5") as other:
+        for name in ("rise", "global"):
+            for kind in ("maps", "errors", "scores"):
+                np.testing.assert_array_equal(getattr(one[0], kind)[name], getattr(other[0], kind)[name])
+                np.testing.assert_array_equal(getattr(resumed, kind)[name], getattr(whole, kind)[name])
+        np.testing.assert_array_equal(one[0].previews, other[0].previews)
+        np.testing.assert_array_equal(resumed.previews, whole.previews)
+        np.testing.assert_array_equal(resumed.image, whole.image)
+
+
+def test_an_interrupted_run_of_other_settings_is_refused(engine: Engine, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.explain(CAPTION, Rise(4), num_steps=2, out=tmp_path / "run.h5", on_event=stop)
+    with pytest.raises(ValueError, match=r"num_masks \(4, now 5\)"):
+        engine.explain(CAPTION, Rise(5), num_steps=2, out=tmp_path / "run.h5")
+    engine.explain(CAPTION, Rise(5), num_steps=2, out=tmp_path / "run.h5", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
 
 
 def test_an_items_key_follows_everything_it_depends_on(engine: Engine) -> None:

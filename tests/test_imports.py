@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "dfengine.store": {"result"},
     "dfengine.figures": {"result"},
     "dfengine.shapes": {"models"},
+    "dfengine.record": {"denoiser", "explain", "result", "store", "trajectory"},
     "dfengine.engine": {
+        "record",
         "batching",
         "denoiser",
         "explain",

@@ -111,22 +111,28 @@ class Rise:
                 f"it wants {2 * height * width} or more",
                 stacklevel=2,
             )
-        rows = [(i, k) for i, path in enumerate(trajectories) for k in range(len(path)) if (i, k) not in done]
-        if rows:
-            yield from _Masking(self, denoiser, trajectories, rows).run()
+        rows = [(i, k) for i, path in enumerate(trajectories) for k in range(len(path))]
+        if set(rows) - set(done):
+            yield from _Masking(self, denoiser, trajectories, rows, done).run()
 
 
 class _Masking:
     """The running sums of one call: a row is one step of one item, an entry one mask of one row."""
 
     def __init__(
-        self, rise: Rise, denoiser: Denoiser, trajectories: Sequence[Trajectory], rows: Sequence[tuple[int, int]]
+        self,
+        rise: Rise,
+        denoiser: Denoiser,
+        trajectories: Sequence[Trajectory],
+        rows: Sequence[tuple[int, int]],
+        done: Collection[tuple[int, int]],
     ) -> None:
         def column(values: list[int]) -> Int[Tensor, " rows"]:
             return torch.tensor(values, dtype=torch.int64, device=denoiser.device)
 
         jobs = [trajectory.job for trajectory in trajectories]
         self.rise, self.denoiser, self.rows = rise, denoiser, rows
+        self.wanted = [row not in done for row in rows]
         self.latents = torch.stack([trajectories[i].latents[k] for i, k in rows])
         self.items = column([i for i, _ in rows])
         self.steps = column([k for _, k in rows])
@@ -154,33 +160,39 @@ class _Masking:
 
     def run(self) -> Iterator[StepMap]:
         """Rounds of masks over the rows that still want some; without an early stop there is one round."""
-        active = torch.arange(len(self.rows), device=self.denoiser.device)
         total = self.rise.num_masks
         masks_a_round = total if self.rise.stop_at_error is None else _MASKS_BETWEEN_CHECKS
+        active = list(range(len(self.rows)))
         for first in range(0, total, masks_a_round):
             count = min(masks_a_round, total - first)
-            last_round = first + count == total
-            unfinished: list[int] = []
-            seen = 0
+            unfinished = []
+            for row in self._round(active, first, count):
+                saliency, error = self._estimate(row, first + count)
+                if first + count == total or self._converged(saliency, error):
+                    yield self._step_map(row, saliency, error)
+                else:
+                    unfinished.append(row)
+            active = unfinished
 
-            def work(
-                entries: Int[Tensor, " n"], count: int = count, first: int = first, active: Tensor = active
-            ) -> None:
-                padded = entries == PADDING
-                rows = torch.where(padded, PADDING, active[(entries // count).clamp(min=0)])
-                self._measure(rows, first + entries % count)
+    def _round(self, active: Sequence[int], first: int, count: int) -> Iterator[int]:
+        """Measure the masks first … first + count − 1 of the active rows; yields each wanted row once it has them all.
 
-            for entries in in_batches(len(active) * count, self.denoiser.batch_size, work, self.denoiser.device):
-                for row in active[seen : entries // count].tolist():
-                    saliency, error = self._estimate(row, first + count)
-                    if last_round or self._converged(saliency, error):
-                        yield self._step_map(row, saliency, error)
-                    else:
-                        unfinished.append(row)
-                seen = entries // count
-            active = torch.tensor(unfinished, dtype=torch.int64, device=self.denoiser.device)
-            if not unfinished:
-                return
+        Rows that are done keep their place: the batches of the others are the same as without them, to the bit.
+        """
+        table = torch.tensor(active, dtype=torch.int64, device=self.denoiser.device)
+
+        def measure(entries: Int[Tensor, " n"]) -> None:
+            rows = torch.where(entries == PADDING, PADDING, table[entries.clamp(min=0) // count])
+            self._measure(rows, first + entries % count)
+
+        def needed(begin: int, end: int) -> bool:
+            return any(self.wanted[row] for row in active[begin // count : -(-end // count)])
+
+        seen = 0
+        total, size = len(active) * count, self.denoiser.batch_size
+        for entries in in_batches(total, size, measure, self.denoiser.device, needed):
+            yield from (row for row in active[seen : entries // count] if self.wanted[row])
+            seen = entries // count
 
     def _refer(self, rows: Int[Tensor, " n"]) -> None:
         """f(R) of some rows, the answer that every masked one is compared with."""

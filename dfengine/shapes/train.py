@@ -214,7 +214,7 @@ def cached_latents(
     run: Run, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents [count, 4, 16, 16], token ids and attributes by place of `count` training scenes, encoded once."""
-    path = run.state / "latents.pt"
+    path = run.state / f"latents-{count}.pt"
     if not path.exists():
         parts: list[Tensor] = []
         captions: list[Caption] = []
