@@ -272,6 +272,8 @@ def export(
     save_file(
         {name: value.contiguous() for name, value in judge.cpu().state_dict().items()}, folder / judging.WEIGHTS.name
     )
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors keeps its files to their owner; a package is for everyone
 
 
 def main() -> None:
@@ -283,9 +285,9 @@ def main() -> None:
     parser.add_argument(
         "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    parser.add_argument("--autoencoder-steps", type=int, default=4000)
-    parser.add_argument("--denoiser-steps", type=int, default=10_000)
-    parser.add_argument("--judge-steps", type=int, default=3000)
+    parser.add_argument("--autoencoder-steps", type=int, default=3000)
+    parser.add_argument("--denoiser-steps", type=int, default=6000)
+    parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--scenes", type=int, default=30_000, help="scenes whose latents are cached")
     options = parser.parse_args()
 
