@@ -6,4 +6,4 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "weights"
 
 #: The guidance scale that its images look best at.
-GUIDANCE = 3.0
+GUIDANCE = 2.0
