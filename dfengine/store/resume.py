@@ -23,7 +23,7 @@ def interrupted_run(path: Path, plan: Plan, overwrite: bool, resume: bool) -> Ru
     if not part.exists() or (overwrite and not resume):
         return None
     if not resume:
-        raise StoreError(f"{part} holds an interrupted run: --resume to go on with it, or --overwrite to start afresh")
+        raise StoreError(f"{part} holds an interrupted run: go on with it (resume), or overwrite it (--overwrite)")
     try:
         run = open_run(part)
         if differences := run.plan.differences(plan):

@@ -231,7 +231,12 @@ def _dual(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
     x = torch.cat([part for _, part in design])
     inverse = _inverse(x @ x.T, penalty)
     weights = inverse @ y
-    return x.T @ weights, (inverse @ x).square().sum(0), (penalty * weights).square().sum(), penalty**2 * inverse.square().sum()
+    return (
+        x.T @ weights,
+        (inverse @ x).square().sum(0),
+        (penalty * weights).square().sum(),
+        penalty**2 * inverse.square().sum(),
+    )
 
 
 def _inverse(gram: Float64[Tensor, "k k"], penalty: float) -> Float64[Tensor, "k k"]:
