@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     out, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
     command = [sys.executable, "-m", "dfengine.cli", "explain", CAPTION, "-o", str(out), "--masks", "64"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Shells start background jobs with SIGINT ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stderr and process.stderr.read()
