@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from dfengine.result import Explanation
 from dfengine.store import schema
-from dfengine.store.plan import Item, StoreError
+from dfengine.store.plan import Item, Plan, StoreError
 
-if TYPE_CHECKING:
-    from dfengine.store.reader import Run
+
+@runtime_checkable
+class Source(Protocol):
+    """The open file that an item is read from."""
+
+    path: Path
+    plan: Plan
+    layout: dict[str, tuple[schema.Dataset, dict[str, int]]]
+
+    def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
+        """The values of one dataset at the given axes."""
+        ...
+
+    def marks(self, name: str) -> Bool[np.ndarray, " ..."]:
+        """A marker of `items/`, over its axes."""
+        ...
 
 
 class LazyArray:
@@ -22,7 +37,7 @@ class LazyArray:
     Slices as h5py does: integers, slices, one list or mask, an ellipsis. `numpy.asarray` reads all of it.
     """
 
-    def __init__(self, run: Run, path: str, where: dict[str, int], lengths: Mapping[str, int] | None = None) -> None:
+    def __init__(self, run: Source, path: str, where: dict[str, int], lengths: Mapping[str, int] | None = None) -> None:
         self._run = run
         self._path = path
         self._where = where
@@ -78,7 +93,7 @@ def _whole(part: Any) -> bool:
 class StoredItem(Explanation):
     """One item of a file; its arrays are read when asked for."""
 
-    def __init__(self, run: Run, index: int) -> None:
+    def __init__(self, run: Source, index: int) -> None:
         self._run = run
         self.index = index
         self.item: Item = run.plan.items[index]
