@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from dfengine import models, shapes, store
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap
-from dfengine.record import Recorder, device_name, plan
+from dfengine.record import Recorder, device_name, plan, told_whole
 from dfengine.result import Result
 from dfengine.shapes.judge import Judge
 from dfengine.trajectory import Job, Trajectory, check_image, trajectories
@@ -185,7 +185,8 @@ class Engine:
 
         With `out`, maps are written to that HDF5 file as they are made; it exists under its name once it is complete,
         and as `.part.h5` until then. A run of the same settings that was cut off is gone on with: nothing that is done
-        is computed again. `previews` keeps the image predicted at each step. `on_event` is told of progress.
+        is computed again (except with a similarity of the caller's own, which a file cannot tell from another of its
+        name). `previews` keeps the image predicted at each step. `on_event` is told of progress.
 
         Raises ValueError for input that is not possible, before anything is computed or written.
         """
@@ -208,7 +209,7 @@ class Engine:
                 Path(out),
                 plan(self.denoiser, [job], explainers, previews=previews),
                 overwrite=overwrite,
-                resume=True,
+                resume=all(map(told_whole, explainers)),
                 device=device_name(self.denoiser.device),
             )
         with file as writer:

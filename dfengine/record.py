@@ -150,6 +150,11 @@ def describe(explainer: Explainer) -> dict[str, Any]:
     }
 
 
+def told_whole(explainer: Explainer) -> bool:
+    """Whether the settings alone say what is computed: a caller's own function is told by its name only."""
+    return not any(callable(getattr(explainer, field.name)) for field in dataclasses.fields(explainer))  # type: ignore[arg-type]  # as above
+
+
 def item_key(model: str, job: Job, settings: dict[str, Any]) -> str:
     """SHA-256 of the canonical description of an item: equal keys are equal work."""
     described = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)} | {

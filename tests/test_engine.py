@@ -200,6 +200,20 @@ def test_an_interrupted_run_of_other_settings_is_refused(engine: Engine, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
 
 
+def test_a_similarity_of_ones_own_is_not_gone_on_with(engine: Engine, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    def mean_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.mean((1, 2, 3))
+
+    rise = Rise(4, similarity=mean_of, score="global", estimator="sum")
+    with pytest.raises(KeyboardInterrupt):
+        engine.explain(CAPTION, rise, num_steps=2, out=tmp_path / "run.h5", on_event=stop)
+    with pytest.raises(ValueError, match="interrupted run"):
+        engine.explain(CAPTION, rise, num_steps=2, out=tmp_path / "run.h5")
+
+
 def test_an_items_key_follows_everything_it_depends_on(engine: Engine) -> None:
     job = engine.job(CAPTION)
     settings = {"rise": describe(Rise(5))}

@@ -177,7 +177,8 @@ class _Masking:
     def _round(self, active: Sequence[int], first: int, count: int) -> Iterator[int]:
         """Measure the masks first … first + count − 1 of the active rows; yields each wanted row once it has them all.
 
-        Rows that are done keep their place: the batches of the others are the same as without them, to the bit.
+        Rows that are done keep their place: the batches of the others are the same as without them, to the bit. (After
+        an early stop's first round they drop out, and sums agree to rounding.)
         """
         table = torch.tensor(active, dtype=torch.int64, device=self.denoiser.device)
 
