@@ -6,11 +6,32 @@ engine = Engine.from_pretrained("shapes")
 result = engine.explain("a red circle above a blue square on a gray background", Rise(num_masks=256))
 """
 
-from dfengine.engine import Engine
-from dfengine.explain import Rise, StepMap
-from dfengine.result import Result
-from dfengine.schedule import exponential_timesteps
-from dfengine.store import open
-from dfengine.trajectory import Job
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dfengine.engine import Engine
+    from dfengine.explain import Rise, StepMap
+    from dfengine.result import Result
+    from dfengine.schedule import exponential_timesteps
+    from dfengine.store import open
+    from dfengine.trajectory import Job
 
 __all__ = ["Engine", "Job", "Result", "Rise", "StepMap", "exponential_timesteps", "open"]
+
+_HOMES = {
+    "Engine": "engine",
+    "Job": "trajectory",
+    "Result": "result",
+    "Rise": "explain",
+    "StepMap": "explain",
+    "exponential_timesteps": "schedule",
+    "open": "store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `dfengine --help` need not wait for torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"dfengine.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dfengine' has no attribute {name!r}")

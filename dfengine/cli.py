@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Explain how diffusion models make images.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -76,11 +75,11 @@ def explain(
         target=target,
         stop_at_error=stop_at_error,
     )
-    engine = Engine.from_pretrained(
-        model, device=device, dtype=dtype, variant=variant, revision=revision, batch_size=batch_size
-    )
     began = time.monotonic()
     with _interruptible(out), _progress(steps) as on_event:
+        engine = Engine.from_pretrained(
+            model, device=device, dtype=dtype, variant=variant, revision=revision, batch_size=batch_size
+        )
         engine.explain(
             prompt,
             rise,
@@ -173,7 +172,9 @@ def _interruptible(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _err.print(f"dfengine: interrupted; what was done is in {part_path(out)}")
+        part = part_path(out)
+        done = f"what was done is in {part}" if part.exists() else "nothing was written"
+        _err.print(f"dfengine: interrupted; {done}", markup=False)
         raise typer.Exit(130) from None
 
 
@@ -186,10 +187,19 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.showwarning = note  # type: ignore[assignment]  # restored on leaving the block
         try:
-            app()
+            sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        except typer.TyperException as error:
+            mistake = error.format_message()
+        except MemoryError as error:
+            mistake = f"not enough memory: {error}"
         except (ValueError, OSError) as error:
-            _err.print(f"dfengine: {' '.join(str(error).split())}")
-            sys.exit(2)
+            mistake = str(error)
+        except (KeyboardInterrupt, typer.Abort):
+            mistake = ""
+    if not mistake:
+        sys.exit(130)
+    _err.print(f"dfengine: {' '.join(mistake.split())}", markup=False)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -112,10 +113,10 @@ class Engine:
             check_image(self.denoiser, given)
         return Job(
             prompt=prompt,
-            timesteps=tuple(self.denoiser.schedule.timesteps(sampling, num_steps, gamma)),
-            seed=seed,
+            timesteps=tuple(self.denoiser.schedule.timesteps(sampling, operator.index(num_steps), gamma)),
+            seed=operator.index(seed),
             negative_prompt=negative_prompt,
-            guidance=self.guidance if guidance is None else guidance,
+            guidance=self.guidance if guidance is None else float(guidance),
             image=given,
         )
 

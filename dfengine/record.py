@@ -145,9 +145,13 @@ def describe(explainer: Explainer) -> dict[str, Any]:
     """An explainer's settings as JSON values; a function is told by its qualified name."""
     settings = {field.name: getattr(explainer, field.name) for field in dataclasses.fields(explainer)}  # type: ignore[arg-type]  # explainers are dataclasses
     return {"explainer": type(explainer).__name__} | {
-        name: f"{value.__module__}.{value.__qualname__}" if callable(value) else value
-        for name, value in settings.items()
+        name: _qualified(value) if callable(value) else value for name, value in settings.items()
     }
+
+
+def _qualified(function: Any) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def told_whole(explainer: Explainer) -> bool:

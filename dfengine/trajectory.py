@@ -97,6 +97,12 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
         latents.append(x)
         predictions.append(guided(x, t, rows))
         x = schedule.step(predictions[-1], t_next)
+    for job, final in zip(jobs, x, strict=True):
+        if not final.isfinite().all():
+            raise ValueError(
+                f"the generation of {job.prompt!r} runs out of range with guidance {job.guidance}: "
+                "choose a smaller one, or float32"
+            )
     images = to_bytes(denoiser.decode(x))
 
     return [

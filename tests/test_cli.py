@@ -121,6 +121,12 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "--device", "abacus"], "device 'abacus' cannot be used"),
         ([CAPTION, *QUICK, "--dtype", "float8"], "dtype 'float8' is not known"),
         ([CAPTION, *QUICK, "--seed", "-1"], "seed -1"),
+        ([CAPTION, *QUICK, "--seed", "1.5"], "'1.5' is not a valid int"),
+        ([CAPTION, *QUICK, "--nope"], "No such option: --nope"),
+        ([CAPTION, *QUICK, "--guidance", "nan"], "guidance"),
+        ([CAPTION, *QUICK, "--guidance", "1e300"], "out of range|guidance"),
+        ([CAPTION, "--masks", "999999999999"], "at most 16777216"),
+        ([CAPTION, *QUICK, "--device", "meta"], "device 'meta' cannot be used"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -128,6 +134,11 @@ def test_what_cannot_be_done_is_one_line(
 ) -> None:
     assert re.search(said, refused("explain", *arguments, "-o", str(tmp_path / "run.h5")))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["run", "run.txt", "run.part.h5", "."])
+def test_a_name_that_is_none_for_a_result(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
+    assert "no name for a result" in refused("explain", CAPTION, "-o", str(tmp_path / name), *QUICK)
 
 
 def test_places_that_cannot_be_written_to_are_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -184,6 +195,7 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     assert told.strip().splitlines() == [f"dfengine: interrupted; what was done is in {part}"]
     with dfengine.open(part) as run:
         assert 2 <= run[0].done["rise"].sum() < 30
+        assert not run.finished
         assert not out.exists()
 
 

@@ -5,6 +5,7 @@ import itertools
 import warnings
 
 import dfkernels
+import numpy as np
 import pytest
 import torch
 from analytic import Analytic, patch_mean, switch
@@ -287,8 +288,24 @@ def test_settings_that_are_not_possible(wrong: dict, said: str) -> None:
 
 def test_a_similarity_of_the_wrong_form_is_named() -> None:
     denoiser = Analytic(lambda x_t, _: x_t)
-    with pytest.raises(ValueError, match=r"returned \(3,\), but score='local' expects \('n', 6, 5\)"):
+    with pytest.raises(ValueError, match=r"returned \(3,\) for 3 masks, but score='local' expects \('n', 6, 5\)"):
         only(denoiser, Rise(3, similarity=lambda a, b: a.mean((1, 2, 3))))
+    # One score for all masks is not one score a mask.
+    with pytest.raises(ValueError, match=r"returned \(\) for 3 masks"):
+        only(denoiser, Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean()))
+    with pytest.raises(ValueError, match=r"returned \(1, 6, 5\) for 3 masks"):
+        only(denoiser, Rise(3, similarity=lambda a, b: a.mean((0, 1))[None]))
+
+
+def test_scores_that_are_not_finite_are_said() -> None:
+    rise = Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean((1, 2, 3)) * torch.nan)
+    with pytest.warns(UserWarning, match="not finite"):
+        only(Analytic(lambda x_t, _: x_t), rise)
+
+
+def test_numbers_from_numpy_are_plain_numbers() -> None:
+    rise = Rise(num_masks=np.int64(3), keep_probability=np.float32(0.5))  # type: ignore[arg-type]
+    assert (type(rise.num_masks), type(rise.keep_probability)) == (int, float)
 
 
 @settings(max_examples=25, deadline=None)

@@ -6,6 +6,7 @@ saliency is how well the answers agree with the unmasked one when that pixel is 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")
 
 #: With an early stop, the standard error is looked at after every so many masks.
 _MASKS_BETWEEN_CHECKS = 64
+#: A step; the score of each is kept.
+_MOST_MASKS = 2**24
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,12 @@ class Rise:
             if getattr(self, field) not in options:
                 raise ValueError(f"{field} {getattr(self, field)!r} is not known: expected one of {', '.join(options)}")
 
-        if self.num_masks < 1:
-            raise ValueError(f"{self.num_masks} masks are not possible: expected at least 1")
-        if not 0 < self.keep_probability < 1:
+        # Plain numbers, so that settings from NumPy compare, store and print like any other.
+        object.__setattr__(self, "num_masks", operator.index(self.num_masks))
+        object.__setattr__(self, "keep_probability", float(self.keep_probability))
+        if not 1 <= self.num_masks <= _MOST_MASKS:
+            raise ValueError(f"{self.num_masks} masks are not possible: expected at least 1 and at most {_MOST_MASKS}")
+        if not 2**-32 <= self.keep_probability <= 1 - 2**-32:
             raise ValueError(
                 f"keep probability {self.keep_probability} is outside (0, 1): a mask keeps some pixels and hides some"
             )
@@ -232,11 +238,12 @@ class _Masking:
         wanted = self.shape if self.rise.score == "local" else ()
         scores = answers.new_empty((len(rows), *wanted))
         for row in rows.unique().tolist():
-            given = self.rise.similarity(answers[rows == row], self.references[row])
-            if given.shape[1:] != wanted:
+            asked = answers[rows == row]
+            given = torch.as_tensor(self.rise.similarity(asked, self.references[row]))
+            if given.shape != (len(asked), *wanted):
                 raise ValueError(
-                    f"the similarity returned {tuple(given.shape)}, but score={self.rise.score!r} expects "
-                    f"{('n', *wanted)}"
+                    f"the similarity returned {tuple(given.shape)} for {len(asked)} masks, but "
+                    f"score={self.rise.score!r} expects {('n', *wanted)}"
                 )
             scores[rows == row] = given.to(scores)
         return scores
@@ -276,6 +283,8 @@ class _Masking:
 
     def _step_map(self, row: int, saliency: Float[Tensor, "h w"], error: Float[Tensor, "h w"]) -> StepMap:
         item, step = self.rows[row]
+        if not saliency.isfinite().all():
+            warnings.warn("a map is not finite: the similarity returned NaN or infinite scores", stacklevel=2)
         return StepMap(
             item=item,
             step=step,

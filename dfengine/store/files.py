@@ -30,6 +30,12 @@ def part_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.part{path.suffix}")
 
 
+def check_name(path: Path) -> None:
+    """StoreError for a name that a result cannot have."""
+    if path.suffix not in (".h5", ".hdf5") or path.stem.endswith(".part"):
+        raise StoreError(f"{str(path)!r} is no name for a result: expected one that ends in .h5, as run.h5 does")
+
+
 def fresh_path(path: Path) -> Path:
     """Where a file is being created, until it can be read: run.h5 is .run.h5.new."""
     return path.with_name(f".{path.name}.new")

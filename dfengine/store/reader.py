@@ -60,8 +60,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the file was closed by its writer; otherwise it is being written, or its writer was killed."""
-        return not self._live
+        """Whether every item is finished and the file closed; otherwise it is being written, or was cut off."""
+        return not self._live and bool(np.isfinite(self.read("items/seconds", {})).all())
 
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
         """The values of one dataset at the given axes, as they are now; StoreError where they are damaged."""

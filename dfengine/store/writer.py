@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from dfengine.store import empty, schema
-from dfengine.store.files import Lock, cause, fresh_path, part_path, sync, writing
+from dfengine.store.files import Lock, cause, check_name, fresh_path, part_path, sync, writing
 from dfengine.store.item import StoredItem
 from dfengine.store.plan import Plan, StoreError
 from dfengine.store.resume import copy, interrupted_run
@@ -64,6 +64,7 @@ class Writer:
         its plan is this one (it is then gone on with: see `done`) or else `overwrite` (it is then lost).
         """
         path = Path(path)
+        check_name(path)
         fresh = fresh_path(path)
         with contextlib.ExitStack() as undo:
             undo.enter_context(writing(path))
