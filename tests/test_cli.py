@@ -121,10 +121,9 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "--device", "abacus"], "device 'abacus' cannot be used"),
         ([CAPTION, *QUICK, "--dtype", "float8"], "dtype 'float8' is not known"),
         ([CAPTION, *QUICK, "--seed", "-1"], "seed -1"),
-        ([CAPTION, *QUICK, "--seed", "1.5"], "'1.5' is not a valid int"),
+        ([CAPTION, *QUICK, "--seed", "1.5"], "valid integer"),
         ([CAPTION, *QUICK, "--nope"], "No such option: --nope"),
         ([CAPTION, *QUICK, "--guidance", "nan"], "guidance"),
-        ([CAPTION, *QUICK, "--guidance", "1e300"], "out of range|guidance"),
         ([CAPTION, "--masks", "999999999999"], "at most 16777216"),
         ([CAPTION, *QUICK, "--device", "meta"], "device 'meta' cannot be used"),
     ],
@@ -134,6 +133,10 @@ def test_what_cannot_be_done_is_one_line(
 ) -> None:
     assert re.search(said, refused("explain", *arguments, "-o", str(tmp_path / "run.h5")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_generation_out_of_range_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "out of range" in refused("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK, "--guidance", "1e300")
 
 
 @pytest.mark.parametrize("name", ["run", "run.txt", "run.part.h5", "."])

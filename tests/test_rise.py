@@ -5,7 +5,6 @@ import itertools
 import warnings
 
 import dfkernels
-import numpy as np
 import pytest
 import torch
 from analytic import Analytic, patch_mean, switch
@@ -301,11 +300,6 @@ def test_scores_that_are_not_finite_are_said() -> None:
     rise = Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean((1, 2, 3)) * torch.nan)
     with pytest.warns(UserWarning, match="not finite"):
         only(Analytic(lambda x_t, _: x_t), rise)
-
-
-def test_numbers_from_numpy_are_plain_numbers() -> None:
-    rise = Rise(num_masks=np.int64(3), keep_probability=np.float32(0.5))  # type: ignore[arg-type]
-    assert (type(rise.num_masks), type(rise.keep_probability)) == (int, float)
 
 
 @settings(max_examples=25, deadline=None)

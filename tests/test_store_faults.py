@@ -153,15 +153,15 @@ def test_a_file_that_another_program_is_writing(path):
     [
         ("nowhere/run.h5", "cannot write .*run.h5: the folder does not exist: create it first"),
         ("file/run.h5", "a part of its path is a file, not a folder"),
-        ("folder", "folder is a folder: name a file in it"),
+        ("folder.h5", "folder.h5 is a folder: name a file in it"),
     ],
 )
 def test_places_that_cannot_be_written(tmp_path, name, told):
     (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.h5").mkdir()
     with pytest.raises(store.StoreError, match=told):
         store.Writer.create(tmp_path / name, SMALL)
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.h5"]
 
 
 @pytest.mark.parametrize(
