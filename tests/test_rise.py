@@ -145,11 +145,14 @@ def test_items_share_batches_but_not_masks() -> None:
 
 
 def test_what_is_done_is_left_out() -> None:
-    denoiser = Analytic(lambda x_t, _: x_t)
+    denoiser = Analytic(lambda x_t, _: x_t, batch_size=9)
     path = denoiser.trajectory(torch.randn(4, 2, *SHAPE, generator=torch.Generator().manual_seed(1)))
     everything = list(Rise(9).explain(denoiser, [path]))
+    denoiser.batches.clear()
     rest = list(Rise(9).explain(denoiser, [path], done={(0, 0), (0, 2)}))
     assert [m.step for m in rest] == [1, 3]
+    # One batch of references, and one for each step that is not done.
+    assert denoiser.batches == [4, 9, 9]
     for mine in rest:
         assert_close(mine.saliency, everything[mine.step].saliency)
     assert list(Rise(9).explain(denoiser, [path], done={(0, k) for k in range(4)})) == []
@@ -171,7 +174,7 @@ def test_targets_are_told_apart() -> None:
 
 
 def test_early_stop_spares_masks_where_the_map_is_sure(pattern: torch.Tensor) -> None:
-    # Step 0 answers by one pixel; step 1 hides nothing that matters, so its map is constant and never "sure".
+    # Two equal latents under different masks: one pixel decides, so few masks make both maps sure.
     denoiser = Analytic(switch(PIXEL, pattern), batch_size=50)
     latents = torch.ones(2, 2, *SHAPE)
     rise = Rise(1000, score="global", estimator="contrast", stop_at_error=0.2)
@@ -307,10 +310,17 @@ def test_scores_that_are_not_finite_are_said() -> None:
 def test_every_mask_is_measured_once(masks: int, steps: int, batch_size: int) -> None:
     denoiser = Analytic(lambda x_t, _: x_t, batch_size=batch_size)
     path = denoiser.trajectory(torch.ones(steps, 2, *SHAPE))
-    rise = Rise(masks, similarity=lambda a, b: a.sum((1, 2, 3)), score="global", estimator="sum")
+    asked: list[int] = []
+
+    def total(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        asked.append(len(a))
+        return a.sum((1, 2, 3))
+
+    rise = Rise(masks, similarity=total, score="global", estimator="sum")
     for step_map in rise.explain(denoiser, [path]):
         drawn = dfkernels.masks(path.job.mask_seed, step_map.step, 0, masks, SHAPE)
         assert_close(step_map.scores, 2.0 * drawn.sum((1, 2)))
         seen = drawn.any(0)
         assert_close(step_map.saliency[seen], torch.einsum("nhw,n->hw", drawn.float(), step_map.scores)[seen])
         assert step_map.error[~seen].isinf().all()
+    assert sum(asked) == masks * steps

@@ -227,17 +227,17 @@ class _Masking:
                 grid=self.rise.grid,
             )
         else:
-            scores = self._frechet(answers, real) if self.rise.similarity == "frechet" else self._ask(answers, real)
+            scores = self._frechet(answers, real) if self.rise.similarity == "frechet" else self._ask(answers, rows)
             dfkernels.add(self.sums, scores, *where, **self.masks)
             means = scores.flatten(1).mean(1) if scores.ndim > 1 else scores
         self.scores[rows, indices] = means.float()
 
     def _ask(self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"]) -> Tensor:
-        """The caller's own similarity, called once for each row in the batch."""
+        """The caller's own similarity, called once for each row in the batch; padding is not shown to it."""
         assert callable(self.rise.similarity)
         wanted = self.shape if self.rise.score == "local" else ()
-        scores = answers.new_empty((len(rows), *wanted))
-        for row in rows.unique().tolist():
+        scores = answers.new_full((len(rows), *wanted), torch.nan)
+        for row in rows[rows != PADDING].unique().tolist():
             asked = answers[rows == row]
             given = torch.as_tensor(self.rise.similarity(asked, self.references[row]))
             if given.shape != (len(asked), *wanted):
