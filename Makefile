@@ -7,7 +7,7 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: demo test lint types check setup clean
+.PHONY: demo test soak lint types check setup clean
 
 demo: $(VENV)/.ready
 	@mkdir -p demo
@@ -21,6 +21,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.dev-ready lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# Minutes long: a fault before every single write of larger runs, the number of points printed.
+soak: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest -n $(WORKERS) -m soak -rP
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .

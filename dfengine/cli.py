@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from dfengine.engine import Event
+    from dfengine.store import Run, RunFolder, StoredItem
 
 app = typer.Typer(
     help="Explain how diffusion models make images.",
@@ -23,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+#: Of images, or of segments, that `info` lists.
+_MOST_LINES = 20
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -60,6 +65,8 @@ def explain(
         float | None, typer.Option(help="stop a step at this mean standard error, as a share of its map's range")
     ] = None,
     previews: Annotated[bool, typer.Option(help="keep the image predicted at each step")] = True,
+    compression: Annotated[str, typer.Option(help="gzip, or none for a larger file")] = "gzip",
+    mantissa_bits: Annotated[int, typer.Option(help="of the stored errors, 1 to 23; maps are always exact")] = 23,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")] = False,
 ) -> None:
     """Generate an image and explain every step of it with DF-RISE."""
@@ -92,6 +99,8 @@ def explain(
             previews=previews,
             out=out,
             overwrite=overwrite,
+            compression=compression,
+            mantissa_bits=mantissa_bits,
             on_event=on_event,
         )
     print(f"{out}: {steps} steps of DF-RISE, {masks} masks each, in {time.monotonic() - began:.0f} s")
@@ -99,7 +108,7 @@ def explain(
 
 @app.command()
 def info(
-    run: Annotated[Path, typer.Argument(help="an HDF5 file that explain wrote or is writing")],
+    run: Annotated[Path, typer.Argument(help="an HDF5 file that explain wrote or is writing, or a run folder")],
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, for another program")] = False,
 ) -> None:
     """Say what a file holds, what of it is done, and how it was made."""
@@ -108,8 +117,20 @@ def info(
     from dfengine import store
 
     with store.open(run) as opened:
-        summary = opened.summary()
-    print(json.dumps(summary, indent=2) if as_json else "\n".join(_told(summary)))
+        print(json.dumps(opened.summary(), indent=2) if as_json else "\n".join(_told(opened)))
+
+
+@app.command()
+def merge(
+    runs: Annotated[list[Path], typer.Argument(help="files and run folders, made with the same settings")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="HDF5 file to write")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")] = False,
+) -> None:
+    """Make one file of several: every image once, whatever file it is in."""
+    from dfengine import store
+
+    with store.open(store.merge(runs, out, overwrite=overwrite)) as merged:
+        print(f"{out}: {len(merged)} images")
 
 
 @app.command()
@@ -127,16 +148,56 @@ def figures(
         print(figures.save(figures.strip(opened[item], method, step), out))
 
 
-def _told(summary: dict[str, Any]) -> Iterator[str]:
-    """A file's summary in lines for a person."""
-    state = "finished" if summary["finished"] else "not finished"
-    yield f"{summary['path']}: {state}, {summary['bytes'] / 1e6:.1f} MB"
-    yield f"  model   {summary['model']} on {summary['environment']['device']}"
-    yield f"  images  {summary['trajectories']} of {summary['items']}, {summary['steps']} steps each"
-    for name, method in summary["methods"].items():
-        yield f"  {name:<7} {method['maps_done']} of {method['maps_planned']} maps, {method['num_masks']} masks each"
-    if summary["seconds"]:
-        yield f"  made in {summary['seconds']:.1f} s"
+def _told(opened: Run | RunFolder) -> Iterator[str]:
+    """What is in a file or folder, in lines for a person."""
+    told = opened.summary()
+    state = "finished" if told["finished"] else "not finished"
+    yield f"{told['path']}: {state}, {told['bytes'] / 1e6:.1f} MB"
+    for environment in told.get("environments", [told.get("environment")]):
+        model = ", ".join(told.get("models", [told.get("model")]))
+        versions = ", ".join(f"{name} {environment[name]}" for name in ("dfengine", "torch") if name in environment)
+        yield f"  made with  {model} on {environment['device']}; {versions}"
+    each = f", {told['steps']} steps each, {' × '.join(map(str, told['image']))} pixels" if "steps" in told else ""
+    took = f", in {told['seconds']:.1f} s" if told["seconds"] else ""
+    yield f"  images     {told['trajectories']} of {told['items']}{each}{took}"
+    for name, method in told["methods"].items():
+        done = f"{told['maps_done'][name]} of {told['maps_planned'][name]} maps"
+        yield f"  {name:<10} {done}: {_shown(method['settings'])}"
+    for segment in told.get("segments", [])[:_MOST_LINES]:
+        state = "being written, or cut off" if segment["is_part"] else "closed"
+        yield f"  segment    {segment['file']}: {segment['finished']} of {segment['items']} images, {state}"
+    for number, item in enumerate(islice(opened, _MOST_LINES)):
+        yield f"  image {number:<4} {', '.join((repr(item.prompt), f'seed {item.seed}', *_made(item)))}"
+    if len(opened) > _MOST_LINES:
+        yield f"  and {len(opened) - _MOST_LINES} more images"
+
+
+def _shown(settings: dict[str, Any]) -> str:
+    """An explainer's settings as one would write them: those that are not the defaults."""
+    from dfengine.explain import rebuild
+
+    try:
+        explainer = rebuild(settings)
+    except ValueError:
+        return ", ".join(f"{name}={value}" for name, value in settings.items())
+    changed = [
+        f"{field.name}={getattr(explainer, field.name)!r}"
+        for field in dataclasses.fields(explainer)
+        if getattr(explainer, field.name) != field.default
+    ]
+    return f"{type(explainer).__name__}({', '.join(changed)})"
+
+
+def _made(item: StoredItem) -> Iterator[str]:
+    settings = item.item.settings
+    if item.negative_prompt:
+        yield f"not {item.negative_prompt!r}"
+    if "guidance" in settings:
+        yield f"guidance {settings['guidance']:g}"
+    if "timesteps" in settings:
+        yield f"time-steps {settings['timesteps'][0]} to {settings['timesteps'][-1]}"
+    if settings.get("image"):
+        yield "a given image"
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike
 
 from dfengine import models, shapes, store
 from dfengine.denoiser import Denoiser
-from dfengine.explain import Explainer, Rise, StepMap
-from dfengine.record import Recorder, device_name, plan, told_whole
+from dfengine.explain import Explainer, Rise, StepMap, told_whole
+from dfengine.record import Recorder, device_name, plan
 from dfengine.result import Result
 from dfengine.shapes.judge import Judge
 from dfengine.trajectory import Job, Trajectory, check_image, trajectories
@@ -180,6 +180,8 @@ class Engine:
         previews: bool = True,
         out: str | Path | None = None,
         overwrite: bool = False,
+        compression: str = "gzip",
+        mantissa_bits: int = 23,
         on_event: Callable[[Event], None] | None = None,
     ) -> Result:
         """Generate an image (or take the given one) and explain every step of it.
@@ -187,7 +189,8 @@ class Engine:
         With `out`, maps are written to that HDF5 file as they are made; it exists under its name once it is complete,
         and as `.part.h5` until then. A run of the same settings that was cut off is gone on with: nothing that is done
         is computed again (except with a similarity of the caller's own, which a file cannot tell from another of its
-        name). `previews` keeps the image predicted at each step. `on_event` is told of progress.
+        name). `previews` keeps the image predicted at each step; `compression` "none" makes a larger file, faster;
+        `mantissa_bits` rounds the errors in the file, never the maps. `on_event` is told of progress.
 
         Raises ValueError for input that is not possible, before anything is computed or written.
         """
@@ -208,8 +211,9 @@ class Engine:
         if out is not None:
             file = store.Writer.create(
                 Path(out),
-                plan(self.denoiser, [job], explainers, previews=previews),
+                plan(self.denoiser, [job], explainers, previews=previews, mantissa_bits=mantissa_bits),
                 overwrite=overwrite,
+                compression=compression,
                 resume=all(map(told_whole, explainers)),
                 device=device_name(self.denoiser.device),
             )

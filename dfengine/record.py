@@ -13,7 +13,7 @@ import torch
 
 from dfengine import store
 from dfengine.denoiser import Denoiser
-from dfengine.explain import Explainer, StepMap
+from dfengine.explain import Explainer, StepMap, describe
 from dfengine.result import Result
 from dfengine.trajectory import Job, Trajectory, restore, to_bytes
 
@@ -111,12 +111,25 @@ class Recorder:
             self._writer.finish(0, seconds)
 
 
-def plan(denoiser: Denoiser, jobs: Sequence[Job], explainers: Sequence[Explainer], *, previews: bool) -> store.Plan:
+def plan(
+    denoiser: Denoiser,
+    jobs: Sequence[Job],
+    explainers: Sequence[Explainer],
+    *,
+    previews: bool,
+    mantissa_bits: int = 23,
+) -> store.Plan:
     """What a file of these jobs will hold. They must have equally many steps."""
     settings = {explainer.name: describe(explainer) for explainer in explainers}
     return store.Plan(
         items=tuple(
-            store.Item(item_key(denoiser.name, job, settings), job.prompt, job.negative_prompt, job.seed)
+            store.Item(
+                item_key(denoiser.name, job, settings),
+                job.prompt,
+                job.negative_prompt,
+                job.seed,
+                settings=job.settings,
+            )
             for job in jobs
         ),
         methods=tuple(
@@ -128,11 +141,8 @@ def plan(denoiser: Denoiser, jobs: Sequence[Job], explainers: Sequence[Explainer
         image=denoiser.image_shape,
         previews=previews,
         model=denoiser.name,
-        settings={
-            "guidance": [job.guidance for job in jobs],
-            "timesteps": [list(job.timesteps) for job in jobs],
-            "dtype": str(denoiser.dtype).removeprefix("torch."),
-        },
+        mantissa_bits=mantissa_bits,
+        settings={"dtype": str(denoiser.dtype).removeprefix("torch.")},
     )
 
 
@@ -141,28 +151,13 @@ def num_masks(explainer: Explainer) -> int:
     return getattr(explainer, "num_masks", 0)
 
 
-def describe(explainer: Explainer) -> dict[str, Any]:
-    """An explainer's settings as JSON values; a function is told by its qualified name."""
-    settings = {field.name: getattr(explainer, field.name) for field in dataclasses.fields(explainer)}  # type: ignore[arg-type]  # explainers are dataclasses
-    return {"explainer": type(explainer).__name__} | {
-        name: _qualified(value) if callable(value) else value for name, value in settings.items()
-    }
-
-
-def _qualified(function: Any) -> str:
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def told_whole(explainer: Explainer) -> bool:
-    """Whether the settings alone say what is computed: a caller's own function is told by its name only."""
-    return not any(callable(getattr(explainer, field.name)) for field in dataclasses.fields(explainer))  # type: ignore[arg-type]  # as above
-
-
 def item_key(model: str, job: Job, settings: dict[str, Any]) -> str:
     """SHA-256 of the canonical description of an item: equal keys are equal work."""
-    described = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)} | {
-        "image": None if job.image is None else hashlib.sha256(job.image.numpy().tobytes()).hexdigest(),
+    described = {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        **job.settings,
         "model": model,
         "explainers": settings,
         "schema": store.FORMAT_VERSION,

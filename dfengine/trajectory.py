@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -33,6 +34,12 @@ class Job:
             raise ValueError(f"seed {self.seed} is outside [0, 2^63): choose one inside")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance {self.guidance} is not possible: expected a finite number")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes it beside its prompts and its seed, as JSON values; a given image is told by its SHA-256."""
+        image = None if self.image is None else hashlib.sha256(self.image.numpy().tobytes()).hexdigest()
+        return {"timesteps": list(self.timesteps), "guidance": self.guidance, "image": image}
 
     @property
     def mask_seed(self) -> int:

@@ -1,46 +1,125 @@
-"""Writes a small run again and again with the disk failing at every single write; run by test_store_faults.
+"""Writes a run again and again with the disk failing at every single write; run by test_store_faults.
 
-    LD_PRELOAD=shim.so python store_faults.py shim.so FOLDER ERRNO new|resumed
+    LD_PRELOAD=shim.so python store_faults.py shim.so FOLDER ERRNO SCENARIO PLAN
 
-Each run, a new one or one that was interrupted and goes on, is a fork. Its process is ended before its Nth write
-(ERRNO 0), or that write and all later ones fail with ERRNO, for every N until a run gets through. What is left is read
-and compared; every eighth is resumed, too.
+Each run is a fork. Its process is ended before its Nth write (ERRNO 0), or that write and all later ones fail with
+ERRNO, for every N until a run gets through. What is left is read and compared; every eighth is gone on with, too. A
+scenario is a new file, one that was interrupted, a segment of a run folder (new or gone on with), or a merger.
 """
 
 import ctypes
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 # A fork of a process without torch is quick; the store itself does not need it.
 for name, contents in {"dfengine": {"__path__": ["dfengine"]}, "dfengine.result": {"Explanation": object}}.items():
     sys.modules[name] = ModuleType(name)
     vars(sys.modules[name]).update(contents)
 
-from store_example import SMALL, check, curves, fill, step, total, trajectory  # noqa: E402  # after the stand-ins
+from store_example import PLANS, check, curves, fill, half, step, total, trajectory  # noqa: E402  # after the stand-ins
 
 from dfengine import store  # noqa: E402
 from dfengine.store import empty  # noqa: E402
 
 
-def leftover(folder: Path) -> int:
-    """The marks in what a fault left in the folder, all of them verified; −1 where there is no file yet."""
-    path = next((path for path in (folder / "run.h5", folder / "run.part.h5") if path.exists()), None)
-    if path is None:
-        return -1
+class Scenario(NamedTuple):
+    """What is there before, what is done, how much is safe (−1: nothing to read yet), and what is there at the end."""
+
+    prepare: Callable[[Path, store.Plan], None]
+    run: Callable[[Path, store.Plan], None]
+    marks: Callable[[Path, store.Plan], int]
+    end: set[str]
+
+
+def nothing(folder: Path, plan: store.Plan) -> None:
+    pass
+
+
+def begin(writer: store.Writer) -> None:
+    """An interrupted run, with some of the marks."""
+    plan = writer.plan
+    writer.trajectory(0, **trajectory(plan, 0))
+    writer.step(0, plan.methods[0].name, 1, **step(plan, 0, 0, 1))
+    writer.curves(0, 0, **curves(plan, 0, 0))
+    writer.close(publish=False)
+
+
+def write_file(folder: Path, plan: store.Plan) -> None:
+    with store.Writer.resume(folder / "run.h5", plan) as writer:
+        fill(writer)
+
+
+def write_segment(folder: Path, plan: store.Plan) -> None:
+    with store.Folder(folder / "run").segment("u", plan) as writer:
+        fill(writer)
+
+
+def two_files(folder: Path, plan: store.Plan) -> None:
+    for item in range(2):
+        with store.Writer.create(folder / f"{item}.h5", half(plan, item)) as writer:
+            fill(writer)
+
+
+def merge(folder: Path, plan: store.Plan) -> None:
+    store.merge([folder / "0.h5", folder / "1.h5"], folder / "run.h5")
+
+
+def marks_of(path: Path) -> int:
     with store.open(path) as run:
         return check(run)
 
 
-def write(shim: ctypes.CDLL, path: Path, nth: int, error: int) -> None:
-    """A run in a process of its own: status 77 killed, 3 refused with an error, 0 through."""
+def marks_of_file(folder: Path, plan: store.Plan) -> int:
+    found = [path for path in (folder / "run.h5", folder / "run.part.h5") if path.exists()]
+    return marks_of(found[0]) if found else -1
+
+
+def marks_of_folder(folder: Path, plan: store.Plan) -> int:
+    if not (folder / "run/run.json").exists():
+        return -1
+    with store.open(folder / "run") as run:
+        marks = [marks_of(folder / "run/segments" / segment.file) for segment in run.segments]
+        assert len(run) == (len(plan.items) if marks else 0)
+    return max(marks, default=-1)
+
+
+def marks_of_merger(folder: Path, plan: store.Plan) -> int:
+    """Nothing or all; and what it is made of is as it was."""
+    assert sum(marks_of(folder / f"{item}.h5") for item in range(2)) == total(plan)
+    return marks_of(folder / "run.h5") if (folder / "run.h5").exists() else -1
+
+
+SCENARIOS = {
+    "new": Scenario(nothing, write_file, marks_of_file, {"run.h5"}),
+    "resumed": Scenario(
+        lambda folder, plan: begin(store.Writer.create(folder / "run.h5", plan)), write_file, marks_of_file, {"run.h5"}
+    ),
+    "segment": Scenario(
+        nothing, write_segment, marks_of_folder, {"run", "run/run.json", "run/manifest.jsonl", "run/segments"}
+    ),
+    "resumed-segment": Scenario(
+        lambda folder, plan: begin(store.Folder(folder / "run").segment("u", plan)),
+        write_segment,
+        marks_of_folder,
+        {"run", "run/run.json", "run/manifest.jsonl", "run/segments"},
+    ),
+    "merger": Scenario(two_files, merge, marks_of_merger, {"0.h5", "1.h5", "run.h5"}),
+}
+
+
+def in_a_fork(shim: ctypes.CDLL, scenario: Scenario, folder: Path, plan: store.Plan, nth: int, error: int) -> int:
+    """The status of a run in a process of its own: 77 killed, 3 refused with an error, 0 through."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 0
     shim.shim_arm(nth, error)
     try:
-        with store.Writer.resume(path, SMALL) as writer:
-            fill(writer)
+        scenario.run(folder, plan)
     except store.StoreError as refused:
         status = 3 if "the disk is full" in str(refused) else 4
     # Not os._exit: HDF5 clears up on leaving, while the disk is still full; and Python, which takes longer.
@@ -49,48 +128,36 @@ def write(shim: ctypes.CDLL, path: Path, nth: int, error: int) -> None:
     sys.exit(status)
 
 
-def begin(folder: Path) -> None:
-    """An interrupted run, with half of the marks."""
-    writer = store.Writer.create(folder / "run.h5", SMALL)
-    writer.trajectory(0, **trajectory(SMALL, 0))
-    writer.step(0, "rise", 1, **step(SMALL, 0, 0, 1))
-    writer.curves(0, 0, **curves(SMALL, 0, 0))
-    writer.close(publish=False)
-
-
-def main(shim: ctypes.CDLL, folder: Path, error: int, resumed: bool) -> None:
-    # Made in memory, without a write to the disk: once is enough.
-    made = empty.image(SMALL, compression="gzip", attributes={"run_id": "", "unit_id": "", "environment": "{}"})
-    empty.image = lambda *_, **__: made
-    empty.environment = lambda device: ""
+def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: store.Plan) -> None:
+    # Made in memory, without a write to the disk: once for each plan is enough.
+    made, image = {}, empty.image
+    empty.environment = lambda device: "{}"
+    empty.image = lambda plan, **more: made.setdefault(plan.to_json(), image(plan, **more))
     start, folder = folder / "start", folder / "run"
     start.mkdir()
-    if resumed:
-        begin(start)
-    before = leftover(start)
-    for nth in range(1, 100_000):
+    scenario.prepare(start, plan)
+    before = scenario.marks(start, plan)
+    for nth in range(1, 1_000_000):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
-        if (child := os.fork()) == 0:
-            write(shim, folder / "run.h5", nth, error)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        marks = leftover(folder)
+        status = in_a_fork(shim, scenario, folder, plan, nth, error)
+        marks = scenario.marks(folder, plan)
         assert marks >= before, f"write {nth}: {marks} marks are left, {before} were before"
         before = marks
         if status == 0:
             break
         assert status == (3 if error else 77), f"write {nth}: status {status}"
-        if nth % 8:
-            continue
-        if not (folder / "run.h5").exists():
-            with store.Writer.resume(folder / "run.h5", SMALL) as writer:
-                assert writer.done.sum() + writer.has_trajectory(0) <= max(marks, 0)
-                fill(writer)
-        assert leftover(folder) == total(SMALL), f"write {nth}: not whole after resume"
-        assert os.listdir(folder) == ["run.h5"], f"write {nth}: {os.listdir(folder)}"
-    assert marks == total(SMALL)
+        if nth % 8 == 0 and marks < total(plan):
+            scenario.run(folder, plan)
+            assert scenario.marks(folder, plan) == total(plan), f"write {nth}: not whole after resume"
+            left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name != "segments"}
+            assert left == scenario.end, f"write {nth}: {left}"
+            segments = [path.name for path in folder.glob("run/segments/*")]
+            assert len(segments) == bool("run/segments" in left), f"write {nth}: {segments}"
+    assert marks == total(plan)
     print(nth)
 
 
 if __name__ == "__main__":
-    main(ctypes.CDLL(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "resumed")
+    library, where, number, scene, shape = sys.argv[1:]
+    main(ctypes.CDLL(library), Path(where), int(number), SCENARIOS[scene], PLANS[shape])

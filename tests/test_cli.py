@@ -64,11 +64,29 @@ def test_explain_writes_what_was_asked_for(made: Path) -> None:
 
 def test_info_tells_people_and_programs(made: Path) -> None:
     told = dfengine_command("info", str(made))
-    assert "finished" in told.stdout
-    assert "2 of 2 maps, 4 masks each" in told.stdout
+    first, made_with, images, rise, image = told.stdout.splitlines()
+    assert first.startswith(f"{made}: finished, 0.")
+    assert "shapes on cpu; dfengine" in made_with
+    assert "1 of 1, 2 steps each, 64 × 64 pixels, in" in images
+    assert rise.endswith("2 of 2 maps: Rise(num_masks=4)")
+    assert image.endswith(f"{CAPTION!r}, seed 3, guidance 2, time-steps 999 to 106")
     summary = json.loads(dfengine_command("info", str(made), "--json").stdout)
-    assert summary["methods"]["rise"]["maps_done"] == 2
+    assert summary["maps_done"] == {"rise": 2}
     assert summary["model"] == "shapes"
+    assert summary["jobs"][0]["seed"] == 3
+
+
+def test_merge_makes_one_file_of_several(made: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    other, out = tmp_path / "other.h5", tmp_path / "all.h5"
+    options = (*QUICK, "--seed", "4", "--sampling", "early")
+    assert dfengine_command("explain", CAPTION, "-o", str(other), *options).returncode == 0
+    run = dfengine_command("merge", str(made), str(other), str(made), "-o", str(out))
+    assert (run.returncode, run.stdout) == (0, f"{out}: 2 images\n")
+    with dfengine.open(out) as merged, dfengine.open(made) as first:
+        assert [item.seed for item in merged] == [3, 4]
+        assert (merged[0].maps["rise"][...] == first[0].maps["rise"][...]).all()
+    assert "--overwrite" in refused("merge", str(made), "-o", str(out))
+    assert "does not exist" in refused("merge", "nothing.h5", "-o", str(tmp_path / "more.h5"))
 
 
 def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
@@ -85,7 +103,7 @@ def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> 
 
 def test_help_explains_itself() -> None:
     told = dfengine_command("--help").stdout
-    for verb in ("explain", "figures", "info"):
+    for verb in ("explain", "figures", "info", "merge"):
         assert verb in told
     run = dfengine_command("explain", "--help")
     assert run.returncode == 0

@@ -11,7 +11,8 @@ from analytic import Analytic
 import dfengine
 from dfengine import Engine, Rise, StepMap
 from dfengine.engine import Event, Finished, Generated
-from dfengine.record import describe, item_key
+from dfengine.explain import describe
+from dfengine.record import item_key
 
 CAPTION = "a red circle above a blue square on a gray background"
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "dfengine.models": {"denoiser", "schedule"},
     "dfengine.trajectory": {"denoiser", "schedule"},
     "dfengine.explain": {"batching", "denoiser", "schedule", "trajectory", "dfkernels"},
-    "dfengine.store": {"result"},
+    "dfengine.store": {"explain", "result", "trajectory"},
     "dfengine.figures": {"result"},
     "dfengine.shapes": {"models"},
     "dfengine.record": {"denoiser", "explain", "result", "store", "trajectory"},

@@ -39,14 +39,36 @@ def memory(tmp_path):
         yield folder
 
 
-@pytest.mark.parametrize("run", ["new", "resumed"])
-@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
-def test_at_every_single_write(shim, memory, error, run):
-    command = [sys.executable, HERE / "store_faults.py", shim, memory, str(error), run]
+def at_every_write(shim, memory, error, scenario, plan):
+    """The number of writes that a run makes, each of which has failed once."""
+    command = [sys.executable, HERE / "store_faults.py", shim, memory, str(error), scenario, plan]
     environment = os.environ | {"LD_PRELOAD": str(shim)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
     assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) > 4 * total(SMALL), "a value, its index, a marker: several writes a mark"
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("scenario", ["new", "resumed", "segment", "resumed-segment"])
+@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
+def test_at_every_single_write(shim, memory, error, scenario):
+    points = at_every_write(shim, memory, error, scenario, "small")
+    assert points > 4 * total(SMALL), "a value, its index, a marker: several writes a mark"
+
+
+@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
+def test_at_every_single_write_of_a_merger(shim, memory, error):
+    """Chunks go to the file as they are: it takes few writes, after which all of it is there."""
+    assert at_every_write(shim, memory, error, "merger", "two") > 20
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("plan", ["two", "latent64", "wide"])
+@pytest.mark.parametrize("scenario", ["new", "resumed", "segment", "resumed-segment", "merger"])
+@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
+def test_at_every_single_write_of_larger_runs(shim, memory, error, scenario, plan):
+    points = at_every_write(shim, memory, error, scenario, plan)
+    print(f"{points} points: {scenario}, {plan}, {error or 'kill'}")
+    assert points > (20 if scenario == "merger" else 100)
 
 
 def test_a_file_size_limit(tmp_path):
@@ -128,7 +150,7 @@ def test_files_that_are_not_ours(path, tmp_path):
             "run.h5": "run.h5 has format version 2, this dfengine reads up to 1: upgrade dfengine",
             "missing.h5": "missing.h5 does not exist",
             "unfinished.h5": f"unfinished.h5 is not finished: open {tmp_path / 'unfinished.part.h5'}",
-            ".": "cannot read .*: it is a folder",
+            ".": "is a folder, but not a run's: it has no run.json",
         }.items():
             with pytest.raises(store.StoreError, match=told) as refused:
                 store.open(tmp_path / name)
@@ -176,3 +198,53 @@ def test_a_read_only_folder(tmp_path, monkeypatch, number, told):
     monkeypatch.setattr("dfengine.store.files.os.open", refuse)
     with pytest.raises(store.StoreError, match=f"cannot write .*run.h5: .*{told}"):
         store.Writer.create(tmp_path / "run.h5", SMALL)
+
+
+MOUNTED = """
+import sys
+sys.path.insert(0, "tests")
+import store_faults
+from store_example import PLANS, check, fill, total
+from dfengine import store
+
+plan, path = PLANS["latent64"], sys.argv[1] + "/run.h5"
+try:
+    with store.Writer.create(path, plan) as writer:
+        fill(writer)
+except store.StoreError as refused:
+    print(refused)
+try:
+    with store.open(sys.argv[1] + "/run.part.h5") as run:
+        print(check(run), total(plan))
+except store.StoreError as refused:
+    print(refused)
+"""
+
+
+def on_a_mount(folder: Path, mount: str) -> list[str]:
+    """What a run says on a file system of its own, which only its process sees."""
+    folder.mkdir()
+    inside = f'{mount} && exec "$0" -c "$1" "$2"'
+    command = ["unshare", *([] if os.geteuid() == 0 else ["-Ur"]), "-m", "sh", "-ec", inside]
+    done = subprocess.run(
+        [*command, sys.executable, MOUNTED, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+        env=os.environ | {"WHERE": str(folder)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_a_small_disk_that_fills_up(tmp_path):
+    refused, marks = on_a_mount(tmp_path / "small", 'mount -t tmpfs -o size=700k none "$WHERE"')
+    part = tmp_path / "small/run.part.h5"
+    assert refused == f"cannot write {part}: the disk is full: free some space and run again to go on"
+    stored, planned = map(int, marks.split())
+    assert 0 < stored < planned, "some of it, all of that verified"
+
+
+def test_a_file_system_that_is_read_only(tmp_path):
+    refused, _ = on_a_mount(tmp_path / "ro", 'mount -t tmpfs none "$WHERE" && mount -o remount,ro "$WHERE"')
+    assert refused == f"cannot write {tmp_path}/ro/run.h5: the file system is read-only: choose another folder"

@@ -1,12 +1,14 @@
 """Other tools open a file unaided: xarray and h5netcdf for real, NXdata viewers by the rules that they read."""
 
+import json
+import subprocess
 import sys
 
 import h5py
 import numpy as np
 import pytest
 import xarray
-from store_example import PLAN, fill, step
+from store_example import PLAN, fill, step, trajectory
 
 from dfengine import store
 
@@ -93,6 +95,30 @@ def test_every_axis_has_a_dimension_scale(path):
 def test_hdf5_1_10_and_later_can_read_it(path):
     superblock_version, hdf5_1_10 = path.read_bytes()[8], 3
     assert superblock_version == hdf5_1_10
+
+
+HDF5_1_14 = """
+import sys
+import netCDF4
+
+print(netCDF4.__hdf5libversion__)
+with netCDF4.Dataset(sys.argv[1]) as file:
+    maps = file["entry/maps"]
+    print(",".join(maps["saliency"].dimensions), maps["method"][0], maps["saliency"][1, 1, 2].tolist())
+    print(*file["entry/items/prompts"][:], file["entry/images/rgb"][1].sum(dtype=int))
+"""
+
+
+def test_an_hdf5_1_14_reader_reads_it(path):
+    """netCDF4, with the HDF5 it brings, in a process without ours: compressed maps, strings and images."""
+    run = subprocess.run([sys.executable, "-c", HDF5_1_14, path], capture_output=True, text=True, check=True)
+    version, saliency, rest = run.stdout.splitlines()
+    assert version.startswith("1.14")
+    names, method, values = saliency.split(" ", 2)
+    assert (names, method) == (",".join(AXES["maps"]), "rise")
+    np.testing.assert_array_equal(np.array(json.loads(values), np.float32), step(PLAN, 1, 1, 2)["saliency"])
+    image = int(trajectory(PLAN, 1)["image"].sum(dtype=int))
+    assert rest == f"a red circle  ein Würfel blurry {image}"
 
 
 def test_to_xarray(path):

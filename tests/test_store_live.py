@@ -97,3 +97,43 @@ def test_a_lock_whose_owner_died_does_not_hold(tmp_path):
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         fill(writer)
     assert os.listdir(tmp_path) == ["run.h5"]
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A folder that the system says is on NFS, and the local one for temporary files."""
+    (tmp_path / "on nfs").mkdir()
+    (tmp_path / "local").mkdir()
+    mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {str(tmp_path / 'on nfs').replace(' ', chr(92) + '040')} nfs4 rw 0 0\n"
+    (tmp_path / "mounts").write_text(mounts)
+    monkeypatch.setattr("dfengine.store.files._MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "local"))
+    return tmp_path / "on nfs"
+
+
+def test_on_network_storage_a_file_is_written_locally_and_published_whole(network):
+    local, path = network.parent / "local", network / "run.h5"
+    with pytest.warns(UserWarning, match=r"run.h5 is on nfs4 storage: it is written as .*local/run\..*\.part\.h5"):
+        writer = store.Writer.create(path, SMALL)
+    writer.trajectory(0, **trajectory(SMALL, 0))
+    writer.close(publish=False)
+    assert os.listdir(network) == []
+    with pytest.raises(store.StoreError, match=r"run.h5 is not finished: open .*local/run"):
+        store.open(path)
+    with pytest.warns(UserWarning, match="nfs4"):
+        writer = store.Writer.resume(path, SMALL)
+    with writer:
+        assert writer.has_trajectory(0)
+        fill(writer)
+    assert (os.listdir(network), os.listdir(local)) == (["run.h5"], [])
+    with store.open(path) as run:
+        assert check(run) == total(SMALL)
+
+
+def test_a_local_folder_is_written_in(network, recwarn):
+    with store.Writer.create(network.parent / "run.h5", SMALL) as writer:
+        assert (network.parent / "run.part.h5").exists()
+        fill(writer)
+    assert not recwarn.list
+    with pytest.raises(store.StoreError, match="the folder does not exist"):
+        store.Writer.create(network / "nowhere/run.h5", SMALL)

@@ -63,7 +63,12 @@ def whole(tmp_path_factory):
     return data(path)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 9, 13, 14, 20])
+def test_a_run_that_stopped_before_anything_was_done_leaves_nothing(tmp_path):
+    interrupt(tmp_path / "run.h5", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [1, 2, 9, 13, 14, 20])
 def test_resumed_is_the_same_as_uninterrupted(tmp_path, whole, stop):
     path = tmp_path / "run.h5"
     interrupt(path, stop)

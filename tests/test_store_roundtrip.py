@@ -1,7 +1,10 @@
 """What goes into a file comes out of it, and nothing else does."""
 
+import dataclasses
 import json
+import re
 import threading
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -9,7 +12,8 @@ import pytest
 from store_example import PLAN, SMALL, check, fill, step, total, trajectory
 
 from dfengine import store
-from dfengine.store.sink import Sink
+from dfengine.store.sink import Job, Sink
+from dfengine.store.writer import rounded
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +194,23 @@ def test_what_the_plan_does_not_have_is_refused(tmp_path, change, told):
         ({"num_steps": 0}, "num_steps of size 0"),
         ({"methods": (store.Method("rise"), store.Method("rise"))}, "method names repeat: rise"),
         ({"items": (store.Item("k", "a"), store.Item("k", "b"))}, "item keys repeat: k"),
+        ({"mantissa_bits": 0}, "0 mantissa bits are not possible: expected 1 to 23"),
     ],
 )
 def test_impossible_plans_are_refused(plan, told):
     with pytest.raises(store.StoreError, match=told):
         store.Plan(**vars(SMALL) | plan)
+
+
+def test_compression_is_none_or_what_every_reader_has(tmp_path):
+    with store.Writer.create(tmp_path / "run.h5", SMALL, compression="none") as writer:
+        fill(writer)
+    with h5py.File(tmp_path / "run.h5") as h5:
+        made = h5["entry/maps/saliency"]
+        assert (made.compression, made.shuffle, made.fletcher32) == (None, True, True)
+    with pytest.raises(store.StoreError, match="compression 'zstd' is not known: expected one of gzip, none"):
+        store.Writer.create(tmp_path / "other.h5", SMALL, compression="zstd")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.h5"]
 
 
 def test_settings_must_be_json(tmp_path):
@@ -217,6 +233,56 @@ def test_nothing_is_created_while_writing(path, tmp_path):
     assert everything(tmp_path / "run.h5") == everything(path) == before
 
 
+def test_the_file_itself_is_out_of_reach(tmp_path):
+    """HDF5 lets a writer create objects and attributes under its readers' eyes, and ruins the file; the sink does not.
+
+    Only what `empty` made has a handle, and nothing else in the store creates anything.
+    """
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        with pytest.raises(store.StoreError, match=r"maps/new was not made with the file: .* SWMR"):
+            writer._sink.write(Job({}, {"maps/new": np.zeros(1)}))
+        writer.trajectory(0, **trajectory(SMALL, 0))
+    with store.open(tmp_path / "run.h5") as run:
+        assert check(run) == 1, "refused before anything is written"
+    verbs = re.compile(r"\.(create_\w+|require_\w+|\w+_scale|resize|move)\(|\.attrs(\.update|\[[^]]*\] =)")
+    for source in Path(store.__file__).parent.glob("*.py"):
+        found = verbs.findall(source.read_text())
+        assert bool(found) == (source.name == "empty.py"), (source.name, found)
+
+
+@pytest.mark.parametrize("bits", [1, 10, 22, 23])
+def test_rounding_is_to_nearest_and_even(bits):
+    random = np.random.default_rng(bits)
+    values = np.concatenate([random.standard_normal(10_000), 2.0 ** np.arange(-126, 128)]).astype(np.float32)
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    nearest = np.ldexp(np.rint(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent)
+    np.testing.assert_array_equal(rounded(values, bits), nearest.astype(np.float32))
+    halfway = np.float32(1 + 2.0**-bits / 2) if bits < 23 else np.float32(1)
+    assert rounded(np.array([halfway, -halfway]), bits).tolist() == [1, -1]
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0, -0.0, np.finfo(np.float32).max], np.float32)
+    expected = special if bits == 23 else np.append(special[:-1], np.float32(np.inf))
+    np.testing.assert_array_equal(rounded(special, bits), expected)
+
+
+def test_rounded_are_errors_cam_and_heat_maps_only(tmp_path):
+    plan = dataclasses.replace(PLAN, mantissa_bits=10)
+    with store.Writer.create(tmp_path / "run.h5", plan) as writer:
+        fill(writer)
+    with store.open(tmp_path / "run.h5") as run:
+        assert check(run) == total(PLAN)
+        np.testing.assert_array_equal(run[1].maps["rise"][2], step(PLAN, 1, 0, 2)["saliency"])
+        assert (run[1].errors["rise"][2] != step(PLAN, 1, 0, 2)["error"]).any()
+    with h5py.File(tmp_path / "run.h5") as h5:
+        told = {}
+        h5.visititems(lambda name, thing: told.update({name: thing.attrs.get("mantissa_bits")}))
+    assert {name for name, bits in told.items() if bits == 10} == {
+        "entry/maps/error",
+        "entry/cam/5x6/saliency",
+        "entry/cam/3x3/saliency",
+        "entry/curves/heat",
+    }
+
+
 @pytest.mark.parametrize("parts", ["cam", "curves", "maps"])
 def test_a_file_of_one_kind_only(tmp_path, parts):
     without = {"cam": {"layers": ()}, "maps": {"methods": ()}, "curves": {"items": (store.Item("k", "a"),)}}
@@ -232,10 +298,20 @@ def test_a_file_of_one_kind_only(tmp_path, parts):
 
 def test_the_summary_is_json_and_counts(run, tmp_path):
     summary = json.loads(json.dumps(run.summary()))
-    assert summary["methods"]["rise"]["maps_done"] == summary["methods"]["rise"]["maps_planned"] == 6
+    assert summary["maps_done"] == summary["maps_planned"] == {"rise": 6, "random": 6}
+    assert summary["methods"]["rise"]["settings"] == {"keep_probability": 0.5, "kind": "gaussian"}
+    assert summary["jobs"][1]["prompt"] == "ein Würfel"
+    assert run.counts([1]) == run.counts() | {
+        "items": 1,
+        "items_finished": 1,
+        "seconds": 2.5,
+        "trajectories": 1,
+        "maps_done": {"rise": 3, "random": 3},
+        "maps_planned": {"rise": 3, "random": 3},
+    }
     assert (summary["items_finished"], summary["seconds"], summary["finished"]) == (2, 4.0, True)
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         with store.open(tmp_path / "run.part.h5") as live:
             summary = live.summary()
-        assert (summary["methods"]["rise"]["maps_done"], summary["finished"]) == (0, False)
+        assert (summary["maps_done"], summary["finished"]) == ({"rise": 0}, False)
         assert writer.plan == SMALL

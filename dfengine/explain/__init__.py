@@ -2,5 +2,6 @@
 
 from dfengine.explain.base import Explainer, StepMap
 from dfengine.explain.rise import Rise
+from dfengine.explain.settings import describe, rebuild, told_whole
 
-__all__ = ["Explainer", "Rise", "StepMap"]
+__all__ = ["Explainer", "Rise", "StepMap", "describe", "rebuild", "told_whole"]

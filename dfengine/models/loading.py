@@ -34,7 +34,8 @@ def load(
     dtype = pick_dtype(dtype, device)
     with quiet():
         pipeline = _read(locate(model), dtype=dtype, variant=variant, revision=revision)
-        return adapt(pipeline.to(device), name=str(model), batch_size=batch_size)
+        name = f"{model}{f'@{revision}' if revision else ''}{f' ({variant})' if variant else ''}"
+        return adapt(pipeline.to(device), name=name, batch_size=batch_size)
 
 
 def _read(source: str, **options: Any) -> Any:

@@ -3,10 +3,27 @@
 It knows plain arrays, strings and settings; models and explainers are the engine's. See FORMAT in the documentation.
 """
 
+from dfengine.store.folder import Folder
+from dfengine.store.folder_reader import RunFolder, open
 from dfengine.store.item import LazyArray, StoredItem
+from dfengine.store.merge import merge
 from dfengine.store.plan import Item, Method, Plan, StoreError
-from dfengine.store.reader import Run, open
+from dfengine.store.reader import Run
 from dfengine.store.schema import FORMAT_VERSION
 from dfengine.store.writer import Writer
 
-__all__ = ["FORMAT_VERSION", "Item", "LazyArray", "Method", "Plan", "Run", "StoreError", "StoredItem", "Writer", "open"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Folder",
+    "Item",
+    "LazyArray",
+    "Method",
+    "Plan",
+    "Run",
+    "RunFolder",
+    "StoreError",
+    "StoredItem",
+    "Writer",
+    "merge",
+    "open",
+]

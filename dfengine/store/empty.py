@@ -9,12 +9,21 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dfengine.store.plan import Plan
+from dfengine.store.plan import Plan, StoreError
 from dfengine.store.schema import FORMAT, FORMAT_VERSION, Dataset, layout, prompts, resolutions, sizes
 
+#: Of maps, images and latents. gzip's fastest level halves exact maps at the most; there is no gain in a slower one.
+COMPRESSIONS = ("gzip", "none")
 
-def image(plan: Plan, *, compression: str | None, attributes: Mapping[str, str]) -> bytes:
-    """The file's bytes, made in memory: HDF5 is never left with half a file that it cannot write."""
+
+def image(plan: Plan, *, compression: str, attributes: Mapping[str, str]) -> bytes:
+    """The file's bytes, made in memory: HDF5 is never left with half a file that it cannot write.
+
+    StoreError where the compression is not known.
+    """
+    if compression not in COMPRESSIONS:
+        known = ", ".join(COMPRESSIONS)
+        raise StoreError(f"compression {compression!r} is not known: expected one of {known}, which every reader has")
     with h5py.File("empty", "w", driver="core", backing_store=False, libver=("v110", "v110")) as h5:
         placed = layout(plan)
         groups = list(dict.fromkeys(dataset.group for dataset, _ in placed.values()))
@@ -33,7 +42,7 @@ def image(plan: Plan, *, compression: str | None, attributes: Mapping[str, str])
 
 
 def _create_group(
-    entry: h5py.Group, name: str, members: list[tuple[Dataset, dict[str, int]]], plan: Plan, compression: str | None
+    entry: h5py.Group, name: str, members: list[tuple[Dataset, dict[str, int]]], plan: Plan, compression: str
 ) -> None:
     group = entry.require_group(name)
     if "/" in name:
@@ -44,7 +53,7 @@ def _create_group(
         scale = group.create_dataset(axis, data=_coordinate(axis, length, name, plan), **growing)
         scale.make_scale(axis)
     for dataset, size in members:
-        made = _create_dataset(group, dataset, size, compression)
+        made = _create_dataset(group, dataset, size, compression, plan.mantissa_bits)
         for place, axis in enumerate(dataset.axis_names):
             made.dims[place].attach_scale(group[axis])
     signal, size = members[0]
@@ -62,12 +71,12 @@ def _create_group(
 
 
 def _create_dataset(
-    group: h5py.Group, dataset: Dataset, size: Mapping[str, int], compression: str | None
+    group: h5py.Group, dataset: Dataset, size: Mapping[str, int], compression: str, mantissa_bits: int
 ) -> h5py.Dataset:
     stars = dataset.axes.split()
     filters: dict[str, Any] = {"shuffle": True, "fletcher32": True} if dataset.compressed else {}
-    if dataset.compressed and compression:
-        filters |= {"compression": compression, "compression_opts": 1}
+    if dataset.compressed and compression == "gzip":
+        filters |= {"compression": "gzip", "compression_opts": 1}
     made = group.create_dataset(
         dataset.path.rpartition("/")[2],
         shape=tuple(size.values()),
@@ -78,6 +87,8 @@ def _create_dataset(
         **filters,
     )
     made.attrs["long_name"] = dataset.long_name
+    if dataset.rounded:
+        made.attrs["mantissa_bits"] = mantissa_bits
     if dataset.interpretation:
         made.attrs["interpretation"] = dataset.interpretation
     return made

@@ -1,10 +1,13 @@
-"""Names beside a result, the lock that keeps two writers apart, and the system's errors in a user's words."""
+"""Where a result is while it is written, the lock that keeps two writers apart, and the system's errors in words."""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +28,8 @@ _CAUSES = {
 }
 
 
-def part_path(path: Path) -> Path:
-    """Where a result is while it is being written: run.h5 is run.part.h5."""
-    return path.with_name(f"{path.stem}.part{path.suffix}")
+_MOUNTS = Path("/proc/self/mounts")
+_NETWORK = ("afs", "beegfs", "ceph", "cifs", "fuse.", "glusterfs", "gpfs", "lustre", "nfs", "orangefs", "pvfs", "smb")
 
 
 def check_name(path: Path) -> None:
@@ -36,9 +38,52 @@ def check_name(path: Path) -> None:
         raise StoreError(f"{str(path)!r} is no name for a result: expected one that ends in .h5, as run.h5 does")
 
 
+def network_storage(folder: Path) -> str:
+    """The kind of network or user-space file system a folder is on, as in "nfs4"; empty where it is local."""
+    mounts = [line.split()[1:3] for line in _MOUNTS.read_text().splitlines()] if _MOUNTS.exists() else []
+    here, best = folder.resolve(), ("", "")
+    for escaped, kind in mounts:
+        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), escaped)
+        if here.is_relative_to(point) and len(point) >= len(best[0]):
+            best = point, kind
+    return best[1] if best[1].startswith(_NETWORK) else ""
+
+
+def working_path(path: Path) -> Path:
+    """What a result is called while it is written: its own name, and on network storage one in the temporary folder.
+
+    A file that is read while it is written needs a file system that shows every reader the same bytes: a local one.
+    """
+    if not network_storage(path.parent):
+        return path
+    local = Path(tempfile.gettempdir())
+    digest = hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]
+    return local / f"{path.stem}.{digest}{path.suffix}"
+
+
+def part_path(path: Path) -> Path:
+    """Where a result is while it is being written: run.h5 is run.part.h5."""
+    working = working_path(path)
+    return working.with_name(f"{working.stem}.part{working.suffix}")
+
+
 def fresh_path(path: Path) -> Path:
     """Where a file is being created, until it can be read: run.h5 is .run.h5.new."""
     return path.with_name(f".{path.name}.new")
+
+
+def publish_file(part: Path, path: Path) -> None:
+    """Gives a finished file its final name at once: it is never there by half, whatever happens to the machine."""
+    sync(part)
+    if part.parent == path.parent:
+        part.replace(path)
+    else:
+        fresh = fresh_path(path)
+        shutil.copyfile(part, fresh)
+        sync(fresh)
+        fresh.replace(path)
+        part.unlink()
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

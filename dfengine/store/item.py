@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -13,14 +13,22 @@ from dfengine.result import Explanation
 from dfengine.store import schema
 from dfengine.store.plan import Item, Plan, StoreError
 
+if TYPE_CHECKING:
+    from dfengine.trajectory import Job
+
 
 @runtime_checkable
 class Source(Protocol):
     """The open file that an item is read from."""
 
-    path: Path
-    plan: Plan
-    layout: dict[str, tuple[schema.Dataset, dict[str, int]]]
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def layout(self) -> dict[str, tuple[schema.Dataset, dict[str, int]]]: ...
 
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
         """The values of one dataset at the given axes."""
@@ -105,6 +113,33 @@ class StoredItem(Explanation):
     model = property(lambda self: self._run.plan.model)
     tokens = property(lambda self: self.item.tokens)
     words = property(lambda self: self.item.words)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Each explainer, under the name its maps are filed by; with `job`, all that it takes to run it again.
+
+        Raises ValueError where this dfengine does not know one; `Run.plan` then has its settings as plain values.
+        """
+        from dfengine.explain import rebuild
+
+        return {method.name: rebuild(method.settings) for method in self._run.plan.methods}
+
+    @property
+    def job(self) -> Job:
+        """What was generated, as `Engine.stream` takes it."""
+        from torch import from_numpy
+
+        from dfengine.trajectory import Job
+
+        settings = self.item.settings
+        return Job(
+            prompt=self.prompt,
+            timesteps=tuple(settings["timesteps"]),
+            seed=self.seed,
+            negative_prompt=self.negative_prompt,
+            guidance=settings["guidance"],
+            image=from_numpy(self.image) if settings["image"] else None,
+        )
 
     def _methods(self, path: str, chosen: Mapping[str, Mapping[str, int]]) -> dict[str, LazyArray]:
         names = [method.name for method in self._run.plan.methods]

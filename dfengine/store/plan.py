@@ -19,6 +19,7 @@ class Item:
     """One generation to explain: a prompt and a seed under a key that no other item of the run has.
 
     `tokens` and `words` name the rows of the item's relevance curves and heat maps; items may differ in their number.
+    `settings` are what else makes it (time-steps, guidance, …), as JSON values.
     """
 
     key: str
@@ -27,6 +28,7 @@ class Item:
     seed: int = 0
     tokens: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class Plan:
     """Everything a file will hold, so that every object in it can be created before the first value is written.
 
     Sizes: `latent` is (channels, h, w), `image` (H, W); `layers` are DF-CAM's, each with its own resolution (u, v).
-    With `previews` the image predicted at each step is kept.
-    `settings` are the run's own (sampling, gamma, guidance, target, …). All settings must be JSON values; they come
-    back from a file as JSON has them (tuples as lists).
+    With `previews` the image predicted at each step is kept. Errors, DF-CAM and heat maps are rounded to
+    `mantissa_bits` (10 make them half as large again; 23 are all that a float32 has); saliency is always exact.
+    `settings` are the run's own. All settings must be JSON values; they come back from a file as JSON has them (tuples
+    as lists).
     """
 
     items: tuple[Item, ...]
@@ -56,6 +59,7 @@ class Plan:
     image: tuple[int, int]
     layers: tuple[tuple[str, tuple[int, int]], ...] = ()
     previews: bool = False
+    mantissa_bits: int = 23
     model: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,6 +75,8 @@ class Plan:
         for what, size in (sizes | {"image": min(self.image)}).items():
             if size < 1:
                 raise StoreError(f"{what} of size {size}: expected at least 1")
+        if not 1 <= self.mantissa_bits <= 23:
+            raise StoreError(f"{self.mantissa_bits} mantissa bits are not possible: expected 1 to 23 (23 is exact)")
 
     def to_json(self) -> str:
         """The plan as JSON; StoreError where a setting is not a JSON value."""

@@ -1,9 +1,8 @@
-"""The reader: a finished file, one that is being written, or what a killed writer left, all read the same way."""
+"""The reader of a file: finished, being written, or what a killed writer left, all read the same way."""
 
-import builtins
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ class Run:
         self._live = live
         self.plan = Plan.from_json(h5.attrs["plan"])
         self.layout = schema.layout(self.plan)
+        self.run_id: str = h5.attrs["run_id"]
         self.environment: dict[str, str] = json.loads(h5.attrs["environment"])
 
     def __enter__(self) -> "Run":
@@ -66,14 +66,18 @@ class Run:
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
         """The values of one dataset at the given axes, as they are now; StoreError where they are damaged."""
         try:
-            dataset = self._h5["entry"][path]
-            if self._live:
-                dataset.refresh()
-            return np.asarray(dataset[self.layout[path][0].index(where)])
+            return np.asarray(self.dataset(path)[self.layout[path][0].index(where)])
         except OSError as error:
             raise StoreError(
                 f"{self.path} is damaged: {path} cannot be read at {dict(where)} ({cause(error)})"
             ) from error
+
+    def dataset(self, path: str) -> h5py.Dataset:
+        """A dataset of the file, as it is now."""
+        dataset = self._h5["entry"][path]
+        if self._live:
+            dataset.refresh()
+        return dataset
 
     def marks(self, name: str) -> Bool[np.ndarray, " ..."]:
         """A marker of `items/` over its axes: what is safely stored; all false where it does not apply."""
@@ -83,37 +87,51 @@ class Run:
         size = schema.sizes(self.plan)
         return np.zeros([size[axis] for axis in schema.MARKERS[name].axis_names], dtype=bool)
 
+    def counts(self, items: Sequence[int] | None = None) -> dict[str, Any]:
+        """What is done of the given items, or of all: items, trajectories, seconds, and the maps of each method."""
+        chosen = np.arange(len(self)) if items is None else np.asarray(items, dtype=np.int64)
+        seconds, done = self.read("items/seconds", {})[chosen], self.marks("done")[chosen]
+        return {
+            "items": len(chosen),
+            "items_finished": int(np.isfinite(seconds).sum()),
+            "seconds": float(np.nansum(seconds)),
+            "trajectories": int(self.marks("trajectory_done")[chosen].sum()),
+            "maps_done": {method.name: int(done[:, place].sum()) for place, method in enumerate(self.plan.methods)},
+            "maps_planned": {method.name: len(chosen) * self.plan.num_steps for method in self.plan.methods},
+        }
+
     def summary(self) -> dict[str, Any]:
         """What is inside, what is done and how it was made, as JSON values."""
-        plan, done = self.plan, self.marks("done")
-        seconds = self.read("items/seconds", {})
+        plan = self.plan
         return {
             "path": str(self.path),
             "format_version": int(self._h5.attrs["format_version"]),
             "finished": self.finished,
             "bytes": self.path.stat().st_size,
-            "run_id": self._h5.attrs["run_id"],
+            "run_id": self.run_id,
             "model": plan.model,
             "settings": dict(plan.settings),
             "environment": self.environment,
-            "items": len(self),
-            "items_finished": int(np.isfinite(seconds).sum()),
-            "seconds": float(np.nansum(seconds)),
-            "trajectories": int(self.marks("trajectory_done").sum()),
+            **self.counts(),
             "steps": plan.num_steps,
             "latent": list(plan.latent),
             "image": list(plan.image),
+            "previews": plan.previews,
+            "mantissa_bits": plan.mantissa_bits,
             "methods": {
                 method.name: {
                     "settings": dict(method.settings),
                     "num_masks": method.num_masks,
                     "has_error": method.has_error,
-                    "maps_done": int(done[:, place].sum()),
-                    "maps_planned": len(self) * plan.num_steps,
                 }
-                for place, method in enumerate(plan.methods)
+                for method in plan.methods
             },
             "layers": [name for name, _ in plan.layers],
+            "jobs": [
+                {"key": item.key, "prompt": item.prompt, "negative_prompt": item.negative_prompt, "seed": item.seed}
+                | dict(item.settings)
+                for item in plan.items
+            ],
             "datasets": {path: list(size.values()) for path, (_, size) in self.layout.items()},
         }
 
@@ -152,7 +170,7 @@ def _described(dataset: schema.Dataset) -> dict[str, str]:
     return {"long_name": dataset.long_name}
 
 
-def open(path: str | os.PathLike[str]) -> Run:
+def open_file(path: str | os.PathLike[str]) -> Run:
     """Opens a finished file, or a .part that is being written or was left by a killed run.
 
     StoreError tells apart: missing, not finished yet, not HDF5, another program's HDF5, a newer format, truncated, and
@@ -160,7 +178,7 @@ def open(path: str | os.PathLike[str]) -> Run:
     """
     path = Path(path)
     try:
-        with builtins.open(path, "rb") as file:
+        with path.open("rb") as file:
             head = file.read(12)
     except FileNotFoundError:
         part = part_path(path)

@@ -8,8 +8,7 @@ import numpy as np
 from dfengine.store import schema
 from dfengine.store.files import part_path
 from dfengine.store.plan import Plan, StoreError
-from dfengine.store.reader import Run
-from dfengine.store.reader import open as open_run
+from dfengine.store.reader import Run, open_file
 from dfengine.store.sink import Job, Sink
 
 
@@ -25,15 +24,20 @@ def interrupted_run(path: Path, plan: Plan, overwrite: bool, resume: bool) -> Ru
     if not resume:
         raise StoreError(f"{part} holds an interrupted run: go on with it (resume), or overwrite it (--overwrite)")
     try:
-        run = open_run(part)
-        if differences := run.plan.differences(plan):
-            run.close()
-            told = "; ".join(differences)
-            raise StoreError(f"{part} was begun with other settings: {told}; use those, or --overwrite to start afresh")
+        return open_same(part, plan)
     except StoreError:
         if not overwrite:
             raise
         return None
+
+
+def open_same(part: Path, plan: Plan) -> Run:
+    """A file to go on with; StoreError where its plan is another."""
+    run = open_file(part)
+    if differences := run.plan.differences(plan):
+        run.close()
+        told = "; ".join(differences)
+        raise StoreError(f"{part} was begun with other settings: {told}; use those, or --overwrite to start afresh")
     return run
 
 

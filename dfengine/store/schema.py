@@ -18,6 +18,7 @@ class Dataset:
     A starred axis lies whole in one chunk, the others have a chunk an index: one write fills whole chunks.
     `marker` is the dataset of `items/` that vouches for the values; those without are written before the file is
     shared, or are markers themselves. A dataset is created where its axes, and what it `needs`, are not of size zero.
+    The `rounded` ones have the mantissa that the plan gives them.
     """
 
     path: str
@@ -27,6 +28,7 @@ class Dataset:
     long_name: str = ""
     interpretation: str = ""
     compressed: bool = False
+    rounded: bool = False
     needs: str = "item"
 
     @property
@@ -39,24 +41,25 @@ class Dataset:
 
     @property
     def fill(self) -> float | None:
-        return {"f": math.nan, "u": 0.0, "i": 0.0}.get(self.dtype[0])
+        """NaN for floats. HDF5's own for others, which is 0: with one of ours, netCDF would hide all pixels of 255."""
+        return math.nan if self.dtype[0] == "f" else None
 
     def index(self, where: Mapping[str, Any]) -> tuple[Any, ...]:
         """The selection of this dataset at the given axes, whole along the others."""
         return tuple(where.get(axis, slice(None)) for axis in self.axis_names)
 
 
-def _image(path: str, axes: str, marker: str, long_name: str, needs: str = "item") -> Dataset:
-    return Dataset(path, "f4", axes, marker, long_name, "image", compressed=True, needs=needs)
+def _image(path: str, axes: str, marker: str, long_name: str, needs: str = "item", *, rounded: bool = False) -> Dataset:
+    return Dataset(path, "f4", axes, marker, long_name, "image", compressed=True, rounded=rounded, needs=needs)
 
 
 TABLE = (
     _image("maps/saliency", "item method step y* x*", "done", "raw saliency"),
-    _image("maps/error", "item method step y* x*", "done", "standard error of the saliency", needs="errors"),
-    _image("cam/{u}x{v}/saliency", "item layer step u* v*", "cam_done", "raw DF-CAM map"),
+    _image("maps/error", "item method step y* x*", "done", "standard error of the saliency", "errors", rounded=True),
+    _image("cam/{u}x{v}/saliency", "item layer step u* v*", "cam_done", "raw DF-CAM map", rounded=True),
     Dataset("scores/score", "f4", "item method step mask*", "done", "score of each mask", "spectrum"),
     Dataset("curves/relevance", "f4", "item token* step", "relevance_done", "relevance of each token", "spectrum"),
-    _image("curves/heat", "item word step y* x*", "heat_done", "cross-attention heat map of each word"),
+    _image("curves/heat", "item word step y* x*", "heat_done", "cross-attention heat map of each word", rounded=True),
     Dataset("curves/token_text", "str", "item* token*", long_name="the item's tokens"),
     Dataset("curves/word_text", "str", "item* word*", long_name="the item's words"),
     Dataset("images/rgb", "u1", "item height* width* color*", "trajectory_done", "image", "rgb-image", compressed=True),

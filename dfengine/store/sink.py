@@ -13,7 +13,7 @@ import numpy as np
 
 from dfengine.store import empty, schema
 from dfengine.store.files import cut_off
-from dfengine.store.plan import Plan
+from dfengine.store.plan import Plan, StoreError
 from dfengine.store.reader import Run
 
 SYNC_SECONDS = 10.0
@@ -31,7 +31,7 @@ class Job:
 class Sink:
     """A new file of the plan, open in SWMR mode. An error closes it, and leaves on the disk what a kill would leave."""
 
-    def __init__(self, path: Path, plan: Plan, *, compression: str | None, attributes: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, plan: Plan, *, compression: str, attributes: Mapping[str, str]) -> None:
         with path.open("xb") as file:
             file.write(empty.image(plan, compression=compression, attributes=attributes))
         self._h5 = h5py.File(path, "r+", libver=("v110", "v110"), rdcc_nbytes=_cache(plan), rdcc_w0=1.0)
@@ -46,7 +46,12 @@ class Sink:
         self._synced = time.monotonic()
 
     def write(self, job: Job) -> None:
-        """Writes and flushes the values, then sets and flushes the marker; every ten seconds all goes to the disk."""
+        """Writes and flushes the values, then sets and flushes the marker; every ten seconds all goes to the disk.
+
+        StoreError for a dataset that does not exist: in SWMR mode HDF5 would create it, and ruin the file.
+        """
+        if missing := set(job.values) - set(self._datasets):
+            raise StoreError(f"{', '.join(missing)} was not made with the file: nothing can be added in SWMR mode")
         with self._or_cut_off():
             for name, value in job.values.items():
                 lengths = iter(value.shape)
@@ -92,3 +97,20 @@ def _cache(plan: Plan) -> int:
     return 2 * max(
         np.dtype(dataset.dtype).itemsize * math.prod(size.values()) // size["item"] for dataset, size in written
     )
+
+
+@contextlib.contextmanager
+def opened_to_write(path: Path) -> Iterator[h5py.File]:
+    """An existing file, that nobody reads yet, open for writing; an error leaves it cut off."""
+    h5 = h5py.File(path, "r+", libver=("v110", "v110"))
+    handle = h5.id.get_vfd_handle()
+    about = os.fstat(handle)
+    try:
+        yield h5
+        h5.flush()
+        h5.close()
+    except BaseException:
+        cut_off(handle, about)
+        with contextlib.suppress(Exception):
+            h5.close()
+        raise

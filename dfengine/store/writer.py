@@ -6,23 +6,36 @@ have reached the disk before its data: the checksums tell, and resume computes s
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import queue
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from dfengine.store import empty, schema
-from dfengine.store.files import Lock, cause, check_name, fresh_path, part_path, sync, writing
+from dfengine.store.files import (
+    Lock,
+    cause,
+    check_name,
+    fresh_path,
+    network_storage,
+    part_path,
+    publish_file,
+    sync,
+    working_path,
+    writing,
+)
 from dfengine.store.item import StoredItem
 from dfengine.store.plan import Plan, StoreError
-from dfengine.store.resume import copy, interrupted_run
+from dfengine.store.resume import copy, interrupted_run, open_same
 from dfengine.store.sink import SYNC_SECONDS, Job, Sink
 
 
@@ -33,10 +46,21 @@ class Writer:
     place, and StoreError where an earlier write failed; what had been flushed until then can be read.
     """
 
-    def __init__(self, path: Path, plan: Plan, sink: Sink, lock: Lock, queue_size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        sink: Sink,
+        lock: Lock,
+        *,
+        queue_size: int = 64,
+        on_publish: Callable[[], None] | None = None,
+    ) -> None:
         """Use `create`."""
         self.path = path
+        self.part = part_path(path)
         self.plan = plan
+        self._on_publish = on_publish
         self._sink = sink
         self._lock = lock
         self._places = {method.name: place for place, method in enumerate(plan.methods)}
@@ -53,24 +77,32 @@ class Writer:
         *,
         overwrite: bool = False,
         resume: bool = False,
-        compression: str | None = "gzip",
+        compression: str = "gzip",
         queue_size: int = 64,
         device: str = "cpu",
         run_id: str | None = None,
+        source: Path | None = None,
+        on_publish: Callable[[], None] | None = None,
     ) -> "Writer":
-        """Begins <name>.part.h5, which becomes `path` when the writer closes.
+        """Begins <name>.part.h5, which becomes `path` when the writer closes; `on_publish` is called then.
 
         A finished file at `path` is refused unless `overwrite`. So is an interrupted one, unless `resume` is given and
-        its plan is this one (it is then gone on with: see `done`) or else `overwrite` (it is then lost).
+        its plan is this one (it is then gone on with: see `done`) or else `overwrite` (it is then lost). Where there is
+        none, what is done in `source`, another file of the same plan, is gone on with.
+
+        Where `path` is on network storage the part is in the temporary folder (TMPDIR), and is copied when it is whole.
         """
         path = Path(path)
         check_name(path)
-        fresh = fresh_path(path)
+        part, fresh = part_path(path), fresh_path(working_path(path))
         with contextlib.ExitStack() as undo:
             undo.enter_context(writing(path))
-            lock = Lock(path)
+            lock = Lock(working_path(path))
             undo.callback(lock.release)
+            _check_folder(path)
             interrupted = interrupted_run(path, plan, overwrite, resume)
+            if source is not None and not interrupted:
+                interrupted = open_same(source, plan)
             if interrupted:
                 undo.enter_context(interrupted)
             fresh.unlink(missing_ok=True)
@@ -86,10 +118,10 @@ class Writer:
                 copy(interrupted, sink)
                 interrupted.close()
             sync(fresh)
-            fresh.replace(part_path(path))
-            sync(path.parent)
+            fresh.replace(part)
+            sync(part.parent)
             undo.pop_all()
-        writer = cls(path, plan, sink, lock, queue_size)
+        writer = cls(path, plan, sink, lock, queue_size=queue_size, on_publish=on_publish)
         writer._thread.start()
         return writer
 
@@ -216,8 +248,9 @@ class Writer:
         self._put("", {"item": item}, {"items/seconds": np.asarray(seconds, dtype=np.float64)})
 
     def close(self, *, publish: bool = True) -> None:
-        """Writes what is queued, closes the file and gives it its final name; without `publish` it stays a .part.
+        """Writes what is queued, closes the file and gives it its final name.
 
+        Without `publish` it stays a .part, or is removed where nothing is done yet.
         StoreError where a write failed: the .part then holds what was flushed until then.
         """
         if self._closed:
@@ -225,21 +258,24 @@ class Writer:
         self._closed = True
         self._queue.put(None)
         self._thread.join()
-        part = part_path(self.path)
         try:
             self._raise()
-            with writing(part):
+            with writing(self.part):
                 self._sink.close()
-                sync(part)
-                if publish:
-                    part.replace(self.path)
-                    sync(self.path.parent)
+                sync(self.part)
+            if publish:
+                with writing(self.path):
+                    publish_file(self.part, self.path)
+                if self._on_publish:
+                    self._on_publish()
+            elif not any(marks.any() for marks in self._sink.marks.values()):
+                self.part.unlink(missing_ok=True)
         finally:
             self._lock.release()
 
     def _raise(self) -> None:
         if self._error:
-            raise StoreError(f"cannot write {part_path(self.path)}: {cause(self._error)}") from self._error
+            raise StoreError(f"cannot write {self.part}: {cause(self._error)}") from self._error
 
     def _put(self, marker: str, where: Mapping[str, int], values: Mapping[str, Any], masks: int = 0) -> None:
         """Queues values for one place, with the given number of masks."""
@@ -268,7 +304,8 @@ class Writer:
             raise ValueError(
                 f"{name} of shape {array.shape}: expected {tuple(expected.values())}, {' × '.join(expected)}"
             )
-        return np.array(array, dtype=dataset.dtype, order="C")
+        copied = np.array(array, dtype=dataset.dtype, order="C")
+        return rounded(copied, self.plan.mantissa_bits) if dataset.rounded else copied
 
     def _work(self) -> None:
         """The thread: writes jobs until None; after a failure it only empties the queue, so that nobody waits on it."""
@@ -286,6 +323,25 @@ class Writer:
             return Job({}, {})  # keeps the ten seconds of `Sink.write` while nothing comes
 
 
+def _check_folder(path: Path) -> None:
+    """StoreError where the folder cannot take a result; a note where it is not written in directly."""
+    path.parent.stat()
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "")
+    if working_path(path) != path:
+        kind, part = network_storage(path.parent), part_path(path)
+        warnings.warn(f"{path} is on {kind} storage: it is written as {part} and copied when it is whole", stacklevel=3)
+
+
 def _as_planned(what: str, given: bool, planned: bool) -> None:
     if given != planned:
         raise ValueError(f"{what}: {'given, but not in the plan' if given else 'in the plan, but not given'}")
+
+
+def rounded(values: Float32[np.ndarray, " ..."], mantissa_bits: int) -> Float32[np.ndarray, " ..."]:
+    """The nearest float32 with so many bits of mantissa, ties to even; infinities and NaN stay."""
+    dropped = 23 - mantissa_bits
+    raw = values.view(np.uint32)
+    half = (1 << dropped >> 1) - (raw >> dropped & 1 ^ 1) * (dropped > 0)
+    nearest = (raw + half.astype(np.uint32)) >> dropped << dropped
+    return np.where(np.isfinite(values), nearest.view(np.float32), values)

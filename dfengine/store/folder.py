@@ -1,0 +1,227 @@
+"""A run folder: results written by many, each a segment of its own, and listed in a manifest.
+
+    run/  run.json  manifest.jsonl  segments/<unit>.<attempt>.h5        (.part.h5 while it is written)
+
+A unit is some items of one model and one shape. Its segments are its attempts: each goes on from the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfengine.store.files import Lock, sync, writing
+from dfengine.store.plan import Plan, StoreError
+from dfengine.store.reader import open_file
+from dfengine.store.schema import FORMAT_VERSION
+from dfengine.store.writer import Writer
+
+FOLDER_FORMAT = "dfengine run"
+_UNIT = re.compile(r"\w[\w.-]*")
+_SEGMENT = re.compile(r"(?P<unit>.+)\.(?P<attempt>\d+)(?P<part>\.part)?\.h5")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One file of a run folder, and which of its items are finished: a line of the manifest."""
+
+    file: str
+    unit: str
+    attempt: int
+    keys: tuple[str, ...]
+    finished: tuple[bool, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Segment:
+        """What a segment's own file says of it."""
+        named = _named(path.name)
+        return cls(path.name, named["unit"], int(named["attempt"]), *cls.contents(path))
+
+    @staticmethod
+    def contents(path: Path) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+        """The keys of a file's items, and which of them are finished."""
+        with open_file(path) as run:
+            finished = np.isfinite(run.read("items/seconds", {}))
+            return tuple(item.key for item in run.plan.items), tuple(finished.tolist())
+
+    @classmethod
+    def from_line(cls, line: str) -> Segment:
+        values = json.loads(line)
+        return cls(**values | {"keys": tuple(values["keys"]), "finished": tuple(values["finished"])})
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is being written, or was cut off."""
+        return _named(self.file)["part"] is not None
+
+
+class Folder:
+    """The writing side of a run folder; any number of processes may have one. `dfengine.open` reads it."""
+
+    def __init__(self, path: str | os.PathLike[str], *, run_id: str = "") -> None:
+        """Use the folder, or make it. StoreError where something else is there."""
+        self.path = Path(path)
+        described = self.path / "run.json"
+        with writing(self.path):
+            if not described.exists():
+                if self.path.exists() and any(not _is_ours(entry.name) for entry in self.path.iterdir()):
+                    raise StoreError(f"{self.path} is a folder of something else: name a new or an empty one")
+                (self.path / "segments").mkdir(parents=True, exist_ok=True)
+                fresh = self.path / f".run.json.{os.getpid()}"
+                fresh.write_text(
+                    json.dumps(
+                        {"format": FOLDER_FORMAT, "format_version": FORMAT_VERSION, "run_id": run_id or self.path.name}
+                    )
+                )
+                sync(fresh)
+                fresh.replace(described)
+                sync(self.path)
+        self.run_id: str = read_description(self.path)["run_id"]
+
+    def segment(self, unit: str, plan: Plan, **options: Any) -> Writer:
+        """A writer of the unit's next attempt, which goes on from what earlier ones have; listed when it closes.
+
+        `options` are `Writer.create`'s. StoreError where the unit is finished, or was begun with another plan.
+        """
+        if not _UNIT.fullmatch(unit):
+            raise StoreError(
+                f"{unit!r} is no name for a unit: expected letters, digits, '_', '-' and '.', as in a file's"
+            )
+        attempts = [path for path in _files(self.path) if _named(path.name)["unit"] == unit]
+        for path in attempts:
+            if (found := Segment.read(path)).finished and all(found.finished) and not found.is_part:
+                raise StoreError(f"unit {unit!r} of {self.path} is finished: it is {path.name}")
+        number = 1 + max((int(_named(path.name)["attempt"]) for path in attempts), default=0)
+        path = self.path / "segments" / f"{unit}.{number}.h5"
+        writer = Writer.create(
+            path,
+            plan,
+            source=attempts[-1] if attempts else None,
+            run_id=self.run_id,
+            on_publish=lambda: self._list(path),
+            **options,
+        )
+        for old in attempts:
+            self._remove(old)
+        return writer
+
+    def finished(self) -> set[str]:
+        """The keys of all items that are finished: what need not be done again."""
+        return {
+            key
+            for segment in segments(self.path)
+            for key, done in zip(segment.keys, segment.finished, strict=True)
+            if done
+        }
+
+    def _list(self, path: Path) -> None:
+        """Adds a finished segment to the manifest: one write of one line, whoever else is adding one."""
+        line = json.dumps(asdict(Segment.read(path)))
+        manifest = self.path / "manifest.jsonl"
+        with writing(manifest), manifest.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            torn = size > 0 and file.read(1) != b"\n"
+            file.write(f"{chr(10) if torn else ''}{line}\n".encode())
+            os.fsync(file.fileno())
+
+    def _remove(self, old: Path) -> None:
+        """Removes a part that has been gone on from, unless its writer is still at it."""
+        if _named(old.name)["part"] is None:
+            return
+        # Held by another, or not to be removed: the next reader takes each item once all the same.
+        with contextlib.suppress(StoreError, OSError):
+            lock = Lock(old.with_name(old.name.replace(".part.h5", ".h5")))
+            try:
+                old.unlink(missing_ok=True)
+            finally:
+                lock.release()
+
+
+def _is_ours(name: str) -> bool:
+    """Whether an entry of a folder without run.json is of another process that is just making it."""
+    return name == "segments" or name.startswith(".run.json")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a run folder at the path."""
+    return (path / "run.json").is_file()
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """run.json; StoreError where it is not ours, or newer."""
+    try:
+        described = json.loads((path / "run.json").read_text())
+        ours, version = described["format"] == FOLDER_FORMAT, int(described["format_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is not a run folder: its run.json cannot be read ({error})") from None
+    if not ours:
+        raise StoreError(f"{path} is not a run folder: dfengine did not write its run.json")
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {version}, this dfengine reads up to {FORMAT_VERSION}: upgrade dfengine"
+        )
+    return described
+
+
+def segments(path: Path) -> list[Segment]:
+    """Every segment there is, in order of unit and attempt: finished ones by the manifest, others by their files."""
+    listed = {segment.file: segment for segment in _manifest(path)}
+    found = []
+    for file in _files(path):
+        try:
+            found.append(listed.get(file.name) or Segment.read(file))
+        except StoreError as error:
+            # A part becomes a finished segment, or is gone on from, while this is looking.
+            final = file.with_name(file.name.replace(".part.h5", ".h5"))
+            if file.exists():
+                warnings.warn(f"{error}: it is left out", stacklevel=2)
+            elif final.exists():
+                found.append(Segment.read(final))
+    return found
+
+
+def take_best(contents: Iterable[tuple[tuple[str, ...], tuple[bool, ...]]]) -> list[tuple[int, int]]:
+    """Where to take each item from, once, as (segment, place in it): the first finished one, or else the latest."""
+    best: dict[str, tuple[bool, int, int]] = {}
+    for number, (keys, finished) in enumerate(contents):
+        for place, (key, done) in enumerate(zip(keys, finished, strict=True)):
+            if key not in best or not best[key][0]:
+                best[key] = done, number, place
+    return [(number, place) for _, number, place in best.values()]
+
+
+def _manifest(path: Path) -> Iterator[Segment]:
+    try:
+        lines = (path / "manifest.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            yield Segment.from_line(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off by a kill; the segment is there all the same
+
+
+def _files(path: Path) -> list[Path]:
+    """The segments' files, by unit and attempt."""
+    named = [(file, match) for file in (path / "segments").iterdir() if (match := _SEGMENT.fullmatch(file.name))]
+    return [file for file, match in sorted(named, key=lambda pair: (pair[1]["unit"], int(pair[1]["attempt"])))]
+
+
+def _named(name: str) -> dict[str, Any]:
+    match = _SEGMENT.fullmatch(name)
+    if match is None:
+        raise StoreError(f"{name} is no name of a segment: expected <unit>.<attempt>.h5")
+    return match.groupdict()

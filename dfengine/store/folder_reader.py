@@ -1,0 +1,183 @@
+"""The reader of a run folder: its segments as one sequence of items, each item once."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from dfengine.store import schema
+from dfengine.store.folder import Segment, is_folder, read_description, segments, take_best
+from dfengine.store.item import StoredItem
+from dfengine.store.plan import NoSuchItem, Plan, StoreError
+from dfengine.store.reader import Run, open_file
+
+if TYPE_CHECKING:
+    import xarray
+
+#: A folder may have thousands of segments, a process a thousand open files.
+_OPEN_FILES = 32
+
+
+def open(path: str | os.PathLike[str]) -> Run | RunFolder:
+    """Opens a finished file, a .part that is being written or was left by a killed run, or a run folder.
+
+    StoreError tells apart: missing, not finished yet, not HDF5, another program's HDF5, a newer format, truncated, and
+    being written by another program; for a folder, one that is no run's.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_folder(path):
+        raise StoreError(f"{path} is a folder, but not a run's: it has no run.json")
+    return RunFolder(path) if path.is_dir() else open_file(path)
+
+
+class _Part:
+    """A segment's file, opened when it is read: the source of its items."""
+
+    def __init__(self, folder: RunFolder, file: str) -> None:
+        self._folder, self._file = folder, file
+
+    @property
+    def path(self) -> Path:
+        return self._run.path
+
+    @property
+    def plan(self) -> Plan:
+        return self._run.plan
+
+    @property
+    def layout(self) -> dict[str, tuple[schema.Dataset, dict[str, int]]]:
+        return self._run.layout
+
+    def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
+        return self._run.read(path, where)
+
+    def marks(self, name: str) -> Bool[np.ndarray, " ..."]:
+        return self._run.marks(name)
+
+    @property
+    def _run(self) -> Run:
+        return self._folder.opened(self._file)
+
+
+class RunFolder:
+    """A run folder as it was when it was opened: a sequence of its items, with what made them. A context manager.
+
+    Items come in order of unit and place in it. Where several segments have one (a unit was begun again), the first
+    that is finished counts, or else the latest attempt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """StoreError where it is no run folder. A segment that cannot be read is left out, with a warning."""
+        self.path = path
+        self.run_id: str = read_description(path)["run_id"]
+        self.segments: list[Segment] = segments(path)
+        self._files: OrderedDict[str, Run] = OrderedDict()
+        self._places = take_best((segment.keys, segment.finished) for segment in self.segments)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes its files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> StoredItem:
+        if not -len(self) <= index < len(self):
+            raise NoSuchItem(f"item {index} is not in {self.path}: it has {len(self)}, counted from 0")
+        number, place = self._places[index]
+        return StoredItem(_Part(self, self.segments[number].file), place)
+
+    def __iter__(self) -> Iterator[StoredItem]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every item is finished."""
+        return bool(self._places) and all(self.segments[number].finished[place] for number, place in self._places)
+
+    def opened(self, file: str) -> Run:
+        """A segment's file, open; only the latest few are kept open."""
+        if file not in self._files:
+            path = self.path / "segments" / file
+            final = path.with_name(file.replace(".part.h5", ".h5"))
+            self._files[file] = open_file(path if path.exists() else final)
+        self._files.move_to_end(file)
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        return self._files[file]
+
+    def _chosen(self) -> Iterator[tuple[Segment, list[int]]]:
+        """Each segment, and which of its items count."""
+        chosen: dict[int, list[int]] = {number: [] for number in range(len(self.segments))}
+        for number, place in self._places:
+            chosen[number].append(place)
+        return ((self.segments[number], places) for number, places in chosen.items())
+
+    def summary(self) -> dict[str, Any]:
+        """What is inside, what is done and how it was made, as JSON values."""
+        models, environments, parts = set(), {}, []
+        methods: dict[str, dict[str, Any]] = {}
+        total = {"items": 0, "items_finished": 0, "seconds": 0.0, "trajectories": 0}
+        maps: dict[str, dict[str, int]] = {"maps_done": {}, "maps_planned": {}}
+        size = 0
+        for segment, places in self._chosen():
+            run = self.opened(segment.file)
+            told = run.summary()
+            counts = run.counts(places)
+            models.add(told["model"])
+            environments[str(told["environment"])] = told["environment"]
+            methods |= told["methods"]
+            size += told["bytes"]
+            total = {name: total[name] + counts[name] for name in total}
+            for name, by_method in maps.items():
+                for method, count in counts[name].items():
+                    by_method[method] = by_method.get(method, 0) + count
+            parts.append(
+                {"file": segment.file, "items": len(segment.keys), "finished": sum(segment.finished)}
+                | {"is_part": segment.is_part}
+            )
+        return {
+            "path": str(self.path),
+            "finished": self.finished,
+            "bytes": size,
+            "run_id": self.run_id,
+            "models": sorted(models),
+            "environments": list(environments.values()),
+            **total,
+            **maps,
+            "methods": methods,
+            "segments": parts,
+        }
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The items' maps, errors, scores, images and schedule in memory, as of a single file (`Run.to_xarray`).
+
+        StoreError where segments differ in shape: steps, latents, images and scores.
+        """
+        tables = [
+            self.opened(segment.file).to_xarray().isel(item=places) for segment, places in self._chosen() if places
+        ]
+        if not tables:
+            raise StoreError(f"{self.path} has no items yet")
+        import xarray
+
+        try:
+            return xarray.concat(tables, dim="item", join="exact", combine_attrs="drop_conflicts")
+        except ValueError as error:
+            raise StoreError(f"the segments of {self.path} differ in shape: open them one by one ({error})") from None

@@ -1,0 +1,97 @@
+"""A merger holds every item once, as it was, and is there whole or not at all."""
+
+import dataclasses
+import json
+import os
+
+import h5py
+import numpy as np
+import pytest
+from store_example import PLAN, PLANS, check, fill, half, step, total, trajectory
+from test_store_resume import data
+
+from dfengine import store
+
+
+def made(path, plan, **options):
+    with store.Writer.create(path, plan, **options) as writer:
+        fill(writer)
+    return path
+
+
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_merger_is_the_file_that_would_have_been_written_at_once(tmp_path, plan, compression):
+    """Chunk by chunk, whether the halves agree in their numbers of tokens and words or not."""
+    if len(plan.items) == 1:
+        plan = dataclasses.replace(plan, items=(*plan.items, store.Item("k9", "a dog", tokens=("a", "dog"))))
+    halves = [made(tmp_path / f"{item}.h5", half(plan, item), compression=compression) for item in range(2)]
+    merged = store.merge(halves, tmp_path / "all.h5")
+    whole = made(tmp_path / "whole.h5", plan, compression=compression)
+    assert data(merged) == data(whole)
+    with store.open(merged) as run, h5py.File(merged) as one, h5py.File(whole) as other:
+        assert check(run) == total(plan)
+        assert run.finished
+        assert run.plan == plan
+        for path in run.layout:
+            assert one["entry"][path].id.get_num_chunks() == other["entry"][path].id.get_num_chunks(), path
+            assert one["entry"][path].compression == other["entry"][path].compression
+    assert sorted(os.listdir(tmp_path)) == ["0.h5", "1.h5", "all.h5", "whole.h5"]
+
+
+def test_where_it_came_from_is_told(tmp_path):
+    first = made(tmp_path / "a.h5", half(PLAN, 0), device="one", run_id="r1")
+    second = made(tmp_path / "b.h5", half(PLAN, 1), device="other", run_id="r2")
+    with h5py.File(store.merge([first, second], tmp_path / "all.h5")) as h5:
+        sources = json.loads(h5.attrs["merged_from"])
+    assert [(source["file"], source["run_id"], source["environment"]["device"]) for source in sources] == [
+        ("a.h5", "r1", "one"),
+        ("b.h5", "r2", "other"),
+    ]
+
+
+def test_each_item_is_taken_once_and_finished_if_it_can_be(tmp_path):
+    writer = store.Writer.create(tmp_path / "cut.h5", PLAN)
+    writer.trajectory(1, **trajectory(PLAN, 1))
+    writer.step(1, "rise", 1, **step(PLAN, 1, 0, 1))
+    writer.close(publish=False)
+    first = made(tmp_path / "first.h5", half(PLAN, 0))
+    with store.open(store.merge([tmp_path / "cut.part.h5", first], tmp_path / "one.h5")) as run:
+        assert [item.key for item in run] == ["k1", "k0"]
+        assert [item.seconds for item in run] == pytest.approx([np.nan, 1.5], nan_ok=True)
+        assert check(run) == 2 + total(half(PLAN, 0)), "what is not done stays not done"
+        assert not run.finished
+    second = made(tmp_path / "second.h5", half(PLAN, 1))
+    paths = [tmp_path / "cut.part.h5", first, second, first]
+    with store.open(store.merge(paths, tmp_path / "two.h5")) as run:
+        assert [item.key for item in run] == ["k0", "k1"]
+        assert check(run) == total(PLAN)
+
+
+def test_a_run_folder_is_merged_with_its_segments_and_with_files(tmp_path):
+    folder = store.Folder(tmp_path / "run")
+    for unit, item in (("b", 0), ("a", 1)):
+        with folder.segment(unit, half(PLAN, item)) as writer:
+            fill(writer)
+    other = made(tmp_path / "more.h5", dataclasses.replace(PLAN, items=(store.Item("k5", "a cat"),)))
+    with store.open(store.merge([tmp_path / "run", other], tmp_path / "all.h5")) as run:
+        assert [item.key for item in run] == ["k1", "k0", "k5"]
+        check(run)
+
+
+def test_what_cannot_be_merged(tmp_path):
+    first = made(tmp_path / "a.h5", half(PLAN, 0))
+    other = dataclasses.replace(half(PLAN, 1), num_steps=2, methods=(store.Method("rise", {"p": 1}, 7, True),))
+    second, out = made(tmp_path / "b.h5", other), tmp_path / "all.h5"
+    with pytest.raises(store.StoreError, match=r"b.h5 was made with other settings than .*a.h5: methods.*merge like"):
+        store.merge([first, second], out)
+    with pytest.raises(store.StoreError, match="there is nothing to merge"):
+        store.merge([], out)
+    with pytest.raises(store.StoreError, match="is no name for a result"):
+        store.merge([first], tmp_path / "all.txt")
+    assert sorted(os.listdir(tmp_path)) == ["a.h5", "b.h5"]
+    with pytest.raises(store.StoreError, match=r"a.h5 exists already: .*--overwrite"):
+        store.merge([first], first)
+    store.merge([first], first, overwrite=True)
+    with store.open(first) as run:
+        assert check(run) == total(half(PLAN, 0)), "merged into itself"
