@@ -1,7 +1,9 @@
 """The engine end to end on the embedded model: a stored result is the result, and bad input leaves nothing behind."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from analytic import Analytic
 import dfengine
 from dfengine import Engine, Rise, StepMap
 from dfengine.engine import Event, Finished, Generated
-from dfengine.explain import describe
+from dfengine.explain import describe, rebuild
 from dfengine.record import item_key
 
 CAPTION = "a red circle above a blue square on a gray background"
@@ -47,15 +49,50 @@ def test_what_is_stored_is_what_is_returned(engine: Engine, tmp_path: Path) -> N
     assert np.isfinite(result.maps["rise"]).all()
 
 
-def test_the_public_settings_run_it_again(engine: Engine) -> None:
-    rise = Rise(6, keep_probability=0.3, masks="rise", grid=4, window=7)
-    settings = describe(rise)
-    assert settings.pop("explainer") == "Rise"
-    again = Rise(**settings)
-    assert again == rise
-    one = engine.explain(CAPTION, rise, num_steps=1)
-    other = engine.explain(CAPTION, again, num_steps=1)
-    np.testing.assert_array_equal(one.maps["rise"], other.maps["rise"])
+def test_a_result_can_be_run_again_from_its_file(engine: Engine, tmp_path: Path) -> None:
+    rises = [Rise(6, keep_probability=0.3, masks="rise", grid=4, window=7), Rise(4, estimator="contrast", name="other")]
+    picture = np.full((64, 64, 3), 200, np.uint8)
+    given = {"num_steps": 2, "seed": 5, "guidance": 3.5, "negative_prompt": "a blue square on a gray background"}
+    for image in (None, picture):
+        first = engine.explain(CAPTION, rises, **given, image=image, out=tmp_path / "run.h5", overwrite=True)
+        with dfengine.open(tmp_path / "run.h5") as run:
+            assert list(run[0].settings.values()) == rises
+            job = run[0].job
+            events = engine.stream([job], list(run[0].settings.values()))
+            maps = {(event.method, event.step): event for event in events if isinstance(event, StepMap)}
+        assert (job.seed, job.guidance, job.negative_prompt) == (5, 3.5, given["negative_prompt"])
+        assert (job.image is None) == (image is None)
+        for (method, step), again in maps.items():
+            np.testing.assert_array_equal(again.saliency, first.maps[method][step])
+        assert len(maps) == 4
+
+
+def test_a_function_comes_back_from_a_file_as_its_name(engine: Engine, tmp_path: Path) -> None:
+    rise = Rise(4, similarity=torch.nn.functional.mse_loss, score="global", estimator="sum")
+    again = rebuild(json.loads(json.dumps(describe(rise))))
+    assert again == dataclasses.replace(rise, similarity=again.similarity)
+    with pytest.raises(ValueError, match=r"torch.nn.functional.mse_loss is not in the file.*dataclasses.replace"):
+        engine.explain(CAPTION, again, num_steps=1)
+    assert describe(again) == describe(rise)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "explainer None is not known: expected one of Rise"),
+        ({"explainer": "Lemon"}, "explainer 'Lemon' is not known"),
+        ({"explainer": "Rise", "num_masks": 3, "flavour": 1}, "Rise has no flavour here: read the file with a newer"),
+    ],
+)
+def test_settings_of_a_newer_dfengine_are_told(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        rebuild(settings)
+
+
+def test_a_generation_that_fails_leaves_no_file(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="runs out of range"):
+        engine.explain(CAPTION, Rise(2), num_steps=2, guidance=1e300, out=tmp_path / "run.h5")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stream_tells_of_each_thing_as_it_is_done(engine: Engine) -> None:
