@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,6 +12,7 @@ import xarray
 from store_example import PLAN, fill, step, trajectory
 
 from dfengine import store
+from dfengine.store import schema
 
 AXES = {
     "maps": ("item", "method", "step", "y", "x"),
@@ -134,3 +136,9 @@ def test_to_xarray_without_xarray(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "xarray", None)
     with store.open(path) as run, pytest.raises(store.StoreError, match="pip install 'dfengine\\[xarray\\]'"):
         run.to_xarray()
+
+
+def test_the_documentation_lists_what_there_is():
+    text = (Path(__file__).parent.parent / "docs/format.md").read_text()
+    rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| `" in line]
+    assert rows == [[row.path, row.dtype, ", ".join(row.axis_names), row.marker, row.long_name] for row in schema.TABLE]

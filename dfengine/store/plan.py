@@ -47,7 +47,7 @@ class Plan:
 
     Sizes: `latent` is (channels, h, w), `image` (H, W); `layers` are DF-CAM's, each with its own resolution (u, v).
     With `previews` the image predicted at each step is kept. Errors, DF-CAM and heat maps are rounded to
-    `mantissa_bits` (10 make them half as large again; 23 are all that a float32 has); saliency is always exact.
+    `mantissa_bits` (10 halve their size in a file; 23 are all that a float32 has); saliency is always exact.
     `settings` are the run's own. All settings must be JSON values; they come back from a file as JSON has them (tuples
     as lists).
     """

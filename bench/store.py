@@ -1,0 +1,218 @@
+"""How fast the store writes, how large its files are, and what writing costs the demo.
+
+    python bench/store.py            # writes bench/results/store.json and prints the tables
+
+DF-RISE maps of a stand-in model (a local average, so that maps vary as a model's do) of the embedded model's and Stable
+Diffusion's shapes are written with each compression, read back and compared, and timed: steps a second, the file's
+closing included, median of repeated files. Then the demo's own run, with a clock on every call of the writer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dfkernels
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dfengine import Engine, Rise, store
+
+RESULT = Path(__file__).parent / "results" / "store.json"
+PROMPT = "a red circle above a blue square on a gray background"
+STEPS, ITEMS, REPEATS = 30, 8, 7
+#: Steps whose maps are computed, and masks drawn for each.
+DISTINCT, DRAWN = 5, 125
+
+#: name → latent (c, h, w), image (H, W), masks a step
+SHAPES = {
+    "shapes": ((4, 16, 16), (64, 64), 256),
+    "Stable Diffusion 1.5": ((4, 64, 64), (512, 512), 1000),
+}
+#: compression, mantissa bits of the errors
+WAYS = (("gzip", 23), ("gzip", 10), ("none", 23))
+
+
+def plan_of(shape: str, mantissa_bits: int) -> store.Plan:
+    latent, image, masks = SHAPES[shape]
+    return store.Plan(
+        items=tuple(store.Item(f"{seed}", PROMPT, seed=seed) for seed in range(ITEMS)),
+        methods=(store.Method("rise", num_masks=masks, has_error=True),),
+        num_steps=STEPS,
+        latent=latent,
+        image=image,
+        mantissa_bits=mantissa_bits,
+    )
+
+
+def maps_of(shape: str) -> dict[str, np.ndarray]:
+    """An item's saliency, errors and scores, [steps, …], and its latents: a few real steps, again and again."""
+    (channels, *size), _, masks = SHAPES[shape]
+    latents = torch.randn(DISTINCT, channels, *size, generator=torch.Generator().manual_seed(0))
+    sums = dfkernels.Sums.zeros(DISTINCT, (size[0], size[1]))
+    seeds, steps, indices = torch.zeros(DISTINCT, dtype=torch.int64), torch.arange(DISTINCT), torch.arange(DRAWN)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x, 5, 1, 2)
+
+    scores = []
+    for step in range(DISTINCT):
+        where = (seeds, steps, torch.full((DRAWN,), step), indices)
+        scores.append(dfkernels.accumulate(model(dfkernels.blend(latents, *where)), model(latents), sums, *where))
+    saliency, error = dfkernels.estimate(sums, "coverage")
+    made = {"saliency": saliency, "error": error, "latents": latents}
+    repeated = {name: np.tile(part, (STEPS // DISTINCT, *[1] * (part.ndim - 1))) for name, part in made.items()}
+    return repeated | {"scores": np.tile(torch.stack(scores), (STEPS // DISTINCT, -(-masks // DRAWN)))[:, :masks]}
+
+
+def write(path: Path, plan: store.Plan, compression: str, maps: dict[str, np.ndarray]) -> float:
+    """Seconds to write a whole file."""
+    image = np.random.default_rng(0).integers(256, size=(*plan.image, 3), dtype=np.uint8)
+    rest = {"timesteps": np.arange(STEPS)[::-1], "alpha_bar": np.linspace(0, 1, STEPS), "image": image}
+    began = time.perf_counter()
+    with store.Writer.create(path, plan, compression=compression, overwrite=True) as writer:
+        for item in range(ITEMS):
+            writer.trajectory(item, **rest, latents=maps["latents"], epsilon=maps["latents"])
+            for step in range(STEPS):
+                values = {name: maps[name][step] for name in ("saliency", "error", "scores")}
+                writer.step(item, "rise", step, **values)
+            writer.finish(item, 1.0)
+    return time.perf_counter() - began
+
+
+def verify(path: Path, maps: dict[str, np.ndarray], exact: bool) -> None:
+    """What was written is read, or there is no row."""
+    with store.open(path) as run:
+        assert run.finished
+        for item in run:
+            np.testing.assert_array_equal(item.maps["rise"], maps["saliency"])
+            np.testing.assert_array_equal(item.scores["rise"], maps["scores"])
+            np.testing.assert_allclose(item.errors["rise"], maps["error"], rtol=0 if exact else 2**-11)
+
+
+def speeds(folder: Path) -> Iterator[dict[str, Any]]:
+    """A row a shape and way of writing."""
+    for shape in SHAPES:
+        maps = maps_of(shape)
+        for compression, bits in WAYS:
+            plan, path = plan_of(shape, bits), folder / "run.h5"
+            seconds = [write(path, plan, compression, maps) for _ in range(REPEATS)]
+            verify(path, maps, exact=bits == 23)
+            with h5py.File(path) as h5:
+                stored = {name: h5["entry/maps"][name].id.get_storage_size() for name in ("saliency", "error")}
+            per_second = sorted(ITEMS * STEPS / second for second in seconds)
+            yield {
+                "shape": shape,
+                "compression": compression,
+                "mantissa_bits": bits,
+                "steps_per_second": [per_second[0], statistics.median(per_second), per_second[-1]],
+                "bytes_per_item": path.stat().st_size // ITEMS,
+                "ratio": {name: ITEMS * maps["saliency"].nbytes / size for name, size in stored.items()},
+            }
+
+
+@contextmanager
+def clocked() -> Iterator[dict[str, float]]:
+    """Seconds that the caller is held by the store, and of the writing thread's processor time."""
+    spent = {"held": 0.0, "thread": 0.0}
+    names = ("create", "trajectory", "step", "finish", "close")
+    before = {name: vars(store.Writer)[name] for name in (*names, "_work")}
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **more)
+            finally:
+                spent["held"] += time.perf_counter() - began
+
+        return call
+
+    def work(self: store.Writer) -> None:
+        before["_work"](self)
+        spent["thread"] += time.thread_time()
+
+    for name in names:
+        kept = before[name]
+        setattr(store.Writer, name, classmethod(timed(kept.__func__)) if name == "create" else timed(kept))
+    store.Writer._work = work  # type: ignore[method-assign]  # put back below
+    try:
+        yield spent
+    finally:
+        for name, function in before.items():
+            setattr(store.Writer, name, function)
+
+
+def demo(folder: Path) -> dict[str, Any]:
+    """The demo's run: its time, and the share of it that the store takes."""
+    engine, path = Engine.from_pretrained("shapes", device="cpu"), folder / "demo.h5"
+    engine.explain(PROMPT, Rise(num_masks=16), num_steps=2, out=folder / "warm-up.h5")
+    with clocked() as spent:
+        began = time.perf_counter()
+        engine.explain(PROMPT, Rise(num_masks=256), num_steps=STEPS, seed=0, out=path)
+        seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "steps_per_second": STEPS / seconds,
+        "held_share": spent["held"] / seconds,
+        "thread_share": spent["thread"] / seconds,
+        "bytes_per_item": path.stat().st_size,
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [
+        "| shape | compression | mantissa of errors | steps a second | bytes an item | maps | errors |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        low, middle, high = row["steps_per_second"]
+        cells = [
+            row["shape"],
+            row["compression"],
+            f"{row['mantissa_bits']} bits",
+            f"{low:.0f} **{middle:.0f}** {high:.0f}",
+        ]
+        cells += [f"{row['bytes_per_item']:,}", *(f"{ratio:.2f} : 1" for ratio in row["ratio"].values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    run = record["demo"]
+    lines += [
+        "",
+        f"The demo ({STEPS} steps, 256 masks each) makes {run['steps_per_second']:.2f} steps a second there. Of its "
+        f"{run['seconds']:.1f} s the engine",
+        f"is held by the store for {run['held_share']:.2%}, creating and closing the file included; the writing thread "
+        f"works for {run['thread_share']:.2%}.",
+        f"The file has {run['bytes_per_item']:,} bytes.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, record and print."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR", ".")) as folder:
+        record = {
+            "what": f"{ITEMS} items × {STEPS} steps a file, {REPEATS} files; lowest, median and highest",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "h5py": h5py.__version__,
+            "hdf5": h5py.version.hdf5_version,
+            "machine": f"{os.cpu_count()} × {platform.machine()}",
+            "rows": list(speeds(Path(folder))),
+            "demo": demo(Path(folder)),
+        }
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
