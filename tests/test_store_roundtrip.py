@@ -13,7 +13,7 @@ from store_example import PLAN, SMALL, check, fill, step, total, trajectory
 
 from dfengine import store
 from dfengine.store.sink import Job, Sink
-from dfengine.store.writer import rounded
+from dfengine.store.values import rounded
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from dfengine.store import empty, schema
 from dfengine.store.files import (
@@ -37,6 +37,7 @@ from dfengine.store.item import StoredItem
 from dfengine.store.plan import Plan, StoreError
 from dfengine.store.resume import copy, interrupted_run, open_same
 from dfengine.store.sink import SYNC_SECONDS, Job, Sink
+from dfengine.store.values import as_planned, checked
 
 
 class Writer:
@@ -186,7 +187,7 @@ class Writer:
             "schedule/alpha_bar": alpha_bar,
             "images/rgb": image,
         }
-        _as_planned("previews", previews is not None, self.plan.previews)
+        as_planned("previews", previews is not None, self.plan.previews)
         if previews is not None:
             values["images/preview"] = previews
         self._put("trajectory_done", {"item": item}, values)
@@ -206,8 +207,8 @@ class Writer:
             raise ValueError(f"method {method!r} is not in the plan: expected one of {', '.join(self._places)}")
         planned = self.plan.methods[self._places[method]]
         masks = 0 if scores is None else len(scores)
-        _as_planned(f"error of method {method!r}", error is not None, planned.has_error)
-        _as_planned(f"scores of method {method!r}", masks > 0, planned.num_masks > 0)
+        as_planned(f"error of method {method!r}", error is not None, planned.has_error)
+        as_planned(f"scores of method {method!r}", masks > 0, planned.num_masks > 0)
         if masks > planned.num_masks:
             raise ValueError(f"{masks} scores of method {method!r}: the plan has {planned.num_masks} masks")
         values: dict[str, Any] = {"maps/saliency": saliency}
@@ -288,24 +289,14 @@ class Writer:
                 raise ValueError(f"{axis} {index} is outside [0, {size[axis] - 1}]: the plan has {size[axis]}")
         item = self.plan.items[where["item"]]
         lengths = {"mask": masks, "token": len(item.tokens), "word": len(item.words)}
-        checked = {name: self._checked(name, values[name], where, lengths) for name in values}
-        self._queue.put(Job(where, checked, marker))
-
-    def _checked(self, name: str, value: Any, where: Mapping[str, int], lengths: Mapping[str, int]) -> np.ndarray:
-        """A copy of the value as the file holds it; ValueError where its kind or shape is not the plan's."""
-        if name not in self._sink.stored.layout:
-            raise ValueError(f"{name}: the plan has none")
-        dataset, size = self._sink.stored.layout[name]
-        array = np.asarray(value)
-        if not np.can_cast(array.dtype, dataset.dtype, "same_kind"):
-            raise ValueError(f"{name} of type {array.dtype}: expected {np.dtype(dataset.dtype)}")
-        expected = {axis: lengths.get(axis, length) for axis, length in size.items() if axis not in where}
-        if array.shape != tuple(expected.values()):
-            raise ValueError(
-                f"{name} of shape {array.shape}: expected {tuple(expected.values())}, {' × '.join(expected)}"
-            )
-        copied = np.array(array, dtype=dataset.dtype, order="C")
-        return rounded(copied, self.plan.mantissa_bits) if dataset.rounded else copied
+        layout = self._sink.stored.layout
+        if missing := set(values) - set(layout):
+            raise ValueError(f"{', '.join(missing)}: the plan has none")
+        kept = {
+            name: checked(*layout[name], value, where, lengths, self.plan.mantissa_bits)
+            for name, value in values.items()
+        }
+        self._queue.put(Job(where, kept, marker))
 
     def _work(self) -> None:
         """The thread: writes jobs until None; after a failure it only empties the queue, so that nobody waits on it."""
@@ -331,17 +322,3 @@ def _check_folder(path: Path) -> None:
     if working_path(path) != path:
         kind, part = network_storage(path.parent), part_path(path)
         warnings.warn(f"{path} is on {kind} storage: it is written as {part} and copied when it is whole", stacklevel=3)
-
-
-def _as_planned(what: str, given: bool, planned: bool) -> None:
-    if given != planned:
-        raise ValueError(f"{what}: {'given, but not in the plan' if given else 'in the plan, but not given'}")
-
-
-def rounded(values: Float32[np.ndarray, " ..."], mantissa_bits: int) -> Float32[np.ndarray, " ..."]:
-    """The nearest float32 with so many bits of mantissa, ties to even; infinities and NaN stay."""
-    dropped = 23 - mantissa_bits
-    raw = values.view(np.uint32)
-    half = (1 << dropped >> 1) - (raw >> dropped & 1 ^ 1) * (dropped > 0)
-    nearest = (raw + half.astype(np.uint32)) >> dropped << dropped
-    return np.where(np.isfinite(values), nearest.view(np.float32), values)
