@@ -139,6 +139,9 @@ def test_a_stalled_writer_does_not_hold_its_unit(tmp_path):
         pass
     with folder.segment("u", PLAN) as writer:
         assert writer.has_trajectory(0)
+        with store.open(tmp_path / "run") as run:
+            assert run.summary()["items"] == 2
+            assert {run[0]._run.path.name, run[1]._run.path.name} == {"u.2.part.h5"}, "the latest attempt"
         assert (tmp_path / "run/segments/u.1.part.h5").exists()
         fill(writer)
     with store.open(tmp_path / "run") as run:
@@ -173,6 +176,7 @@ def test_more_segments_than_files_may_be_open(path, monkeypatch):
     monkeypatch.setattr("dfengine.store.folder_reader._OPEN_FILES", 1)
     with store.open(path) as run:
         first, second = run
+        assert len(run._files) == 1
         lazy = first.maps["rise"]
         np.testing.assert_array_equal(second.maps["rise"][0], step(SECOND, 0, 0, 0)["saliency"])
         np.testing.assert_array_equal(lazy[0], step(FIRST, 0, 0, 0)["saliency"])

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from store_example import SMALL, check, fill, total, trajectory
+from store_example import PLANS, SMALL, check, fill, total, trajectory
 
 from dfengine import store
+from dfengine.store.files import network_storage
 
 READER = """
 import sys, time
@@ -137,3 +139,67 @@ def test_a_local_folder_is_written_in(network, recwarn):
     assert not recwarn.list
     with pytest.raises(store.StoreError, match="the folder does not exist"):
         store.Writer.create(network / "nowhere/run.h5", SMALL)
+
+
+@pytest.mark.parametrize(
+    "kind", ["nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "ext4"]
+)
+def test_which_file_systems_are_others(tmp_path, monkeypatch, kind):
+    """The last mount of the deepest folder counts, as for the system."""
+    mounts = [f"a / {kind} rw 0 0", f"a {tmp_path} tmpfs rw 0 0", f"b {tmp_path} {kind} rw 0 0", "c /else xfs rw 0 0"]
+    (tmp_path / "mounts").write_text("\n".join(mounts))
+    monkeypatch.setattr("dfengine.store.files._MOUNTS", tmp_path / "mounts")
+    assert network_storage(tmp_path / "sub") == ("" if kind == "ext4" else kind)
+    (tmp_path / "mounts").unlink()
+    assert network_storage(tmp_path) == "", "no such list: not Linux"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is brought to the disk, and renamed, in order."""
+    seen, fsync, replace = [], os.fsync, Path.replace
+
+    def name_of(handle):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(("sync", name_of(handle))), fsync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (seen.append(("rename", a.name, b.name)), replace(a, b))[1])
+    return seen
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, calls):
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        created = [
+            ("sync", ".run.h5.new"),
+            ("rename", ".run.h5.new", "run.part.h5"),
+            ("sync", tmp_path.name),
+        ]
+        assert calls == created
+        fill(writer)
+    closed = [("sync", "run.part.h5"), ("rename", "run.part.h5", "run.h5"), ("sync", tmp_path.name)]
+    assert calls == created + closed
+
+
+def test_values_reach_the_disk_while_a_run_goes_on(tmp_path, calls, monkeypatch):
+    monkeypatch.setattr("dfengine.store.sink.SYNC_SECONDS", 0)
+    with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
+        calls.clear()
+        writer.trajectory(0, **trajectory(SMALL, 0))
+        while not writer.has_trajectory(0):
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert ("sync", "run.part.h5") in calls
+
+
+def test_a_line_of_the_manifest_is_on_the_disk(tmp_path, calls):
+    with store.Folder(tmp_path / "run").segment("u", SMALL) as writer:
+        fill(writer)
+    assert calls[-1] == ("sync", "manifest.jsonl")
+    assert ("rename", "u.1.part.h5", "u.1.h5") in calls
+
+
+def test_the_chunk_cache_holds_an_item_twice(tmp_path):
+    """A smaller one writes chunks half-filled, again and again."""
+    with store.Writer.create(tmp_path / "run.h5", PLANS["latent64"]) as writer:
+        latents = 4 * 4 * 64 * 64 * 4
+        assert writer._sink._h5.id.get_access_plist().get_cache()[2] == 2 * latents

@@ -89,6 +89,11 @@ def test_what_cannot_be_merged(tmp_path):
         store.merge([], out)
     with pytest.raises(store.StoreError, match="is no name for a result"):
         store.merge([first], tmp_path / "all.txt")
+    with store.Writer.create(out, PLAN) as writer:
+        with pytest.raises(store.StoreError, match=r"all.h5 is being written by another run"):
+            store.merge([first], out)
+        writer.trajectory(0, **trajectory(PLAN, 0))
+    out.unlink()
     assert sorted(os.listdir(tmp_path)) == ["a.h5", "b.h5"]
     with pytest.raises(store.StoreError, match=r"a.h5 exists already: .*--overwrite"):
         store.merge([first], first)

@@ -263,7 +263,8 @@ class Writer:
             self._raise()
             with writing(self.part):
                 self._sink.close()
-                sync(self.part)
+                if not publish:
+                    sync(self.part)
             if publish:
                 with writing(self.path):
                     publish_file(self.part, self.path)
