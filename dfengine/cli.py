@@ -130,7 +130,7 @@ def merge(
     from dfengine import store
 
     with store.open(store.merge(runs, out, overwrite=overwrite)) as merged:
-        print(f"{out}: {len(merged)} images")
+        print(f"{out}: {len(merged)} image{'s' * (len(merged) != 1)}")
 
 
 @app.command()

@@ -124,7 +124,7 @@ def plan(
     return store.Plan(
         items=tuple(
             store.Item(
-                item_key(denoiser.name, job, settings),
+                item_key(denoiser, job, settings),
                 job.prompt,
                 job.negative_prompt,
                 job.seed,
@@ -151,14 +151,15 @@ def num_masks(explainer: Explainer) -> int:
     return getattr(explainer, "num_masks", 0)
 
 
-def item_key(model: str, job: Job, settings: dict[str, Any]) -> str:
+def item_key(denoiser: Denoiser, job: Job, settings: dict[str, Any]) -> str:
     """SHA-256 of the canonical description of an item: equal keys are equal work."""
     described = {
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
         "seed": job.seed,
         **job.settings,
-        "model": model,
+        "model": denoiser.name,
+        "dtype": str(denoiser.dtype),
         "explainers": settings,
         "schema": store.FORMAT_VERSION,
     }

@@ -1,5 +1,6 @@
 """The engine end to end on the embedded model: a stored result is the result, and bad input leaves nothing behind."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -255,15 +256,19 @@ def test_a_similarity_of_ones_own_is_not_gone_on_with(engine: Engine, tmp_path: 
 def test_an_items_key_follows_everything_it_depends_on(engine: Engine) -> None:
     job = engine.job(CAPTION)
     settings = {"rise": describe(Rise(5))}
+    model, half, other = (copy.copy(engine.denoiser) for _ in range(3))
+    half.dtype, other.name = torch.float16, "other"
     keys = {
-        item_key("shapes", job, settings),
-        item_key("other", job, settings),
-        item_key("shapes", dataclasses.replace(job, seed=1), settings),
-        item_key("shapes", dataclasses.replace(job, prompt="a red circle"), settings),
-        item_key("shapes", dataclasses.replace(job, guidance=4.0), settings),
-        item_key("shapes", dataclasses.replace(job, timesteps=(3, 2)), settings),
-        item_key("shapes", dataclasses.replace(job, image=torch.zeros(2, 2, 3, dtype=torch.uint8)), settings),
-        item_key("shapes", job, {"rise": describe(Rise(6))}),
+        item_key(model, job, settings),
+        item_key(other, job, settings),
+        item_key(half, job, settings),
+        item_key(model, dataclasses.replace(job, seed=1), settings),
+        item_key(model, dataclasses.replace(job, prompt="a red circle"), settings),
+        item_key(model, dataclasses.replace(job, negative_prompt="a red circle"), settings),
+        item_key(model, dataclasses.replace(job, guidance=4.0), settings),
+        item_key(model, dataclasses.replace(job, timesteps=(3, 2)), settings),
+        item_key(model, dataclasses.replace(job, image=torch.zeros(2, 2, 3, dtype=torch.uint8)), settings),
+        item_key(model, job, {"rise": describe(Rise(6))}),
     }
-    assert len(keys) == 8
-    assert item_key("shapes", engine.job(CAPTION), {"rise": describe(Rise(5))}) in keys
+    assert len(keys) == 10
+    assert item_key(model, engine.job(CAPTION), {"rise": describe(Rise(5))}) in keys

@@ -69,7 +69,14 @@ def test_its_layout(path):
     files = {str(file.relative_to(path)) for file in path.rglob("*")}
     assert files == {"run.json", "manifest.jsonl", "segments", "segments/u0.1.h5", "segments/u1.1.h5"}
     lines = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
-    assert lines[1] == {"file": "u0.1.h5", "unit": "u0", "attempt": 1, "keys": ["k0"], "finished": [True]}
+    assert lines[1] == {
+        "file": "u0.1.h5",
+        "unit": "u0",
+        "attempt": 1,
+        "keys": ["k0"],
+        "finished": [True],
+        "marks": [16],
+    }
     assert json.loads((path / "run.json").read_text())["run_id"] == "run"
     with h5py.File(path / "segments/u0.1.h5") as h5:
         assert (h5.attrs["run_id"], h5.attrs["unit_id"]) == ("run", "u0.1")
@@ -128,6 +135,74 @@ def test_a_unit_that_closed_with_items_missing_can_be_begun_again(tmp_path):
     assert folder.finished() == {"k0", "k1"}
     with store.open(tmp_path / "run") as run:
         assert (len(run), run.finished) == (2, True)
+
+
+def test_a_unit_goes_on_from_all_its_attempts(tmp_path):
+    """The first, stalled, got further than the second, which began from it; both are then gone."""
+    folder = store.Folder(tmp_path / "run")
+    stalled = folder.segment("u", PLAN)
+    second = folder.segment("u", PLAN)
+    second.step(0, "random", 1, **step(PLAN, 0, 1, 1))
+    second.close(publish=False)
+    part_of(stalled)
+    with store.open(tmp_path / "run") as run:
+        assert (len(run), run[0].has_trajectory) == (2, True), "the attempt with more done is read"
+    writer = folder.segment("u", PLAN)
+    assert writer.done[0].tolist() == [[True, True, False], [False, True, False]]
+    assert writer.has_trajectory(0)
+    writer.close(publish=False)
+    assert os.listdir(tmp_path / "run/segments") == ["u.3.part.h5"]
+
+
+def test_ten_attempts_are_in_order(tmp_path):
+    folder = store.Folder(tmp_path / "run")
+    held = [folder.segment("u", FIRST)]
+    held[0].trajectory(0, **trajectory(FIRST, 0))
+    while not held[0].has_trajectory(0):
+        pass
+    held += [folder.segment("u", FIRST) for _ in range(10)]
+    with store.open(tmp_path / "run") as run:
+        assert [segment.attempt for segment in run.segments] == list(range(1, 12))
+        assert run[0]._run.path.name == "u.11.part.h5", "of equals the latest"
+    for writer in held:
+        writer.close(publish=False)
+
+
+def test_overwriting_a_unit(tmp_path):
+    folder = store.Folder(tmp_path / "run")
+    part_of(folder.segment("u", PLAN))
+    with folder.segment("u", dataclasses.replace(PLAN, model="other"), overwrite=True) as writer:
+        assert not writer.done.any()
+        fill(writer)
+    assert os.listdir(tmp_path / "run/segments") == ["u.2.h5"]
+    with pytest.raises(store.StoreError, match="is finished"):
+        folder.segment("u", PLAN)
+    folder.segment("u", PLAN, overwrite=True).close(publish=False)
+
+
+def test_an_attempt_that_cannot_be_read_is_passed_over(tmp_path):
+    folder = store.Folder(tmp_path / "run")
+    part_of(folder.segment("u", PLAN))
+    os.truncate(tmp_path / "run/segments/u.1.part.h5", 1000)
+    with pytest.warns(UserWarning, match=r"u.1.part.h5 .*: it is left out"):
+        writer = folder.segment("u", PLAN)
+    assert not writer.done.any()
+    writer.close(publish=False)
+
+
+def test_a_finished_segment_that_is_gone_is_told(path):
+    (path / "segments/u1.1.h5").unlink()
+    with pytest.warns(UserWarning, match=r"u1.1.h5 was finished, and is not there any more"), store.open(path) as run:
+        assert (len(run), run.finished, run.lost) == (1, False, ["u1.1.h5"])
+
+
+def test_the_summary_of_a_part_that_got_its_name(tmp_path):
+    with store.Folder(tmp_path / "run").segment("u", FIRST) as writer:
+        run = store.open(tmp_path / "run")
+        assert run.summary()["items_finished"] == 0
+        fill(writer)
+    assert run.summary()["bytes"] > 0
+    run.close()
 
 
 def test_a_stalled_writer_does_not_hold_its_unit(tmp_path):
@@ -193,12 +268,12 @@ def test_a_part_that_gets_its_final_name_is_still_read(tmp_path):
         np.testing.assert_array_equal(run[0].maps["rise"][0], step(FIRST, 0, 0, 0)["saliency"])
 
 
-@pytest.mark.parametrize("torn", ['{"file": "u1.1.h5", "un', "", "[]\n", '{"file": 3}\n', "\x00\x00\n"])
+@pytest.mark.parametrize("torn", ['{"file": "u1.1.h5", "un', "", "[]\n", '{"file": 3}\n', "\x00\x00\n", b"\xff\xfe\n"])
 def test_the_manifest_is_an_index_and_no_more(path, torn):
     """Cut off by a kill, damaged or gone: the segments are there all the same, and the next line is whole."""
-    (path / "manifest.jsonl").write_text(torn)
+    (path / "manifest.jsonl").write_bytes(torn if isinstance(torn, bytes) else torn.encode())
     whole(store.Folder(path), "u2", dataclasses.replace(FIRST, items=(store.Item("k5", "a cat"),)))
-    assert json.loads((path / "manifest.jsonl").read_text().splitlines()[-1])["unit"] == "u2"
+    assert json.loads((path / "manifest.jsonl").read_bytes().splitlines()[-1])["unit"] == "u2"
     with store.open(path) as run:
         assert [item.key for item in run] == ["k0", "k1", "k5"]
 

@@ -132,6 +132,20 @@ def test_on_network_storage_a_file_is_written_locally_and_published_whole(networ
         assert check(run) == total(SMALL)
 
 
+def test_a_unit_on_network_storage_is_gone_on_with(network):
+    folder = store.Folder(network / "run")
+    with pytest.warns(UserWarning, match="nfs4"):
+        writer = folder.segment("u", SMALL)
+    writer.trajectory(0, **trajectory(SMALL, 0))
+    writer.close(publish=False)
+    with pytest.warns(UserWarning, match="nfs4"):
+        writer = folder.segment("u", SMALL)
+    with writer:
+        assert writer.has_trajectory(0)
+        fill(writer)
+    assert os.listdir(network / "run/segments") == ["u.1.h5"]
+
+
 def test_a_local_folder_is_written_in(network, recwarn):
     with store.Writer.create(network.parent / "run.h5", SMALL) as writer:
         assert (network.parent / "run.part.h5").exists()

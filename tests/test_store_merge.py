@@ -11,6 +11,7 @@ from store_example import PLAN, PLANS, check, fill, half, step, total, trajector
 from test_store_resume import data
 
 from dfengine import store
+from dfengine.store import merging
 
 
 def made(path, plan, **options):
@@ -57,8 +58,8 @@ def test_each_item_is_taken_once_and_finished_if_it_can_be(tmp_path):
     writer.close(publish=False)
     first = made(tmp_path / "first.h5", half(PLAN, 0))
     with store.open(store.merge([tmp_path / "cut.part.h5", first], tmp_path / "one.h5")) as run:
-        assert [item.key for item in run] == ["k1", "k0"]
-        assert [item.seconds for item in run] == pytest.approx([np.nan, 1.5], nan_ok=True)
+        assert [item.key for item in run] == ["k0", "k1"]
+        assert [item.seconds for item in run] == pytest.approx([1.5, np.nan], nan_ok=True)
         assert check(run) == 2 + total(half(PLAN, 0)), "what is not done stays not done"
         assert not run.finished
     second = made(tmp_path / "second.h5", half(PLAN, 1))
@@ -77,6 +78,47 @@ def test_a_run_folder_is_merged_with_its_segments_and_with_files(tmp_path):
     with store.open(store.merge([tmp_path / "run", other], tmp_path / "all.h5")) as run:
         assert [item.key for item in run] == ["k1", "k0", "k5"]
         check(run)
+
+
+def test_a_part_is_merged_as_it_was_when_it_was_read(tmp_path, monkeypatch):
+    """Its writer goes on meanwhile, to the end: what was not copied is not marked."""
+    plan, copied = half(PLAN, 0), merging._copy_chunk
+    writer = store.Writer.create(tmp_path / "run.h5", plan)
+    writer.step(0, "rise", 0, **step(plan, 0, 0, 0))
+    while not writer.done.any():
+        pass
+
+    def copy_late(*place):
+        if not writer._closed:
+            fill(writer)
+            writer.close()
+        copied(*place)
+
+    monkeypatch.setattr(merging, "_copy_chunk", copy_late)
+    with store.open(store.merge([tmp_path / "run.part.h5"], tmp_path / "all.h5")) as run:
+        assert (check(run), run.finished) == (1, False)
+
+
+def test_chunks_of_other_filters_are_copied_by_value(tmp_path):
+    first = made(tmp_path / "a.h5", half(PLAN, 0), compression="gzip")
+    second = made(tmp_path / "b.h5", half(PLAN, 1), compression="none")
+    for paths in ([first, second], [second, first]):
+        with store.open(store.merge(paths, tmp_path / "all.h5", overwrite=True)) as run:
+            assert check(run) == total(PLAN)
+
+
+def test_equal_keys_of_other_settings_are_refused(tmp_path):
+    first = made(tmp_path / "a.h5", PLAN)
+    other = made(tmp_path / "b.h5", dataclasses.replace(PLAN, previews=False, model="m" * 70 + "b"))
+    with pytest.raises(store.StoreError, match=r"other settings than .*a.h5: previews \(true, now false\); model"):
+        store.merge([first, other], tmp_path / "all.h5")
+
+
+def test_a_merger_of_mergers_tells_where_all_of_it_came_from(tmp_path):
+    files = [made(tmp_path / f"{item}.h5", half(PLAN, item)) for item in range(2)]
+    store.merge(files[:1], tmp_path / "one.h5")
+    with store.open(store.merge([tmp_path / "one.h5", files[1]], tmp_path / "all.h5")) as run:
+        assert [source["file"] for source in run.merged_from] == ["0.h5", "1.h5"]
 
 
 def test_what_cannot_be_merged(tmp_path):

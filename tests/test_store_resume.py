@@ -1,5 +1,6 @@
 """An interrupted run goes on where it stopped, recomputes nothing, and ends with the same data."""
 
+import dataclasses
 import shutil
 
 import h5py
@@ -149,6 +150,16 @@ def test_other_settings_are_refused_and_named(tmp_path):
         assert not writer.done.any()
 
 
+@pytest.mark.parametrize("values", [list(range(100, 130)), "/models/" + "x" * 200])
+def test_settings_that_differ_late_are_other_settings(tmp_path, values):
+    """Long values are shortened in the message, not before they are compared."""
+    late = [*values[:-1], 999] if isinstance(values, list) else values[:-1] + "y"
+    plan = dataclasses.replace(SMALL, settings={"values": values})
+    interrupt(tmp_path / "run.h5", 2, plan)
+    with pytest.raises(store.StoreError, match=r"other settings: settings.values \(.*… of \d+ characters, now .*…"):
+        store.Writer.resume(tmp_path / "run.h5", dataclasses.replace(SMALL, settings={"values": late}))
+
+
 def test_settings_are_the_same_whatever_their_order_and_sequence_type():
     mine = store.Plan(**vars(SMALL) | {"settings": {"a": (1, 2), "b": 1}})
     assert mine.differences(store.Plan(**vars(SMALL) | {"settings": {"b": 1, "a": [1, 2]}})) == []
@@ -157,8 +168,10 @@ def test_settings_are_the_same_whatever_their_order_and_sequence_type():
 
 def test_what_is_damaged_is_computed_again(tmp_path, whole):
     path = tmp_path / "run.h5"
-    interrupt(path, 9)
+    interrupt(path, 20)
     part = tmp_path / "run.part.h5"
+    with store.open(part) as run:
+        assert np.isfinite(run[0].seconds)
     with h5py.File(part) as h5:
         chunk = h5["entry/maps/saliency"].id.get_chunk_info(1)
     with part.open("r+b") as file:
@@ -166,6 +179,7 @@ def test_what_is_damaged_is_computed_again(tmp_path, whole):
         file.write(b"\xff\x00\xff")
     with store.Writer.resume(path, PLAN) as writer:
         assert writer.done[0, 0].tolist() == [True, False, True]
+        assert np.isnan(writer.stored(0).seconds), "not finished any more"
         fill(writer)
     assert data(path) == whole
 

@@ -12,7 +12,7 @@ import pytest
 from store_example import PLAN, SMALL, check, fill, step, total, trajectory
 
 from dfengine import store
-from dfengine.store.sink import Job, Sink
+from dfengine.store.sink import Sink, Write
 from dfengine.store.values import rounded
 
 
@@ -72,10 +72,30 @@ def test_slices_are_numpys(run, key):
     np.testing.assert_array_equal(run[0].maps["rise"][key], whole[key])
 
 
-@pytest.mark.parametrize("key", [3, -4, (0, 0, 0, 0)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        [2, 0, 0, -1],
+        (slice(None), [4, 0, 4]),
+        (0, [1, 3]),
+        [],
+        [True, False, True],
+        (slice(1, 3), slice(0, 2), [3, 3, 0]),
+    ],
+)
+def test_lists_and_masks_are_numpys_in_any_order(run, key):
+    whole = np.asarray(run[0].maps["rise"])
+    np.testing.assert_array_equal(run[0].maps["rise"][key], whole[key])
+
+
+@pytest.mark.parametrize(
+    "key", [3, -4, (0, 0, 0, 0), [3], [True, False], (..., ...), True, 0.5, [0.5], ([0], [0]), [[0]]]
+)
 def test_slices_outside_are_refused(run, key):
     with pytest.raises(IndexError):
         run[0].maps["rise"][key]
+    with pytest.raises(IndexError):
+        run[1].relevance[[2]]  # the other item has three tokens, this one two
     with pytest.raises(IndexError):
         run[2]
 
@@ -194,6 +214,8 @@ def test_what_the_plan_does_not_have_is_refused(tmp_path, change, told):
         ({"num_steps": 0}, "num_steps of size 0"),
         ({"methods": (store.Method("rise"), store.Method("rise"))}, "method names repeat: rise"),
         ({"items": (store.Item("k", "a"), store.Item("k", "b"))}, "item keys repeat: k"),
+        ({"items": (store.Item("k", "a", seed=-1),)}, r"seed -1 is outside \[0, 2\^64\)"),
+        ({"items": (store.Item("k", "a\0b"),)}, "has a NUL character"),
         ({"mantissa_bits": 0}, "0 mantissa bits are not possible: expected 1 to 23"),
     ],
 )
@@ -240,7 +262,7 @@ def test_the_file_itself_is_out_of_reach(tmp_path):
     """
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         with pytest.raises(store.StoreError, match=r"maps/new was not made with the file: .* SWMR"):
-            writer._sink.write(Job({}, {"maps/new": np.zeros(1)}))
+            writer._sink.write(Write({}, {"maps/new": np.zeros(1)}))
         writer.trajectory(0, **trajectory(SMALL, 0))
     with store.open(tmp_path / "run.h5") as run:
         assert check(run) == 1, "refused before anything is written"

@@ -23,18 +23,22 @@ _CAUSES = {
     errno.EISDIR: "it is a folder: name a file in it",
     errno.EACCES: "permission denied: its folder must be writable",
     errno.EPERM: "permission denied: its folder must be writable",
+    errno.ENAMETOOLONG: "its name is too long for the file system: choose a shorter one",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.ENOLCK: "the file system has no locks: write on a local disk and copy the finished file",
 }
 
 
 _MOUNTS = Path("/proc/self/mounts")
-_NETWORK = ("afs", "beegfs", "ceph", "cifs", "fuse.", "glusterfs", "gpfs", "lustre", "nfs", "orangefs", "pvfs", "smb")
+_NETWORK = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "drvfs", "fuse.", "glusterfs", "gpfs", "lustre", "nfs", "orangefs"),
+    *("panfs", "pvfs", "smb", "virtiofs", "wekafs"),
+)
 
 
 def check_name(path: Path) -> None:
     """StoreError for a name that a result cannot have."""
-    if path.suffix not in (".h5", ".hdf5") or path.stem.endswith(".part"):
+    if path.suffix not in (".h5", ".hdf5") or path.stem.endswith(".part") or not path.stem.strip("."):
         raise StoreError(f"{str(path)!r} is no name for a result: expected one that ends in .h5, as run.h5 does")
 
 
@@ -67,6 +71,11 @@ def part_path(path: Path) -> Path:
     return working.with_name(f"{working.stem}.part{working.suffix}")
 
 
+def final_name(name: str) -> str:
+    """What a part is called once it is whole: run.part.h5 becomes run.h5."""
+    return name.replace(".part.", ".") if ".part." in name else name
+
+
 def fresh_path(path: Path) -> Path:
     """Where a file is being created, until it can be read: run.h5 is .run.h5.new."""
     return path.with_name(f".{path.name}.new")
@@ -79,9 +88,12 @@ def publish_file(part: Path, path: Path) -> None:
         part.replace(path)
     else:
         fresh = fresh_path(path)
-        shutil.copyfile(part, fresh)
-        sync(fresh)
-        fresh.replace(path)
+        try:
+            shutil.copyfile(part, fresh)
+            sync(fresh)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
         part.unlink()
     sync(path.parent)
 

@@ -13,33 +13,41 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from dfengine.store.files import Lock, sync, writing
+from dfengine.store.files import Lock, final_name, sync, writing
 from dfengine.store.plan import Plan, StoreError
 from dfengine.store.reader import open_file
-from dfengine.store.schema import FORMAT_VERSION
+from dfengine.store.schema import FORMAT_VERSION, MARKERS
 from dfengine.store.writer import Writer
 
 FOLDER_FORMAT = "dfengine run"
+#: A listing is made again, at most so often, where files get other names meanwhile.
+_LOOKS = 5
 _UNIT = re.compile(r"\w[\w.-]*")
 _SEGMENT = re.compile(r"(?P<unit>.+)\.(?P<attempt>\d+)(?P<part>\.part)?\.h5")
+
+#: Of each item of a file: its key, whether it is finished, and how many things of it are marked.
+Contents = tuple[tuple[str, ...], tuple[bool, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One file of a run folder, and which of its items are finished: a line of the manifest."""
+    """One file of a run folder, and what is done of its items: a line of the manifest."""
 
     file: str
     unit: str
     attempt: int
     keys: tuple[str, ...]
     finished: tuple[bool, ...]
+    marks: tuple[int, ...]
+    """how many things of each item are safely stored"""
 
     @classmethod
     def read(cls, path: Path) -> Segment:
@@ -48,16 +56,20 @@ class Segment:
         return cls(path.name, named["unit"], int(named["attempt"]), *cls.contents(path))
 
     @staticmethod
-    def contents(path: Path) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-        """The keys of a file's items, and which of them are finished."""
+    def contents(path: Path) -> Contents:
+        """The keys of a file's items, which of them are finished, and how much of each is marked."""
         with open_file(path) as run:
             finished = np.isfinite(run.read("items/seconds", {}))
-            return tuple(item.key for item in run.plan.items), tuple(finished.tolist())
+            marks = sum(run.marks(name).reshape(len(run), -1).sum(1) for name in MARKERS)
+            return tuple(item.key for item in run.plan.items), tuple(finished.tolist()), tuple(marks.tolist())
 
     @classmethod
     def from_line(cls, line: str) -> Segment:
         values = json.loads(line)
-        return cls(**values | {"keys": tuple(values["keys"]), "finished": tuple(values["finished"])})
+        segment = cls(**values | {name: tuple(values[name]) for name in ("keys", "finished", "marks")})
+        if not len(segment.keys) == len(segment.finished) == len(segment.marks):
+            raise ValueError(f"{line!r} is damaged")
+        return segment
 
     @property
     def is_part(self) -> bool:
@@ -88,38 +100,42 @@ class Folder:
                 sync(self.path)
         self.run_id: str = read_description(self.path)["run_id"]
 
-    def segment(self, unit: str, plan: Plan, **options: Any) -> Writer:
-        """A writer of the unit's next attempt, which goes on from what earlier ones have; listed when it closes.
+    def segment(self, unit: str, plan: Plan, *, overwrite: bool = False, **options: Any) -> Writer:
+        """A writer of the unit's next attempt, which goes on from what all earlier ones have; listed when it closes.
 
-        `options` are `Writer.create`'s. StoreError where the unit is finished, or was begun with another plan.
+        `options` are `Writer.create`'s. StoreError where the unit is finished, or was begun with another plan, unless
+        with `overwrite`: what was done is then left aside.
         """
         if not _UNIT.fullmatch(unit):
             raise StoreError(
                 f"{unit!r} is no name for a unit: expected letters, digits, '_', '-' and '.', as in a file's"
             )
-        attempts = [path for path in _files(self.path) if _named(path.name)["unit"] == unit]
-        for path in attempts:
-            if (found := Segment.read(path)).finished and all(found.finished) and not found.is_part:
-                raise StoreError(f"unit {unit!r} of {self.path} is finished: it is {path.name}")
-        number = 1 + max((int(_named(path.name)["attempt"]) for path in attempts), default=0)
+        named = [path for path in _files(self.path) if _named(path.name)["unit"] == unit]
+        number = 1 + max((int(_named(path.name)["attempt"]) for path in named), default=0)
+        earlier = list(_readable(named))
+        for segment in earlier:
+            if all(segment.finished) and not segment.is_part and not overwrite:
+                raise StoreError(f"unit {unit!r} of {self.path} is finished: it is {segment.file}")
         path = self.path / "segments" / f"{unit}.{number}.h5"
         writer = Writer.create(
             path,
             plan,
-            source=attempts[-1] if attempts else None,
+            sources=[] if overwrite else [path.with_name(segment.file) for segment in reversed(earlier)],
+            resume=not overwrite,
+            overwrite=overwrite,
             run_id=self.run_id,
             on_publish=lambda: self._list(path),
             **options,
         )
-        for old in attempts:
-            self._remove(old)
+        for segment in earlier:
+            self._remove(path.with_name(segment.file))
         return writer
 
     def finished(self) -> set[str]:
         """The keys of all items that are finished: what need not be done again."""
         return {
             key
-            for segment in segments(self.path)
+            for segment in segments(self.path)[0]
             for key, done in zip(segment.keys, segment.finished, strict=True)
             if done
         }
@@ -142,7 +158,7 @@ class Folder:
             return
         # Held by another, or not to be removed: the next reader takes each item once all the same.
         with contextlib.suppress(StoreError, OSError):
-            lock = Lock(old.with_name(old.name.replace(".part.h5", ".h5")))
+            lock = Lock(old.with_name(final_name(old.name)))
             try:
                 old.unlink(missing_ok=True)
             finally:
@@ -175,36 +191,46 @@ def read_description(path: Path) -> dict[str, Any]:
     return described
 
 
-def segments(path: Path) -> list[Segment]:
-    """Every segment there is, in order of unit and attempt: finished ones by the manifest, others by their files."""
-    listed = {segment.file: segment for segment in _manifest(path)}
-    found = []
-    for file in _files(path):
+def segments(path: Path) -> tuple[list[Segment], list[str]]:
+    """Every segment there is, by unit and attempt, and the names of those that the manifest has and that are gone.
+
+    Finished ones are told by the manifest, others by their files; one that cannot be read is left out, with a warning.
+    """
+    for _ in range(_LOOKS):
+        files = _files(path)
+        found = list(_readable(files, {segment.file: segment for segment in _manifest(path)}))
+        # A part becomes a finished segment, or is gone on from, while this is looking: look again.
+        if all(file.exists() for file in files):
+            break
+    return found, sorted({segment.file for segment in _manifest(path)} - {file.name for file in files})
+
+
+def _readable(files: Sequence[Path], listed: Mapping[str, Segment] = MappingProxyType({})) -> Iterator[Segment]:
+    for file in files:
         try:
-            found.append(listed.get(file.name) or Segment.read(file))
+            yield listed.get(file.name) or Segment.read(file)
         except StoreError as error:
-            # A part becomes a finished segment, or is gone on from, while this is looking.
-            final = file.with_name(file.name.replace(".part.h5", ".h5"))
             if file.exists():
-                warnings.warn(f"{error}: it is left out", stacklevel=2)
-            elif final.exists():
-                found.append(Segment.read(final))
-    return found
+                warnings.warn(f"{error}: it is left out", stacklevel=3)
 
 
-def take_best(contents: Iterable[tuple[tuple[str, ...], tuple[bool, ...]]]) -> list[tuple[int, int]]:
-    """Where to take each item from, once, as (segment, place in it): the first finished one, or else the latest."""
-    best: dict[str, tuple[bool, int, int]] = {}
-    for number, (keys, finished) in enumerate(contents):
-        for place, (key, done) in enumerate(zip(keys, finished, strict=True)):
-            if key not in best or not best[key][0]:
-                best[key] = done, number, place
+def take_best(contents: Iterable[Contents]) -> list[tuple[int, int]]:
+    """Where to take each item from, once, as (segment, place in it): the first finished one, or the one with most done.
+
+    Of several with as much the latest.
+    """
+    best: dict[str, tuple[tuple[bool, int], int, int]] = {}
+    for number, items in enumerate(contents):
+        for place, (key, finished, marks) in enumerate(zip(*items, strict=True)):
+            worth = (finished, 0 if finished else marks)
+            if key not in best or worth > best[key][0] or (worth == best[key][0] and not finished):
+                best[key] = worth, number, place
     return [(number, place) for _, number, place in best.values()]
 
 
 def _manifest(path: Path) -> Iterator[Segment]:
     try:
-        lines = (path / "manifest.jsonl").read_text().splitlines()
+        lines = (path / "manifest.jsonl").read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return
     for line in lines:
@@ -216,7 +242,11 @@ def _manifest(path: Path) -> Iterator[Segment]:
 
 def _files(path: Path) -> list[Path]:
     """The segments' files, by unit and attempt."""
-    named = [(file, match) for file in (path / "segments").iterdir() if (match := _SEGMENT.fullmatch(file.name))]
+    try:
+        entries = list((path / "segments").iterdir())
+    except FileNotFoundError:
+        entries = []
+    named = [(file, match) for file in entries if (match := _SEGMENT.fullmatch(file.name))]
     return [file for file, match in sorted(named, key=lambda pair: (pair[1]["unit"], int(pair[1]["attempt"])))]
 
 

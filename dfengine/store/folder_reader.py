@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from dfengine.store import schema
+from dfengine.store.files import final_name
 from dfengine.store.folder import Segment, is_folder, read_description, segments, take_best
 from dfengine.store.item import StoredItem
 from dfengine.store.plan import NoSuchItem, Plan, StoreError
@@ -58,8 +60,8 @@ class _Part:
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
         return self._run.read(path, where)
 
-    def marks(self, name: str) -> Bool[np.ndarray, " ..."]:
-        return self._run.marks(name)
+    def marks(self, name: str, item: int | None = None) -> Bool[np.ndarray, " ..."]:
+        return self._run.marks(name, item)
 
     @property
     def _run(self) -> Run:
@@ -70,16 +72,18 @@ class RunFolder:
     """A run folder as it was when it was opened: a sequence of its items, with what made them. A context manager.
 
     Items come in order of unit and place in it. Where several segments have one (a unit was begun again), the first
-    that is finished counts, or else the latest attempt.
+    that is finished counts, or else the one with most of it, the latest of equals.
     """
 
     def __init__(self, path: Path) -> None:
         """StoreError where it is no run folder. A segment that cannot be read is left out, with a warning."""
         self.path = path
         self.run_id: str = read_description(path)["run_id"]
-        self.segments: list[Segment] = segments(path)
+        self.segments, self.lost = segments(path)
+        for file in self.lost:
+            warnings.warn(f"{path / 'segments' / file} was finished, and is not there any more", stacklevel=3)
         self._files: OrderedDict[str, Run] = OrderedDict()
-        self._places = take_best((segment.keys, segment.finished) for segment in self.segments)
+        self._places = take_best((segment.keys, segment.finished, segment.marks) for segment in self.segments)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -108,15 +112,15 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether every item is finished."""
-        return bool(self._places) and all(self.segments[number].finished[place] for number, place in self._places)
+        """Whether every item is finished, and every finished segment still there."""
+        done = all(self.segments[number].finished[place] for number, place in self._places)
+        return done and bool(self._places) and not self.lost
 
     def opened(self, file: str) -> Run:
         """A segment's file, open; only the latest few are kept open."""
         if file not in self._files:
             path = self.path / "segments" / file
-            final = path.with_name(file.replace(".part.h5", ".h5"))
-            self._files[file] = open_file(path if path.exists() else final)
+            self._files[file] = open_file(path if path.exists() else path.with_name(final_name(file)))
         self._files.move_to_end(file)
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)[1].close()

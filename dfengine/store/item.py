@@ -34,8 +34,8 @@ class Source(Protocol):
         """The values of one dataset at the given axes."""
         ...
 
-    def marks(self, name: str) -> Bool[np.ndarray, " ..."]:
-        """A marker of `items/`, over its axes."""
+    def marks(self, name: str, item: int | None = None) -> Bool[np.ndarray, " ..."]:
+        """A marker of `items/`, over its axes, of one item or all."""
         ...
 
 
@@ -75,17 +75,20 @@ class LazyArray:
         missing = len(self.shape) - sum(part is not Ellipsis for part in keys)
         if missing < 0:
             raise IndexError(f"{len(keys)} indices for {self._path}, which has the axes {', '.join(self._free)}")
-        place = next((place for place, part in enumerate(keys) if part is Ellipsis), len(keys))
-        keys[place : place + 1] = [slice(None)] * missing
-        chosen = {
-            axis: slice(*part.indices(length))
-            if isinstance(part, slice)
-            else range(length)[part]
-            if _whole(part)
-            else part
-            for (axis, length), part in zip(self._free.items(), keys, strict=True)
-        }
-        return self._run.read(self._path, self._where | chosen)
+        places = [place for place, part in enumerate(keys) if part is Ellipsis] or [len(keys)]
+        keys[places[0] : places[0] + 1] = [slice(None)] * missing
+        lists = [part for part in keys if not isinstance(part, slice) and not _whole(part)]
+        if len(places) > 1 or len(lists) > 1:
+            raise IndexError(f"{self._path} is sliced with at most one ellipsis and one list or mask")
+        chosen = {axis: _chosen(part, n) for (axis, n), part in zip(self._free.items(), keys, strict=True)}
+        if not lists:
+            return self._run.read(self._path, self._where | chosen)
+        # A file is read in rising order, each index once.
+        axis, wanted = next((axis, part) for axis, part in chosen.items() if isinstance(part, np.ndarray))
+        rising, order = np.unique(wanted, return_inverse=True)
+        values = self._run.read(self._path, self._where | chosen | {axis: rising})
+        before = [part for name, part in chosen.items() if list(chosen).index(name) < list(chosen).index(axis)]
+        return values.take(order, axis=sum(isinstance(part, slice) for part in before))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[...], dtype=dtype)
@@ -95,7 +98,21 @@ class LazyArray:
 
 
 def _whole(part: Any) -> bool:
-    return isinstance(part, int | np.integer)
+    return isinstance(part, int | np.integer) and not isinstance(part, bool)
+
+
+def _chosen(part: Any, length: int) -> int | slice | np.ndarray:
+    """An index, slice, list or mask, held against the length of its axis."""
+    if isinstance(part, slice):
+        return slice(*part.indices(length))
+    if _whole(part):
+        return range(length)[part]
+    wanted = np.asarray(part)
+    if wanted.dtype == bool and wanted.shape == (length,):
+        return np.flatnonzero(wanted)
+    if wanted.ndim != 1 or (wanted.dtype.kind not in "iu" and len(wanted)):
+        raise IndexError(f"{part!r} is no index: expected a number, a slice, a list of numbers or a mask of {length}")
+    return np.array([range(length)[index] for index in wanted.tolist()], dtype=np.int64)
 
 
 class StoredItem(Explanation):
@@ -222,12 +239,12 @@ class StoredItem(Explanation):
     @property
     def has_trajectory(self) -> bool:
         """Whether image, latents, ε and schedule are stored."""
-        return bool(self._run.marks("trajectory_done")[self.index])
+        return bool(self._run.marks("trajectory_done", self.index))
 
     @property
     def done(self) -> dict[str, Bool[np.ndarray, " steps"]]:
         """The steps whose map, error and scores are stored, by method."""
-        marks = self._run.marks("done")[self.index]
+        marks = self._run.marks("done", self.index)
         return {method.name: marks[place] for place, method in enumerate(self._run.plan.methods)}
 
     @property

@@ -1,6 +1,7 @@
 """What a file will hold, said before it is written: items, methods and sizes, as plain values that survive JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,12 +70,17 @@ class Plan:
             ("method names", [method.name for method in self.methods]),
             ("layer names", [name for name, _ in self.layers]),
         ):
-            if repeated := {name for name in names if names.count(name) > 1}:
-                raise StoreError(f"{what} repeat: {', '.join(sorted(repeated))}; each must be there once")
+            if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+                raise StoreError(f"{what} repeat: {', '.join(repeated)}; each must be there once")
         sizes = {"items": len(self.items), "num_steps": self.num_steps, "latent": min(self.latent)}
         for what, size in (sizes | {"image": min(self.image)}).items():
             if size < 1:
                 raise StoreError(f"{what} of size {size}: expected at least 1")
+        for item in self.items:
+            if not 0 <= item.seed < 2**64:
+                raise StoreError(f"seed {item.seed} is outside [0, 2^64): choose one inside")
+            if "\0" in item.prompt + item.negative_prompt:
+                raise StoreError(f"prompt {item.prompt!r} has a NUL character: leave it out")
         if not 1 <= self.mantissa_bits <= 23:
             raise StoreError(f"{self.mantissa_bits} mantissa bits are not possible: expected 1 to 23 (23 is exact)")
 
@@ -104,7 +110,10 @@ class Plan:
         mine, theirs = dict(_leaves(json.loads(self.to_json()))), dict(_leaves(json.loads(other.to_json())))
         names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
         named = [name for name in names if not name.endswith(".key")] or names
-        return [f"{name} ({mine.get(name, 'unset')}, now {theirs.get(name, 'unset')})" for name in dict.fromkeys(named)]
+        return [
+            f"{name} ({_shown(mine.get(name, 'unset'))}, now {_shown(theirs.get(name, 'unset'))})"
+            for name in dict.fromkeys(named)
+        ]
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -123,5 +132,8 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, member in value.items():
             yield from _leaves(member, f"{name}.{key}" if name else key)
     else:
-        text = json.dumps(value, ensure_ascii=False)
-        yield name, text if len(text) <= 60 else f"{text[:50]}… of {len(text)} characters"
+        yield name, json.dumps(value, ensure_ascii=False)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:60]}… of {len(text)} characters"

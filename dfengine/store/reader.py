@@ -33,6 +33,8 @@ class Run:
         self.plan = Plan.from_json(h5.attrs["plan"])
         self.layout = schema.layout(self.plan)
         self.run_id: str = h5.attrs["run_id"]
+        self.merged_from: list[dict[str, Any]] = json.loads(h5.attrs.get("merged_from", "[]"))
+        """the files that this one was merged from, if it was, and what made each"""
         self.environment: dict[str, str] = json.loads(h5.attrs["environment"])
 
     def __enter__(self) -> "Run":
@@ -67,7 +69,7 @@ class Run:
         """The values of one dataset at the given axes, as they are now; StoreError where they are damaged."""
         try:
             return np.asarray(self.dataset(path)[self.layout[path][0].index(where)])
-        except OSError as error:
+        except (OSError, RuntimeError, KeyError) as error:
             raise StoreError(
                 f"{self.path} is damaged: {path} cannot be read at {dict(where)} ({cause(error)})"
             ) from error
@@ -79,13 +81,13 @@ class Run:
             dataset.refresh()
         return dataset
 
-    def marks(self, name: str) -> Bool[np.ndarray, " ..."]:
-        """A marker of `items/` over its axes: what is safely stored; all false where it does not apply."""
-        path = f"items/{name}"
+    def marks(self, name: str, item: int | None = None) -> Bool[np.ndarray, " ..."]:
+        """A marker of `items/` over its axes, of one item or all: what is safely stored; false where there is none."""
+        path, where = f"items/{name}", {} if item is None else {"item": item}
         if path in self.layout:
-            return self.read(path, {}).astype(bool)
+            return self.read(path, where).astype(bool)
         size = schema.sizes(self.plan)
-        return np.zeros([size[axis] for axis in schema.MARKERS[name].axis_names], dtype=bool)
+        return np.zeros([size[axis] for axis in schema.MARKERS[name].axis_names if axis not in where], dtype=bool)
 
     def counts(self, items: Sequence[int] | None = None) -> dict[str, Any]:
         """What is done of the given items, or of all: items, trajectories, seconds, and the maps of each method."""
@@ -107,7 +109,7 @@ class Run:
             "path": str(self.path),
             "format_version": int(self._h5.attrs["format_version"]),
             "finished": self.finished,
-            "bytes": self.path.stat().st_size,
+            "bytes": os.fstat(self._h5.id.get_vfd_handle()).st_size,
             "run_id": self.run_id,
             "model": plan.model,
             "settings": dict(plan.settings),
@@ -187,7 +189,7 @@ def open_file(path: str | os.PathLike[str]) -> Run:
         ) from None
     except OSError as error:
         raise StoreError(f"cannot read {path}: {cause(error)}") from error
-    if not head.startswith(_SIGNATURE) and not h5py.is_hdf5(path):
+    if len(head) < 12 or (not head.startswith(_SIGNATURE) and not h5py.is_hdf5(path)):
         raise StoreError(f"{path} is not an HDF5 file")
     live = head[8:9] == b"\x03" and bool(head[11] & _SWMR_FLAG)
     try:
@@ -197,9 +199,12 @@ def open_file(path: str | os.PathLike[str]) -> Run:
     try:
         _check_format(path, h5)
         return Run(path, h5, live=live)
-    except BaseException:
+    except StoreError:
         h5.close()
         raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        h5.close()
+        raise StoreError(f"{path} is damaged: what it says of itself cannot be read ({cause(error)})") from error
 
 
 def _open_error(path: Path, error: OSError) -> str:
@@ -208,7 +213,7 @@ def _open_error(path: Path, error: OSError) -> str:
         return f"{path} is truncated: it was cut short after it was written; copy it again from its source"
     if "lock" in text or "already open" in text:
         return f"{path} is being written by another program: try again when that has closed it"
-    return f"cannot read {path}: {cause(error)}"
+    return f"{path} is damaged: {cause(error)}"
 
 
 def _check_format(path: Path, h5: h5py.File) -> None:

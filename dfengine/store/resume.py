@@ -1,6 +1,5 @@
 """Resume: a killed file is never appended to; what is marked in it is written again into a fresh one."""
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from dfengine.store import schema
 from dfengine.store.files import part_path
 from dfengine.store.plan import Plan, StoreError
 from dfengine.store.reader import Run, open_file
-from dfengine.store.sink import Job, Sink
+from dfengine.store.sink import Sink, Write
 
 
 def interrupted_run(path: Path, plan: Plan, overwrite: bool, resume: bool) -> Run | None:
@@ -42,17 +41,25 @@ def open_same(part: Path, plan: Plan) -> Run:
 
 
 def copy(source: Run, sink: Sink) -> None:
-    """Writes again what is marked in another file of the same plan; what is damaged there stays unmarked here."""
+    """Writes again what is marked in another file of the same plan and not here yet.
+
+    What is damaged there stays unmarked here, and its item unfinished.
+    """
+    # Before the marks: of a file that is being written, what is finished by now is marked when they are read.
+    seconds, attempts = source.read("items/seconds", {}), source.read("items/attempt", {})
     for marker, row in schema.MARKERS.items():
         members = [name for name, (dataset, _) in source.layout.items() if dataset.marker == marker]
-        for place in np.argwhere(source.marks(marker)):
+        for place in np.argwhere(source.marks(marker) & ~sink.marks[marker]):
             where = dict(zip(row.axis_names, place.tolist(), strict=True))
-            with contextlib.suppress(StoreError):
+            try:
                 values = {name: source.read(name, where) for name in members}
-                sink.write(Job(where, {name: values[name] for name in members if _written(values[name])}, marker))
-    seconds = source.read("items/seconds", {})
-    attempts = source.read("items/attempt", {}) + np.isnan(seconds)
-    sink.write(Job({}, {"items/seconds": seconds, "items/attempt": attempts}))
+            except StoreError:
+                seconds[where["item"]] = np.nan
+                continue
+            sink.write(Write(where, {name: values[name] for name in members if _written(values[name])}, marker))
+    seconds = np.where(np.isnan(seconds), sink.stored.read("items/seconds", {}), seconds)
+    attempts = np.maximum(attempts + np.isnan(seconds), sink.stored.read("items/attempt", {}))
+    sink.write(Write({}, {"items/seconds": seconds, "items/attempt": attempts}))
 
 
 def _written(values: np.ndarray) -> bool:

@@ -92,7 +92,9 @@ TABLE = (
     Dataset("items/trajectory_done", "u1", "item", long_name="1 where image, latents and schedule are safe"),
 )
 
-MARKERS = {name: row for row in TABLE for name in {row.marker for row in TABLE} if row.path == f"items/{name}"}
+_BY_PATH = {row.path: row for row in TABLE}
+#: The datasets that vouch for others, by name.
+MARKERS = {name: _BY_PATH[f"items/{name}"] for name in sorted({row.marker for row in TABLE} - {""})}
 
 
 def sizes(plan: Plan) -> dict[str, int]:
@@ -134,10 +136,11 @@ def prompts(plan: Plan) -> list[str]:
 def layout(plan: Plan) -> dict[str, tuple[Dataset, dict[str, int]]]:
     """Every dataset a file of this plan has, by path, with the sizes of its axes."""
     placed = {}
+    common, by_resolution = sizes(plan), resolutions(plan)
     for row in TABLE:
-        for (u, v), layers in resolutions(plan).items() if "{u}" in row.path else [((0, 0), [])]:
+        for (u, v), layers in by_resolution.items() if "{u}" in row.path else [((0, 0), [])]:
             dataset = replace(row, path=row.path.format(u=u, v=v))
-            size = sizes(plan) | {"u": u, "v": v, "layer": len(layers)}
+            size = common | {"u": u, "v": v, "layer": len(layers)}
             if size[dataset.needs] and all(size[axis] for axis in dataset.axis_names):
                 placed[dataset.path] = dataset, {axis: size[axis] for axis in dataset.axis_names}
     return placed

@@ -20,7 +20,7 @@ SYNC_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Job:
+class Write:
     """Values at one place, by dataset, and the marker that is set once they are flushed."""
 
     where: Mapping[str, int]
@@ -45,27 +45,27 @@ class Sink:
         self.marks = {name: self.stored.marks(name) for name in schema.MARKERS}
         self._synced = time.monotonic()
 
-    def write(self, job: Job) -> None:
+    def write(self, one: Write) -> None:
         """Writes and flushes the values, then sets and flushes the marker; every ten seconds all goes to the disk.
 
         StoreError for a dataset that does not exist: in SWMR mode HDF5 would create it, and ruin the file.
         """
-        if missing := set(job.values) - set(self._datasets):
+        if missing := set(one.values) - set(self._datasets):
             raise StoreError(f"{', '.join(missing)} was not made with the file: nothing can be added in SWMR mode")
         with self._or_cut_off():
-            for name, value in job.values.items():
+            for name, value in one.values.items():
                 lengths = iter(value.shape)
                 axes = self._layout[name][0].axis_names
-                place = tuple(job.where[axis] if axis in job.where else slice(next(lengths)) for axis in axes)
+                place = tuple(one.where[axis] if axis in one.where else slice(next(lengths)) for axis in axes)
                 self._datasets[name][place] = value
-            for name in job.values:
+            for name in one.values:
                 self._datasets[name].flush()
-            if job.marker:
-                marker = self._datasets[f"items/{job.marker}"]
-                place = self._layout[f"items/{job.marker}"][0].index(job.where)
+            if one.marker:
+                marker = self._datasets[f"items/{one.marker}"]
+                place = self._layout[f"items/{one.marker}"][0].index(one.where)
                 marker[place] = 1
                 marker.flush()
-                self.marks[job.marker][place] = True
+                self.marks[one.marker][place] = True
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 os.fsync(self._handle)
                 self._synced = time.monotonic()

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,7 +36,7 @@ from dfengine.store.files import (
 from dfengine.store.item import StoredItem
 from dfengine.store.plan import Plan, StoreError
 from dfengine.store.resume import copy, interrupted_run, open_same
-from dfengine.store.sink import SYNC_SECONDS, Job, Sink
+from dfengine.store.sink import SYNC_SECONDS, Sink, Write
 from dfengine.store.values import as_planned, checked
 
 
@@ -62,10 +62,11 @@ class Writer:
         self.part = part_path(path)
         self.plan = plan
         self._on_publish = on_publish
+        self._size = schema.sizes(plan)
         self._sink = sink
         self._lock = lock
         self._places = {method.name: place for place, method in enumerate(plan.methods)}
-        self._queue: queue.Queue[Job | None] = queue.Queue(queue_size)
+        self._queue: queue.Queue[Write | None] = queue.Queue(queue_size)
         self._thread = threading.Thread(target=self._work, name=f"store {path.name}", daemon=True)
         self._error: Exception | None = None
         self._closed = False
@@ -82,14 +83,14 @@ class Writer:
         queue_size: int = 64,
         device: str = "cpu",
         run_id: str | None = None,
-        source: Path | None = None,
+        sources: Sequence[Path] = (),
         on_publish: Callable[[], None] | None = None,
     ) -> "Writer":
         """Begins <name>.part.h5, which becomes `path` when the writer closes; `on_publish` is called then.
 
         A finished file at `path` is refused unless `overwrite`. So is an interrupted one, unless `resume` is given and
         its plan is this one (it is then gone on with: see `done`) or else `overwrite` (it is then lost). Where there is
-        none, what is done in `source`, another file of the same plan, is gone on with.
+        none, what is done in `sources`, other files of the same plan, is gone on with.
 
         Where `path` is on network storage the part is in the temporary folder (TMPDIR), and is copied when it is whole.
         """
@@ -102,22 +103,21 @@ class Writer:
             undo.callback(lock.release)
             _check_folder(path)
             interrupted = interrupted_run(path, plan, overwrite, resume)
-            if source is not None and not interrupted:
-                interrupted = open_same(source, plan)
-            if interrupted:
-                undo.enter_context(interrupted)
+            begun = [interrupted] if interrupted else [open_same(source, plan) for source in sources]
+            for run in begun:
+                undo.enter_context(run)
             fresh.unlink(missing_ok=True)
             attributes = {
                 "run_id": run_id or hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
-                "unit_id": path.stem,
+                "unit_id": os.fsencode(path.stem).decode(errors="replace"),
                 "environment": empty.environment(device),
             }
             undo.callback(fresh.unlink, missing_ok=True)
             sink = Sink(fresh, plan, compression=compression, attributes=attributes)
             undo.callback(sink.abandon)
-            if interrupted:
-                copy(interrupted, sink)
-                interrupted.close()
+            for run in begun:
+                copy(run, sink)
+                run.close()
             sync(fresh)
             fresh.replace(part)
             sync(part.parent)
@@ -284,7 +284,7 @@ class Writer:
         if self._closed:
             raise StoreError(f"{self.path} is closed: nothing more can be written to it")
         self._raise()
-        size = schema.sizes(self.plan)
+        size = self._size
         for axis, index in where.items():
             if not 0 <= index < size[axis]:
                 raise ValueError(f"{axis} {index} is outside [0, {size[axis] - 1}]: the plan has {size[axis]}")
@@ -297,22 +297,22 @@ class Writer:
             name: checked(*layout[name], value, where, lengths, self.plan.mantissa_bits)
             for name, value in values.items()
         }
-        self._queue.put(Job(where, kept, marker))
+        self._queue.put(Write(where, kept, marker))
 
     def _work(self) -> None:
-        """The thread: writes jobs until None; after a failure it only empties the queue, so that nobody waits on it."""
-        while (job := self._next()) is not None:
+        """The thread: writes what is queued until None; after a failure it empties the queue, so that nobody waits."""
+        while (one := self._next()) is not None:
             if self._error is None:
                 try:
-                    self._sink.write(job)
+                    self._sink.write(one)
                 except Exception as error:
                     self._error = error
 
-    def _next(self) -> Job | None:
+    def _next(self) -> Write | None:
         try:
             return self._queue.get(timeout=SYNC_SECONDS)
         except queue.Empty:
-            return Job({}, {})  # keeps the ten seconds of `Sink.write` while nothing comes
+            return Write({}, {})  # keeps the ten seconds of `Sink.write` while nothing comes
 
 
 def _check_folder(path: Path) -> None:

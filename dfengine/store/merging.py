@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from dfengine.store import empty, schema
 from dfengine.store.files import Lock, check_name, fresh_path, publish_file, writing
 from dfengine.store.folder import Segment, is_folder, segments, take_best
-from dfengine.store.plan import Plan, StoreError
+from dfengine.store.plan import Item, Plan, StoreError
 from dfengine.store.reader import Run, open_file
 from dfengine.store.sink import opened_to_write
 
@@ -26,18 +26,18 @@ _WITHOUT_MARKER = {"items/attempt", "items/seconds", *(row.path for row in schem
 
 
 def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Makes one file of all items of the given files and run folders, each once: the first finished one, or the latest.
+    """Makes one file of all items of the given files and run folders, each once: the first finished, or the fullest.
 
     What is not done stays not done. Chunks are copied without being decoded, their checksums with them. Returns `out`,
     which is not there until it is whole. StoreError where `out` exists, or settings differ (it names them).
     """
     out = Path(out)
-    files = [file for path in paths for file in _files(Path(path))]
+    check_name(out)
+    files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))
     if not files:
         raise StoreError("there is nothing to merge: name at least one file, or a run folder with segments")
     chosen = _choose(files)
-    plan, attributes = _describe(chosen, out)
-    check_name(out)
+    plan, attributes = _describe(files, chosen, out)
     fresh = fresh_path(out)
     with contextlib.ExitStack() as undo, writing(out):
         lock = Lock(out)
@@ -50,7 +50,7 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], 
             # All open until the end: HDF5 writes when one is closed, and does not say if that fails.
             targets = {path: h5["entry"][path] for path in schema.layout(plan)}
             first = 0
-            for file, items in chosen:
+            for file, items in chosen.items():
                 with open_file(file) as run:
                     _copy(run, items, targets, first)
                 first += len(items)
@@ -59,29 +59,36 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], 
 
 
 def _files(path: Path) -> list[Path]:
-    return [path / "segments" / segment.file for segment in segments(path)] if is_folder(path) else [path]
+    return [path / "segments" / segment.file for segment in segments(path)[0]] if is_folder(path) else [path]
 
 
-def _choose(files: Sequence[Path]) -> list[tuple[Path, list[int]]]:
+def _choose(files: Sequence[Path]) -> dict[Path, list[int]]:
     """The items to take of each file."""
-    chosen: list[tuple[Path, list[int]]] = [(file, []) for file in files]
+    chosen: dict[Path, list[int]] = {}
     for number, place in take_best([Segment.contents(file) for file in files]):
-        chosen[number][1].append(place)
-    return [(file, items) for file, items in chosen if items]
+        chosen.setdefault(files[number], []).append(place)
+    return chosen
 
 
-def _describe(chosen: Sequence[tuple[Path, list[int]]], out: Path) -> tuple[Plan, dict[str, str]]:
-    """The plan and the attributes of the merged file; StoreError where the files' plans differ but for their items."""
-    plans, sources = [], []
-    for file, items in chosen:
+def _describe(files: Sequence[Path], chosen: Mapping[Path, list[int]], out: Path) -> tuple[Plan, dict[str, str]]:
+    """The plan and the attributes of the merged file.
+
+    StoreError where any two files' plans differ but for their items, also if nothing is taken of one.
+    """
+    items: dict[Path, tuple[Item, ...]] = {}
+    sources: list[dict[str, Any]] = []
+    first: Plan | None = None
+    for file in files:
         with open_file(file) as run:
-            plans.append(replace(run.plan, items=tuple(run.plan.items[item] for item in items)))
-            sources.append({"file": file.name, "run_id": run.run_id, "environment": run.environment})
-        like = replace(plans[-1], items=plans[0].items)
-        if differences := plans[0].differences(like):
-            told = "; ".join(differences)
-            raise StoreError(f"{file} was made with other settings than {chosen[0][0]}: {told}; merge like with like")
-    plan = replace(plans[0], items=tuple(item for plan in plans for item in plan.items))
+            first = first or run.plan
+            if differences := first.differences(replace(run.plan, items=first.items)):
+                told = "; ".join(differences)
+                raise StoreError(f"{file} was made with other settings than {files[0]}: {told}; merge like with like")
+            items[file] = tuple(run.plan.items[item] for item in chosen.get(file, []))
+            made = {"file": file.name, "run_id": run.run_id, "environment": run.environment}
+            sources += (run.merged_from or [made]) if items[file] else []
+    assert first is not None
+    plan = replace(first, items=tuple(item for file in chosen for item in items[file]))
     return plan, {
         "run_id": str(sources[0]["run_id"]),
         "unit_id": out.stem,
@@ -97,7 +104,10 @@ def _compression(file: Path) -> str:
 
 def _copy(run: Run, items: Sequence[int], targets: dict[str, h5py.Dataset], first: int) -> None:
     """Copies items to the places from `first` on: what is marked, the markers, and what tells of the items."""
+    # Before the marks: of a file that is being written, what is finished by now is marked when they are read.
+    seconds = run.read("items/seconds", {})
     marks = {name: run.marks(name) for name in schema.MARKERS}
+    known = {"items/seconds": seconds} | {f"items/{name}": marked.astype("u1") for name, marked in marks.items()}
     for path, (row, size) in run.layout.items():
         if path not in targets or not (row.marker or path in _WITHOUT_MARKER):
             continue
@@ -108,7 +118,7 @@ def _copy(run: Run, items: Sequence[int], targets: dict[str, h5py.Dataset], firs
                 for where in _marked(row, size, item, marks):
                     _copy_chunk(source, target, [where.get(axis, 0) for axis in row.axis_names], place)
             elif not row.marker or marks[row.marker][item].any():
-                values = run.read(path, {"item": item})
+                values = known[path][item] if path in known else run.read(path, {"item": item})
                 target[(place, *map(slice, values.shape))] = values
 
 
