@@ -7,7 +7,7 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: demo test soak lint types check setup clean
+.PHONY: demo test soak lint types setup clean kernels gpu gpu-tests gpu-kernels
 
 demo: $(VENV)/.ready
 	@mkdir -p demo
@@ -25,6 +25,21 @@ test: $(VENV)/.dev-ready lint types
 # Minutes long: a fault before every single write of larger runs, the number of points printed.
 soak: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -n $(WORKERS) -m soak -rP
+
+# Every kernel, compiled for every generation of GPU: needs none.
+kernels: $(VENV)/.dev-ready
+	$(BIN)/python bench/kernels_compiled.py
+
+# On a machine with a GPU, with the torch, triton, jaxtyping and pytest of its own: nothing is installed or downloaded.
+# Each takes less than eight minutes.
+gpu: gpu-tests gpu-kernels
+
+gpu-tests:
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -W default tests/test_fused_*.py
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -W default -m gpu tests/test_dispatch.py
+
+gpu-kernels:
+	PYTHONPATH=.:kernels $(PYTHON) bench/kernels_measured.py
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .

@@ -1,80 +1,54 @@
-"""Fixtures that several files share: a tiny random Stable Diffusion in diffusers' own folder format."""
+"""What comes before every test: annotations checked at every call, Triton interpreted where there is no GPU.
 
-from jaxtyping import install_import_hook
+The fixtures that several files share import what they need themselves: the kernels' tests run without diffusers.
+"""
 
-# Before anything of ours is imported: every call is checked against its annotations.
-install_import_hook(("dfengine", "dfkernels"), "typechecker.typecheck")
-
-
+import importlib.util
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from jaxtyping import install_import_hook
 
-from dfengine.denoiser import Denoiser
-from dfengine.models import load
-from dfengine.shapes import train
-from dfengine.shapes.judge import Judge
+if TYPE_CHECKING:
+    from dfengine.denoiser import Denoiser
+
+DFKERNELS = Path(__file__).parent.parent / "kernels/dfkernels"
+
+# Before anything of ours is imported. Not dfkernels.fused: the hook decorates beneath @triton.jit, which would take the
+# wrapper for the kernel. beartype may be missing where only the kernels' tests run.
+if importlib.util.find_spec("beartype"):
+    checked = (f"dfkernels.{path.stem}" for path in DFKERNELS.glob("*.py") if path.stem != "__init__")
+    install_import_hook(("dfengine", *checked), "typechecker.typecheck")
+
+# Before triton is imported, whose own functions are decorated then.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 #: Two captions of the embedded world, whose words are the tiny model's vocabulary.
 CAPTIONS = ("a red circle above a blue square on a gray background", "a pink star on a black background")
 
 
-class TinyPair(train.Pair):
-    """Denoiser and text encoder of the tiny model: 4×8×8 latents, text of width 16."""
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        nn.Module.__init__(self)
-        self.unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                projection_dim=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=train.MAX_TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder as the training script exports it: random weights, 4×8×8 latents, 16×16 images."""
-    folder = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = train.build_tokenizer(folder / "words")
-        autoencoder = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=16,
-            scaling_factor=0.5,
-        )
-        train.export(TinyPair(tokenizer), tokenizer, autoencoder, Judge(), folder / "pipeline")
-    return folder / "pipeline"
+    from tiny import export
+
+    return export(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_folder: Path) -> Denoiser:
+def tiny(tiny_folder: Path) -> "Denoiser":
     """The tiny model, loaded on the CPU in float32."""
+    from dfengine.models import load
+
     return load(tiny_folder, device="cpu")

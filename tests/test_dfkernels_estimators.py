@@ -71,6 +71,18 @@ def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[
     assert_close(parts.moments, whole.moments, **tolerance("add"))
 
 
+@pytest.mark.parametrize("score", dfkernels.reference.SCORES)
+@pytest.mark.parametrize("entries", [1, 5, 12])
+def test_how_many_are_added_at_a_time_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, score: str, entries: int
+) -> None:
+    whole, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
+    dfkernels.add(whole, random_scores(score), SEEDS, STEPS, ROWS, INDICES)
+    monkeypatch.setattr(estimators, "CHUNK_SUMS", entries * SHAPE[0] * SHAPE[1])
+    dfkernels.add(parts, random_scores(score), SEEDS, STEPS, ROWS, INDICES)
+    assert_close(parts.moments, whole.moments, **tolerance("add"))
+
+
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 def test_poisoned_padding_changes_nothing(kind: str, score: str) -> None:

@@ -137,6 +137,21 @@ def test_shapes_shared_references_and_batch_mates(kind: str, score: str, n: int,
 
 @pytest.mark.parametrize("kind", dfkernels.reference.SIMILARITIES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
+@pytest.mark.parametrize("entries", [1, 2, 3, 7])
+def test_how_many_are_scored_at_a_time_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str, score: str, entries: int
+) -> None:
+    a, b = images(7, 3, 7, 13)
+    each = torch.stack([b.roll(i, -1) for i in range(7)])
+    expected = torch.cat([dfkernels.similarity(a[i : i + 1], each[i], kind, score) for i in range(7)])
+    monkeypatch.setattr(dfkernels.reference, "CHUNK_ELEMENTS", entries * 3 * 7 * 13)
+    assert_close(dfkernels.similarity(a, each, kind, score), expected, **tolerance("similarity_float64"))
+    none = dfkernels.similarity(a[:0], b, kind, score)
+    assert none.shape == ((0, 7, 13) if score == "local" else (0,))
+
+
+@pytest.mark.parametrize("kind", dfkernels.reference.SIMILARITIES)
+@pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_inputs_are_scored_in_float32(kind: str, score: str, dtype: torch.dtype) -> None:
     a, b = (x.to(dtype) for x in images(2, 3, 16, 11))

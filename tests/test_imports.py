@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 #: For each place, the places of ours it may import; a place may always import itself.
 MAY_IMPORT = {
     "dfkernels": set(),
+    "dfkernels.fused": {"dfkernels"},
     "dfengine.batching": set(),
     "dfengine.schedule": set(),
     "dfengine.result": set(),
@@ -44,6 +45,7 @@ ONLY = {
     "matplotlib": {"dfengine.figures"},
     "diffusers": {"dfengine.models", "dfengine.shapes"},
     "transformers": {"dfengine.models", "dfengine.shapes"},
+    "triton": {"dfkernels.fused"},
     "typer": {"dfengine.cli"},
     "rich": {"dfengine.cli"},
 }
@@ -52,9 +54,9 @@ SOURCES = sorted([*(ROOT / "dfengine").rglob("*.py"), *(ROOT / "kernels/dfkernel
 
 
 def place(module: str) -> str:
-    """The room of a module: dfkernels, or dfengine and the name beneath it."""
+    """The room of a module: dfkernels, its fused, or dfengine and the name beneath it."""
     parts = module.split(".")
-    return parts[0] if parts[0] != "dfengine" else ".".join(parts[:2])
+    return parts[0] if parts[0] == "dfkernels" and parts[1:2] != ["fused"] else ".".join(parts[:2])
 
 
 def module_of(path: Path) -> str:
@@ -82,7 +84,7 @@ def test_every_import_is_allowed(path: Path) -> None:
     assert here in MAY_IMPORT, f"{here} is a new room: say what it may import"
     for name in imported(path):
         there = place(name)
-        if there.startswith("dfengine.") or there == "dfkernels":
+        if there.startswith(("dfengine.", "dfkernels")):
             allowed = {*MAY_IMPORT[here], here.removeprefix("dfengine.")}
             assert there.removeprefix("dfengine.") in allowed or name in PUBLIC, f"{here} may not import {name}"
         library = name.partition(".")[0]
@@ -112,3 +114,12 @@ def test_kernels_is_not_a_package_to_hugging_face() -> None:
     script = "import transformers, diffusers; from diffusers import StableDiffusionPipeline; print('fine')"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "fine", run.stderr
+
+
+def test_triton_is_imported_on_a_gpu_only() -> None:
+    script = (
+        "import sys, torch; before = 'triton' in sys.modules; import dfkernels; "
+        "dfkernels.masks(0, 0, 0, 1, (2, 2)); print(before == ('triton' in sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "kernels", capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr

@@ -1,7 +1,10 @@
 """The operations DF-RISE runs on: counter-based masks, similarity scores, running sums and the estimators of a map."""
 
-from dfkernels.estimators import ESTIMATORS, Sums, accumulate, add, estimate, ridge
-from dfkernels.reference import MASK_KINDS, SCORES, SIMILARITIES, blend, draw, masks, philox, similarity, words
+from dfkernels.counters import philox, words
+from dfkernels.dispatch import accumulate, add, blend, draw, erase, masks, ridge, similarity
+from dfkernels.estimators import ESTIMATORS, Sums, estimate
+from dfkernels.games import blur, ranks
+from dfkernels.reference import MASK_KINDS, SCORES, SIMILARITIES
 
 __all__ = [
     "ESTIMATORS",
@@ -12,10 +15,13 @@ __all__ = [
     "accumulate",
     "add",
     "blend",
+    "blur",
     "draw",
+    "erase",
     "estimate",
     "masks",
     "philox",
+    "ranks",
     "ridge",
     "similarity",
     "words",

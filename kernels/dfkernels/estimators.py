@@ -19,6 +19,8 @@ ESTIMATORS = ("sum", "coverage", "contrast")
 
 #: How many mask pixels ridge draws at a time: drawing takes some 100 bytes for each.
 CHUNK_PIXELS = 2**22
+#: How many mask pixels a CPU adds at a time: nine float64 products of each stay in its cache.
+CHUNK_SUMS = 2**15
 #: X = M − p a chunk at a time, with the masks each chunk holds.
 Design = Iterator[tuple[slice, Float64[Tensor, "k hw"]]]
 #: β, diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹], ‖y − Xβ‖² and tr (I − H)².
@@ -62,14 +64,21 @@ def add(
     rounding of float64; the same batches in the same order give the same bits.
     """
     h, w = sums.moments.shape[-2:]
-    row, is_entry = rows.clamp(min=0), (rows >= 0)[:, None, None]
-    m = draw(seeds[row], steps[row], indices, (h, w), keep_probability=keep_probability, kind=kind, grid=grid).double()
-    s = (scores if scores.ndim == 3 else scores[:, None, None]).double().expand_as(m)
-    one = torch.ones_like(m)
-    m_powers, s_powers = torch.stack((one, m, m * m), 1)[:, :, None], torch.stack((one, s, s * s), 1)[:, None]
-    batch = torch.where(is_entry[:, None, None], m_powers * s_powers, 0.0)
-    # index_put_ and not index_add_, whose float atomics on a GPU add in another order each time.
-    sums.moments.index_put_((row,), batch, accumulate=True)
+    on_cpu = rows.device.type == "cpu"
+    chunk = max(1, CHUNK_SUMS // (h * w)) if on_cpu else max(1, len(rows))
+    for part in range(0, len(rows), chunk):
+        at = slice(part, part + chunk)
+        row, is_entry = rows[at].clamp(min=0), (rows[at] >= 0)[:, None, None]
+        m = draw(seeds[row], steps[row], indices[at], (h, w), keep_probability=keep_probability, kind=kind, grid=grid)
+        m = torch.where(is_entry, m, 0.0).double()
+        s = torch.where(is_entry, scores[at] if scores.ndim == 3 else scores[at, None, None], 0.0).double().expand_as(m)
+        one = is_entry.double().expand_as(m)
+        batch = torch.stack((one, m, m * m), 1)[:, :, None] * torch.stack((one, s, s * s), 1)[:, None]
+        # A GPU's index_add_ is of float atomics, which add in another order each time; a CPU's index_put_ is slow.
+        if on_cpu:
+            sums.moments.index_add_(0, row, batch)
+        else:
+            sums.moments.index_put_((row,), batch, accumulate=True)
 
 
 def accumulate(
@@ -94,14 +103,10 @@ def accumulate(
 
     s_i = similarity(epsilon_i, references[row_i]). Returns the mean score of each mask, NaN for padding (row −1).
     """
-    scores = reference.similarity(
-        epsilon,
-        references[rows.clamp(min=0)],
-        similarity,
-        score,
-        window=window,
-        sigma=sigma,
-        data_range=data_range,
+    reference.check_similarity(epsilon, references[0], similarity, score, window, sigma, data_range)
+    row = rows.clamp(min=0)
+    scores = reference.score_rows(
+        epsilon, references, row, similarity, score, window=window, sigma=sigma, data_range=data_range
     )
     add(sums, scores, seeds, steps, rows, indices, keep_probability=keep_probability, kind=mask_kind, grid=grid)
     return torch.where(rows >= 0, scores if score == "global" else scores.mean((1, 2)), torch.nan)
@@ -188,10 +193,7 @@ def ridge(
     β(λ) is what keeping λ adds to the score. Every mask, of either kind, has mean p at every pixel. Solved in float64,
     in the h·w pixels for N ≥ h·w, else in the N masks. The error is ∞ for one score.
     """
-    if not penalty > 0:
-        raise ValueError(f"penalty {penalty} is not positive: 1 is the default")
-    if len(scores) == 0:
-        raise ValueError("no scores: ridge needs the score of each mask, at least one (2·h·w for a good map)")
+    check_ridge(scores, penalty)
     y = scores.double() - scores.double().mean()
 
     sample = partial(
@@ -205,20 +207,40 @@ def ridge(
             yield part, sample(first + start, part.stop - start).flatten(1).double() - keep_probability
 
     solve = _primal if len(y) >= shape[0] * shape[1] else _dual
-    beta, spread, residual, freedom = solve(design(), y, penalty)
+    return map_and_error(solve(design(), y, penalty), len(y), shape)
+
+
+def map_and_error(
+    solution: Solution, n: int, shape: tuple[int, int]
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """What `ridge` returns of a solution from n scores."""
+    beta, spread, residual, freedom = solution
     error = (residual.clamp(min=0) / freedom * spread.clamp(min=0)).sqrt()
-    if len(y) < 2:
+    if n < 2:
         error = torch.full_like(error, torch.inf)
     return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
 
 
+def check_ridge(scores: Tensor, penalty: float) -> None:
+    if not penalty > 0:
+        raise ValueError(f"penalty {penalty} is not positive: 1 is the default")
+    if len(scores) == 0:
+        raise ValueError("no scores: ridge needs the score of each mask, at least one (2·h·w for a good map)")
+
+
 def _primal(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
-    """With A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA², ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ,
-    tr (I − H)² = N − h·w + κ² tr A².
-    """
     gram = projected = y.new_zeros(())
     for part, x in design:
         gram, projected = gram + x.T @ x, projected + x.T @ y[part]
+    return solve_normal_equations(gram, projected, y, penalty)
+
+
+def solve_normal_equations(
+    gram: Float64[Tensor, "hw hw"], projected: Float64[Tensor, " hw"], y: Float64[Tensor, " n"], penalty: float
+) -> Solution:
+    """From XᵀX (which is used up) and Xᵀy, with A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA²,
+    ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ, tr (I − H)² = N − h·w + κ² tr A².
+    """
     inverse = _inverse(gram, penalty)
     beta = inverse @ projected
     spread = inverse.diagonal() - penalty * inverse.square().sum(1)

@@ -7,54 +7,27 @@ mask, s a score. `rows[i]` says which row entry i of a batch belongs to; a row o
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dfkernels.counters import GAUSSIAN_STREAM, RISE_GRID_STREAM, RISE_SHIFT_STREAM, words
+
 MASK_KINDS = ("gaussian", "rise")
 SIMILARITIES = ("structure", "luminance", "contrast_structure", "contrast", "ssim", "cosine")
 SCORES = ("local", "global")
 
-#: The last word of the counter: each use of random numbers has its own stream.
-GAUSSIAN_STREAM, RISE_GRID_STREAM, RISE_SHIFT_STREAM = 0, 1, 2
+#: How many elements a CPU scores at a time: with what is computed from them they stay in its cache.
+CHUNK_ELEMENTS = 2**16
 
-U32 = 0xFFFFFFFF
+#: E: the mean over all pixels or over a window around each, of [n, c, h, w].
+Average = Callable[[Tensor], Tensor]
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------
-
-
-def philox(counter: Int[Tensor, "... 4"], key: Int[Tensor, "... 2"]) -> Int[Tensor, "... 4"]:
-    """Philox4x32-10 (Salmon et al. 2011): four random words of a counter and a key, which broadcast.
-
-        x₀ x₁ x₂ x₃ ← hi(B·x₂) ⊕ x₁ ⊕ k₀,  lo(B·x₂),  hi(A·x₀) ⊕ x₃ ⊕ k₁,  lo(A·x₀)       ten rounds
-        k₀ k₁ ← k₀ + 0x9E3779B9,  k₁ + 0xBB67AE85
-
-    Every word is an unsigned 32-bit integer held in an int64.
-    """
-    x0, x1, x2, x3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
-    for _ in range(10):
-        # int64 products wrap modulo 2⁶⁴, which leaves the bits of the unsigned product.
-        a, b = 0xD2511F53 * x0, 0xCD9E8D57 * x2
-        x0, x1, x2, x3 = (b >> 32 & U32) ^ x1 ^ k0, b & U32, (a >> 32 & U32) ^ x3 ^ k1, a & U32
-        k0, k1 = k0 + 0x9E3779B9 & U32, k1 + 0xBB67AE85 & U32
-    return torch.stack(torch.broadcast_tensors(x0, x1, x2, x3), -1)
-
-
-def words(
-    seeds: Int[Tensor, " n"], steps: Int[Tensor, " n"], indices: Int[Tensor, " n"], count: int, stream: int
-) -> Int[Tensor, "n count"]:
-    """The first `count` random words of each (seed, step, mask index) in a stream, in [0, 2³²).
-
-    Word j is word j mod 4 of Philox at counter (j // 4, mask index, step, stream), key (seed low 32, seed high 32).
-    """
-    block = torch.arange(-(-count // 4), device=seeds.device)
-    counter = (block, indices[:, None], steps[:, None], torch.full_like(block, stream))
-    key = torch.stack((seeds & U32, seeds >> 32 & U32), -1)
-    return philox(torch.stack(torch.broadcast_tensors(*counter), -1), key[:, None]).flatten(1)[:, :count]
 
 
 def draw(
@@ -74,7 +47,7 @@ def draw(
 
     `seeds` are 64-bit patterns (a negative value is one of the high half); `steps` and `indices` lie in [0, 2³²).
     """
-    _check_mask(shape, keep_probability, kind, grid)
+    check_mask(shape, keep_probability, kind, grid)
     if kind == "rise":
         return _rise(seeds, steps, indices, shape, keep_probability, grid)
     pixels = words(seeds, steps, indices, shape[0] * shape[1], GAUSSIAN_STREAM)
@@ -126,6 +99,14 @@ def masks(
 
     The same on every device and however the masks are split into batches. ValueError where an argument is out of range.
     """
+    seeds, steps, indices = entries(seed, step, first, count, device)
+    return draw(seeds, steps, indices, shape, keep_probability=keep_probability, kind=kind, grid=grid)
+
+
+def entries(
+    seed: int, step: int, first: int, count: int, device: torch.device | str | None
+) -> tuple[Int[Tensor, " count"], Int[Tensor, " count"], Int[Tensor, " count"]]:
+    """The seeds, steps and indices by which `draw` draws what `masks` is asked for."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed {seed} does not fit in 64 bits: reduce it modulo 2**64")
     if not 0 <= step < 2**32:
@@ -136,8 +117,7 @@ def masks(
         raise ValueError(f"masks {first} to {first + count - 1} are outside [0, 2**32): that is all a seed has")
     signed = (seed + 2**63) % 2**64 - 2**63
     seeds, steps = (torch.full((count,), value, dtype=torch.int64, device=device) for value in (signed, step))
-    indices = torch.arange(first, first + count, device=device)
-    return draw(seeds, steps, indices, shape, keep_probability=keep_probability, kind=kind, grid=grid)
+    return seeds, steps, torch.arange(first, first + count, device=device)
 
 
 def blend(
@@ -189,47 +169,85 @@ def similarity(
     `sigma`) whose weights are renormalised inside the border; then the mean over channels. L is `data_range`, fixed so
     that a score does not depend on its batch-mates. In float32, or float64 where an input is float64.
     """
-    _check_similarity(a, b, kind, score, window, sigma, data_range)
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    match kind, score:
-        case "cosine", "local":
-            return F.cosine_similarity(a, b, dim=-3)
-        case "cosine", "global":
-            return F.cosine_similarity(a.flatten(-3), b.flatten(-3), dim=-1)
-        case _, "local":
-            return _statistic(a, b, kind, partial(_window_mean, window=window, sigma=sigma), data_range).mean(1)
-        case _:
-            return _statistic(a, b, kind, _pixel_mean, data_range).mean((1, 2, 3))
+    check_similarity(a, b, kind, score, window, sigma, data_range)
+    each = torch.arange(len(a), device=a.device)
+    references, rows = (b, each) if b.ndim == 4 else (b[None], 0 * each)
+    return score_rows(a, references, rows, kind, score, window=window, sigma=sigma, data_range=data_range)
 
 
-def _statistic(a: Tensor, b: Tensor, kind: str, average: Callable[[Tensor], Tensor], data_range: float) -> Tensor:
-    """Eqs. 5 to 7 per channel, under any `average`: σ_ab = E[ab] − E[a] E[b]."""
+def score_rows(
+    a: Float[Tensor, "n c h w"],
+    references: Float[Tensor, "r c h w"],
+    rows: Int[Tensor, " n"],
+    kind: str,
+    score: str,
+    *,
+    window: int,
+    sigma: float,
+    data_range: float,
+) -> Float[Tensor, "n h w"] | Float[Tensor, " n"]:
+    """`similarity` of each a_i and references[row_i], rows in [0, r), what tells of a reference found once a row.
+
+    A CPU is fastest on as many entries at a time as its cache holds, a GPU on all of them.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, references.dtype), torch.float32)
+    b = references.to(dtype, memory_format=torch.channels_last)
+    average = partial(_window_mean, window=window, sigma=sigma) if score == "local" else _pixel_mean
+    of_b = None if kind == "cosine" else _moments(b, average)
+    chunk = max(1, CHUNK_ELEMENTS // a[:1].numel()) if a.device.type == "cpu" and a.numel() else max(1, len(a))
+
+    scores = []
+    for start in range(0, max(1, len(a)), chunk):
+        x, row = a[start : start + chunk].to(dtype, memory_format=torch.channels_last), rows[start : start + chunk]
+        if of_b is None:
+            x, y = (x, b[row]) if score == "local" else (x.flatten(1), b[row].flatten(1))
+            scores.append(F.cosine_similarity(x, y))
+        else:
+            value = _compare(_moments(x, average), _Moments(*(each[row] for each in of_b)), kind, average, data_range)
+            scores.append(value.mean(1) if score == "local" else value.mean((1, 2, 3)))
+    return torch.cat(scores)
+
+
+class _Moments(NamedTuple):
+    """Of each channel the pixels' mean, and under an average E of x less that mean: x, E[x] and σ² = E[x²] − E[x]².
+
+    A variance does not see an offset, but float32 does: without it E[x²] − E[x]² keeps its bits.
+    """
+
+    offset: Tensor
+    x: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def _moments(x: Float[Tensor, "n c h w"], average: Average) -> _Moments:
+    offset = _pixel_mean(x)
+    x = x - offset
+    mean, square = average(torch.cat((x, x * x))).chunk(2)
+    return _Moments(offset, x, mean, (square - mean**2).clamp(min=0))
+
+
+def _compare(a: _Moments, b: _Moments, kind: str, average: Average, data_range: float) -> Tensor:
+    """Eqs. 5 to 7 per channel, under any `average` E: σ_ab = E[ab] − E[a] E[b]."""
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     c3 = c2 / 2
-    # A variance does not see an offset, but float32 does: without it E[a²] − E[a]² keeps its bits.
-    offset_a, offset_b = _pixel_mean(a), _pixel_mean(b)
-    a, b = a - offset_a, b - offset_b
-    mean_a, mean_b = average(a), average(b)
-    var_a = (average(a * a) - mean_a**2).clamp(min=0)
-    var_b = (average(b * b) - mean_b**2).clamp(min=0)
-    cov = average(a * b) - mean_a * mean_b
-    mean_a, mean_b = mean_a + offset_a, mean_b + offset_b
-    std_product = (var_a * var_b).sqrt()
 
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    contrast_structure = (2 * cov + c2) / (var_a + var_b + c2)
+    def covariance() -> Tensor:
+        return average(a.x * b.x) - a.mean * b.mean
+
+    def luminance() -> Tensor:
+        mean_a, mean_b = a.mean + a.offset, b.mean + b.offset
+        return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+
     match kind:
         case "structure":
-            return (cov + c3) / (std_product + c3)
+            return (covariance() + c3) / ((a.variance * b.variance).sqrt() + c3)
         case "luminance":
-            return luminance
-        case "contrast_structure":
-            return contrast_structure
+            return luminance()
         case "contrast":
-            return (2 * std_product + c2) / (var_a + var_b + c2)
-        case _:
-            return luminance * contrast_structure
+            return (2 * (a.variance * b.variance).sqrt() + c2) / (a.variance + b.variance + c2)
+    contrast_structure = (2 * covariance() + c2) / (a.variance + b.variance + c2)
+    return contrast_structure if kind == "contrast_structure" else luminance() * contrast_structure
 
 
 def _pixel_mean(x: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n 1 1"]:
@@ -239,24 +257,27 @@ def _pixel_mean(x: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n 1 1"]:
 def _window_mean(x: Float[Tensor, "*n h w"], window: int, sigma: float) -> Float[Tensor, "*n h w"]:
     """Σ_k g_k x_{λ+k} / Σ_k g_k over the k for which λ + k is inside the image, g_k = exp(−|k|² / 2σ²).
 
-    Shifted sums, not a convolution, which a GPU may round to TF32: ten bits are too few to take E[a]² from E[a²].
+    Shifted sums, neither a convolution nor a matrix product, which a GPU may round to TF32: ten bits are too few to
+    take E[a]² from E[a²].
     """
+
+    def weighted(x: Tensor, dim: int) -> Tensor:
+        size, total = x.shape[dim], x.clone()
+        for k in range(1, min(window // 2, size - 1) + 1):
+            g, inside = math.exp(-0.5 * (k / sigma) ** 2), size - k
+            total.narrow(dim, 0, inside).add_(x.narrow(dim, k, inside), alpha=g)
+            total.narrow(dim, k, inside).add_(x.narrow(dim, 0, inside), alpha=g)
+        return total
+
     h, w = x.shape[-2:]
-    r = window // 2
-    g = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-r, r + 1)]
-
-    def weighted(x: Tensor) -> Tensor:
-        x = F.pad(x, (r, r, r, r))
-        x = sum((g_k * x[..., k : k + h, :] for k, g_k in enumerate(g)), x.new_zeros(()))
-        return sum((g_k * x[..., k : k + w] for k, g_k in enumerate(g)), x.new_zeros(()))
-
-    return weighted(x) / weighted(x.new_ones(h, w))
+    x = weighted(x, -2) * weighted(x.new_ones(h, 1), -2).reciprocal()
+    return weighted(x, -1) * weighted(x.new_ones(w), -1).reciprocal()
 
 
 # What the caller may get wrong ---------------------------------------------------------------------------------------
 
 
-def _check_mask(shape: tuple[int, int], keep_probability: float, kind: str, grid: int) -> None:
+def check_mask(shape: tuple[int, int], keep_probability: float, kind: str, grid: int) -> None:
     if kind not in MASK_KINDS:
         raise ValueError(f"unknown kind of mask {kind!r}: choose one of {', '.join(MASK_KINDS)}")
     if not 0 < keep_probability < 1:
@@ -267,9 +288,7 @@ def _check_mask(shape: tuple[int, int], keep_probability: float, kind: str, grid
         raise ValueError(f"grid {grid} is not a number of cells: give 1 or more (RISE uses 8)")
 
 
-def _check_similarity(
-    a: Tensor, b: Tensor, kind: str, score: str, window: int, sigma: float, data_range: float
-) -> None:
+def check_similarity(a: Tensor, b: Tensor, kind: str, score: str, window: int, sigma: float, data_range: float) -> None:
     if kind not in SIMILARITIES:
         raise ValueError(f"unknown similarity {kind!r}: choose one of {', '.join(SIMILARITIES)}")
     if score not in SCORES:

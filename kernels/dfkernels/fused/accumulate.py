@@ -1,0 +1,301 @@
+"""`estimators.add` and `accumulate` in Triton: from ε to the running sums, masks drawn again, no map a mask written.
+
+Entries are sorted by row and cut into segments of few masks of one row. One kernel scores the masks of a segment and
+sums them in registers, in float64, in a fixed order; a second one adds a row's segments to its sums, in order. No
+atomics, so the same batches in the same order give the same bits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dfkernels import estimators, reference
+from dfkernels.fused.blend import threshold
+from dfkernels.fused.configuration import Configuration
+from dfkernels.fused.mask import load_entry, weights_at
+from dfkernels.fused.similarity import LAUNCHED, ReferenceStatistics, prepare, score_numbers, strided, tiles
+from dfkernels.fused.statistics import TILE_H, TILE_W, local_score, tile_pixels
+
+#: Masks of a segment, at least and at most: few where programs are few, to occupy the device, many where sums are.
+SEGMENT_MIN, SEGMENT_MAX, PROGRAMS = 4, 64, 2048
+#: As `similarity.LOCAL_REGISTERS`, with the sums beside a score.
+REGISTERS = 224
+#: Pixels of a program that adds up segments, and its warps.
+BLOCK, FOLD_WARPS = 256, 2
+
+
+# Kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _partial(
+    scores, stride_n, stride_c, stride_p, targets, b, mean, variance, offset, C, rate, c1, c2,
+    seeds, steps, rows, indices, order, bounds, partials, means, h, w, threshold,
+    SCORES: tl.constexpr, KIND: tl.constexpr, RADIUS: tl.constexpr, MASKS: tl.constexpr, GRID: tl.constexpr,
+    MAPS: tl.constexpr,
+):  # fmt: skip
+    """partials[segment, k, λ] = Σ Mⁱ sʲ over the masks of a segment, 3i + j = k + 1, on one tile; float64.
+
+    SCORES says what `scores` is: "epsilon" (scored here against statistics number targets[n], the tile's sum of each
+    mask going to means[n, tile]), "maps" [n, h, w] or "numbers" [n]. MAPS is 8 for RISE, 5 for Gaussian masks: M² = M.
+    """
+    count = tl.cdiv(h, TILE_H) * tl.cdiv(w, TILE_W)
+    segment = tl.program_id(0) // count
+    tile = tl.program_id(0) % count
+    y, x = tile_pixels(tile, h, w)
+    inside = (y < h)[:, None] & (x < w)[None, :]
+    pixel = y[:, None] * w + x[None, :]
+    s_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+    s2_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+    m_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+    ms_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+    ms2_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+    m2_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+    m2s_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+    m2s2_sum = tl.zeros((TILE_H, TILE_W), tl.float64)
+
+    begin = tl.load(bounds + segment)
+    end = tl.load(bounds + segment + 1)
+    for i in range(begin, end):
+        n = tl.load(order + i)
+        _, k0, k1, step, index = load_entry(seeds, steps, rows, indices, n)
+        if SCORES == "epsilon":
+            target = tl.load(targets + n)
+            at = target * C * h * w
+            score = local_score(
+                scores + n * stride_n, stride_c, stride_p, b + at, mean + at, variance + at, offset + target * C,
+                y, x, h, w, C, rate, c1, c2, KIND, RADIUS,
+            ).to(tl.float64)  # fmt: skip
+            tl.store(means + n * count + tile, tl.sum(tl.where(inside, score, 0.0)))
+        elif SCORES == "maps":
+            score = tl.load(scores + n * stride_n + pixel * stride_p, mask=inside, other=0.0).to(tl.float64)
+        else:
+            score = tl.zeros((TILE_H, TILE_W), tl.float64) + tl.load(scores + n * stride_n).to(tl.float64)
+        m = weights_at(pixel, k0, k1, step, index, h, w, threshold, GRID, MASKS).to(tl.float64)
+        s_sum += score
+        s2_sum += score * score
+        m_sum += m
+        ms_sum += m * score
+        ms2_sum += m * (score * score)
+        if MAPS == 8:
+            m2_sum += m * m
+            m2s_sum += m * m * score
+            m2s2_sum += m * m * (score * score)
+
+    # A segment past the last is empty, and is not read.
+    inside = inside & (begin < end)
+    out = partials + segment.to(tl.int64) * (MAPS * h * w) + pixel
+    tl.store(out, s_sum, mask=inside)
+    tl.store(out + h * w, s2_sum, mask=inside)
+    tl.store(out + 2 * h * w, m_sum, mask=inside)
+    tl.store(out + 3 * h * w, ms_sum, mask=inside)
+    tl.store(out + 4 * h * w, ms2_sum, mask=inside)
+    if MAPS == 8:
+        tl.store(out + 5 * h * w, m2_sum, mask=inside)
+        tl.store(out + 6 * h * w, m2s_sum, mask=inside)
+        tl.store(out + 7 * h * w, m2s2_sum, mask=inside)
+
+
+@triton.jit
+def _fold(partials, first, segment_of_row, moments, pixels, MAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """moments[row, i, j, λ] += Σ over the row's segments, in order; moments[row, 0, 0] += the number of masks."""
+    blocks = tl.cdiv(pixels, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.load(segment_of_row + row)
+    end = tl.load(segment_of_row + row + 1)
+    inside = (pixel < pixels) & (begin < end)
+    moments += row * 9 * pixels + pixel
+    masks = tl.load(first + row + 1) - tl.load(first + row)
+    tl.store(moments, tl.load(moments, mask=inside) + masks.to(tl.float64), mask=inside)
+    for k in tl.static_range(MAPS):
+        total = tl.zeros((BLOCK,), tl.float64)
+        for segment in range(begin, end):
+            at = (tl.cast(segment, tl.int64) * MAPS + k) * pixels + pixel
+            total += tl.load(partials + at, mask=inside, other=0.0)
+        moment = moments + (k + 1) * pixels
+        tl.store(moment, tl.load(moment, mask=inside) + total, mask=inside)
+        if MAPS == 5 and k >= 2:  # M² = M
+            moment += 3 * pixels
+            tl.store(moment, tl.load(moment, mask=inside) + total, mask=inside)
+
+
+# Host ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The entries of a batch by row, cut into segments: as many as there can be, as only the device knows how many are.
+
+    `order` sorts the entries by row, padding last; segment k is order[bounds[k] : bounds[k + 1]], empty past the last.
+    Row r's entries begin at first[r] of `order`, its segments at segment_of_row[r].
+    """
+
+    order: Int[Tensor, " n"]
+    bounds: Int[Tensor, " segments_and_one"]
+    first: Int[Tensor, " rows_and_one"]
+    segment_of_row: Int[Tensor, " rows_and_one"]
+
+
+def _plan(rows: Int[Tensor, " n"], num_rows: int, length: int) -> _Plan:
+    """No step waits for the device."""
+    n = len(rows)
+    by_row, order = torch.where(rows < 0, num_rows, rows).sort(stable=True)
+    first = torch.searchsorted(by_row, torch.arange(num_rows + 1, device=rows.device))
+    begins = torch.arange(n, device=rows.device) % length == 0
+    begins[1:] |= by_row[1:] != by_row[:-1]
+    segment = begins.cumsum(0) - 1
+    most = min(n, -(-n // length) + num_rows)
+    bounds = torch.searchsorted(segment, torch.arange(most + 1, device=rows.device))
+    after_last = segment[-1:] + 1
+    return _Plan(order, torch.minimum(bounds, first[-1]), first, torch.cat((segment, after_last))[first])
+
+
+def add(
+    sums: estimators.Sums,
+    scores: Float[Tensor, "n h w"] | Float[Tensor, " n"],
+    seeds: Int[Tensor, " r"],
+    steps: Int[Tensor, " r"],
+    rows: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    *,
+    keep_probability: float = 0.5,
+    kind: str = "gaussian",
+    grid: int = 8,
+) -> None:
+    """As `estimators.add`, whose result it agrees with to the rounding of float64."""
+    h, w = sums.moments.shape[-2:]
+    reference.check_mask((h, w), keep_probability, kind, grid)
+    source = "maps" if scores.ndim == 3 else "numbers"
+    scores = scores.contiguous()
+    unused = (scores,) * 5
+    _sum(
+        sums, (scores, scores.stride(0), 0, 1, *unused, 1, 0.0, 0.0, 0.0),
+        {"SCORES": source, "KIND": "structure", "RADIUS": 0}, scores, (seeds, steps, rows, indices),
+        keep_probability, kind, grid,
+    )  # fmt: skip
+
+
+def accumulate(
+    epsilon: Float[Tensor, "n c h w"],
+    references: Float[Tensor, "r c h w"] | ReferenceStatistics,
+    sums: estimators.Sums,
+    seeds: Int[Tensor, " r"],
+    steps: Int[Tensor, " r"],
+    rows: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    *,
+    similarity: str = "structure",
+    score: str = "local",
+    window: int = 11,
+    sigma: float = 1.5,
+    data_range: float = 1.0,
+    keep_probability: float = 0.5,
+    mask_kind: str = "gaussian",
+    grid: int = 8,
+) -> Float[Tensor, " n"]:
+    """As `estimators.accumulate`, in float32 scores; float64 inputs have no kernel and go there.
+
+    `references` may be what `prepare` made of them with the same settings: it is the same for every batch of a row.
+    """
+    n, c, h, w = epsilon.shape
+    settings: dict[str, Any] = {"window": window, "sigma": sigma, "data_range": data_range}
+    drawn: dict[str, Any] = {"keep_probability": keep_probability, "kind": mask_kind, "grid": grid}
+    rows = rows.long()
+    where, targets = (seeds, steps, rows, indices), rows.contiguous()
+    if isinstance(references, Tensor):
+        if torch.float64 in (epsilon.dtype, references.dtype):
+            return estimators.accumulate(
+                epsilon, references, sums, *where, similarity=similarity, score=score, **settings,
+                keep_probability=keep_probability, mask_kind=mask_kind, grid=grid,
+            )  # fmt: skip
+        reference.check_similarity(epsilon, references[0], similarity, score, **settings)
+        if len(references) > n:  # of very many rows only those that are asked for, once an entry
+            references, targets = (
+                references[rows.clamp(min=0)],
+                torch.where(rows < 0, rows, torch.arange(n, device=rows.device)),
+            )
+        references = prepare(references, similarity, score, **settings)
+    references.check(similarity, score, **settings)
+    if score == "global":
+        numbers = score_numbers(epsilon, references, targets)
+        add(sums, numbers, *where, **drawn)
+        return numbers
+    reference.check_mask((h, w), keep_probability, mask_kind, grid)
+    b, means = references, torch.empty((n, tiles(h, w)), dtype=torch.float64, device=epsilon.device)
+    _sum(
+        sums, (*strided(epsilon), targets, b.pixels, b.mean, b.variance, b.offset, c, b.rate, *b.constants),
+        {"SCORES": "epsilon", "KIND": b.kind, "RADIUS": b.radius}, means, where, **drawn,
+    )  # fmt: skip
+    return torch.where(rows >= 0, means.sum(1) / (h * w), torch.nan).float()
+
+
+def _sum(
+    sums: estimators.Sums,
+    scored: tuple[Any, ...],
+    source: dict[str, Any],
+    means: Tensor,
+    where: tuple[Tensor, ...],
+    keep_probability: float,
+    kind: str,
+    grid: int,
+) -> None:
+    """Sum the masks of each segment, then the segments of each row into its moments, in place."""
+    num_rows, _, _, h, w = sums.moments.shape
+    where = tuple(x.contiguous() for x in where)
+    rows = where[2]
+    n = len(rows)
+    if n == 0:
+        return
+    plan = _plan(rows.long(), num_rows, min(SEGMENT_MAX, max(SEGMENT_MIN, n * tiles(h, w) // PROGRAMS)))
+    segments, maps = len(plan.bounds) - 1, 5 if kind == "gaussian" else 8
+    partials = torch.empty((segments, maps, h, w), dtype=torch.float64, device=rows.device)
+    _partial[(segments * tiles(h, w),)](
+        *scored, *where, plan.order, plan.bounds, partials, means, h, w, threshold(keep_probability),
+        **source, MASKS=kind, GRID=grid, MAPS=maps, num_warps=1, maxnreg=REGISTERS,
+    )  # fmt: skip
+    moments = sums.moments.contiguous()
+    _fold[(num_rows * triton.cdiv(h * w, BLOCK),)](
+        partials, plan.first, plan.segment_of_row, moments, h * w, MAPS=maps, BLOCK=BLOCK, num_warps=FOLD_WARPS
+    )
+    if moments is not sums.moments:
+        sums.moments.copy_(moments)
+
+
+# Ahead of time -------------------------------------------------------------------------------------------------------
+
+
+def configurations() -> list[Configuration]:
+    """ε with every term, and scores given either way; both kinds of mask, the largest grid too; a side of one."""
+    types = {
+        **dict.fromkeys(("targets", "seeds", "steps", "rows", "indices", "order", "bounds"), "*i64:16"),
+        **dict.fromkeys(("b", "mean", "variance", "offset"), "*fp32:16"),
+        **dict.fromkeys(("partials", "means"), "*fp64:16"),
+        **dict.fromkeys(("rate", "c1", "c2"), "fp32"),
+        "C": "i32", "h": "i32:16", "w": "i32:16", "threshold": "i64",
+    }  # fmt: skip
+
+    def partial(
+        masks: str, scores: str, kind: str, dtype: str, strides: Any, grid: int = 8, **sides: int
+    ) -> Configuration:
+        runtime = types | strides[0] | {"scores": f"*{dtype}:16"}
+        drawn = {"MASKS": masks, "GRID": grid, "MAPS": 5 if masks == "gaussian" else 8}
+        constants = {"SCORES": scores, "KIND": kind, "RADIUS": 5, **drawn, **strides[1], **sides}
+        return Configuration(_partial, {k: v for k, v in runtime.items() if k not in sides}, constants, 1, REGISTERS)
+
+    sums = {"partials": "*fp64:16", "first": "*i64:16", "segment_of_row": "*i64:16", "moments": "*fp64:16"}
+    given = ({"stride_n": "i32:16", "stride_c": "i32:16"}, {"stride_p": 1})
+    found = []
+    for masks in reference.MASK_KINDS:
+        kinds = reference.SIMILARITIES if masks == "gaussian" else ("structure", "ssim")
+        found += [partial(masks, "epsilon", kind, *how) for kind in kinds for how in LAUNCHED]
+        found += [partial(masks, scores, "structure", "fp32", given) for scores in ("maps", "numbers")]
+        found += [partial(masks, "epsilon", "ssim", *LAUNCHED[0], grid, h=1, w=1) for grid in (1, 32)]
+        maps = {"MAPS": 5 if masks == "gaussian" else 8, "BLOCK": BLOCK}
+        found.append(Configuration(_fold, sums | {"pixels": "i32:16"}, maps, FOLD_WARPS))
+    return found

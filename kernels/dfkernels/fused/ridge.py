@@ -1,0 +1,56 @@
+"""`estimators.ridge` on a GPU: the products of Gaussian masks are counts, exact in half precision's matrix units."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from dfkernels import estimators
+from dfkernels.fused.blend import masks
+
+#: Masks of a product: half precision holds every integer up to 2¹¹, so that no sum of so many zeros and ones is
+#: rounded, whatever the order, the width of the accumulator or the splits of the library's product.
+EXACT_COUNT = 2**11
+
+
+def ridge(
+    scores: Float[Tensor, " n"],
+    seed: int,
+    step: int,
+    shape: tuple[int, int],
+    *,
+    keep_probability: float = 0.5,
+    kind: str = "gaussian",
+    grid: int = 8,
+    penalty: float = 1.0,
+    first: int = 0,
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """As `estimators.ridge`. Fewer masks than pixels go there; so do RISE masks, whose XᵀX is no count."""
+    drawn: dict[str, Any] = {"keep_probability": keep_probability, "kind": kind, "grid": grid}
+    if kind != "gaussian" or len(scores) < shape[0] * shape[1]:
+        return estimators.ridge(scores, seed, step, shape, **drawn, penalty=penalty, first=first)
+    estimators.check_ridge(scores, penalty)
+    y = scores.double() - scores.double().mean()
+    gram, projected = normal_equations(y, seed, step, shape, keep_probability, first)
+    return estimators.map_and_error(estimators.solve_normal_equations(gram, projected, y, penalty), len(y), shape)
+
+
+def normal_equations(
+    y: Float64[Tensor, " n"], seed: int, step: int, shape: tuple[int, int], keep_probability: float, first: int
+) -> tuple[Float64[Tensor, "hw hw"], Float64[Tensor, " hw"]]:
+    """XᵀX and Xᵀy for X = M − p: XᵀX = MᵀM − p (m 1ᵀ + 1 mᵀ) + N p², m = Σ_n M_n, which is the diagonal of MᵀM."""
+    pixels = shape[0] * shape[1]
+    gram, projected = y.new_zeros(pixels, pixels), y.new_zeros(pixels)
+    for start in range(0, len(y), EXACT_COUNT):
+        part = y[start : start + EXACT_COUNT]
+        m = masks(
+            seed, step, first + start, len(part), shape, keep_probability=keep_probability, device=y.device
+        ).flatten(1)
+        half = m.half()
+        with torch.autocast(y.device.type, enabled=False):  # bfloat16 would round counts above 2⁸
+            gram += half.T @ half
+        projected += part @ m.double()
+    counts = keep_probability * gram.diagonal()
+    gram += len(y) * keep_probability**2 - counts - counts[:, None]
+    return gram, projected - keep_probability * y.sum()

@@ -1,0 +1,140 @@
+"""Local statistics inside a kernel: a Gaussian window over a tile of pixels, and the terms of SSIM made of them.
+
+Device functions only. A program is one warp and owns a tile of TILE_H × TILE_W pixels, one column a thread. The window
+is separable: the taps of an input row are summed once, in registers, and the sum is spread over the tile's rows with
+the window's weights across. No shared memory, no barrier; what neighbouring tiles read again comes from the caches.
+"""
+
+import triton
+import triton.language as tl
+
+#: Pixels of a tile: a thread holds one column of TILE_H; a warp reads TILE_W neighbours at a time.
+TILE_H, TILE_W = tl.constexpr(4), tl.constexpr(32)
+#: Taps of a row that are loaded together.
+TAPS = tl.constexpr(8)
+#: ‖x‖ is not taken below this in a cosine, as in torch.
+EPSILON = tl.constexpr(1e-8)
+
+
+@triton.jit
+def tile_pixels(tile, h, w):
+    """The rows y [TILE_H] and columns x [TILE_W] of tile number `tile` of an image, row by row of tiles."""
+    across = tl.cdiv(w, TILE_W)
+    y = tile // across * TILE_H + tl.arange(0, TILE_H)
+    x = tile % across * TILE_W + tl.arange(0, TILE_W)
+    return y, x
+
+
+@triton.jit
+def term(KIND: tl.constexpr, mean_a, mean_b, var_a, var_b, cov, c1, c2):
+    """Eqs. 5 to 7 of one channel, and their products; see `reference.similarity`."""
+    if KIND == "structure":
+        value = (cov + c2 / 2) / (tl.sqrt_rn(var_a * var_b) + c2 / 2)
+    elif KIND == "contrast":
+        value = (2 * tl.sqrt_rn(var_a * var_b) + c2) / (var_a + var_b + c2)
+    elif KIND == "contrast_structure":
+        value = (2 * cov + c2) / (var_a + var_b + c2)
+    else:
+        value = (2 * mean_a * mean_b + c1) / (mean_a * mean_a + mean_b * mean_b + c1)
+        if KIND == "ssim":
+            value *= (2 * cov + c2) / (var_a + var_b + c2)
+    return value
+
+
+@triton.jit
+def clamped(variance):
+    """max(variance, 0), and NaN of NaN."""
+    return tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def cosine(ab, aa, bb):
+    """a·b / (‖a‖ ‖b‖) from a·b, a·a and b·b; 0 where a or b is 0."""
+    return ab / (tl.maximum(tl.sqrt_rn(aa), EPSILON) * tl.maximum(tl.sqrt_rn(bb), EPSILON))
+
+
+@triton.jit
+def row_sums(a, stride, offset, b, y, x, w, rate, RADIUS: tl.constexpr):
+    """Σ g, Σ g a, Σ g a² and Σ g a b over the taps of row y around each column x, of a less `offset`; [TILE_W]."""
+    g_sum = tl.zeros((TILE_W,), tl.float32)
+    a_sum = tl.zeros((TILE_W,), tl.float32)
+    aa_sum = tl.zeros((TILE_W,), tl.float32)
+    ab_sum = tl.zeros((TILE_W,), tl.float32)
+    for first in range(-RADIUS, RADIUS + 1, TAPS):
+        tap = first + tl.arange(0, TAPS)[:, None]
+        column = x[None, :] + tap
+        inside = (tap <= RADIUS) & (column >= 0) & (column < w)
+        pixel = y * w + column
+        value = tl.load(a + pixel * stride, mask=inside, other=0.0).to(tl.float32) - offset
+        other = tl.load(b + pixel, mask=inside, other=0.0)
+        weight = tl.where(inside, tl.exp2(rate * (tap * tap).to(tl.float32)), 0.0)
+        weighted = tl.where(inside, weight * value, 0.0)
+        g_sum += tl.sum(weight, 0)
+        a_sum += tl.sum(weighted, 0)
+        aa_sum += tl.sum(weighted * value, 0)
+        ab_sum += tl.sum(weighted * other, 0)
+    return g_sum, a_sum, aa_sum, ab_sum
+
+
+@triton.jit
+def window_means(a, stride, offset, b, y, x, top, bottom, w, rate, RADIUS: tl.constexpr):
+    """The window's means of a, a² and a b around each pixel of a tile, of a less `offset`; [TILE_H, TILE_W].
+
+    Σ_k g_k x_{λ+k} / Σ_k g_k over the k for which λ + k is inside the image, g_k = 2^(rate·|k|²); rows top … bottom − 1
+    are those that the tile's windows reach.
+    """
+    norm = tl.zeros((TILE_H, TILE_W), tl.float32)
+    mean_a = tl.zeros((TILE_H, TILE_W), tl.float32)
+    mean_aa = tl.zeros((TILE_H, TILE_W), tl.float32)
+    mean_ab = tl.zeros((TILE_H, TILE_W), tl.float32)
+    for row in range(top, bottom):
+        g_sum, a_sum, aa_sum, ab_sum = row_sums(a, stride, offset, b, row, x, w, rate, RADIUS)
+        away = row - y
+        near = (away >= -RADIUS) & (away <= RADIUS)
+        weight = tl.where(near, tl.exp2(rate * (away * away).to(tl.float32)), 0.0)[:, None]
+        norm += weight * g_sum[None, :]
+        mean_a += weight * a_sum[None, :]
+        mean_aa += weight * aa_sum[None, :]
+        mean_ab += weight * ab_sum[None, :]
+    # At least the middle tap's 1 inside the image; outside, where nothing is stored, it may be 0.
+    norm = tl.maximum(norm, 1.0)
+    return mean_a / norm, mean_aa / norm, mean_ab / norm
+
+
+@triton.jit
+def local_score(
+    a, stride_c, stride_p, b, mean, variance, offset, y, x, h, w, C, rate, c1, c2,
+    KIND: tl.constexpr, RADIUS: tl.constexpr,
+):  # fmt: skip
+    """s(λ) of one entry on a tile [TILE_H, TILE_W]: the mean over channels of a term of SSIM, or the cosine.
+
+    `a` points at the entry's ε, `b`, `mean`, `variance` and `offset` at its row's `ReferenceStatistics`.
+    """
+    inside = (y < h)[:, None] & (x < w)[None, :]
+    pixel = y[:, None] * w + x[None, :]
+    size = tl.sum(inside.to(tl.float32))
+    top = tl.maximum(tl.min(y, 0) - RADIUS, 0)
+    bottom = tl.minimum(tl.max(y, 0) + 1 + RADIUS, h)
+    total = tl.zeros((TILE_H, TILE_W), tl.float32)
+    aa = tl.zeros((TILE_H, TILE_W), tl.float32)
+    bb = tl.zeros((TILE_H, TILE_W), tl.float32)
+    for channel in range(C):
+        a_c = a + tl.cast(channel, tl.int64) * stride_c
+        at = tl.cast(channel, tl.int64) * (h * w)
+        value = tl.load(a_c + pixel * stride_p, mask=inside, other=0.0).to(tl.float32)
+        if KIND == "cosine":
+            other = tl.load(b + at + pixel, mask=inside, other=0.0)
+            total += value * other
+            aa += value * value
+            bb += other * other
+        else:
+            # A variance does not see an offset, but float32 does: the tile's mean is near every window's.
+            offset_a = tl.sum(value) / size
+            mean_a, mean_aa, mean_ab = window_means(a_c, stride_p, offset_a, b + at, y, x, top, bottom, w, rate, RADIUS)
+            mean_b = tl.load(mean + at + pixel, mask=inside, other=0.0)
+            var_b = tl.load(variance + at + pixel, mask=inside, other=0.0)
+            offset_b = tl.load(offset + channel)
+            var_a = clamped(mean_aa - mean_a * mean_a)
+            cov = mean_ab - mean_a * mean_b
+            total += term(KIND, mean_a + offset_a, mean_b + offset_b, var_a, var_b, cov, c1, c2)
+    return cosine(total, aa, bb) if KIND == "cosine" else total / C

@@ -1,0 +1,48 @@
+"""The benchmarks of the kernels measure something that is right: every case, small, passes its own check."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "bench"))
+
+import kernels_measured  # noqa: E402
+
+CASES = list(kernels_measured.cases(5, 4, 7, 13))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_every_case_runs_and_passes_its_check(case: kernels_measured.Case) -> None:
+    inputs = case.inputs()
+    ours, theirs = (kernels_measured.result(run, inputs) for run in (case.fused(), case.operation))
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other, **kernels_measured.tolerance(case.tolerance), equal_nan=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_without_a_gpu_nothing_is_measured() -> None:
+    script = ROOT / "bench/kernels_measured.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    assert lines[0] == "no CUDA device: nothing was measured or written"
+    assert len(lines) > 10
+    assert all(line.count("not measured") == 5 for line in lines[3:])
+
+
+def test_a_measured_table_says_what_is_wrong_and_what_failed() -> None:
+    shape = {"op": "blend", "shape": (1, 2, 3, 4)}
+    rows = [
+        {**shape, "implementation": "fused", "median_ms": 0.5, "gb_s": 400, "share_of_copy": 0.1},
+        {**shape, "implementation": "eager", "median_ms": 2.5},
+        {**shape, "implementation": "compiled", "failed": "RuntimeError: no"},
+        {**shape, "op": "erase", "implementation": "fused", "wrong": "not equal"},
+    ]
+    blend, erase = kernels_measured.table(rows).splitlines()[2:]
+    assert blend == "| blend | 1×2×3×4 | 0.5 | 400 | 0.1 | 2.5 | failed |"
+    assert erase == "| erase | 1×2×3×4 | wrong | wrong | wrong | not measured | not measured |"

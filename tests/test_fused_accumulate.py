@@ -1,0 +1,309 @@
+"""The fused sums against the estimators' own: rows in any order, any split, padding, both masks; and their plan."""
+
+from itertools import chain, pairwise
+from unittest.mock import patch
+
+import dfkernels
+import pytest
+import torch
+from dfkernels import estimators, reference
+from dfkernels.fused import accumulate as fused
+from dfkernels.fused.similarity import prepare
+from fused import DEVICE, poisoned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import tolerance
+from torch.testing import assert_close
+
+PROPERTY = settings(max_examples=5, deadline=None, database=None, derandomize=True)
+
+# Four rows, one with no entry, one with several segments; padding between and at the end.
+SEEDS, STEPS = torch.tensor([4, -9, 0, 7], device=DEVICE), torch.tensor([0, 2**32 - 1, 6, 6], device=DEVICE)
+ROWS = torch.tensor([2, 0, -1, 0, 3, 3, 0, 0, 0, 0, -1, 2], device=DEVICE)
+INDICES = torch.tensor([9, 0, 2, 1, 0, 2**32 - 1, 2, 3, 4, 5, 0, 1], device=DEVICE)
+WHERE = (SEEDS, STEPS, ROWS, INDICES)
+MASK = {"keep_probability": 0.4, "grid": 3}
+
+
+def answers(c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """ε of every entry, NaN where it is padding, and f(R) of every row."""
+    g = torch.Generator().manual_seed(0)
+    references = torch.randn(4, c, h, w, generator=g)
+    epsilon = 0.6 * references[ROWS.cpu()] + 0.5 * torch.randn(len(ROWS), c, h, w, generator=g)
+    epsilon[ROWS.cpu() < 0] = torch.nan
+    return epsilon.to(DEVICE, dtype), references.to(DEVICE, dtype)
+
+
+def some_scores(score: str, h: int, w: int) -> torch.Tensor:
+    scores = torch.rand((len(ROWS), h, w)[: 3 if score == "local" else 1], generator=torch.Generator().manual_seed(0))
+    scores[ROWS.cpu() < 0] = torch.nan
+    return (2 * scores - 1).to(DEVICE)
+
+
+def some_sums(h: int, w: int) -> estimators.Sums:
+    """Sums that are not empty: what is there stays there."""
+    moments = torch.rand(4, 3, 3, h, w, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return estimators.Sums(moments.to(DEVICE))
+
+
+def a_mask(sums: estimators.Sums) -> torch.Tensor:
+    """Sums over the number of masks: the scale that their tolerance is on."""
+    return sums.moments / sums.count.clamp(min=1)[:, None, None, None, None]
+
+
+# Against the estimators ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", reference.SCORES)
+@pytest.mark.parametrize(
+    ("similarity", "kind"), [*((s, "gaussian") for s in reference.SIMILARITIES), ("structure", "rise")]
+)
+def test_accumulate_is_the_estimators(score: str, similarity: str, kind: str) -> None:
+    epsilon, references = answers(2, 5, 3)
+    asked = {"similarity": similarity, "score": score, "window": 3, "sigma": 1.1, "data_range": 2.0, "mask_kind": kind}
+    ours, theirs = some_sums(5, 3), some_sums(5, 3)
+    with poisoned():
+        means = fused.accumulate(epsilon, references, ours, *WHERE, **asked, **MASK)
+    expected = estimators.accumulate(epsilon, references, theirs, *WHERE, **asked, **MASK)
+    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+    assert means.dtype == torch.float32
+    assert_close(means, expected, **tolerance("similarity_fused"), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("score", reference.SCORES)
+@pytest.mark.parametrize(("h", "w"), [(7, 5), (1, 1), (5, 34)])
+def test_add_is_the_estimators(kind: str, score: str, h: int, w: int) -> None:
+    scores, ours, theirs = some_scores(score, h, w), some_sums(h, w), some_sums(h, w)
+    with poisoned():
+        fused.add(ours, scores, *WHERE, kind=kind, **MASK)
+    estimators.add(theirs, scores, *WHERE, kind=kind, **MASK)
+    assert_close(a_mask(ours), a_mask(theirs), **tolerance("add" if kind == "gaussian" else "add_rise_fused"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "c", "h", "w"),
+    [
+        (torch.float32, torch.contiguous_format, 1, 5, 3),
+        (torch.float32, torch.channels_last, 4, 3, 2),
+        (torch.float16, torch.channels_last, 2, 1, 34),
+        (torch.float16, torch.contiguous_format, 2, 3, 2),
+        (torch.bfloat16, torch.channels_last, 16, 1, 3),
+    ],
+)
+def test_dtypes_layouts_and_channels(dtype: torch.dtype, layout: torch.memory_format, c: int, h: int, w: int) -> None:
+    epsilon, references = answers(c, h, w, dtype)
+    ours, theirs = some_sums(h, w), some_sums(h, w)
+    with poisoned():
+        fused.accumulate(epsilon.contiguous(memory_format=layout), references, ours, *WHERE)
+    estimators.accumulate(epsilon, references, theirs, *WHERE)
+    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("score", reference.SCORES)
+def test_scores_of_any_dtype(dtype: torch.dtype, score: str) -> None:
+    scores, ours, theirs = some_scores(score, 5, 3).to(dtype), some_sums(5, 3), some_sums(5, 3)
+    fused.add(ours, scores, *WHERE)
+    estimators.add(theirs, scores, *WHERE)
+    assert_close(ours.moments, theirs.moments, **tolerance("add"))
+
+
+@pytest.mark.parametrize("score", reference.SCORES)
+def test_prepared_references_give_the_same_bits(score: str) -> None:
+    epsilon, references = answers(2, 5, 3)
+    once, each = some_sums(5, 3), some_sums(5, 3)
+    prepared = prepare(references, "ssim", score, window=3)
+    means = fused.accumulate(epsilon, prepared, once, *WHERE, similarity="ssim", score=score, window=3)
+    again = fused.accumulate(epsilon, references, each, *WHERE, similarity="ssim", score=score, window=3)
+    assert torch.equal(once.moments, each.moments)
+    assert torch.equal(means.nan_to_num(), again.nan_to_num())
+    with pytest.raises(ValueError, match=r"prepared for \('ssim', .*, but asked for \('structure'.*: prepare them"):
+        fused.accumulate(epsilon, prepared, once, *WHERE, score=score, window=3)
+
+
+@pytest.mark.parametrize("score", reference.SCORES)
+def test_more_rows_than_entries(score: str) -> None:
+    epsilon, references = answers(2, 3, 5)
+    batch = torch.tensor([2, 3, 5], device=DEVICE)  # padding, row 0, row 3
+    place = (SEEDS, STEPS, ROWS[batch], INDICES[batch])
+    ours, theirs = some_sums(3, 5), some_sums(3, 5)
+    means = fused.accumulate(epsilon[batch], references, ours, *place, score=score, window=3)
+    expected = estimators.accumulate(epsilon[batch], references, theirs, *place, score=score, window=3)
+    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+    assert_close(means, expected, **tolerance("similarity_fused"), equal_nan=True)
+
+
+# Order, splits and padding -------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(
+    st.permutations(range(len(ROWS))),
+    st.sets(st.integers(1, len(ROWS) - 1)),
+    st.sampled_from(reference.MASK_KINDS),
+    st.sampled_from(reference.SCORES),
+)
+def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[int], kind: str, score: str) -> None:
+    epsilon, references = answers(2, 5, 3)
+    # The scores of a batch-mate are test_fused_similarity's; a local cosine is quick to interpret.
+    asked = {"similarity": "cosine" if score == "local" else "ssim", "score": score, "mask_kind": kind, **MASK}
+    whole, parts = some_sums(5, 3), some_sums(5, 3)
+    means = fused.accumulate(epsilon, references, whole, *WHERE, **asked)
+    for start, stop in pairwise([0, *sorted(cuts), len(ROWS)]):
+        batch = torch.tensor(order[start:stop], device=DEVICE)
+        place = (SEEDS, STEPS, ROWS[batch], INDICES[batch])
+        part = fused.accumulate(epsilon[batch], references, parts, *place, **asked)
+        # A mask's score is the same bits in any batch; so are the sums but for float64's rounding.
+        assert torch.equal(part.nan_to_num(), means[batch].nan_to_num())
+    assert_close(parts.moments, whole.moments, **tolerance("add"))
+
+
+@pytest.mark.parametrize("score", reference.SCORES)
+def test_padding_adds_nothing_and_the_same_batch_gives_the_same_bits(score: str) -> None:
+    epsilon, references = answers(1, 5, 3)
+    real = ROWS >= 0
+    alone, padded, again = some_sums(5, 3), some_sums(5, 3), some_sums(5, 3)
+    means = fused.accumulate(
+        epsilon[real], references, alone, SEEDS, STEPS, ROWS[real], INDICES[real], score=score, window=3
+    )
+    with_padding = fused.accumulate(epsilon, references, padded, *WHERE, score=score, window=3)
+    fused.accumulate(epsilon, references, again, *WHERE, score=score, window=3)
+    assert torch.equal(alone.moments, padded.moments)
+    assert torch.equal(again.moments, padded.moments)
+    assert torch.equal(with_padding[real], means)
+    assert with_padding[~real].isnan().all()
+
+
+def test_only_padding_and_no_entries_change_nothing() -> None:
+    epsilon, references = answers(1, 5, 3)
+    untouched, sums = some_sums(5, 3), some_sums(5, 3)
+    for score in reference.SCORES:
+        means = fused.accumulate(epsilon, references, sums, SEEDS, STEPS, 0 * ROWS - 1, INDICES, score=score)
+        assert means.isnan().all()
+        nothing = fused.accumulate(epsilon[:0], references, sums, SEEDS, STEPS, ROWS[:0], INDICES[:0], score=score)
+        assert nothing.shape == (0,)
+    assert torch.equal(sums.moments, untouched.moments)
+
+
+@pytest.mark.parametrize("score", reference.SCORES)
+def test_a_score_that_is_not_a_number_stays_in_its_row(score: str) -> None:
+    scores, sums = some_scores(score, 5, 3), estimators.Sums.zeros(4, (5, 3), DEVICE)
+    scores[3] = torch.nan  # of row 0
+    fused.add(sums, scores, *WHERE)
+    assert sums.moments[1:].isfinite().all()
+    assert sums.moments[0, 0, 1].isnan().all()
+    assert sums.count.tolist() == [6, 0, 2, 2]
+
+
+def test_sums_that_are_a_view_and_vectors_that_are_not_contiguous_or_narrow() -> None:
+    scores, theirs = some_scores("local", 5, 3), some_sums(5, 3)
+    estimators.add(theirs, scores, *WHERE)
+    inside = torch.zeros(8, 3, 3, 3, 5, dtype=torch.float64, device=DEVICE)[::2].transpose(3, 4)
+    inside.copy_(some_sums(5, 3).moments)
+    seeds, steps, rows, indices = (torch.stack((vector, vector + 1), 1)[:, 0] for vector in WHERE)
+    transposed = scores.transpose(1, 2).contiguous().transpose(1, 2)
+    fused.add(estimators.Sums(inside), transposed, seeds, steps, rows.int(), indices)
+    assert_close(inside, theirs.moments, **tolerance("add"))
+    epsilon, references = answers(1, 5, 3)
+    wide, narrow = some_sums(5, 3), some_sums(5, 3)
+    for sums, place in ((wide, ROWS), (narrow, ROWS.int())):
+        fused.accumulate(epsilon, references, sums, SEEDS, STEPS, place, INDICES, similarity="cosine")
+    assert torch.equal(wide.moments, narrow.moments)
+
+
+def test_long_segments_give_the_same_sums() -> None:
+    scores, theirs = some_scores("local", 5, 3), some_sums(5, 3)
+    estimators.add(theirs, scores, *WHERE)
+    for programs in (1, 4):
+        ours = some_sums(5, 3)
+        with patch.object(fused, "PROGRAMS", programs):
+            fused.add(ours, scores, *WHERE)
+        assert_close(ours.moments, theirs.moments, **tolerance("add"))
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.integers(-1, 5), min_size=1, max_size=40), st.integers(1, 9))
+def test_the_plan_cuts_each_row_into_short_segments_in_order(rows: list[int], length: int) -> None:
+    plan = fused._plan(torch.tensor(rows), 6, length)
+    order, bounds = plan.order.tolist(), plan.bounds.tolist()
+    segments = [order[begin:end] for begin, end in pairwise(bounds)]
+    assert sorted(chain(*segments)) == [n for n, row in enumerate(rows) if row >= 0]
+    for segment in segments:
+        assert len(segment) <= length
+        assert len({rows[n] for n in segment}) <= 1
+    for row in range(6):
+        mine = [n for n, other in enumerate(rows) if other == row]
+        begin, end = plan.segment_of_row[row].item(), plan.segment_of_row[row + 1].item()
+        assert list(chain(*segments[begin:end])) == mine
+        assert plan.first[row + 1] - plan.first[row] == len(mine)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
+        ({"mask_kind": "lime"}, "unknown kind of mask 'lime': choose one of gaussian, rise"),
+        ({"grid": 0}, "grid 0"),
+        ({"similarity": "frechet"}, "unknown similarity 'frechet'"),
+        ({"score": "map"}, "unknown score 'map'"),
+        ({"window": 4}, "window 4 has no middle pixel"),
+    ],
+)
+def test_errors_are_the_estimators(change: dict, message: str) -> None:
+    epsilon, references = answers(1, 5, 3)
+    for accumulate in (fused.accumulate, estimators.accumulate):
+        sums = some_sums(5, 3)
+        with pytest.raises(ValueError, match=message):
+            accumulate(epsilon, references, sums, *WHERE, **change)
+        assert torch.equal(sums.moments, some_sums(5, 3).moments)
+
+
+# Full size -----------------------------------------------------------------------------------------------------------
+
+
+def full_size(score: str) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    g = torch.Generator(DEVICE).manual_seed(0)
+    references = torch.randn(4, 4, 64, 64, generator=g, device=DEVICE)
+    rows = torch.arange(4096, device=DEVICE) * 4 // 4000  # the last are padding
+    rows = torch.where(rows < 4, rows, -1)
+    epsilon = 0.6 * references[rows] + 0.5 * torch.randn(4096, 4, 64, 64, generator=g, device=DEVICE)
+    epsilon[rows < 0] = torch.nan
+    epsilon = epsilon.half().contiguous(memory_format=torch.channels_last)
+    return epsilon, references, (SEEDS, STEPS, rows, torch.arange(4096, device=DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("score", reference.SCORES)
+def test_stable_diffusion_size(kind: str, score: str) -> None:
+    epsilon, references, where = full_size(score)
+    ours, again, theirs = (estimators.Sums.zeros(4, (64, 64), DEVICE) for _ in range(3))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with poisoned():
+        means = dfkernels.accumulate(epsilon, references, ours, *where, score=score, mask_kind=kind)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < 4 * len(epsilon) * 64 * 64, "as much as a float32 map a mask"
+    same = dfkernels.accumulate(epsilon, references, again, *where, score=score, mask_kind=kind)
+    assert torch.equal(ours.moments, again.moments)
+    assert torch.equal(means.nan_to_num(), same.nan_to_num())
+    for start in range(0, 4096, 256):
+        part = slice(start, start + 256)
+        place = (*where[:2], where[2][part], where[3][part])
+        expected = estimators.accumulate(epsilon[part].float(), references, theirs, *place, score=score, mask_kind=kind)
+        assert_close(means[part], expected, **tolerance("similarity_fused"), equal_nan=True)
+    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("score", reference.SCORES)
+def test_nothing_waits_for_the_device(score: str) -> None:
+    epsilon, references = answers(2, 16, 16, torch.float16)
+    sums = some_sums(16, 16)
+    fused.accumulate(epsilon, references, sums, *WHERE, score=score)  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused.accumulate(epsilon, references, sums, *WHERE, score=score)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
