@@ -1,6 +1,6 @@
 """How fast the store writes, how large its files are, and what writing costs the demo.
 
-    python bench/store.py            # writes bench/results/store.json and prints the tables
+    python bench/store.py            # writes bench/results/store.json and the table in bench/README.md
 
 DF-RISE maps of a stand-in model (a local average, so that maps vary as a model's do) of the embedded model's and Stable
 Diffusion's shapes are written with each compression, read back and compared, and timed: steps a second, the file's
@@ -9,9 +9,6 @@ closing included, median of repeated files. Then the demo's own run, with a cloc
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -23,12 +20,12 @@ from typing import Any
 import dfkernels
 import h5py
 import numpy as np
+import record
 import torch
 import torch.nn.functional as F
 
 from dfengine import Engine, Rise, store
 
-RESULT = Path(__file__).parent / "results" / "store.json"
 PROMPT = "a red circle above a blue square on a gray background"
 STEPS, ITEMS, REPEATS = 30, 8, 7
 #: Steps whose maps are computed, and masks drawn for each.
@@ -170,12 +167,14 @@ def demo(folder: Path) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
+    """Speeds and sizes of each way of writing, and the demo's share."""
+    *written, run = rows
     lines = [
         "| shape | compression | mantissa of errors | steps a second | bytes an item | maps | errors |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in record["rows"]:
+    for row in written:
         low, middle, high = row["steps_per_second"]
         cells = [
             row["shape"],
@@ -185,7 +184,6 @@ def table(record: dict[str, Any]) -> str:
         ]
         cells += [f"{row['bytes_per_item']:,}", *(f"{ratio:.2f} : 1" for ratio in row["ratio"].values())]
         lines.append(f"| {' | '.join(cells)} |")
-    run = record["demo"]
     lines += [
         "",
         f"The demo ({STEPS} steps, 256 masks each) makes {run['steps_per_second']:.2f} steps a second there. Of its "
@@ -194,24 +192,18 @@ def table(record: dict[str, Any]) -> str:
         f"works for {run['thread_share']:.2%}.",
         f"The file has {run['bytes_per_item']:,} bytes.",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, record and print."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR", ".")) as folder:
-        record = {
-            "what": f"{ITEMS} items × {STEPS} steps a file, {REPEATS} files; lowest, median and highest",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "h5py": h5py.__version__,
-            "hdf5": h5py.version.hdf5_version,
-            "machine": f"{os.cpu_count()} × {platform.machine()}",
-            "rows": list(speeds(Path(folder))),
-            "demo": demo(Path(folder)),
-        }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(record))
+    versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
+    here = record.environment(torch.device("cpu")) | versions
+    with tempfile.TemporaryDirectory(dir=record.ROOT) as folder:
+        rows = [*speeds(Path(folder)), demo(Path(folder))]
+    record.write("store", [row | here for row in rows])
+    record.place(table(rows), "bench/README.md", "store")
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":
