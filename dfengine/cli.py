@@ -47,7 +47,16 @@ def explain(
     gamma: Annotated[float, typer.Option(help="shift of early and latter sampling")] = 60,
     guidance: Annotated[float | None, typer.Option(help="guidance scale; the model's own by default")] = None,
     negative_prompt: Annotated[str, typer.Option(help="what the image should not show")] = "",
-    model: Annotated[str, typer.Option(help="'shapes' (embedded), a diffusers folder or a hub id")] = "shapes",
+    model: Annotated[
+        str,
+        typer.Option(help="'shapes' (embedded), a diffusers folder, a hub id, or sd15, sd21, sdxl (random weights)"),
+    ] = "shapes",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="of a known architecture, to measure it without a download")
+    ] = False,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="height x width in pixels; the model's own by default")
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="weights variant, as in fp16")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU by default where there is one")] = None,
@@ -85,7 +94,14 @@ def explain(
     began = time.monotonic()
     with _interruptible(out), _progress(steps) as on_event:
         engine = Engine.from_pretrained(
-            model, device=device, dtype=dtype, variant=variant, revision=revision, batch_size=batch_size
+            model,
+            device=device,
+            dtype=dtype,
+            variant=variant,
+            revision=revision,
+            random_weights=random_weights,
+            image_size=None if image_size is None else _sides(image_size),
+            batch_size=batch_size,
         )
         engine.explain(
             prompt,
@@ -146,6 +162,14 @@ def figures(
 
     with store.open(run) as opened:
         print(figures.save(figures.strip(opened[item], method, step), out))
+
+
+def _sides(size: str) -> tuple[int, int]:
+    """(height, width) from "HxW"."""
+    height, cross, width = size.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"image size {size!r} is not understood: expected height x width in pixels, as in 512x768")
+    return int(height), int(width)
 
 
 def _told(opened: Run | RunFolder) -> Iterator[str]:

@@ -56,12 +56,28 @@ class Engine:
     result.heatmap("rise", step=3)
     """
 
-    def __init__(self, pipeline: Any, *, batch_size: int | None = None, guidance: float | None = None) -> None:
-        """Wrap a diffusers pipeline, on the device and in the dtype it has, or a `Denoiser` of one's own."""
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        batch_size: int | None = None,
+        guidance: float | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Wrap a diffusers pipeline, on the device and in the dtype it has, or a `Denoiser` of one's own.
+
+        `image_size` is the (height, width) in pixels of a pipeline's images, by default the model's own.
+        """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch size {batch_size} is not possible: expected at least 1")
+        if isinstance(pipeline, Denoiser) and image_size not in (None, pipeline.image_shape):
+            raise ValueError(
+                f"image size {image_size} is not possible: the denoiser makes {pipeline.image_shape}; leave it out"
+            )
         self.denoiser: Denoiser = (
-            pipeline if isinstance(pipeline, Denoiser) else models.adapt(pipeline, batch_size=batch_size)
+            pipeline
+            if isinstance(pipeline, Denoiser)
+            else models.adapt(pipeline, batch_size=batch_size, image_size=image_size)
         )
         if batch_size is not None:
             self.denoiser.batch_size = batch_size
@@ -76,18 +92,29 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        random_weights: bool = False,
+        image_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
     ) -> Engine:
         """Load "shapes" (the embedded model), a diffusers pipeline folder, or a hub id.
 
-        The device is the GPU where there is one; the dtype is float16 on a GPU, float32 elsewhere.
-        Raises ValueError where the model, device or dtype is not to be had.
+        With `random_weights`, "sd15", "sd21" and "sdxl" are built without a download, to measure what they cost.
+        The device is the GPU where there is one; the dtype is float16 on a GPU, float32 elsewhere. `image_size` is
+        (height, width) in pixels, by default the model's own.
+        Raises ValueError where the model, device, dtype or size is not to be had.
         """
-        embedded = str(model) == "shapes"
-        folder = shapes.FOLDER if embedded else model
-        denoiser = models.load(folder, device=device, dtype=dtype, variant=variant, revision=revision)
+        embedded = str(model) == "shapes" and not random_weights
+        denoiser = models.load(
+            shapes.FOLDER if embedded else model,
+            device=device,
+            dtype=dtype,
+            variant=variant,
+            revision=revision,
+            random_weights=random_weights,
+            image_size=image_size,
+        )
         if embedded:
-            denoiser.name = "shapes"
+            denoiser.name = denoiser.name.replace(str(shapes.FOLDER), "shapes")
             denoiser.features = Judge.load().to(denoiser.device).features
         return cls(denoiser, batch_size=batch_size, guidance=shapes.GUIDANCE if embedded else None)
 

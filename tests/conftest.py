@@ -5,6 +5,8 @@ The fixtures that several files share import what they need themselves: the kern
 
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,3 +54,20 @@ def tiny(tiny_folder: Path) -> "Denoiser":
     from dfengine.models import load
 
     return load(tiny_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By the name of an architecture, the folder that diffusers saved of it at an eighth of its width."""
+    from reduced import random_pipeline, reduced
+
+    from dfengine.models.loading import quiet
+
+    @cache
+    def save(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        with quiet():
+            random_pipeline(reduced(name, folder / "configs")).save_pretrained(folder / "pipeline")
+        return folder / "pipeline"
+
+    return save

@@ -25,13 +25,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_wheel_holds_every_source_and_the_weights(wheel: Path) -> None:
+def test_the_wheel_holds_every_source_configuration_and_weight(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder, base in ((ROOT / "dfengine", ROOT), (ROOT / "kernels/dfkernels", ROOT / "kernels")):
         sources = [path for path in folder.rglob("*.py") if "__pycache__" not in path.parts]
         assert {path.relative_to(base).as_posix() for path in sources} <= names
-    weights = [path for path in (ROOT / "dfengine/shapes/weights").rglob("*") if path.is_file()]
-    assert {path.relative_to(ROOT).as_posix() for path in weights} <= names
+    for data in ("models/configs", "shapes/weights"):
+        files = [path for path in (ROOT / "dfengine" / data).rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert {path.relative_to(ROOT).as_posix() for path in files} <= names
     assert {"dfengine/py.typed", "dfkernels/py.typed"} <= names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dfengine", "dfkernels"}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfengine.denoiser import Denoiser
+from dfengine.models import architectures
+from dfengine.models.stable_diffusion import StableDiffusion
+from dfengine.models.stable_diffusion_xl import StableDiffusionXL
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -23,39 +27,76 @@ def load(
     dtype: str | torch.dtype | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    random_weights: bool = False,
+    image_size: tuple[int, int] | None = None,
     batch_size: int | None = None,
 ) -> Denoiser:
     """Load a diffusers pipeline by folder or hub id through its own `from_pretrained`.
 
+    With `random_weights`, build "sd15", "sd21" or "sdxl", or what a folder's configuration files describe, instead.
     The device is the GPU where there is one; the dtype float16 on a GPU and float32 elsewhere. A hub id is looked for
-    among the files already here before the network is asked. Raises ValueError where there is no such model.
+    among the files already here before the network is asked. `image_size` is (height, width) in pixels, by default the
+    model's own. Raises ValueError where there is no such model.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with quiet():
-        pipeline = _read(locate(model), dtype=dtype, variant=variant, revision=revision)
-        name = f"{model}{f'@{revision}' if revision else ''}{f' ({variant})' if variant else ''}"
-        return adapt(pipeline.to(device), name=name, batch_size=batch_size)
+        if random_weights:
+            if variant or revision:
+                raise ValueError(f"random weights have no variant or revision: leave {variant or revision!r} out")
+            pipeline, name = _build(model, device, dtype), f"{model} (random weights)"
+        else:
+            pipeline = _read(locate(model), dtype=dtype, variant=variant, revision=revision).to(device)
+            name = f"{model}{f'@{revision}' if revision else ''}{f' ({variant})' if variant else ''}"
+        return adapt(pipeline, name=name, batch_size=batch_size, image_size=image_size)
+
+
+def _build(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline of an architecture's name or a folder of configuration files, with random weights.
+
+    Raises ValueError for any other name, for a kind that has no adapter, and for whatever is wrong with the files.
+    """
+    known = str(model) in architectures.ARCHITECTURES
+    folder = architectures.configuration(str(model)) if known else Path(model).expanduser()
+    index = folder / "model_index.json"
+    if not index.is_file():
+        names = ", ".join(architectures.ARCHITECTURES)
+        raise ValueError(
+            f"{str(model)!r} cannot have random weights: expected {names} or a diffusers folder, of which the "
+            "configuration files are read"
+        )
+    with _in_one_line(f"model {str(model)!r} could not be built"):
+        kind = json.loads(index.read_text())["_class_name"]
+    _family([kind])
+    with _in_one_line(f"model {str(model)!r} could not be built"):
+        return architectures.build(folder, device=device, dtype=dtype)
 
 
 def _read(source: str, **options: Any) -> Any:
-    """The pipeline of a folder or hub id.
-
-    Raises ValueError for whatever goes wrong: the libraries have an exception of its own for each file that is missing,
-    cut short or of another version, and for each way that a network can fail.
-    """
+    """The pipeline of a folder or hub id. Raises ValueError for whatever goes wrong."""
     from diffusers import DiffusionPipeline
 
-    try:
+    with _in_one_line(f"model {source!r} could not be loaded"):
         if Path(source).is_dir():
             return DiffusionPipeline.from_pretrained(source, **options)
         try:
             return DiffusionPipeline.from_pretrained(source, local_files_only=True, **options)
         except Exception:  # not here, or not whole
             return DiffusionPipeline.from_pretrained(source, **options)
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Raise ValueError for whatever goes wrong inside.
+
+    The libraries have an exception of its own for each file that is missing, cut short or of another version, and for
+    each way that a network can fail.
+    """
+    try:
+        yield
     except Exception as error:
         reason = textwrap.shorten(str(error.__cause__ or error) or type(error).__name__, 300, placeholder=" …")
-        raise ValueError(f"model {source!r} could not be loaded: {reason}") from error
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def locate(model: str | Path) -> str:
@@ -73,25 +114,43 @@ def locate(model: str | Path) -> str:
         raise ValueError(
             f"there is no model at {str(model)!r}: expected a diffusers pipeline folder or a hub id as in 'owner/name'"
         )
+    if str(model) in architectures.ARCHITECTURES:
+        raise ValueError(
+            f"{str(model)!r} is an architecture and has no weights of its own: name a diffusers folder or a hub id, or "
+            "add --random-weights (random_weights=True) to measure it without"
+        )
     if len(parts) == 1:
         raise ValueError(
-            f"model {str(model)!r} is not known: expected 'shapes' (the embedded model), a diffusers folder or "
-            "a hub id as in 'owner/name'"
+            f"model {str(model)!r} is not known: expected 'shapes' (the embedded model), a diffusers folder, a hub id "
+            f"as in 'owner/name', or one of {', '.join(architectures.ARCHITECTURES)} with random weights"
         )
     return str(model)
 
 
-def adapt(pipeline: Any, *, name: str | None = None, batch_size: int | None = None) -> Denoiser:
-    """Wrap a diffusers pipeline. Raises ValueError for a kind that has no adapter."""
-    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+def adapt(
+    pipeline: Any,
+    *,
+    name: str | None = None,
+    batch_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Denoiser:
+    """Wrap a diffusers pipeline; its Img2Img and Inpaint kinds are the same model.
 
-    from dfengine.models.stable_diffusion import StableDiffusion
+    Raises ValueError for a kind that has no adapter, or an image size that it cannot make.
+    """
+    family = _family([kind.__name__ for kind in type(pipeline).__mro__])
+    name = name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+    return family(pipeline, name=name, batch_size=batch_size, image_size=image_size)
 
-    if isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline)):
-        name = name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-        return StableDiffusion(pipeline, name=name, batch_size=batch_size)
+
+def _family(kinds: Sequence[str]) -> type[StableDiffusion]:
+    """The adapter for a pipeline, by the names of its class and of what that inherits. Raises ValueError for none."""
+    for family in (StableDiffusion, StableDiffusionXL):
+        if not {f"{family.__name__}{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")}.isdisjoint(kinds):
+            return family
     raise ValueError(
-        f"{type(pipeline).__name__} is not supported: expected a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x)"
+        f"{kinds[0]} is not supported: expected a StableDiffusionPipeline (Stable Diffusion 1.x, 2.x), a "
+        "StableDiffusionXLPipeline, or the Img2Img or Inpaint pipeline of either"
     )
 
 

@@ -2,60 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfengine.denoiser import Condition, Denoiser
 from dfengine.schedule import NoiseSchedule
 
-#: Decoding is memory-bound and its activations are large: this many images at a time.
-_IMAGES_AT_ONCE = 8
+#: The codec is memory-bound and its activations are large: at most so many images, and pixels, at a time.
+_IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 8, 1024 * 1024
 
 
 class StableDiffusion(Denoiser):
-    """Brings a `StableDiffusionPipeline` (loaded LoRAs and textual inversions included) to the convention."""
+    """Brings a `StableDiffusionPipeline` (loaded LoRAs and textual inversions included) to the convention.
 
-    def __init__(self, pipeline: Any, *, name: str, batch_size: int | None = None) -> None:
+    `image_size` is (height, width) in pixels; by default the size that the model was trained for. Raises ValueError for
+    a size or a UNet that it cannot work with.
+    """
+
+    text_encoders: ClassVar[Sequence[str]] = ("text_encoder",)
+    """the pipeline's parts that read prompts"""
+    tokenizers: ClassVar[Sequence[str]] = ("tokenizer",)
+    upcasts: ClassVar[bool] = False
+    """whether a float16 codec whose configuration says `force_upcast` runs in float32"""
+
+    def __init__(
+        self, pipeline: Any, *, name: str, batch_size: int | None = None, image_size: tuple[int, int] | None = None
+    ) -> None:
         self.pipeline = pipeline
-        self.name = name
         self.unet, self.vae = pipeline.unet, pipeline.vae
-        for network in (self.unet, self.vae, pipeline.text_encoder):
+        _check_unet(pipeline)
+        for network in (self.unet, self.vae, *(getattr(pipeline, part) for part in self.text_encoders)):
             network.eval().requires_grad_(False)
         self.unet.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
         self.schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _latent_size(pipeline, image_size)
         self.latent_shape = (self.unet.config.in_channels, height, width)
         self.image_shape = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
+        self.name = name if (height, width) == _latent_size(pipeline) else f"{name} ({_times(self.image_shape)} pixels)"
         self.device, self.dtype = self.unet.device, self.unet.dtype
         self.batch_size = batch_size or max(1, 64 * 64 * 64 // (height * width) if self.device.type == "cuda" else 64)
+        self._images_at_once = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(self.image_shape)))
 
     def predict(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition
     ) -> Float[Tensor, "n c h w"]:
         x_t = x_t.to(self.dtype, memory_format=torch.channels_last)
-        return self.unet(x_t, timesteps, encoder_hidden_states=condition.tensors["text"], return_dict=False)[0]
+        # What a condition holds beside the text is named as the UNet names its added conditions.
+        added = {name: value for name, value in condition.tensors.items() if name != "text"}
+        text = condition.tensors["text"]
+        return self.unet(x_t, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        for prompt in prompts:
-            check_prompt(self.pipeline.tokenizer, prompt)
+        self.check(prompts)
         text, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return Condition({"text": text.to(self.dtype)})
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError for a prompt that one of the text encoders cannot be told whole."""
+        for prompt in prompts:
+            for part in self.tokenizers:
+                check_prompt(getattr(self.pipeline, part), prompt)
+
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        parts = (latents / self.vae.config.scaling_factor).to(self.vae.dtype).split(_IMAGES_AT_ONCE)
-        images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
+        mean, std = self._normalisation
+        with self._codec() as vae:
+            parts = (latents * std / vae.config.scaling_factor + mean).to(vae.dtype).split(self._images_at_once)
+            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
-        parts = (2 * images - 1).to(self.vae.dtype).split(_IMAGES_AT_ONCE)
-        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
-        return latents.float() * self.vae.config.scaling_factor
+        mean, std = self._normalisation
+        with self._codec() as vae:
+            parts = (2 * images - 1).to(vae.dtype).split(self._images_at_once)
+            latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
+        return (latents.float() - mean) / std * vae.config.scaling_factor
+
+    @property
+    def _normalisation(self) -> tuple[Float[Tensor, "1 c 1 1"], Float[Tensor, "1 c 1 1"]]:
+        """Mean and standard deviation of the codec's latents; 0 and 1 where its configuration names none."""
+
+        def column(values: Sequence[float] | None, default: float) -> Tensor:
+            values = values or [default] * self.latent_shape[0]
+            return torch.tensor(values, dtype=torch.float32, device=self.device)[None, :, None, None]
+
+        config = self.vae.config
+        return column(config.get("latents_mean"), 0.0), column(config.get("latents_std"), 1.0)
+
+    @contextmanager
+    def _codec(self) -> Iterator[Any]:
+        """The VAE, for as long as it is used in float32 if it would overflow in float16."""
+        if not (self.upcasts and self.vae.config.force_upcast and self.vae.dtype == torch.float16):
+            yield self.vae
+            return
+        # diffusers' own `to` prints a warning at every change of dtype.
+        nn.Module.to(self.vae, torch.float32)
+        try:
+            yield self.vae
+        finally:
+            nn.Module.to(self.vae, torch.float16)
+
+
+def _check_unet(pipeline: Any) -> None:
+    """Raise ValueError for a UNet that wants to be told of more than a latent, a time-step and a prompt."""
+    config, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
+    if config.in_channels != channels:
+        raise ValueError(
+            f"the UNet takes {config.in_channels} channels and a latent has {channels}: a UNet for inpainting or "
+            "editing is not supported; use the text-to-image model"
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            "the UNet is told the guidance scale (a latent consistency model), which is not supported; use the model "
+            "it was distilled from"
+        )
+
+
+def _latent_size(pipeline: Any, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) of latents. Raises ValueError for an image size, in pixels, that no latent has."""
+    if image_size is None:
+        size = pipeline.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+    factor = pipeline.vae_scale_factor
+    if any(side < factor or side % factor for side in image_size):
+        raise ValueError(
+            f"images of {_times(image_size)} pixels are not possible: expected height × width in multiples of {factor}"
+        )
+    height, width = map(operator.index, image_size)
+    return height // factor, width // factor
+
+
+def _times(sides: Sequence[int]) -> str:
+    return "×".join(map(str, sides))
 
 
 def check_prompt(tokenizer: Any, prompt: str) -> None:

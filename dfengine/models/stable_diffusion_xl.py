@@ -1,0 +1,52 @@
+"""Stable Diffusion XL: two text encoders, and a UNet told of the image's size beside the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from dfengine.denoiser import Condition
+from dfengine.models.stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Brings a `StableDiffusionXLPipeline` to the convention.
+
+    As in diffusers, the original and target sizes are the image's own and nothing is cropped. Raises ValueError for the
+    refiner, which has one text encoder and is told an aesthetic score.
+    """
+
+    text_encoders: ClassVar[Sequence[str]] = ("text_encoder", "text_encoder_2")
+    tokenizers: ClassVar[Sequence[str]] = ("tokenizer", "tokenizer_2")
+    upcasts: ClassVar[bool] = True
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        missing = [part for part in (*self.text_encoders, *self.tokenizers) if getattr(pipeline, part, None) is None]
+        if missing or pipeline.config.get("requires_aesthetics_score"):
+            raise ValueError(
+                f"the pipeline has no {' and no '.join(missing) or 'plain size condition'}: expected the base model of "
+                "Stable Diffusion XL, with both text encoders; its refiner is not supported"
+            )
+        super().__init__(pipeline, **options)
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts. The empty one, "", is the unconditional one: zeros, where the pipeline's configuration says
+        `force_zeros_for_empty_prompt`. Raises ValueError for one that a text encoder cannot be told whole.
+        """
+        self.check(prompts)
+        text, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=self.device)
+            text, pooled = text.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+        sizes = torch.tensor([*self.image_shape, 0, 0, *self.image_shape], dtype=torch.float32, device=self.device)
+        return Condition(
+            {
+                "text": text.to(self.dtype),
+                "text_embeds": pooled.to(self.dtype),
+                "time_ids": sizes.expand(len(prompts), -1),
+            }
+        )

@@ -1,0 +1,103 @@
+"""The adapter against diffusers' own pipelines, on the true topologies at an eighth of their width."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from reduced import CLOSE, PROMPT, both_ways, pipeline_of, random_pipeline, reduced
+from torch.testing import assert_close
+
+from dfengine import Engine, Rise
+from dfengine.models import adapt, load
+from dfengine.models.loading import quiet
+
+
+@pytest.mark.parametrize(("name", "negative"), [("sd15", ""), ("sd21", "blurry"), ("sdxl", "")])
+def test_a_generation_is_diffusers_pipeline(saved: Callable[[str], Path], name: str, negative: str) -> None:
+    """Their own call, by DDIM from the same noise; sd21 predicts v."""
+    denoiser = load(saved(name), device="cpu")
+    job, call = {"negative_prompt": negative}, {"negative_prompt": negative or None}
+    ours, theirs = both_ways(denoiser, pipeline_of(saved(name)), PROMPT, job, call)
+    assert_close(ours, theirs, **CLOSE)
+
+
+def test_zero_terminal_snr_is_diffusers_pipeline(tmp_path: Path) -> None:
+    """From pure noise at ᾱ = 0, where x0 comes of v alone."""
+    changes = {"scheduler": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
+    with quiet():
+        random_pipeline(reduced("sd21", tmp_path / "configs", changes)).save_pretrained(tmp_path / "pipeline")
+    denoiser = load(tmp_path / "pipeline", device="cpu")
+    assert denoiser.schedule.timesteps("uniform", 4) == [999, 749, 499, 249]
+    assert float(denoiser.schedule.alpha_bar[999]) == 0
+    ours, theirs = both_ways(denoiser, pipeline_of(tmp_path / "pipeline"), PROMPT, {}, {})
+    assert_close(ours, theirs, **CLOSE)
+    maps = Engine(denoiser).explain(PROMPT, Rise(num_masks=4), num_steps=2).maps["rise"]
+    assert torch.from_numpy(maps).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_img2img_and_inpaint_pipelines_are_the_same_model(saved: Callable[[str], Path], kind: Any) -> None:
+    pipeline = pipeline_of(saved("sd15"))
+    with quiet():
+        other = kind(**pipeline.components, requires_safety_checker=False)
+    denoiser, same = adapt(pipeline), adapt(other)
+    x = torch.randn(1, *denoiser.latent_shape)
+    with torch.no_grad():
+        want, got = (each(x, torch.tensor([500]), each.condition([PROMPT])) for each in (denoiser, same))
+    assert torch.equal(got, want)
+
+
+# --- image sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_images_of_another_shape_are_diffusers_pipelines(saved: Callable[[str], Path], name: str) -> None:
+    denoiser = load(saved(name), device="cpu", image_size=(96, 64))
+    assert (denoiser.latent_shape, denoiser.image_shape) == ((4, 12, 8), (96, 64))
+    assert denoiser.name == f"{saved(name)} (96×64 pixels)"
+    ours, theirs = both_ways(denoiser, pipeline_of(saved(name)), PROMPT, {}, {"height": 96, "width": 64})
+    assert_close(ours, theirs, **CLOSE)
+
+
+def test_a_model_that_is_not_square_needs_no_size(tmp_path: Path) -> None:
+    folder = reduced("sd15", tmp_path, {"unet": {"sample_size": [8, 12]}})
+    denoiser = load(folder, device="cpu", random_weights=True)
+    assert (denoiser.latent_shape, denoiser.image_shape) == ((4, 8, 12), (64, 96))
+    pipeline = random_pipeline(folder)
+    result = Engine(pipeline).explain(PROMPT, Rise(num_masks=4), num_steps=1)
+    assert (result.maps["rise"].shape, result.image.shape) == ((1, 8, 12), (64, 96, 3))
+    assert Engine(pipeline, image_size=(64, 96)).denoiser.name == Engine(pipeline).denoiser.name
+    assert Engine(pipeline, image_size=(64, 64)).denoiser.latent_shape == (4, 8, 8)
+    assert Engine(denoiser, image_size=(64, 96)).denoiser is denoiser
+    with pytest.raises(ValueError, match=r"image size \(64, 64\) is not possible: the denoiser makes \(64, 96\)"):
+        Engine(denoiser, image_size=(64, 64))
+
+
+def test_the_size_is_part_of_the_models_name() -> None:
+    """Files and their items are told apart by it."""
+    denoiser = Engine.from_pretrained("shapes", device="cpu", image_size=(64, 96)).denoiser
+    assert (denoiser.name, denoiser.latent_shape[1:]) == ("shapes (64×96 pixels)", (16, 24))
+    assert Engine.from_pretrained("shapes", device="cpu", image_size=(64, 64)).denoiser.name == "shapes"
+
+
+@pytest.mark.parametrize("size", [(100, 64), (0, 64), (64, -64)])
+def test_impossible_sizes_are_refused(saved: Callable[[str], Path], size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="pixels are not possible: expected height × width in multiples of 8"):
+        Engine(pipeline_of(saved("sd15")), image_size=size)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_networks_that_want_more_than_a_prompt_are_refused(tmp_path: Path) -> None:
+    for entry, value, message in (
+        ("in_channels", 9, "the UNet takes 9 channels and a latent has 4: a UNet for inpainting"),
+        ("time_cond_proj_dim", 32, "told the guidance scale"),
+    ):
+        pipeline = random_pipeline(reduced("sd15", tmp_path / entry, {"unet": {entry: value}}))
+        with pytest.raises(ValueError, match=message) as caught:
+            adapt(pipeline)
+        assert "\n" not in str(caught.value)
