@@ -247,6 +247,22 @@ def test_many_processes_write_one_folder(tmp_path):
         assert (len(run), len(run.segments), run.finished) == (2, 24, True), "two items, each done twelve times"
 
 
+def test_a_folder_that_another_process_is_making(tmp_path, monkeypatch):
+    """It comes first between the look for run.json and the look at what else is there."""
+    exists, path = Path.exists, tmp_path / "run"
+
+    def late(self):
+        found = exists(self)
+        if self.name == "run.json" and not found:
+            monkeypatch.undo()
+            whole(store.Folder(path, run_id="first"), "u", FIRST)
+        return found
+
+    monkeypatch.setattr(Path, "exists", late)
+    assert store.Folder(path, run_id="second").run_id == "first"
+    assert sorted(os.listdir(path)) == ["manifest.jsonl", "run.json", "segments"]
+
+
 def test_more_segments_than_files_may_be_open(path, monkeypatch):
     monkeypatch.setattr("dfengine.store.folder_reader._OPEN_FILES", 1)
     with store.open(path) as run:

@@ -96,7 +96,9 @@ class Folder:
                     )
                 )
                 sync(fresh)
-                fresh.replace(described)
+                with contextlib.suppress(FileExistsError):  # of several processes the first makes it
+                    os.link(fresh, described)
+                fresh.unlink()
                 sync(self.path)
         self.run_id: str = read_description(self.path)["run_id"]
 
@@ -166,8 +168,8 @@ class Folder:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether an entry of a folder without run.json is of another process that is just making it."""
-    return name == "segments" or name.startswith(".run.json")
+    """Whether an entry of a folder that had no run.json may be of another process, which is just making it."""
+    return name in ("run.json", "manifest.jsonl", "segments") or name.startswith(".run.json")
 
 
 def is_folder(path: Path) -> bool:
