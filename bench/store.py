@@ -199,7 +199,9 @@ def main() -> None:
     """Measure, record and print."""
     versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
     here = record.environment(torch.device("cpu")) | versions
-    with tempfile.TemporaryDirectory(dir=record.ROOT) as folder:
+    build = record.ROOT / "build"  # on the same disk as the checkout, and ignored by git
+    build.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=build) as folder:
         rows = [*speeds(Path(folder)), demo(Path(folder))]
     record.write("store", [row | here for row in rows])
     record.place(table(rows), "bench/README.md", "store")
