@@ -1,41 +1,98 @@
-"""Fixed-size batches: one shape, and so one set of kernels, serves every forward of a run."""
+"""Batches of one size, halved where they do not fit, and what comes back from the device while it works on."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 #: Stands in a batch where there is no entry left: the tail is padded, never shorter.
 PADDING = -1
+#: What a failed allocation says of itself where it has no exception of its own.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """Whoever's forwards come in batches; a denoiser is one."""
+
+    batch_size: int
+    device: torch.device
 
 
 def in_batches(
     total: int,
-    size: int,
-    work: Callable[[Int[Tensor, " size"]], None],
-    device: torch.device,
-    needed: Callable[[int, int], bool] | None = None,
+    owner: Batched,
+    work: Callable[[Int[Tensor, " size"], range], None],
+    needed: Callable[[range], bool] | None = None,
 ) -> Iterator[int]:
-    """Call `work` on the entries 0 … total − 1, `size` at a time, the tail padded; yields how many are done.
+    """Call `work` on the entries 0 … total − 1, a batch at a time, the tail padded; yields how many are done.
 
-    When a batch does not fit into the device's memory the size is halved and that batch is done again: `work` must
-    leave nothing half done when it fails. A batch for which `needed(first, last + 1)` is false is passed over, so that
-    the others stay as they are.
+    `work` is given the entries twice: on the device, padded to one size for all batches, and as a range, of which the
+    host knows all without asking the device. When a batch does not fit into memory the owner's batch size is halved,
+    for good, and that batch is done again: `work` must leave nothing half done when it fails. A batch for which
+    `needed` is false is passed over, so that the others stay as they are.
     """
-    size, done = min(size, total), 0
+    done = 0
     while done < total:
-        entries = torch.arange(done, done + size, device=device)
-        try:
-            if needed is None or needed(done, min(done + size, total)):
-                work(torch.where(entries < total, entries, PADDING))
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = size // 2
-            torch.cuda.empty_cache()
-            continue
-        done = min(done + size, total)
+        size = min(owner.batch_size, total)
+        known = range(done, min(done + size, total))
+        if needed is None or needed(known):
+            entries = torch.arange(done, done + size, device=owner.device)
+            if not fits(owner, size, partial(work, torch.where(entries < total, entries, PADDING), known)):
+                continue
+        done = known.stop
         yield done
+
+
+def fits(owner: Batched, size: int, work: Callable[[], object]) -> bool:
+    """Do some work on `size` entries. If memory does not suffice, halve the owner's batch size and return False.
+
+    Raises what the allocator raised where there is nothing left to halve.
+    """
+    try:
+        work()
+    except RuntimeError as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
+        if not out_of_memory or size == 1:
+            raise
+    else:
+        return True
+    # Only here, where the exception has let go of the tensors that its frames held.
+    owner.batch_size = size // 2
+    log.info("a batch of %d does not fit into memory: going on with %d", size, owner.batch_size)
+    if owner.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
+
+
+class Download:
+    """Tensors on their way to the CPU: through pinned memory, on a stream of their own, while the device works on."""
+
+    def __init__(self, *tensors: Tensor, stream: torch.cuda.Stream | None) -> None:
+        """`stream` is None where there is no GPU, and nothing is copied that is on the CPU already."""
+        self._arrived: torch.cuda.Event | None = None
+        if stream is None:
+            self._tensors = [tensor.cpu() for tensor in tensors]
+            return
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            self._tensors = []
+            for tensor in tensors:
+                host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self._tensors.append(host.copy_(tensor, non_blocking=True))
+                tensor.record_stream(stream)
+            self._arrived = stream.record_event()
+
+    def wait(self) -> list[Tensor]:
+        """The tensors, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors

@@ -57,7 +57,9 @@ class Denoiser(ABC):
     dtype: torch.dtype
     """of the network; ε, x0 and latents are float32"""
     batch_size: int
-    """latents in one forward; every forward of an explainer has exactly this many"""
+    """latents in one forward; every forward of an explainer has exactly this many. Halved where they do not fit"""
+    compiled: bool = False
+    """whether `compile` has been called; what it has no shape for runs as it is"""
     features: Features | None = None
     """image features for comparisons on decoded images, if the model comes with them"""
 
@@ -85,40 +87,78 @@ class Denoiser(ABC):
         """The noise prediction ε, float32."""
         return self.read(x_t, timesteps, condition).epsilon
 
+    def bind(self, condition: Condition) -> Bound:
+        """The network bound to prompts, which many latents are going to share."""
+        return Bound(self, condition)
+
+    def compile(self) -> None:
+        """Compile the network, for batches of exactly `batch_size` latents that share a prompt.
+
+        Raises ValueError where it cannot be compiled.
+        """
+        raise ValueError(f"{self.name} cannot be compiled: leave compile out")
+
     def read(self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition) -> Prediction:
         """x0 and ε, each straight from the network's output."""
         return self.schedule.read(self.predict(x_t, timesteps, condition), x_t, timesteps)
 
 
-@dataclass(frozen=True)
+class Bound:
+    """A network bound to some prompts: what depends on neither latent nor time-step can be made once, here."""
+
+    def __init__(self, denoiser: Denoiser, condition: Condition) -> None:
+        self.denoiser, self.condition = denoiser, condition
+
+    def __call__(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
+    ) -> Float[Tensor, "n c h w"]:
+        """The network's own output for each latent under the prompt of its row, or of one row for all of them."""
+        rows = torch.full_like(timesteps, rows) if isinstance(rows, int) else rows
+        return self.denoiser.predict(x_t, timesteps, self.condition[rows])
+
+
 class Guided:
     """A denoiser bound to prompts and to one of the three targets: `explained(x_t, t, rows) → Prediction`.
 
     conditional    f(x | prompt): one forward
     unconditional  f(x | negative prompt): one forward
     guided         f(x | negative) + scale (f(x | prompt) − f(x | negative)): two forwards
+
+    `rows` says whose prompt each latent is under: [n], or one number where they share it, which costs less.
     """
 
-    denoiser: Denoiser
-    prompts: Condition
-    negatives: Condition
-    target: str
-    scale: Float[Tensor, " rows"]
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target {self.target!r} is not known: expected one of {', '.join(TARGETS)}")
+    def __init__(
+        self, denoiser: Denoiser, prompts: Condition, negatives: Condition, target: str, scale: Float[Tensor, " rows"]
+    ) -> None:
+        """Raises ValueError for a target that is not known."""
+        if target not in TARGETS:
+            raise ValueError(f"target {target!r} is not known: expected one of {', '.join(TARGETS)}")
+        self.schedule, self.target, self.scale = denoiser.schedule, target, scale
+        self._count = len(prompts)
+        told = {"conditional": prompts, "unconditional": negatives}
+        self._network = denoiser.bind(told.get(target) or Condition.cat([negatives, prompts]))
 
     def __call__(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"]
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Prediction:
-        """x0 and ε for each latent under the prompt of its row."""
-        predict, schedule = self.denoiser.predict, self.denoiser.schedule
-        if self.target == "conditional":
-            return schedule.read(predict(x_t, timesteps, self.prompts[rows]), x_t, timesteps)
-        if self.target == "unconditional":
-            return schedule.read(predict(x_t, timesteps, self.negatives[rows]), x_t, timesteps)
-        both = Condition.cat([self.negatives[rows], self.prompts[rows]])
-        without, given = predict(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).float().chunk(2)
-        scale = self.scale[rows][:, None, None, None]
-        return schedule.read(without + scale * (given - without), x_t, timesteps)
+        """x0 and ε for each latent."""
+        return self.schedule.read(self._predict(x_t, timesteps, rows), x_t, timesteps)
+
+    def epsilon(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
+    ) -> Float[Tensor, "n c h w"]:
+        """ε alone."""
+        return self.schedule.epsilon(self._predict(x_t, timesteps, rows), x_t, timesteps)
+
+    def _predict(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
+    ) -> Float[Tensor, "n c h w"]:
+        if self.target != "guided":
+            return self._network(x_t, timesteps, rows)
+        if isinstance(rows, int):  # two batches of the one size, each of one prompt
+            without, given = (self._network(x_t, timesteps, row).float() for row in (rows, rows + self._count))
+        else:
+            both = torch.cat([rows, rows + self._count])
+            output = self._network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
+            without, given = output.float().chunk(2)
+        return without + self.scale[rows].reshape(-1, 1, 1, 1) * (given - without)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from dfengine import models, shapes, store
+from dfengine import models, shapes, store, tuning
+from dfengine.batching import fits
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap, told_whole
 from dfengine.record import Recorder, device_name, plan
@@ -63,10 +64,15 @@ class Engine:
         batch_size: int | None = None,
         guidance: float | None = None,
         image_size: tuple[int, int] | None = None,
+        attention: str = "auto",
+        compile: bool | None = None,
     ) -> None:
         """Wrap a diffusers pipeline, on the device and in the dtype it has, or a `Denoiser` of one's own.
 
-        `image_size` is the (height, width) in pixels of a pipeline's images, by default the model's own.
+        `image_size` is the (height, width) in pixels of a pipeline's images, by default the model's own. `batch_size`
+        is how many masked latents one forward has, by default what keeps the device busy and fits; `attention` "auto",
+        "sdpa", "cudnn" or "xformers"; `compile` whether `torch.compile` is used, by default where a job repays it.
+        The network runs on the weights that the pipeline has when a job begins (LoRAs included).
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch size {batch_size} is not possible: expected at least 1")
@@ -77,10 +83,14 @@ class Engine:
         self.denoiser: Denoiser = (
             pipeline
             if isinstance(pipeline, Denoiser)
-            else models.adapt(pipeline, batch_size=batch_size, image_size=image_size)
+            else models.adapt(pipeline, batch_size=batch_size, image_size=image_size, attention=attention)
         )
         if batch_size is not None:
             self.denoiser.batch_size = batch_size
+        self._batch_is_given, self._compile = batch_size is not None, compile
+        self._pace: tuning.Pace | None = None
+        if self.denoiser.device.type == "cpu":
+            tuning.keep_freed_memory()
         self.guidance = GUIDANCE if guidance is None else guidance
 
     @classmethod
@@ -95,12 +105,14 @@ class Engine:
         random_weights: bool = False,
         image_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
+        attention: str = "auto",
+        compile: bool | None = None,
     ) -> Engine:
         """Load "shapes" (the embedded model), a diffusers pipeline folder, or a hub id.
 
         With `random_weights`, "sd15", "sd21" and "sdxl" are built without a download, to measure what they cost.
         The device is the GPU where there is one; the dtype is float16 on a GPU, float32 elsewhere. `image_size` is
-        (height, width) in pixels, by default the model's own.
+        (height, width) in pixels, by default the model's own. The last three are as for `Engine` itself.
         Raises ValueError where the model, device, dtype or size is not to be had.
         """
         embedded = str(model) == "shapes" and not random_weights
@@ -112,11 +124,12 @@ class Engine:
             revision=revision,
             random_weights=random_weights,
             image_size=image_size,
+            attention=attention,
         )
         if embedded:
             denoiser.name = denoiser.name.replace(str(shapes.FOLDER), "shapes")
             denoiser.features = Judge.load().to(denoiser.device).features
-        return cls(denoiser, batch_size=batch_size, guidance=shapes.GUIDANCE if embedded else None)
+        return cls(denoiser, batch_size=batch_size, guidance=shapes.GUIDANCE if embedded else None, compile=compile)
 
     def job(
         self,
@@ -162,31 +175,50 @@ class Engine:
         again: trajectories in `restored`, by item, and maps in `done`, as (item, explainer's name, step).
         """
         explainers = _several(explainers)
-        group_size = max(1, self.denoiser.batch_size // 2)
+        self.prepare(jobs, explainers)
         for _, neighbours in groupby(enumerate(jobs), key=lambda pair: len(pair[1].timesteps)):
-            run = list(neighbours)
-            for first in range(0, len(run), group_size):
-                yield from self._explain_group(dict(run[first : first + group_size]), explainers, restored, done)
+            left = list(neighbours)
+            while left:
+                group_size = max(1, self.denoiser.batch_size // 2)
+                group = dict(left[:group_size])
+                began = time.monotonic()
+                paths: list[Trajectory] = []
+                if not fits(self.denoiser, group_size, lambda: paths.extend(self._sample(group, restored))):  # noqa: B023
+                    continue
+                left = left[group_size:]
+                yield from self._explain_group(dict(zip(group, paths, strict=True)), explainers, done, began)
+
+    def prepare(self, jobs: Sequence[Job], explainers: Sequence[Explainer]) -> None:
+        """Set up the network for jobs, as `stream` does by itself: find the batch that fits; compile if that repays.
+
+        Raises ValueError where compiling was asked for and is not possible.
+        """
+        if self._pace is None:
+            self._pace = tuning.tune(self.denoiser, is_given=self._batch_is_given)
+        num_forwards = sum(explainer.num_forwards(len(job.timesteps)) for job in jobs for explainer in explainers)
+        tuning.decide(self.denoiser, num_forwards, self._pace, wanted=self._compile)
+
+    def _sample(self, group: Mapping[int, Job], restored: Mapping[int, Trajectory]) -> list[Trajectory]:
+        """The trajectories of a group, those that are not restored sampled together."""
+        new = [item for item in group if item not in restored]
+        sampled = dict(zip(new, trajectories(self.denoiser, [group[item] for item in new]), strict=True)) if new else {}
+        return [restored[item] if item in restored else sampled[item] for item in group]
 
     def _explain_group(
         self,
-        group: Mapping[int, Job],
+        group: Mapping[int, Trajectory],
         explainers: Sequence[Explainer],
-        restored: Mapping[int, Trajectory],
         done: Collection[tuple[int, str, int]],
+        began: float,
     ) -> Iterator[Event]:
-        began = time.monotonic()
         items = list(group)
-        new = [item for item in items if item not in restored]
-        sampled = dict(zip(new, trajectories(self.denoiser, [group[item] for item in new]), strict=True)) if new else {}
-        finished = [restored[item] if item in restored else sampled[item] for item in items]
-        for item, trajectory in zip(items, finished, strict=True):
+        for item, trajectory in group.items():
             yield Generated(item, trajectory)
         for explainer in explainers:
             left_out = {
                 (items.index(item), step) for item, name, step in done if name == explainer.name and item in group
             }
-            for step_map in explainer.explain(self.denoiser, finished, left_out):
+            for step_map in explainer.explain(self.denoiser, list(group.values()), left_out):
                 yield dataclasses.replace(step_map, item=items[step_map.item])
         seconds = (time.monotonic() - began) / len(items)
         for item in items:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -43,6 +43,8 @@ class NoiseSchedule:
     """clip predicted x0 to ± this"""
     thresholding: tuple[float, float] | None = None
     """dynamic thresholding of predicted x0: (quantile, largest value)"""
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """ᾱ in float32, the final one behind the others, on each device that asked"""
 
     @property
     def num_train_timesteps(self) -> int:
@@ -77,8 +79,12 @@ class NoiseSchedule:
         )
 
     def at(self, timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n 1 1 1"]:
-        """ᾱ of each time-step in float32, shaped to multiply latents."""
-        return self.alpha_bar.to(timesteps.device)[timesteps].float()[:, None, None, None]
+        """ᾱ of each time-step in float32, shaped to multiply latents; −1 is the end of the list, `final_alpha_bar`."""
+        device = timesteps.device
+        if device not in self._tables:  # copied once: each copy would wait for the device
+            table = torch.cat([self.alpha_bar, self.alpha_bar.new_tensor([self.final_alpha_bar])])
+            self._tables[device] = table.float().to(device)
+        return self._tables[device][timesteps][:, None, None, None]
 
     def timesteps(
         self, sampling: str | Iterable[SupportsIndex] = "uniform", num_steps: int = 30, gamma: float = 60
@@ -134,20 +140,32 @@ class NoiseSchedule:
         """
         alpha_bar = self.at(timesteps)
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        x_t, prediction = x_t.float(), prediction.float()
+        epsilon, prediction = self.epsilon(prediction, x_t, timesteps), prediction.float()
         if self.prediction_type == "v_prediction":
-            return Prediction(signal * x_t - noise * prediction, signal * prediction + noise * x_t)
+            return Prediction(signal * x_t.float() - noise * prediction, epsilon)
         if self.prediction_type == "sample":
-            return Prediction(prediction, (x_t - signal * prediction) / noise)
-        return Prediction((x_t - noise * prediction) / signal, prediction)
+            return Prediction(prediction, epsilon)
+        return Prediction((x_t.float() - noise * prediction) / signal, epsilon)
+
+    def epsilon(
+        self, prediction: Float[Tensor, "n c h w"], x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n c h w"]:
+        """ε alone, as `read` reads it, float32."""
+        prediction = prediction.float()
+        if self.prediction_type == "epsilon":
+            return prediction
+        alpha_bar = self.at(timesteps)
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if self.prediction_type == "v_prediction":
+            return signal * prediction + noise * x_t.float()
+        return (x_t.float() - signal * prediction) / noise
 
     def step(self, prediction: Prediction, next_timesteps: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
         """x_next = √ᾱ_next x0 + √(1 − ᾱ_next) ε, deterministic DDIM (Eq. 4, σ = 0).
 
         A next time-step of −1 is the end of the list: it lands on `final_alpha_bar`.
         """
-        table = torch.cat([self.alpha_bar, self.alpha_bar.new_tensor([self.final_alpha_bar])])
-        alpha_bar = table.to(next_timesteps.device)[next_timesteps].float()[:, None, None, None]
+        alpha_bar = self.at(next_timesteps)
         return alpha_bar.sqrt() * self.limit(prediction.x0) + (1 - alpha_bar).sqrt() * prediction.epsilon
 
     def limit(self, x0: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

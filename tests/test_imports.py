@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "dfengine.result": set(),
     "dfengine.denoiser": {"schedule"},
     "dfengine.models": {"denoiser", "schedule"},
+    "dfengine.tuning": {"batching", "denoiser"},
     "dfengine.trajectory": {"denoiser", "schedule"},
     "dfengine.explain": {"batching", "denoiser", "schedule", "trajectory", "dfkernels"},
     "dfengine.store": {"explain", "result", "trajectory"},
@@ -35,6 +36,7 @@ MAY_IMPORT = {
         "shapes",
         "store",
         "trajectory",
+        "tuning",
     },
     "dfengine.cli": {"engine", "explain", "figures", "store"},
 }

@@ -38,6 +38,10 @@ class Explainer(Protocol):
         """What its maps are filed under."""
         ...
 
+    def num_forwards(self, num_steps: int) -> int:
+        """Forwards of one latent that so many steps of one item cost, at most: what a job's time is predicted from."""
+        ...
+
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:

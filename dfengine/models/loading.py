@@ -30,13 +30,15 @@ def load(
     random_weights: bool = False,
     image_size: tuple[int, int] | None = None,
     batch_size: int | None = None,
+    attention: str = "auto",
 ) -> Denoiser:
     """Load a diffusers pipeline by folder or hub id through its own `from_pretrained`.
 
     With `random_weights`, build "sd15", "sd21" or "sdxl", or what a folder's configuration files describe, instead.
     The device is the GPU where there is one; the dtype float16 on a GPU and float32 elsewhere. A hub id is looked for
     among the files already here before the network is asked. `image_size` is (height, width) in pixels, by default the
-    model's own. Raises ValueError where there is no such model.
+    model's own. `attention` is one of "auto", "sdpa", "cudnn" and "xformers". Raises ValueError where there is no such
+    model, or something of it is not to be had here.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -48,7 +50,7 @@ def load(
         else:
             pipeline = _read(locate(model), dtype=dtype, variant=variant, revision=revision).to(device)
             name = f"{model}{f'@{revision}' if revision else ''}{f' ({variant})' if variant else ''}"
-        return adapt(pipeline, name=name, batch_size=batch_size, image_size=image_size)
+        return adapt(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention=attention)
 
 
 def _build(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -133,14 +135,16 @@ def adapt(
     name: str | None = None,
     batch_size: int | None = None,
     image_size: tuple[int, int] | None = None,
+    attention: str = "auto",
 ) -> Denoiser:
     """Wrap a diffusers pipeline; its Img2Img and Inpaint kinds are the same model.
 
-    Raises ValueError for a kind that has no adapter, or an image size that it cannot make.
+    Raises ValueError for a kind that has no adapter, an image size that it cannot make, or an attention backend that
+    cannot run here.
     """
     family = _family([kind.__name__ for kind in type(pipeline).__mro__])
     name = name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-    return family(pipeline, name=name, batch_size=batch_size, image_size=image_size)
+    return family(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention=attention)
 
 
 def _family(kinds: Sequence[str]) -> type[StableDiffusion]:

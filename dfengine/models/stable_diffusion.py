@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dfengine.denoiser import Condition, Denoiser
+from dfengine.denoiser import Bound, Condition, Denoiser
+from dfengine.models import unet as fast
+from dfengine.models.attention import attention as pick_attention
 from dfengine.schedule import NoiseSchedule
+
+log = logging.getLogger(__name__)
 
 #: The codec is memory-bound and its activations are large: at most so many images, and pixels, at a time.
 _IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 8, 1024 * 1024
+#: Latent pixels in one forward, by default: what keeps a GPU busy, and what stays in a CPU's cache.
+_PIXELS_IN_BATCH = {"cuda": 64 * 64 * 64, "cpu": 16 * 16 * 64}
+#: What the compiler is told on a GPU: one shape, so that searching for its fastest kernels is worth it.
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "max_autotune": True,
+        "triton.cudagraphs": False,
+        "conv_1x1_as_mm": True,
+        "coordinate_descent_tuning": True,
+    }
+}
 
 
 class StableDiffusion(Denoiser):
@@ -33,7 +49,13 @@ class StableDiffusion(Denoiser):
     """whether a float16 codec whose configuration says `force_upcast` runs in float32"""
 
     def __init__(
-        self, pipeline: Any, *, name: str, batch_size: int | None = None, image_size: tuple[int, int] | None = None
+        self,
+        pipeline: Any,
+        *,
+        name: str,
+        batch_size: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        attention: str = "auto",
     ) -> None:
         self.pipeline = pipeline
         self.unet, self.vae = pipeline.unet, pipeline.vae
@@ -48,7 +70,10 @@ class StableDiffusion(Denoiser):
         self.image_shape = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
         self.name = name if (height, width) == _latent_size(pipeline) else f"{name} ({_times(self.image_shape)} pixels)"
         self.device, self.dtype = self.unet.device, self.unet.dtype
-        self.batch_size = batch_size or max(1, 64 * 64 * 64 // (height * width) if self.device.type == "cuda" else 64)
+        pixels = _PIXELS_IN_BATCH.get(self.device.type, _PIXELS_IN_BATCH["cpu"])
+        self.batch_size = batch_size or max(1, pixels // (height * width))
+        self.attention = pick_attention(attention, self.device, self.dtype)
+        self._compiled: Any = None
         self._images_at_once = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(self.image_shape)))
 
     def predict(
@@ -59,6 +84,32 @@ class StableDiffusion(Denoiser):
         added = {name: value for name, value in condition.tensors.items() if name != "text"}
         text = condition.tensors["text"]
         return self.unet(x_t, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+
+    def bind(self, condition: Condition) -> Bound:
+        """The UNet's own weights by `models.unet`, which makes the prompts' keys and values once.
+
+        A UNet that is more than that module knows runs by diffusers' own forward, as in `predict`.
+        """
+        if different := fast.difference(self.unet):
+            log.info("the UNet runs by diffusers' own forward, which is slower: %s", different)
+            return Bound(self, condition)
+        return _BoundUNet(self, condition)
+
+    def compile(self) -> None:
+        if different := fast.difference(self.unet):
+            raise ValueError(f"{self.name} cannot be compiled: {different}")
+        options = _COMPILER_OPTIONS.get(self.device.type)
+        self._compiled = torch.compile(fast.forward, dynamic=False, fullgraph=True, options=options)
+        self.compiled = True
+
+    def run(
+        self, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"], texts: Sequence[fast.KeysValues]
+    ) -> Float[Tensor, "n c h w"]:
+        """`unet.forward`, compiled for the one shape that is worth it: a whole batch of one prompt."""
+        is_whole = len(x) == self.batch_size and len(texts[0][0]) == 1
+        forward = self._compiled if self.compiled and is_whole else fast.forward
+        with self.attention.chosen():
+            return forward(self.unet, x, embedding, texts, self.attention.attend)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         self.check(prompts)
@@ -108,6 +159,30 @@ class StableDiffusion(Denoiser):
             yield self.vae
         finally:
             nn.Module.to(self.vae, torch.float16)
+
+
+class _BoundUNet(Bound):
+    """Keys and values a prompt and embeddings a time-step, made once; only the latents' own way is left."""
+
+    def __init__(self, denoiser: StableDiffusion, condition: Condition) -> None:
+        super().__init__(denoiser, condition)
+        added = {name: value for name, value in condition.tensors.items() if name != "text"}
+        steps = torch.arange(denoiser.schedule.num_train_timesteps, device=denoiser.device)
+        self._run = denoiser.run
+        self._dtype = denoiser.dtype
+        self._times = fast.embed_times(denoiser.unet, steps)
+        self._added = fast.embed_added(denoiser.unet, added)
+        self._texts = fast.keys_values(denoiser.unet, condition.tensors["text"])
+
+    def __call__(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
+    ) -> Float[Tensor, "n c h w"]:
+        x_t = x_t.to(self._dtype, memory_format=torch.channels_last)
+        whose = slice(rows, rows + 1) if isinstance(rows, int) else rows
+        embedding = self._times[timesteps]
+        if self._added is not None:
+            embedding = embedding + self._added[whose]
+        return self._run(x_t, embedding, [(key[whose], value[whose]) for key, value in self._texts])
 
 
 def _check_unet(pipeline: Any) -> None:

@@ -1,0 +1,187 @@
+"""The forward of a UNet2DConditionModel for many latents at once: diffusers' weights, our own way through them.
+
+What depends on neither latent nor mask is made apart, once: the embedding of a time-step, the keys and values of a
+prompt. Latents that share a prompt share its keys and values, the batch folded into the queries. Activations stay
+channels-last from end to end; diffusers' own forward leaves that layout behind every attention block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dfengine.models.attention import Attend
+
+#: Keys and values of one cross-attention, [p, tokens, heads · d] each.
+KeysValues = tuple[Tensor, Tensor]
+
+#: Processors that compute plain attention, which `forward` does in their stead.
+_PLAIN = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor"}
+_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
+#: What a module of a kind must be like for `forward` to be its forward: attribute → value.
+_EXPECTED: Mapping[str, Mapping[str, Any]] = {
+    "ResnetBlock2D": {
+        "upsample": None,
+        "downsample": None,
+        "time_embedding_norm": "default",
+        "skip_time_act": False,
+        "output_scale_factor": 1.0,
+    },
+    "Transformer2DModel": {"is_input_continuous": True},
+    "BasicTransformerBlock": {
+        "norm_type": "layer_norm",
+        "pos_embed": None,
+        "only_cross_attention": False,
+        "_chunk_size": None,
+    },
+    "Attention": {
+        "group_norm": None,
+        "spatial_norm": None,
+        "norm_q": None,
+        "norm_k": None,
+        "norm_cross": None,
+        "residual_connection": False,
+        "rescale_output_factor": 1.0,
+    },
+    "Downsample2D": {"use_conv": True, "padding": 1, "norm": None},
+    "Upsample2D": {"use_conv": True, "use_conv_transpose": False, "interpolate": True, "norm": None},
+}
+_CONFIG = {"center_input_sample": False, "encoder_hid_dim_type": None, "time_embedding_act_fn": None}
+
+
+def difference(unet: Any) -> str | None:
+    """What of a UNet `forward` does not know, so that diffusers' own has to serve; None if there is nothing."""
+    for name, value in _CONFIG.items():
+        if unet.config.get(name) != value:
+            return f"its {name} is {unet.config.get(name)!r}"
+    if unet.class_embedding is not None or unet.config.addition_embed_type not in (None, "text_time"):
+        return "it is told of more than a prompt and a size"
+    for name, module in unet.named_modules():
+        kind = type(module).__name__
+        for attribute, value in _EXPECTED.get(kind, {}).items():
+            if getattr(module, attribute, value) != value:
+                return f"{attribute} of {name} is {getattr(module, attribute)!r}"
+        if kind == "Attention" and type(module.processor).__name__ not in _PLAIN:
+            return f"{name} has a {type(module.processor).__name__}"
+        if kind == "BasicTransformerBlock" and module.attn2 is None:
+            return f"{name} has no cross-attention"
+        # Whoever hooks a module that `forward` passes by wants to see it called.
+        passed_by = module is unet or kind in _BLOCKS or kind in _EXPECTED
+        if passed_by and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
+            return f"{name or 'it'} has a hook"
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        if type(block).__name__ not in _BLOCKS:
+            return f"it has a {type(block).__name__}"
+        if getattr(block, "s1", None):
+            return "FreeU is on"
+    return None
+
+
+def embed_times(unet: Any, timesteps: Int[Tensor, " s"]) -> Float[Tensor, "s e"]:
+    """What the network is told of each time-step."""
+    return unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
+
+
+def embed_added(unet: Any, added: Mapping[str, Tensor]) -> Float[Tensor, "p e"] | None:
+    """What it is told of each prompt beside its text (SDXL), to be added to `embed_times`; None for nothing."""
+    if unet.config.addition_embed_type is None:
+        return None
+    sizes = unet.add_time_proj(added["time_ids"].flatten()).unflatten(0, added["time_ids"].shape).flatten(1)
+    return unet.add_embedding(torch.cat([added["text_embeds"], sizes.to(unet.dtype)], dim=-1))
+
+
+def keys_values(unet: Any, text: Float[Tensor, "p tokens d"]) -> list[KeysValues]:
+    """Keys and values of every cross-attention, in the order of the forward."""
+    blocks = [block for transformer in _transformers(unet) for block in transformer.transformer_blocks]
+    return [(block.attn2.to_k(text), block.attn2.to_v(text)) for block in blocks]
+
+
+def forward(
+    unet: Any,
+    x: Float[Tensor, "n c h w"],
+    embedding: Float[Tensor, "n e"],
+    texts: Sequence[KeysValues],
+    attend: Attend,
+) -> Float[Tensor, "n c h w"]:
+    """The network's output for latents (channels-last) whose prompts' keys and values have n rows, or one for all."""
+    embedding, text = F.silu(embedding), iter(texts)
+    x = unet.conv_in(x)
+    skips = [x]
+    for block in unet.down_blocks:
+        for resnet, transformer in _pairs(block):
+            x = _transform(transformer, _resnet(resnet, x, embedding), text, attend)
+            skips.append(x)
+        for downsampler in block.downsamplers or ():
+            x = downsampler.conv(x)
+            skips.append(x)
+    first, *others = unet.mid_block.resnets
+    x = _resnet(first, x, embedding)
+    for transformer, resnet in zip(unet.mid_block.attentions, others, strict=True):
+        x = _resnet(resnet, _transform(transformer, x, text, attend), embedding)
+    for block in unet.up_blocks:
+        for resnet, transformer in _pairs(block):
+            x = _resnet(resnet, torch.cat([x, skips.pop()], dim=1), embedding)
+            x = _transform(transformer, x, text, attend)
+        for upsampler in block.upsamplers or ():
+            # To the size of what it meets next, which need not be twice its own.
+            x = upsampler.conv(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+    if unet.conv_norm_out is not None:
+        x = unet.conv_act(unet.conv_norm_out(x))
+    return unet.conv_out(x)
+
+
+def _pairs(block: Any) -> Iterator[tuple[Any, Any]]:
+    """A block's resnets, each with the transformer behind it or None."""
+    return zip(block.resnets, getattr(block, "attentions", None) or [None] * len(block.resnets), strict=True)
+
+
+def _transformers(unet: Any) -> list[Any]:
+    """Every transformer, in the order of the forward."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    return [transformer for block in blocks for transformer in getattr(block, "attentions", ())]
+
+
+def _resnet(resnet: Any, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"]) -> Float[Tensor, "n d h w"]:
+    hidden = resnet.conv1(resnet.nonlinearity(resnet.norm1(x)))
+    hidden = hidden + resnet.time_emb_proj(embedding)[:, :, None, None]
+    hidden = resnet.conv2(resnet.nonlinearity(resnet.norm2(hidden)))
+    return hidden + (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
+
+
+def _transform(
+    transformer: Any, x: Float[Tensor, "n c h w"], text: Iterator[KeysValues], attend: Attend
+) -> Float[Tensor, "n c h w"]:
+    if transformer is None:
+        return x
+    n, _, h, w = x.shape
+    tokens = transformer.norm(x)
+    if not transformer.use_linear_projection:
+        tokens = transformer.proj_in(tokens)
+    tokens = tokens.permute(0, 2, 3, 1).reshape(n, h * w, -1)
+    if transformer.use_linear_projection:
+        tokens = transformer.proj_in(tokens)
+    for block in transformer.transformer_blocks:
+        tokens = tokens + _attention(block.attn1, block.norm1(tokens), None, attend)
+        tokens = tokens + _attention(block.attn2, block.norm2(tokens), next(text), attend)
+        tokens = tokens + block.ff(block.norm3(tokens))
+    if transformer.use_linear_projection:
+        tokens = transformer.proj_out(tokens)
+    image = tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+    return x + (image if transformer.use_linear_projection else transformer.proj_out(image))
+
+
+def _attention(
+    attention: nn.Module, x: Float[Tensor, "n s d"], text: KeysValues | None, attend: Attend
+) -> Float[Tensor, "n s d"]:
+    module: Any = attention
+    query = module.to_q(x)
+    key, value = (module.to_k(x), module.to_v(x)) if text is None else text
+    # One prompt for all: softmax goes over the keys, so the batch may stand among the queries.
+    query = query.reshape(len(key), -1, query.shape[-1])
+    q, k, v = (part.unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return module.to_out[0](attend(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1))

@@ -1,0 +1,195 @@
+"""How a model is run on the device that is there: the batch that fits, and whether compiling repays itself.
+
+Everything is decided from what is measured, once, and said in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfengine.batching import fits
+from dfengine.denoiser import Denoiser
+
+log = logging.getLogger(__name__)
+
+#: Kernels count elements in 32 bits; a tensor of more is split rather than trusted.
+MOST_ELEMENTS = 2**31 - 1
+#: Of the memory that is free, what a batch may take; the rest is for what the allocator cannot use.
+SHARE_OF_MEMORY = 0.8
+#: A job is compiled if it would take this many times as long as compiling has to take before it repays itself.
+MARGIN = 2
+
+
+class Compiling(NamedTuple):
+    """What compiling is expected to cost and to gain."""
+
+    seconds: float
+    speedup: float
+
+
+#: On a CPU measured with the embedded model on two cores; on a GPU from published figures of this network, unmeasured.
+COMPILING = {"cpu": Compiling(45, 1.15), "cuda": Compiling(240, 1.2)}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured of a denoiser before compiling."""
+
+    elements: int
+    """of the largest tensor of one latent's forward"""
+    bytes: int | None
+    """that one more latent in a batch takes; None where it cannot be measured (on a CPU)"""
+    seconds: float
+    """a latent's forward takes in a batch"""
+
+
+@torch.no_grad()
+def tune(denoiser: Denoiser, *, is_given: bool = False) -> Pace:
+    """Measure a few forwards, and set the batch size to what fits: at most what it is.
+
+    `is_given` says that the batch size is the caller's own, which is kept as long as no tensor gets too large.
+    """
+    forward = _forwards(denoiser)
+    with _Largest() as largest:
+        seconds = _timed(denoiser, lambda: forward(1))
+    needs = _bytes_a_latent(denoiser, forward) if denoiser.device.type == "cuda" else None
+    most = max(1, MOST_ELEMENTS // largest.elements)
+    why = "no tensor of a forward may have more elements than 2^31"
+    if needs and not is_given:
+        room = max(1, int(SHARE_OF_MEMORY * _free_memory(denoiser.device)) // needs)
+        most, why = min((most, why), (room, f"a latent takes {needs / 2**20:.0f} MiB"))
+    if most < denoiser.batch_size:
+        log.info("batches of %d instead of %d: %s", most, denoiser.batch_size, why)
+        denoiser.batch_size = most
+    # On a GPU a batch costs little and its kernels are chosen now, while memory is free; a CPU is timed on a few.
+    count = denoiser.batch_size if denoiser.device.type == "cuda" else min(16, denoiser.batch_size)
+    if denoiser.device.type == "cuda" or seconds < 0.25:
+        while not fits(denoiser, count, lambda: forward(count)):  # noqa: B023  # called at once
+            count = denoiser.batch_size
+        seconds = _timed(denoiser, lambda: forward(count)) / count
+    return Pace(elements=largest.elements, bytes=needs, seconds=seconds)
+
+
+def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | None = None) -> None:
+    """Compile the denoiser if that is `wanted`, or by default if a job of so many forwards repays it."""
+    if wanted is False or denoiser.compiled:
+        return
+    expected = COMPILING.get(denoiser.device.type)
+    if wanted is None:
+        if expected is None:
+            return
+        uncompiled = num_forwards * pace.seconds
+        repaid = uncompiled * (1 - 1 / expected.speedup) >= MARGIN * expected.seconds
+        log.info(
+            "about %s for %d forwards%s",
+            _duration(uncompiled),
+            num_forwards,
+            f": compiling first, which takes {_duration(expected.seconds)} or so"
+            if repaid
+            else ", not worth compiling",
+        )
+        if not repaid:
+            return
+    try:
+        denoiser.compile()
+        with torch.no_grad():
+            began = time.monotonic()
+            _forwards(denoiser)(denoiser.batch_size)
+            _synchronize(denoiser.device)
+        log.info("compiled in %s", _duration(time.monotonic() - began))
+    except Exception as error:  # whatever a compiler and its tools may lack
+        denoiser.compiled = False
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if wanted:
+            raise ValueError(f"the network could not be compiled: {reason}; leave compile out") from error
+        log.info("going on without compiling: %s", reason)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: a forward's activations then come from memory that is already mapped.
+
+    With fresh pages for each of them a CPU's forward takes 1.05 to 1.3 times as long, the more the larger the batch.
+    Whoever has set MALLOC_… or GLIBC_TUNABLES is left alone.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another system's library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def _forwards(denoiser: Denoiser) -> Callable[[int], Tensor]:
+    """Forwards of so many latents of one prompt, as the explainers make them."""
+    network = denoiser.bind(denoiser.condition([""]))
+    last = denoiser.schedule.num_train_timesteps - 1
+
+    def forward(count: int) -> Tensor:
+        x = torch.randn(count, *denoiser.latent_shape, device=denoiser.device)
+        return network(x, torch.full((count,), last, device=denoiser.device), 0)
+
+    return forward
+
+
+def _timed(denoiser: Denoiser, work: Callable[[], object]) -> float:
+    _synchronize(denoiser.device)
+    began = time.perf_counter()
+    work()
+    _synchronize(denoiser.device)
+    return time.perf_counter() - began
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _bytes_a_latent(denoiser: Denoiser, forward: Callable[[int], Tensor]) -> int:
+    """By how much a forward's peak grows with each latent."""
+
+    def peak(count: int) -> int:
+        torch.cuda.reset_peak_memory_stats(denoiser.device)
+        forward(count)
+        return torch.cuda.max_memory_allocated(denoiser.device)
+
+    few, more = 1, min(4, max(2, denoiser.batch_size))
+    return max(1, (peak(more) - peak(few)) // (more - few))
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that tensors could still take, what the allocator holds in reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        for value in returned if isinstance(returned, (tuple, list)) else (returned,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return returned
+
+
+def _duration(seconds: float) -> str:
+    """As a person would say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
