@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import time
 import warnings
@@ -61,7 +62,13 @@ def explain(
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU by default where there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="masked latents in one forward")] = None,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N", help="masked latents in one forward; auto: what fits and keeps the device busy")
+    ] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn or xformers")] = "auto",
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile; by default where the job repays it")
+    ] = None,
     keep_probability: Annotated[float, typer.Option(help="share of latent pixels a mask keeps, in (0, 1)")] = 0.5,
     mask_kind: Annotated[str, typer.Option(help="gaussian or rise")] = "gaussian",
     similarity: Annotated[
@@ -101,7 +108,9 @@ def explain(
             revision=revision,
             random_weights=random_weights,
             image_size=None if image_size is None else _sides(image_size),
-            batch_size=batch_size,
+            batch_size=_count_or_auto(batch_size),
+            attention=attention,
+            compile=compile,
         )
         engine.explain(
             prompt,
@@ -120,6 +129,61 @@ def explain(
             on_event=on_event,
         )
     print(f"{out}: {steps} steps of DF-RISE, {masks} masks each, in {time.monotonic() - began:.0f} s")
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str, typer.Option(help="'shapes', a diffusers folder, a hub id, or sd15, sd21, sdxl (random weights)")
+    ] = "shapes",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="of sd15, sd21 or sdxl: no download")
+    ] = False,
+    image_size: Annotated[str | None, typer.Option(metavar="HxW", help="the model's own by default")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU by default where there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32")] = None,
+    batch_size: Annotated[str, typer.Option(metavar="N", help="masked latents in one forward, or auto")] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn or xformers")] = "auto",
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="by default where the job repays it")
+    ] = None,
+    images: Annotated[int, typer.Option(help="of the job whose time is predicted")] = 1,
+    steps: Annotated[int, typer.Option(help="of each image")] = 30,
+    masks: Annotated[int, typer.Option(help="of each step")] = 500,
+    score: Annotated[str, typer.Option(help="local or global")] = "local",
+    target: Annotated[str, typer.Option(help="conditional, guided or unconditional prediction")] = "conditional",
+    seconds: Annotated[float, typer.Option(help="for each measurement, about")] = 3.0,
+    trace: Annotated[Path | None, typer.Option(help="write a Chrome trace of a few batches, too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, for another program")] = False,
+) -> None:
+    """Measure how fast a model is explained here, where the time goes, and how long a job would take."""
+    import json
+
+    from dfengine import Engine, Rise
+    from dfengine import profile as profiling
+
+    if images < 1 or not seconds > 0:
+        raise ValueError(
+            f"{images} images and {seconds} seconds are not possible: expected at least 1, and more than 0"
+        )
+    engine = Engine.from_pretrained(
+        model,
+        device=device,
+        dtype=dtype,
+        random_weights=random_weights,
+        image_size=None if image_size is None else _sides(image_size),
+        batch_size=_count_or_auto(batch_size),
+        attention=attention,
+        compile=compile,
+    )
+    rise = Rise(masks, score=score, target=target)
+    job = engine.job("a blue square" if model == "shapes" else "a photo of a cat", num_steps=steps)
+    with _err.status("measuring") as status:
+        told = lambda what: status.update(f"measuring {what}")  # noqa: E731
+        found = profiling.profile(engine, rise, job, images=images, seconds=seconds, tell=told)
+        if trace is not None:
+            profiling.trace(engine, rise, job, trace)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else "\n".join(profiling.lines(found)))
 
 
 @app.command()
@@ -170,6 +234,15 @@ def _sides(size: str) -> tuple[int, int]:
     if not (cross and height.isdecimal() and width.isdecimal()):
         raise ValueError(f"image size {size!r} is not understood: expected height x width in pixels, as in 512x768")
     return int(height), int(width)
+
+
+def _count_or_auto(size: str) -> int | None:
+    """A batch size, None for "auto"."""
+    if size == "auto":
+        return None
+    if not size.isdecimal():
+        raise ValueError(f"batch size {size!r} is not understood: expected a number or auto")
+    return int(size)
 
 
 def _told(opened: Run | RunFolder) -> Iterator[str]:
@@ -263,13 +336,32 @@ def _interruptible(out: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def _logged(note: Callable[[str], None]) -> Iterator[None]:
+    """Tell the notes of the package's log."""
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(record.getMessage())
+
+    log, notes = logging.getLogger("dfengine"), Notes(logging.INFO)
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(notes)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
+
+
 def main() -> None:
     """Run the command line: what a user can get wrong is one line on stderr and exit status 2."""
 
     def note(message: Warning | str, *_: object) -> None:
-        _err.print(f"dfengine: note: {message}")
+        _err.print(f"dfengine: note: {message}", markup=False)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _logged(note):
         warnings.showwarning = note  # type: ignore[assignment]  # restored on leaving the block
         try:
             sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))

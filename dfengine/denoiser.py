@@ -58,6 +58,8 @@ class Denoiser(ABC):
     """of the network; ε, x0 and latents are float32"""
     batch_size: int
     """latents in one forward; every forward of an explainer has exactly this many. Halved where they do not fit"""
+    attention_backend: str = "its own"
+    """what computes attention, by name"""
     compiled: bool = False
     """whether `compile` has been called; what it has no shape for runs as it is"""
     features: Features | None = None
@@ -90,6 +92,14 @@ class Denoiser(ABC):
     def bind(self, condition: Condition) -> Bound:
         """The network bound to prompts, which many latents are going to share."""
         return Bound(self, condition)
+
+    def use_attention(self, backend: str) -> None:
+        """Compute attention by one of several backends. Raises ValueError where there is no choice, or not this one."""
+        raise ValueError(f"{self.name} has no choice of attention: leave it out")
+
+    def slower_paths(self) -> list[str]:
+        """Fast paths that this network does not take, and why, a line each."""
+        return []
 
     def compile(self) -> None:
         """Compile the network, for batches of exactly `batch_size` latents that share a prompt.

@@ -60,7 +60,7 @@ def tune(denoiser: Denoiser, *, is_given: bool = False) -> Pace:
 
     `is_given` says that the batch size is the caller's own, which is kept as long as no tensor gets too large.
     """
-    forward = _forwards(denoiser)
+    forward = forwards(denoiser)
     with _Largest() as largest:
         seconds = _timed(denoiser, lambda: forward(1))
     needs = _bytes_a_latent(denoiser, forward) if denoiser.device.type == "cuda" else None
@@ -89,25 +89,18 @@ def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | 
     if wanted is None:
         if expected is None:
             return
-        uncompiled = num_forwards * pace.seconds
-        repaid = uncompiled * (1 - 1 / expected.speedup) >= MARGIN * expected.seconds
-        log.info(
-            "about %s for %d forwards%s",
-            _duration(uncompiled),
-            num_forwards,
-            f": compiling first, which takes {_duration(expected.seconds)} or so"
-            if repaid
-            else ", not worth compiling",
-        )
-        if not repaid:
+        uncompiled, cost = num_forwards * pace.seconds, expected.seconds
+        if uncompiled * (1 - 1 / expected.speedup) < MARGIN * cost:
+            log.debug("about %s for %d forwards: not compiling", duration(uncompiled), num_forwards)
             return
+        log.info("about %s for %d forwards: compiling, in %s", duration(uncompiled), num_forwards, duration(cost))
     try:
         denoiser.compile()
         with torch.no_grad():
             began = time.monotonic()
-            _forwards(denoiser)(denoiser.batch_size)
-            _synchronize(denoiser.device)
-        log.info("compiled in %s", _duration(time.monotonic() - began))
+            forwards(denoiser)(denoiser.batch_size)
+            synchronize(denoiser.device)
+        log.info("compiled in %s", duration(time.monotonic() - began))
     except Exception as error:  # whatever a compiler and its tools may lack
         denoiser.compiled = False
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -130,7 +123,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
-def _forwards(denoiser: Denoiser) -> Callable[[int], Tensor]:
+def forwards(denoiser: Denoiser) -> Callable[[int], Tensor]:
     """Forwards of so many latents of one prompt, as the explainers make them."""
     network = denoiser.bind(denoiser.condition([""]))
     last = denoiser.schedule.num_train_timesteps - 1
@@ -143,14 +136,15 @@ def _forwards(denoiser: Denoiser) -> Callable[[int], Tensor]:
 
 
 def _timed(denoiser: Denoiser, work: Callable[[], object]) -> float:
-    _synchronize(denoiser.device)
+    synchronize(denoiser.device)
     began = time.perf_counter()
     work()
-    _synchronize(denoiser.device)
+    synchronize(denoiser.device)
     return time.perf_counter() - began
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device has been given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -188,8 +182,10 @@ class _Largest(TorchDispatchMode):
         return returned
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As a person would say it."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -38,7 +38,8 @@ MAY_IMPORT = {
         "trajectory",
         "tuning",
     },
-    "dfengine.cli": {"engine", "explain", "figures", "store"},
+    "dfengine.profile": {"denoiser", "engine", "explain", "record", "store", "trajectory", "tuning", "dfkernels"},
+    "dfengine.cli": {"engine", "explain", "figures", "profile", "store"},
 }
 
 #: The only places that may import each of these libraries.

@@ -76,7 +76,7 @@ class Masking:
         """Rounds of masks over the rows that still want some; without an early stop there is one round."""
         total = self.rise.num_masks
         if self.rise.stop_at_error is None:
-            yield from self._step_maps(self._round(range(len(self.rows)), 0, total), total)
+            yield from self.step_maps(self._round(range(len(self.rows)), 0, total), total)
             return
         active = list(range(len(self.rows)))
         for first in range(0, total, MASKS_BETWEEN_CHECKS):
@@ -85,7 +85,7 @@ class Masking:
                 pass
             active = [row for row in active if self.wanted[row]]
             sure = set(active if first + count == total else self._sure(active, first + count))
-            yield from self._step_maps([[row for row in active if row in sure]], first + count)
+            yield from self.step_maps([[row for row in active if row in sure]], first + count)
             active = [row for row in active if row not in sure]
             if not active:
                 return
@@ -105,7 +105,7 @@ class Masking:
         def measure(entries: Int[Tensor, " n"], known: range) -> None:
             rows = torch.where(entries == PADDING, PADDING, table[entries.clamp(min=0) // count])
             items = {self.rows[row][0] for row in touched(known)}
-            self._measure(rows, first + entries % count, items.pop() if len(items) == 1 else None)
+            self.measure(rows, first + entries % count, items.pop() if len(items) == 1 else None)
 
         def needed(entries: range) -> bool:
             return any(self.wanted[row] for row in touched(entries))
@@ -120,21 +120,33 @@ class Masking:
         real = rows.clamp(min=0)
         self.references[rows] = self.explained.epsilon(self.latents[real], self.timesteps[real], self.items[real])
 
-    def _measure(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"], item: int | None) -> None:
+    def measure(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"], item: int | None) -> None:
         """f(R ⊙ M), its scores and their sums, for one batch; `item` if it is of one item only."""
-        real = rows.clamp(min=0)
         with record_function("dfengine: masks"):
-            masked = dfkernels.blend(self.latents, self.seeds, self.steps, rows, indices, **self.masks)
+            masked = self.mask(rows, indices)
         with record_function("dfengine: network"):
-            whose = self.items[real] if item is None else item
-            answers = self.explained.epsilon(masked, self.timesteps[real], whose)
+            answers = self.answer(masked, rows, item)
         with record_function("dfengine: scores"):
-            self.scores[rows, indices] = self._score(answers, rows, indices).float()
+            self.score(answers, rows, indices)
 
-    def _score(
+    def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
+        """R ⊙ M, channels-last; zeros for padding."""
+        return dfkernels.blend(self.latents, self.seeds, self.steps, rows, indices, **self.masks)
+
+    def answer(
+        self, masked: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], item: int | None
+    ) -> Float[Tensor, "n c h w"]:
+        """f(R ⊙ M)."""
+        real = rows.clamp(min=0)
+        return self.explained.epsilon(masked, self.timesteps[real], self.items[real] if item is None else item)
+
+    def score(self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> None:
+        """Add each mask's scores to the sums, and keep its mean score."""
+        self.scores[rows, indices] = self._accumulate(answers, rows, indices).float()
+
+    def _accumulate(
         self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        """Each mask's mean score, after adding its scores to the sums."""
         where = (self.seeds, self.steps, rows, indices)
         if isinstance(self.rise.similarity, str) and self.rise.similarity != "frechet":
             return dfkernels.accumulate(
@@ -210,7 +222,7 @@ class Masking:
         below = torch.stack(shares) < self.rise.stop_at_error if shares else torch.zeros(0)
         return [row for row, is_sure in zip(rows, below.tolist(), strict=True) if is_sure]
 
-    def _step_maps(self, completed: Iterable[list[int]], num_masks: int) -> Iterator[StepMap]:
+    def step_maps(self, completed: Iterable[list[int]], num_masks: int) -> Iterator[StepMap]:
         """The maps of rows, told of as batches complete them: fetched while the device works on the next batch."""
         coming: list[tuple[int, Download]] = []
         for rows in completed:

@@ -144,7 +144,7 @@ def adapt(
     """
     family = _family([kind.__name__ for kind in type(pipeline).__mro__])
     name = name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-    return family(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention=attention)
+    return family(pipeline, name=name, batch_size=batch_size, image_size=image_size, backend=attention)
 
 
 def _family(kinds: Sequence[str]) -> type[StableDiffusion]:

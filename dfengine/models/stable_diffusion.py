@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfengine.denoiser import Bound, Condition, Denoiser
 from dfengine.models import unet as fast
-from dfengine.models.attention import attention as pick_attention
+from dfengine.models.attention import attention
 from dfengine.schedule import NoiseSchedule
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class StableDiffusion(Denoiser):
         name: str,
         batch_size: int | None = None,
         image_size: tuple[int, int] | None = None,
-        attention: str = "auto",
+        backend: str = "auto",
     ) -> None:
         self.pipeline = pipeline
         self.unet, self.vae = pipeline.unet, pipeline.vae
@@ -72,7 +72,7 @@ class StableDiffusion(Denoiser):
         self.device, self.dtype = self.unet.device, self.unet.dtype
         pixels = _PIXELS_IN_BATCH.get(self.device.type, _PIXELS_IN_BATCH["cpu"])
         self.batch_size = batch_size or max(1, pixels // (height * width))
-        self.attention = pick_attention(attention, self.device, self.dtype)
+        self.use_attention(backend)
         self._compiled: Any = None
         self._images_at_once = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(self.image_shape)))
 
@@ -95,6 +95,14 @@ class StableDiffusion(Denoiser):
             return Bound(self, condition)
         return _BoundUNet(self, condition)
 
+    def use_attention(self, backend: str) -> None:
+        self._attention = attention(backend, self.device, self.dtype)
+        self.attention_backend = self._attention.name
+
+    def slower_paths(self) -> list[str]:
+        different = fast.difference(self.unet)
+        return [f"the UNet runs by diffusers' own forward: {different}"] if different else []
+
     def compile(self) -> None:
         if different := fast.difference(self.unet):
             raise ValueError(f"{self.name} cannot be compiled: {different}")
@@ -108,8 +116,8 @@ class StableDiffusion(Denoiser):
         """`unet.forward`, compiled for the one shape that is worth it: a whole batch of one prompt."""
         is_whole = len(x) == self.batch_size and len(texts[0][0]) == 1
         forward = self._compiled if self.compiled and is_whole else fast.forward
-        with self.attention.chosen():
-            return forward(self.unet, x, embedding, texts, self.attention.attend)
+        with self._attention.chosen():
+            return forward(self.unet, x, embedding, texts, self._attention.attend)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         self.check(prompts)

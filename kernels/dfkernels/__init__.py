@@ -1,7 +1,7 @@
 """The operations DF-RISE runs on: counter-based masks, similarity scores, running sums and the estimators of a map."""
 
 from dfkernels.counters import philox, words
-from dfkernels.dispatch import accumulate, add, blend, draw, erase, masks, ridge, similarity
+from dfkernels.dispatch import accumulate, add, blend, draw, erase, masks, ridge, runs_fused, similarity
 from dfkernels.estimators import ESTIMATORS, Sums, estimate
 from dfkernels.games import blur, ranks
 from dfkernels.reference import MASK_KINDS, SCORES, SIMILARITIES
@@ -23,6 +23,7 @@ __all__ = [
     "philox",
     "ranks",
     "ridge",
+    "runs_fused",
     "similarity",
     "words",
 ]

@@ -60,6 +60,11 @@ def serves(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
+def runs_fused(device: torch.device) -> bool:
+    """Whether operations on a device's tensors are Triton's: it can run there and is installed."""
+    return serves(device) and importlib.util.find_spec("triton") is not None
+
+
 @cache
 def load(module: str) -> ModuleType | None:
     """dfkernels.fused.<module>, or None, with a warning the first time, where Triton is not installed."""

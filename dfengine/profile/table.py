@@ -1,0 +1,58 @@
+"""A profile in lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dfengine.profile.measure import Profile
+from dfengine.tuning import duration
+
+#: Stages, as a person would name them.
+_STAGES = {
+    "network": "U-Net",
+    "masks": "masks",
+    "scores": "scores and sums",
+    "maps": "maps, to the CPU",
+    "rest": "the rest of the loop",
+    "file": "file (another thread)",
+}
+
+
+def lines(found: Profile) -> Iterator[str]:
+    """The table that `dfengine profile` prints."""
+    how = "compiled" if found.compiled else "not compiled"
+    ceiling = f"{found.share_of_ceiling:.0%} of a matrix product's {_number(found.ceiling_tflop_s)}"
+    torch = found.versions["torch"]
+    yield f"{found.model} on {found.device}"
+    yield f"  {found.dtype}, batches of {found.batch_size}, {how}, attention {found.attention}, torch {torch}"
+    yield ""
+    yield f"  masks a second       {_number(found.masks_a_second)}"
+    yield f"  TFLOP/s              {_number(found.tflop_s)}, {ceiling} here"
+    yield f"  outside the U-Net    {found.outside_network:.1%} of the loop's time"
+    yield f"  memory, at most      {found.peak_gib:.2f} GiB; a copy makes {found.copy_gb_s:.0f} GB/s"
+    yield ""
+    loop = 1 / found.masks_a_second
+    yield "  where a mask's time goes       µs     share of the loop"
+    for stage, seconds in found.seconds_a_mask.items():
+        yield f"    {_STAGES[stage]:<22} {seconds * 1e6:>10.1f}   {seconds / loop:>8.1%}"
+    yield ""
+    yield "  the U-Net            GFLOP a mask   share of its time"
+    for kind, share in found.network.items():
+        yield f"    {kind:<18} {found.gflop_a_mask[kind]:>10.3f}   {share:>14.1%}"
+    yield ""
+    yield "  latents a forward    masks a second   memory, at most"
+    for point in found.curve:
+        yield f"    {point['batch']:<18.0f} {_number(point['masks_a_second']):>10}   {point['peak_gib']:>12.2f} GiB"
+    yield ""
+    job = found.job
+    what = (
+        f"{job['images']:.0f} image{'s' * (job['images'] != 1)} × {job['steps']:.0f} steps × {job['masks']:.0f} masks"
+    )
+    yield f"  {what}: about {duration(job['seconds'])}, a file of at most {job['bytes'] / 1e6:,.1f} MB"
+    for reason in found.missed:
+        yield f"  could be faster: {reason}"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
