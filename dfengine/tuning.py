@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 MOST_ELEMENTS = 2**31 - 1
 #: Of the memory that is free, what a batch may take; the rest is for what the allocator cannot use.
 SHARE_OF_MEMORY = 0.8
+#: A forward of one latent that takes so many seconds on a CPU tells enough of what more of them take.
+LONG = 0.25
 #: A job is compiled if it would take this many times as long as compiling has to take before it repays itself.
 MARGIN = 2
 
@@ -63,19 +66,19 @@ def tune(denoiser: Denoiser, *, is_given: bool = False) -> Pace:
     forward = forwards(denoiser)
     with _Largest() as largest:
         seconds = _timed(denoiser, lambda: forward(1))
-    needs = _bytes_a_latent(denoiser, forward) if denoiser.device.type == "cuda" else None
+    needs = _bytes_a_latent(denoiser, forward) if on_gpu(denoiser) else None
     most = max(1, MOST_ELEMENTS // largest.elements)
-    why = "no tensor of a forward may have more elements than 2^31"
-    if needs and not is_given:
+    why = f"no tensor of a forward may have more than {MOST_ELEMENTS} elements"
+    if needs is not None and not is_given:
         room = max(1, int(SHARE_OF_MEMORY * _free_memory(denoiser.device)) // needs)
         most, why = min((most, why), (room, f"a latent takes {needs / 2**20:.0f} MiB"))
     if most < denoiser.batch_size:
         log.info("batches of %d instead of %d: %s", most, denoiser.batch_size, why)
         denoiser.batch_size = most
-    # On a GPU a batch costs little and its kernels are chosen now, while memory is free; a CPU is timed on a few.
-    count = denoiser.batch_size if denoiser.device.type == "cuda" else min(16, denoiser.batch_size)
-    if denoiser.device.type == "cuda" or seconds < 0.25:
-        while not fits(denoiser, count, lambda: forward(count)):  # noqa: B023  # called at once
+    # A GPU's kernels are chosen now, while memory is free, for the size that there will be; a CPU is timed on a few.
+    count = denoiser.batch_size if on_gpu(denoiser) else min(16, denoiser.batch_size)
+    if on_gpu(denoiser) or seconds < LONG:
+        while not fits(denoiser, count, partial(forward, count)):
             count = denoiser.batch_size
         seconds = _timed(denoiser, lambda: forward(count)) / count
     return Pace(elements=largest.elements, bytes=needs, seconds=seconds)
@@ -121,6 +124,11 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def on_gpu(denoiser: Denoiser) -> bool:
+    """Whether the denoiser's memory and time are a GPU's."""
+    return denoiser.device.type == "cuda"
 
 
 def forwards(denoiser: Denoiser) -> Callable[[int], Tensor]:

@@ -61,6 +61,15 @@ def difference(unet: Any) -> str | None:
             return f"its {name} is {unet.config.get(name)!r}"
     if unet.class_embedding is not None or unet.config.addition_embed_type not in (None, "text_time"):
         return "it is told of more than a prompt and a size"
+    for block in _blocks(unet):
+        if type(block).__name__ not in _BLOCKS:
+            return f"it has a {type(block).__name__}"
+        parts = ("resnets", "attentions", "downsamplers", "upsamplers")
+        for part in (module for name in parts for module in getattr(block, name, None) or ()):
+            if type(part).__name__ not in _EXPECTED:
+                return f"it has a {type(part).__name__}"
+        if getattr(block, "s1", None):
+            return "FreeU is on"
     for name, module in unet.named_modules():
         kind = type(module).__name__
         for attribute, value in _EXPECTED.get(kind, {}).items():
@@ -74,11 +83,6 @@ def difference(unet: Any) -> str | None:
         passed_by = module is unet or kind in _BLOCKS or kind in _EXPECTED
         if passed_by and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
             return f"{name or 'it'} has a hook"
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        if type(block).__name__ not in _BLOCKS:
-            return f"it has a {type(block).__name__}"
-        if getattr(block, "s1", None):
-            return "FreeU is on"
     return None
 
 
@@ -140,10 +144,13 @@ def _pairs(block: Any) -> Iterator[tuple[Any, Any]]:
     return zip(block.resnets, getattr(block, "attentions", None) or [None] * len(block.resnets), strict=True)
 
 
+def _blocks(unet: Any) -> list[Any]:
+    return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+
+
 def _transformers(unet: Any) -> list[Any]:
     """Every transformer, in the order of the forward."""
-    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    return [transformer for block in blocks for transformer in getattr(block, "attentions", ())]
+    return [transformer for block in _blocks(unet) for transformer in getattr(block, "attentions", ())]
 
 
 def _resnet(resnet: Any, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"]) -> Float[Tensor, "n d h w"]:

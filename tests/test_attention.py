@@ -1,0 +1,78 @@
+"""Attention backends: which one serves where, and batches beyond a kernel's grid."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from dfengine import Engine
+from dfengine.models import attention as backends
+from dfengine.models.attention import attention, in_parts
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@given(batch=st.integers(1, 9), heads=st.integers(1, 5), most=st.integers(1, 12))
+def test_a_kernel_is_called_on_at_most_so_many_heads(batch: int, heads: int, most: int) -> None:
+    called: list[tuple[int, ...]] = []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """In xformers' layout, [b, tokens, heads, d]."""
+        called.append(tuple(q.shape))
+        return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+
+    q = torch.randn(batch, heads, 3, 4)
+    k, v = torch.randn(2, batch, heads, 5, 4)
+    assert_close(in_parts(kernel, most)(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert sum(shape[0] for shape in called) == batch
+    assert all(shape[0] * heads <= max(most, heads) and shape[1:] == (3, heads, 4) for shape in called)
+
+
+def test_auto_is_torchs_own_on_a_cpu() -> None:
+    for backend in ("auto", "sdpa"):
+        assert attention(backend, CPU, torch.float32) == backends.Attention("sdpa")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "name"),
+    [((9, 0), torch.float16, "cudnn"), ((9, 0), torch.float32, "sdpa"), ((8, 6), torch.bfloat16, "sdpa")],
+)
+def test_auto_is_cudnns_on_hopper_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    chosen = attention("auto", CUDA, dtype)
+    assert chosen.name == name
+    # Whatever comes first, every kernel may serve what the others cannot.
+    assert [kernel.name for kernel in chosen.order[:1]] == ["CUDNN_ATTENTION"] * (name == "cudnn")
+    with chosen.chosen():
+        q = torch.randn(1, 2, 3, 8)
+        assert_close(chosen.attend(q, q, q), F.scaled_dot_product_attention(q, q, q))
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "said"),
+    [
+        ("flash", CPU, torch.float32, "'flash' is not known: expected one of auto, sdpa, cudnn, xformers"),
+        ("cudnn", CPU, torch.float32, "'cudnn' needs a CUDA device, and this is cpu"),
+        ("xformers", CPU, torch.float32, "'xformers' needs a CUDA device, and this is cpu"),
+        ("cudnn", CUDA, torch.float32, "half precision, not in torch.float32"),
+        ("xformers", CUDA, torch.float16, r"not installed: pip install 'dfengine\[xformers\]'"),
+    ],
+)
+def test_what_cannot_run_here_is_said(
+    backend: str, device: torch.device, dtype: torch.dtype, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    with pytest.raises(ValueError, match=said):
+        attention(backend, device, dtype)
+
+
+def test_an_engine_refuses_what_its_device_does_not_have() -> None:
+    with pytest.raises(ValueError, match="'cudnn' needs a CUDA device"):
+        Engine.from_pretrained("shapes", device="cpu", attention="cudnn")

@@ -1,0 +1,178 @@
+"""The profile: what it counts by an independent way, what it predicts, and the command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfengine import Engine, Rise
+from dfengine.profile import Profile, lines, profile
+from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling
+from dfengine.profile.measure import _missed
+from dfengine.profile.operations import KINDS, flops_by_kind, kind_of, time_by_kind
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained("shapes", device="cpu", batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def found(engine: Engine) -> Profile:
+    return profile(engine, Rise(64), engine.job("a red circle", num_steps=5), images=3, seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::cudnn_convolution", "convolution"),
+        ("mkldnn::_convolution_pointwise", "convolution"),
+        ("triton_tem_fused_convolution_silu_4", "convolution"),
+        ("aten::addmm", "linear"),
+        ("aten::bmm", "linear"),
+        ("mkl::_mkl_linear", "linear"),
+        ("triton_tem_fused_addmm_2", "linear"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::_cudnn_attention_forward", "attention"),
+        ("xformers::efficient_attention_forward_cutlass", "attention"),
+        # A fused kernel is named after the convolution whose bias it adds.
+        ("triton_poi_fused_convolution_native_group_norm_7", "other"),
+        ("cpp_fused_convolution_silu_3", "other"),
+        ("aten::native_group_norm", "other"),
+        ("aten::copy_", "other"),
+    ],
+)
+def test_operations_are_told_by_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_work_is_counted_as_by_hand() -> None:
+    convolution, linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 16)
+    x = torch.randn(2, 3, 6, 5)
+
+    def forward() -> object:
+        tokens = linear(convolution(x).flatten(2).transpose(1, 2)).unflatten(2, (4, 4)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    with torch.no_grad():
+        counted = flops_by_kind(forward)
+    pixels = 2 * 6 * 5
+    assert counted == {
+        "convolution": 2 * pixels * 3 * 9 * 8,
+        "linear": 2 * pixels * 8 * 16,
+        "attention": 2 * (2 * 2 * 4 * 30 * 30 * 4),
+        "other": 0,
+    }
+
+
+def test_time_is_shared_out_by_kind() -> None:
+    a = torch.randn(400, 400)
+    shares = time_by_kind(lambda: [a @ a for _ in range(20)], CPU)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["linear"] > 0.8
+
+
+def test_a_clock_repeats_what_is_short_and_not_what_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def work(seconds: float) -> None:
+        calls.append(seconds)
+        now[0] += seconds
+
+    clock = Clock(CPU, seconds=1.0, most=5)
+    for seconds, repeats in ((0.01, 5), (0.3, 4), (1.5, 3)):
+        assert len(clock.times(lambda seconds=seconds: work(seconds))) == repeats
+    calls.clear()
+    assert clock.times(lambda: work(3.0)) == [3.0]
+    assert calls == [3.0]
+
+
+def test_a_device_has_ceilings() -> None:
+    clock = Clock(CPU, seconds=0.1)
+    assert 1e8 < matmul_ceiling(clock, torch.float32) < 1e15
+    assert 1e8 < copy_bandwidth(clock) < 1e13
+
+
+def test_the_profile_hangs_together(found: Profile) -> None:
+    loop = 1 / found.masks_a_second
+    stages = found.seconds_a_mask
+    assert set(stages) == {"network", "masks", "scores", "maps", "rest", "file"}
+    assert all(seconds >= 0 for seconds in stages.values())
+    assert stages["network"] > 5 * (stages["masks"] + stages["scores"])
+    assert found.outside_network == pytest.approx(1 - stages["network"] / loop)
+    assert 0 < found.outside_network < 0.5
+    assert sum(found.network.values()) == pytest.approx(1)
+    assert set(found.network) == set(KINDS) == set(found.gflop_a_mask)
+    assert found.tflop_s == pytest.approx(sum(found.gflop_a_mask.values()) * found.masks_a_second / 1e3)
+    assert found.share_of_ceiling == pytest.approx(found.tflop_s / found.ceiling_tflop_s)
+    assert [point["batch"] for point in found.curve] == [1, 2, 4, 8, 16]
+    assert (found.batch_size, found.compiled, found.dtype, found.attention) == (16, False, "float32", "sdpa")
+    # What the embedded model's forward costs less the keys and values of the text, which are made once.
+    assert sum(found.gflop_a_mask.values()) == pytest.approx(0.468, abs=0.01)
+
+
+def test_the_prediction_is_of_the_whole_job(found: Profile) -> None:
+    job = found.job
+    assert (job["images"], job["steps"], job["masks"], job["forwards"]) == (3, 5, 64, 3 * 5 * 65)
+    masks_alone = 3 * 5 * 64 / found.masks_a_second
+    assert masks_alone < job["seconds"] < masks_alone + 3 * 5 * 2
+    # Maps, errors, R_t and ε in float32, scores, and six pictures.
+    assert job["bytes"] == 3 * (5 * 4 * (2 * 256 + 2 * 4 * 256 + 64) + 6 * 3 * 64 * 64)
+
+
+def test_guidance_costs_two_forwards(engine: Engine, found: Profile) -> None:
+    guided = profile(engine, Rise(64, target="guided"), engine.job("a red circle", num_steps=2), seconds=0.2)
+    assert sum(guided.gflop_a_mask.values()) == pytest.approx(2 * sum(found.gflop_a_mask.values()))
+    assert guided.job["forwards"] == 2 * 2 * 65
+
+
+def test_the_table_says_it_all(found: Profile) -> None:
+    text = "\n".join(lines(found))
+    assert text.startswith("shapes on ")
+    assert "float32, batches of 16, not compiled, attention sdpa" in text
+    assert "3 images × 5 steps × 64 masks: about " in text
+    for word in ("masks a second", "outside the U-Net", "scores and sums", "file (another thread)", *KINDS):
+        assert word in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_missed_paths_are_told(engine: Engine) -> None:
+    assert _missed(engine) == ["the network is not compiled: --compile; by default long jobs are"]
+    hook = engine.denoiser.unet.mid_block.register_forward_hook(lambda *_: None)
+    try:
+        first, _ = _missed(engine)
+    finally:
+        hook.remove()
+    assert first == "the UNet runs by diffusers' own forward: mid_block has a hook"
+
+
+def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
+    quick = ["--steps", "2", "--masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "dfengine.cli",
+        "profile",
+        *quick,
+        "--json",
+        "--trace",
+        str(tmp_path / "trace.json"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    told = json.loads(run.stdout)
+    assert set(told) == {field.name for field in dataclasses.fields(Profile)}
+    assert told["job"]["forwards"] == 2 * 9
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    named = {event.get("name") for event in events}
+    assert {"dfengine: masks", "dfengine: network", "dfengine: scores", "dfengine: maps"} <= named

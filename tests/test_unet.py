@@ -1,0 +1,226 @@
+"""Our own way through a UNet against diffusers' own forward, on the true topologies, and when it stands aside."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import SlicedAttnProcessor
+from reduced import PROMPT, pipeline_of, random_pipeline, reduced
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfengine import Engine
+from dfengine.denoiser import Bound, Condition, Denoiser
+from dfengine.models import adapt, load
+from dfengine.models import unet as fast
+
+#: float32 through a whole network, its sums in another order.
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+PROMPTS = [PROMPT, "an oil painting of a tree", ""]
+MODELS = ["shapes", "sd15", "sd21", "sdxl"]
+
+
+@pytest.fixture
+def model(saved: Callable[[str], Path]) -> Callable[[str], Denoiser]:
+    """A model of `MODELS` on the CPU: the embedded one, or a published topology at an eighth of its width."""
+
+    def make(name: str) -> Denoiser:
+        return embedded() if name == "shapes" else load(saved(name), device="cpu")
+
+    return make
+
+
+def embedded() -> Denoiser:
+    return Engine.from_pretrained("shapes", device="cpu").denoiser
+
+
+def batch(denoiser: Denoiser, count: int = 5) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, *denoiser.latent_shape, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([999, 700, 700, 20, 0])[:count]
+
+
+def prompts_of(denoiser: Denoiser) -> Condition:
+    known = ["a red circle", "a blue square on a gray background", ""] if denoiser.name == "shapes" else PROMPTS
+    return denoiser.condition(known)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_output_is_that_of_diffusers_own_forward(model: Callable[[str], Denoiser], name: str) -> None:
+    denoiser = model(name)
+    (x, t), condition = batch(denoiser), prompts_of(denoiser)
+    network = denoiser.bind(condition)
+    assert type(network) is not Bound
+    rows = torch.tensor([2, 0, 1, 1, 0])
+    assert_close(network(x, t, rows), denoiser.predict(x, t, condition[rows]), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_latents_of_one_prompt_share_its_keys_and_values(model: Callable[[str], Denoiser], name: str) -> None:
+    """The batch folded into the queries is the same attention, whatever else is in the batch."""
+    denoiser = model(name)
+    (x, t), condition = batch(denoiser), prompts_of(denoiser)
+    network = denoiser.bind(condition)
+    for row in range(3):
+        shared, apart = network(x, t, row), network(x, t, torch.full((5,), row))
+        assert_close(shared, apart, **CLOSE)
+        assert_close(shared[1:3], network(x[1:3], t[1:3], row), **CLOSE)
+    assert (network(x, t, 0) - network(x, t, 1)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_latents_whose_sides_do_not_halve_evenly(saved: Callable[[str], Path], name: str) -> None:
+    denoiser = load(saved(name), device="cpu", image_size=(88, 56))
+    assert denoiser.latent_shape[1:] == (11, 7)
+    (x, t), condition = batch(denoiser), denoiser.condition(PROMPTS)
+    rows = torch.tensor([0, 1, 2, 0, 1])
+    assert_close(denoiser.bind(condition)(x, t, rows), denoiser.predict(x, t, condition[rows]), **CLOSE)
+
+
+class Copies(TorchDispatchMode):
+    """The elements that each copy of a tensor moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            self.elements.append(returned.numel())
+        return returned
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[str], Path], name: str) -> None:
+    # Twice the size, as at 1×1 both layouts are one.
+    denoiser = embedded() if name == "shapes" else load(saved(name), device="cpu", image_size=(128, 128))
+    (x, t), condition = batch(denoiser), prompts_of(denoiser)
+    x = x.to(memory_format=torch.channels_last)
+    network, seen = denoiser.bind(condition), []
+
+    def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        seen.append(output.is_contiguous(memory_format=torch.channels_last))
+
+    convolutions = [m for m in denoiser.unet.modules() if isinstance(m, torch.nn.Conv2d)]
+    hooks = [module.register_forward_hook(note) for module in convolutions]
+    try:
+        with Copies() as copies:
+            network(x, t, 0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) == 2 * len(convolutions) > 20
+    assert all(seen)
+    assert copies.elements == []
+
+
+@torch.no_grad()
+def test_keys_values_and_time_embeddings_are_made_once(model: Callable[[str], Denoiser]) -> None:
+    denoiser, calls = model("sd15"), []
+    blocks = [m for name, m in denoiser.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    watched = [*blocks, denoiser.unet.time_embedding]
+    hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in watched]
+    try:
+        network = denoiser.bind(prompts_of(denoiser))
+        assert len(calls) == len(watched) == 2 * 16 + 1
+        for _ in range(3):
+            network(*batch(denoiser), 1)
+        assert len(calls) == len(watched)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def hook(pipeline: Any) -> None:
+    pipeline.unet.mid_block.attentions[0].register_forward_hook(lambda *_: None)
+
+
+def slice_attention(pipeline: Any) -> None:
+    pipeline.unet.set_attn_processor(SlicedAttnProcessor(2))
+
+
+def free_u(pipeline: Any) -> None:
+    pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def chunk(pipeline: Any) -> None:
+    for module in pipeline.unet.modules():
+        if hasattr(module, "set_chunk_feed_forward"):
+            module.set_chunk_feed_forward(1, 1)
+
+
+def rescale(pipeline: Any) -> None:
+    pipeline.unet.up_blocks[1].resnets[0].output_scale_factor = 2.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (hook, "mid_block.attentions.0 has a hook"),
+        (slice_attention, "attn1 has a SlicedAttnProcessor"),
+        (free_u, "FreeU is on"),
+        (chunk, "_chunk_size of .* is 1"),
+        (rescale, r"output_scale_factor of up_blocks.1.resnets.0 is 2.0"),
+    ],
+)
+def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
+    saved: Callable[[str], Path], change: Callable[[Any], None], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = pipeline_of(saved("sd15"))
+    denoiser = adapt(pipeline)
+    before = denoiser.bind(denoiser.condition([PROMPT]))
+    change(pipeline)
+    with caplog.at_level(logging.INFO):
+        network = denoiser.bind(denoiser.condition([PROMPT]))
+    assert type(network) is Bound
+    assert type(before) is not Bound
+    assert len(denoiser.slower_paths()) == 1
+    for message in (caplog.messages[0], denoiser.slower_paths()[0]):
+        assert re.search(said, message)
+    x, t = batch(denoiser)
+    text = denoiser.condition([PROMPT]).tensors["text"].expand(5, -1, -1)
+    assert_close(network(x, t, 0), pipeline.unet(x, t, text).sample, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"resnet_time_scale_shift": "scale_shift"}, "time_embedding_norm of .* is 'scale_shift'"),
+        ({"center_input_sample": True}, "its center_input_sample is True"),
+        ({"time_embedding_act_fn": "silu"}, "its time_embedding_act_fn is 'silu'"),
+        ({"class_embed_type": "identity"}, "told of more than a prompt"),
+        ({"only_cross_attention": True}, "only_cross_attention of .* is True"),
+        ({"dual_cross_attention": True}, "has a DualTransformer2DModel"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 4}, "it has a AttnDownBlock2D"),
+        ({"downsample_padding": 0}, "padding of .* is 0"),
+    ],
+)
+def test_other_architectures_are_told_apart(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    unet = random_pipeline(reduced("sd15", tmp_path, {"unet": changes})).unet
+    different = fast.difference(unet)
+    assert different is not None
+    assert re.search(said, different), different
+
+
+@torch.no_grad()
+def test_weights_that_change_between_runs_are_the_runs_weights(saved: Callable[[str], Path]) -> None:
+    denoiser = load(saved("sd15"), device="cpu")
+    (x, t), condition = batch(denoiser), denoiser.condition([PROMPT])
+    before = denoiser.bind(condition)(x, t, 0)
+    for name, weight in denoiser.unet.named_parameters():
+        if "attn2.to_v" in name or "time_embedding" in name:
+            weight.mul_(1.5)
+    after = denoiser.bind(condition)(x, t, 0)
+    assert (after - before).abs().max() > 1e-3
+    assert_close(after, denoiser.predict(x, t, condition[torch.zeros(5, dtype=torch.int64)]), **CLOSE)
