@@ -7,7 +7,8 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: demo test soak lint types setup clean kernels gpu gpu-tests gpu-kernels
+.PHONY: demo test soak lint types setup clean kernels bench \
+  gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-estimators
 
 demo: $(VENV)/.ready
 	@mkdir -p demo
@@ -30,16 +31,45 @@ soak: $(VENV)/.dev-ready
 kernels: $(VENV)/.dev-ready
 	$(BIN)/python bench/kernels_compiled.py
 
-# On a machine with a GPU, with the torch, triton, jaxtyping and pytest of its own: nothing is installed or downloaded.
-# Each takes less than eight minutes.
-gpu: gpu-tests gpu-kernels
+# What is measured of the engine, on this machine's processor: half an hour.
+bench: $(VENV)/.dev-ready
+	$(BIN)/python bench/throughput.py
+	$(BIN)/python bench/waterfall.py
+	$(BIN)/python bench/profiles.py
+	$(BIN)/python bench/estimators.py
+
+# On a machine with a GPU, with the packages of its own (torch, triton, jaxtyping, pytest, scipy; from gpu-shapes on also
+# diffusers, transformers, accelerate, h5py): nothing is installed or downloaded. Each takes less than eight minutes,
+# writes its rows as it goes, replaces those of this device only, and prints its table last.
+gpu: gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-estimators
+GPU := PYTHONPATH=.:kernels $(PYTHON)
 
 gpu-tests:
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -W default tests/test_fused_*.py
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -W default -m gpu tests/test_dispatch.py
+	$(GPU) -m pytest -W default tests/test_fused_*.py
+	$(GPU) -m pytest -W default -m gpu tests/test_dispatch.py tests/test_tuning.py
 
 gpu-kernels:
-	PYTHONPATH=.:kernels $(PYTHON) bench/kernels_measured.py
+	$(GPU) bench/kernels_measured.py
+
+gpu-shapes:
+	$(GPU) bench/throughput.py --batches 1 16 256 1024 4096
+	$(GPU) bench/profiles.py shapes
+
+gpu-sd15:
+	$(GPU) bench/throughput.py sd15 --random-weights --batches 1 8 32 64 128 --plain-masks 40
+	$(GPU) bench/profiles.py sd15
+
+gpu-sd21:
+	$(GPU) bench/profiles.py sd21
+
+gpu-sdxl:
+	$(GPU) bench/profiles.py sdxl
+
+gpu-waterfall:
+	$(GPU) bench/waterfall.py sd15 --random-weights --masks 512 --plain-masks 40 --rounds 1
+
+gpu-estimators:
+	$(GPU) bench/estimators.py
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .

@@ -16,21 +16,29 @@ def environment(device: torch.device) -> dict[str, str]:
     """The commit, device and versions that a row was measured with."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        from dfengine.profile.clock import processor  # not at the top: the kernels are measured without dfengine
+
+        name = processor()
     return {"commit": commit, "device": name, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def processor() -> str:
-    """The processor's name, and how many threads torch uses of it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, threads: {torch.get_num_threads()}"
 
 
 def write(result: str, rows: Iterable[dict[str, Any]]) -> None:
     """Record rows as bench/results/<result>.json."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (ROOT / "bench/results" / f"{result}.json").write_text(f"[\n{lines}\n]\n")
+
+
+def replace(result: str, rows: list[dict[str, Any]], key: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Record rows beside those of bench/results/<result>.json whose key is another's; returns them all."""
+    path = ROOT / "bench/results" / f"{result}.json"
+    mine = {tuple(row[name] for name in key) for row in rows}
+    others = json.loads(path.read_text()) if path.exists() else []
+    every = [row for row in others if tuple(row[name] for name in key) not in mine] + rows
+    write(result, every)
+    return every
 
 
 def place(table: str, readme: str, name: str) -> None:

@@ -163,9 +163,9 @@ def profile(
     from dfengine import profile as profiling
 
     if images < 1 or not seconds > 0:
-        raise ValueError(
-            f"{images} images and {seconds} seconds are not possible: expected at least 1, and more than 0"
-        )
+        raise ValueError(f"{images} images and {seconds} seconds are not possible: expected at least 1 and more than 0")
+    if trace is not None and not trace.parent.is_dir():
+        raise ValueError(f"the folder {str(trace.parent)!r} does not exist: make it first")
     engine = Engine.from_pretrained(
         model,
         device=device,

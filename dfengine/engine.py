@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ class Engine:
         again: trajectories in `restored`, by item, and maps in `done`, as (item, explainer's name, step).
         """
         explainers = _several(explainers)
-        self.prepare(jobs, explainers)
+        self.prepare(jobs, explainers, done=done)
         for _, neighbours in groupby(enumerate(jobs), key=lambda pair: len(pair[1].timesteps)):
             left = list(neighbours)
             while left:
@@ -188,14 +189,21 @@ class Engine:
                 left = left[group_size:]
                 yield from self._explain_group(dict(zip(group, paths, strict=True)), explainers, done, began)
 
-    def prepare(self, jobs: Sequence[Job], explainers: Sequence[Explainer]) -> None:
+    def prepare(
+        self, jobs: Sequence[Job], explainers: Sequence[Explainer], *, done: Collection[tuple[int, str, int]] = ()
+    ) -> None:
         """Set up the network for jobs, as `stream` does by itself: find the batch that fits; compile if that repays.
 
         Raises ValueError where compiling was asked for and is not possible.
         """
         if self._pace is None:
             self._pace = tuning.tune(self.denoiser, is_given=self._batch_is_given)
-        num_forwards = sum(explainer.num_forwards(len(job.timesteps)) for job in jobs for explainer in explainers)
+        already = Counter((item, name) for item, name, _ in done)
+        num_forwards = sum(
+            explainer.num_forwards(len(job.timesteps) - already[item, explainer.name])
+            for item, job in enumerate(jobs)
+            for explainer in explainers
+        )
         tuning.decide(self.denoiser, num_forwards, self._pace, wanted=self._compile)
 
     def _sample(self, group: Mapping[int, Job], restored: Mapping[int, Trajectory]) -> list[Trajectory]:

@@ -110,6 +110,30 @@ def test_help_explains_itself() -> None:
     assert "masks a step" in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--trace", "no/such/folder/trace.json"], "the folder 'no/such/folder' does not exist"),
+        (["--images", "0"], "0 images and 3.0 seconds are not possible"),
+        (["--seconds", "0"], "1 images and 0.0 seconds are not possible"),
+        (["--model", "sd15"], "is an architecture and has no weights of its own"),
+        (["--batch-size", "x"], "batch size 'x' is not understood"),
+    ],
+)
+def test_an_impossible_profile_is_one_line(refused: Callable[..., str], arguments: list[str], said: str) -> None:
+    assert said in refused("profile", *arguments)
+
+
+def test_what_is_decided_is_noted(tmp_path: Path) -> None:
+    """Notes go to the terminal; a job that needs none is silent."""
+    quiet = dfengine_command("explain", CAPTION, "-o", str(tmp_path / "a.h5"), *QUICK, "--batch-size", "auto")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    mended = {**os.environ, "CXX": "no-such-compiler"}
+    run = dfengine_command("explain", CAPTION, "-o", str(tmp_path / "b.h5"), *QUICK, "--compile", env=mended)
+    assert run.returncode == 2
+    assert re.match(r"dfengine: the network could not be compiled: .*; leave compile out\n$", run.stderr)
+
+
 def test_a_traceback_never_reaches_the_user() -> None:
     run = dfengine_command("explain", "a red dog", "-o", "run.h5")
     assert run.returncode == 2
@@ -133,6 +157,10 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "--sampling", "early", "--gamma", "-1"], "gamma -1"),
         ([CAPTION, *QUICK, "--similarity", "psnr"], "similarity 'psnr' is not known"),
         ([CAPTION, *QUICK, "--batch-size", "0"], "batch size 0"),
+        ([CAPTION, *QUICK, "--batch-size", "many"], "batch size 'many' is not understood: expected a number or auto"),
+        ([CAPTION, *QUICK, "--batch-size", "-4"], "batch size '-4' is not understood"),
+        ([CAPTION, *QUICK, "--attention", "flash"], "'flash' is not known: expected one of auto, sdpa"),
+        ([CAPTION, *QUICK, "--attention", "xformers", "--device", "cpu"], "needs a CUDA device, and this is cpu"),
         ([CAPTION, *QUICK, "--model", "no-such-model"], "'no-such-model' is not known: expected 'shapes'"),
         ([CAPTION, *QUICK, "--model", "/no/such/folder"], "no model at '/no/such/folder'"),
         ([CAPTION, *QUICK, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),

@@ -135,6 +135,21 @@ def test_a_compiled_network_is_the_same_one(tiny_folder: Path) -> None:
     assert run.stdout == "the same\n", run.stderr
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_batch_that_is_found_fits_and_maps_are_those_of_a_cpu() -> None:
+    """The embedded model in half precision: pinned downloads, fused kernels, a probed batch, against float32 here."""
+    caption = "a red circle above a blue square on a gray background"
+    ours, exact = (Engine.from_pretrained("shapes", device=device) for device in ("cuda", "cpu"))
+    assert ours.denoiser.dtype == torch.float16
+    jobs = [ours.job(caption, num_steps=3, seed=seed) for seed in range(2)]
+    found, wanted = ([e for e in engine.stream(jobs, Rise(600)) if isinstance(e, StepMap)] for engine in (ours, exact))
+    assert ours._pace is not None
+    assert ours._pace.bytes is not None
+    for one, other in zip(found, wanted, strict=True):
+        ranks = torch.stack([one.saliency.flatten(), other.saliency.flatten()]).argsort(1).argsort(1).double()
+        assert torch.corrcoef(ranks)[0, 1] > 0.97
+
+
 def test_generating_out_of_memory_goes_on_with_smaller_groups() -> None:
     def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return x_t if len(x_t) <= 5 else _no_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import textwrap
 import warnings
@@ -40,6 +41,9 @@ def load(
     model's own. `attention` is one of "auto", "sdpa", "cudnn" and "xformers". Raises ValueError where there is no such
     model, or something of it is not to be had here.
     """
+    for package in ("diffusers", "transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed, and models are loaded by it: pip install {package}")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with quiet():

@@ -113,10 +113,17 @@ class StableDiffusion(Denoiser):
     def run(
         self, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"], texts: Sequence[fast.KeysValues]
     ) -> Float[Tensor, "n c h w"]:
-        """`unet.forward`, compiled for the one shape that is worth it: a whole batch of one prompt."""
+        """`unet.forward`, compiled for the one shape that is worth it: a whole batch of one prompt.
+
+        For that shape cuDNN, too, looks for its fastest kernels.
+        """
         is_whole = len(x) == self.batch_size and len(texts[0][0]) == 1
         forward = self._compiled if self.compiled and is_whole else fast.forward
-        with self._attention.chosen():
+        cudnn = torch.backends.cudnn
+        searching = cudnn.flags(
+            cudnn.enabled, benchmark=is_whole, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
+        )
+        with self._attention.chosen(), searching:
             return forward(self.unet, x, embedding, texts, self._attention.attend)
 
     def condition(self, prompts: Sequence[str]) -> Condition:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -62,3 +64,11 @@ def copy_bandwidth(clock: Clock) -> float:
     size = _COPIED.get(clock.device.type, _COPIED["cpu"])
     source, target = (torch.randn(size // 4, device=clock.device) for _ in range(2))
     return 2 * size / clock.median(lambda: target.copy_(source))
+
+
+def processor() -> str:
+    """The processor's name, and how many threads torch uses of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, threads: {torch.get_num_threads()}"

@@ -26,7 +26,7 @@ from dfengine.denoiser import Bound, Denoiser
 from dfengine.engine import Engine, Event, Generated
 from dfengine.explain import Rise
 from dfengine.explain.masking import Masking
-from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling
+from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling, processor
 from dfengine.profile.operations import flops_by_kind, profiled, time_by_kind
 from dfengine.record import device_name, plan
 from dfengine.store import Writer
@@ -112,7 +112,7 @@ def profile(
     a_step = max(0.0, twice - once)
     return Profile(
         model=denoiser.name,
-        device=device_name(denoiser.device) if denoiser.device.type == "cuda" else _processor(),
+        device=device_name(denoiser.device) if denoiser.device.type == "cuda" else processor(),
         versions={"torch": torch.__version__, "python": platform.python_version()},
         dtype=str(denoiser.dtype).removeprefix("torch."),
         attention=denoiser.attention_backend,
@@ -322,11 +322,3 @@ def _peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
-
-
-def _processor() -> str:
-    """The processor's name, and how many threads torch uses of it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, threads: {torch.get_num_threads()}"

@@ -1,0 +1,202 @@
+"""Masks a second at each batch size, beside DF-RISE written the obvious way (bench/plain.py).
+
+    python bench/throughput.py                                # the embedded model
+    python bench/throughput.py sd15 --random-weights          # Stable Diffusion 1.5's architecture, on a GPU
+
+The plain loop's map of some masks is compared with the engine's of the same masks first. All ways are timed in turn,
+round after round; a ratio is the median of the rounds' ratios. Rows of this model and device are replaced in
+bench/results/throughput.json, and the table in bench/README.md is made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import dfkernels
+import record
+import torch
+from plain import Plain, drawn
+from scipy.stats import spearmanr
+
+from dfengine import Engine, Rise
+from dfengine.profile.clock import Clock, matmul_ceiling
+from dfengine.profile.operations import flops_by_kind
+from dfengine.trajectory import Trajectory, trajectories
+from dfengine.tuning import synchronize
+
+PROMPT = {"shapes": "a red circle above a blue square on a gray background"}
+STEP, ROUNDS = 12, 5
+#: Masks of the check, and how well the maps must agree.
+CHECKED, AGREEMENT = 64, {torch.float32: 0.9999, torch.float16: 0.99, torch.bfloat16: 0.97}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of explaining a step: its name, forwards a mask, latents a forward, masks a round, and how it is run."""
+
+    name: str
+    target: str
+    batch: int
+    masks: int
+    run: Callable[[int], object]
+    compiled: bool = False
+
+
+def ways(engine: Engine, plain: dict[str, Plain], path: Trajectory, batches: list[int], plain_masks: int) -> list[Way]:
+    """The plain loop, then the engine at each batch size, then compiled at its own."""
+    denoiser, own = engine.denoiser, engine.denoiser.batch_size
+    shape = denoiser.latent_shape[1:]
+    found = []
+    for target, slow in plain.items():
+        found.append(Way("plain loop", target, 1, plain_masks, lambda n, slow=slow: slow.maps(drawn(shape, n))))
+    step = [(0, k) for k in range(len(path)) if k != STEP]
+
+    def engine_way(target: str, batch: int, compiled: bool) -> Way:
+        def run(masks: int) -> list[Any]:
+            denoiser.batch_size, denoiser.compiled = batch, compiled
+            rise = Rise(masks, target=target)
+            return list(rise.explain(denoiser, [path], step))
+
+        # Whole batches, at least four, and long enough to be timed.
+        return Way("dfengine", target, batch, batch * max(4, -(-plain_masks // batch)), run, compiled)
+
+    found += [engine_way("conditional", batch, False) for batch in batches]
+    found.append(engine_way("guided", own, False))
+    found += [engine_way(target, own, True) for target in ("guided", "conditional")]
+    return found
+
+
+def agreement(engine: Engine, slow: Plain, path: Trajectory, target: str) -> float:
+    """The rank correlation of the plain loop's map and the engine's, of the same masks."""
+    masks = dfkernels.masks(path.job.mask_seed, STEP, 0, CHECKED, engine.denoiser.latent_shape[1:]).numpy()
+    printed, _ = slow.maps(iter(masks))
+    left_out = [(0, k) for k in range(len(path)) if k != STEP]
+    (ours,) = Rise(CHECKED, target=target, estimator="sum").explain(engine.denoiser, [path], left_out)
+    return float(spearmanr(printed.ravel(), ours.saliency.numpy().ravel()).statistic)
+
+
+@torch.no_grad()
+def measure(
+    engine: Engine, plain: dict[str, Plain], path: Trajectory, batches: list[int], plain_masks: int
+) -> list[dict[str, Any]]:
+    """A row a way, each with its ratio to the plain loop of the released code and to that of its own target."""
+    denoiser = engine.denoiser
+    agreed = {target: agreement(engine, slow, path, target) for target, slow in plain.items()}
+    for target, rank in agreed.items():
+        if rank < AGREEMENT[denoiser.dtype]:
+            sys.exit(
+                f"the {target} maps of the plain loop and the engine agree by {rank:.4f} only: nothing is reported"
+            )
+    clock = Clock(denoiser.device)
+    ceiling = matmul_ceiling(clock, denoiser.dtype)
+    network, own = denoiser.bind(path.prompt), denoiser.batch_size
+    one = torch.zeros(1, *denoiser.latent_shape, device=denoiser.device)
+    flops = sum(flops_by_kind(lambda: network(one, torch.tensor([5], device=denoiser.device), 0)).values())
+    every = ways(engine, plain, path, batches, plain_masks)
+    compile_seconds = first_of(denoiser, every)
+    seconds = [[timed(way, denoiser.device) for way in every] for _ in range(ROUNDS)]
+    denoiser.batch_size, denoiser.compiled = own, False
+    rows = []
+    for number, way in enumerate(every):
+        rates = [1 / took[number] for took in seconds]
+        pair = [round_[0] / round_[number] for round_ in seconds]
+        alike = [round_[way.target == "conditional"] / round_[number] for round_ in seconds]
+        rows.append(
+            {
+                "way": way.name,
+                "target": way.target,
+                "batch": way.batch,
+                "compiled": way.compiled,
+                "masks_s": [round(value, 2) for value in (min(rates), statistics.median(rates), max(rates))],
+                "times_plain_pair": round(statistics.median(pair), 2),
+                "times_plain_alike": round(statistics.median(alike), 2),
+                "share_of_ceiling": round(
+                    flops * (2 if way.target == "guided" else 1) * statistics.median(rates) / ceiling, 3
+                ),
+                "ceiling_tflop_s": round(ceiling / 1e12, 3),
+                "compile_s": round(compile_seconds, 1) if way.compiled else None,
+                "agreement_with_plain": round(agreed[way.target], 5),
+            }
+        )
+    return rows
+
+
+def first_of(denoiser: Any, every: list[Way]) -> float:
+    """Run each way once, untimed. Returns the seconds that the first compiled one took."""
+    took = 0.0
+    for way in every:
+        if way.compiled and not took:
+            denoiser.compile()
+        began = time.perf_counter()
+        way.run(way.batch if way.name == "dfengine" else 2)
+        synchronize(denoiser.device)
+        if way.compiled and not took:
+            took = time.perf_counter() - began
+    return took
+
+
+def timed(way: Way, device: torch.device) -> float:
+    """Seconds a mask."""
+    synchronize(device)
+    began = time.perf_counter()
+    way.run(way.masks)
+    synchronize(device)
+    return (time.perf_counter() - began) / way.masks
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Every recorded row, by device and model."""
+    lines = []
+    for model, device in dict.fromkeys((row["model"], row["device"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["device"]) == (model, device)]
+        lines += [f"**{model}**, {mine[0]['dtype']}, on {device}:", ""]
+        columns = ["", "explained", "latents a forward", "masks a second", "× plain, as released"]
+        lines.append("| " + " | ".join([*columns, "× plain, like for like", "of the ceiling"]) + " |")
+        lines.append("|---" * 7 + "|")
+        for row in mine:
+            low, median, high = row["masks_s"]
+            name = f"**{row['way']}, compiled**" if row["compiled"] else row["way"]
+            lines.append(
+                f"| {name} | {row['target']} | {row['batch']} | {low:.0f} **{median:.0f}** {high:.0f} "
+                f"| {row['times_plain_pair']:.1f} | {row['times_plain_alike']:.1f} | {row['share_of_ceiling']:.0%} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, record and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="shapes")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--dtype")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 256], help="latents a forward")
+    parser.add_argument("--plain-masks", type=int, default=100, help="of the plain loop, a round")
+    options = parser.parse_args()
+    engine, other = (
+        Engine.from_pretrained(options.model, random_weights=options.random_weights, dtype=options.dtype)
+        for _ in range(2)
+    )
+    pipeline = other.denoiser.pipeline
+    pipeline.unet.to(memory_format=torch.contiguous_format)  # as diffusers loads it
+    job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
+    engine.prepare([], [])
+    (path,) = trajectories(engine.denoiser, [job])
+    where = (path.latents[STEP], job.timesteps[STEP], job.guidance)
+    plain = {target: Plain(pipeline, job.prompt, *where, target == "guided") for target in ("guided", "conditional")}
+    rows = measure(engine, plain, path, options.batches, options.plain_masks)
+    told = {"model": engine.denoiser.name, "dtype": str(engine.denoiser.dtype).removeprefix("torch.")}
+    rows = [record.environment(engine.denoiser.device) | told | row for row in rows]
+    every = record.replace("throughput", rows, ("model", "device", "dtype"))
+    record.place(table(every), "bench/README.md", "throughput")
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()
