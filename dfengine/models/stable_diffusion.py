@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 #: The codec is memory-bound and its activations are large: at most so many images, and pixels, at a time.
 _IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 8, 1024 * 1024
 #: Latent pixels in one forward, by default: what keeps a GPU busy, and what stays in a CPU's cache.
-_PIXELS_IN_BATCH = {"cuda": 64 * 64 * 64, "cpu": 16 * 16 * 64}
+_PIXELS_IN_BATCH = {"cuda": 64 * 64 * 64, "cpu": 16 * 16 * 128}
 #: What the compiler is told on a GPU: one shape, so that searching for its fastest kernels is worth it.
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "cuda": {
