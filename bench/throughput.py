@@ -170,6 +170,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The plain loop as released and the engine as shipped, a line a model and device."""
+    lines = ["| masks a second | plain loop, a guidance pair a mask | dfengine, as shipped | |", "|---" * 4 + "|"]
+    for model, device in dict.fromkeys((row["model"], row["device"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["device"]) == (model, device)]
+        shipped = next(row for row in mine if row["compiled"] and row["target"] == "conditional")
+        rates = " | ".join(f"{row['masks_s'][1]:.0f}" for row in (mine[0], shipped))
+        lines.append(f"| {model}, {mine[0]['dtype']}, {device} | {rates} | {shipped['times_plain_pair']:.1f} × |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure, record and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -195,6 +206,7 @@ def main() -> None:
     rows = [record.environment(engine.denoiser.device) | told | row for row in rows]
     every = record.replace("throughput", rows, ("model", "device", "dtype"))
     record.place(table(every), "bench/README.md", "throughput")
+    record.place(summary(every), "README.md", "speed")
     print(table(rows), end="")
 
 

@@ -90,7 +90,7 @@ def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | 
         return
     expected = COMPILING.get(denoiser.device.type)
     if wanted is None:
-        if expected is None:
+        if expected is None or type(denoiser).compile is Denoiser.compile:
             return
         uncompiled, cost = num_forwards * pace.seconds, expected.seconds
         if uncompiled * (1 - 1 / expected.speedup) < MARGIN * cost:

@@ -56,6 +56,10 @@ def test_the_table_of_throughput() -> None:
     assert first == "| **dfengine, compiled** | guided | 64 | 10 **12** 13 | 8.0 | 4.0 | 55% |"
     assert last.startswith("| dfengine | guided")
     assert throughput.table([row, other]).count("**shapes**, float32, on ") == 2
+    plain = {**row, "way": "plain loop", "compiled": False, "masks_s": [1.0, 1.5, 2.0]}
+    shipped = {**row, "target": "conditional"}
+    line = throughput.summary([plain, other | {"device": "a card"}, row, shipped]).splitlines()[2]
+    assert line == "| shapes, float32, a card | 2 | 12 | 8.0 × |"
 
 
 def test_the_table_of_the_waterfall() -> None:

@@ -74,6 +74,7 @@ class StableDiffusion(Denoiser):
         self.batch_size = batch_size or max(1, pixels // (height * width))
         self.use_attention(backend)
         self._compiled: Any = None
+        self._told: str | None = None
         self._images_at_once = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(self.image_shape)))
 
     def predict(
@@ -90,10 +91,11 @@ class StableDiffusion(Denoiser):
 
         A UNet that is more than that module knows runs by diffusers' own forward, as in `predict`.
         """
-        if different := fast.difference(self.unet):
+        different = fast.difference(self.unet)
+        if different and different != self._told:
             log.info("the UNet runs by diffusers' own forward, which is slower: %s", different)
-            return Bound(self, condition)
-        return _BoundUNet(self, condition)
+        self._told = different
+        return Bound(self, condition) if different else _BoundUNet(self, condition)
 
     def use_attention(self, backend: str) -> None:
         self._attention = attention(backend, self.device, self.dtype)
@@ -119,11 +121,7 @@ class StableDiffusion(Denoiser):
         """
         is_whole = len(x) == self.batch_size and len(texts[0][0]) == 1
         forward = self._compiled if self.compiled and is_whole else fast.forward
-        cudnn = torch.backends.cudnn
-        searching = cudnn.flags(
-            cudnn.enabled, benchmark=is_whole, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
-        )
-        with self._attention.chosen(), searching:
+        with self._attention.chosen(), _searching(is_whole):
             return forward(self.unet, x, embedding, texts, self._attention.attend)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
@@ -174,6 +172,17 @@ class StableDiffusion(Denoiser):
             yield self.vae
         finally:
             nn.Module.to(self.vae, torch.float16)
+
+
+@contextmanager
+def _searching(is_on: bool) -> Iterator[None]:
+    """While inside, cuDNN tries its kernels on the first batch of a shape and keeps the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = is_on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _BoundUNet(Bound):
