@@ -42,7 +42,7 @@ class Compiling(NamedTuple):
 
 
 #: On a CPU measured with the embedded model on two cores; on a GPU from published figures of this network, unmeasured.
-COMPILING = {"cpu": Compiling(30, 1.08), "cuda": Compiling(240, 1.2)}
+COMPILING = {"cpu": Compiling(30, 1.15), "cuda": Compiling(240, 1.2)}
 
 
 @dataclass(frozen=True)
