@@ -196,7 +196,11 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monkey
 
 
 def test_a_hub_model_that_is_here_is_not_asked_for(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_off: list[Any]
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut_off: list[Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In the layout of the hub's cache: blobs apart, a snapshot per commit, the commit of each branch."""
     repository = tmp_path / "models--somebody--something"
@@ -206,7 +210,9 @@ def test_a_hub_model_that_is_here_is_not_asked_for(
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(diffusers.pipelines.pipeline_utils, "HF_HUB_CACHE", str(tmp_path), raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert load("somebody/something", device="cpu").name == "somebody/something"
+    with caplog.at_level(logging.DEBUG, "dfengine"):
+        assert load("somebody/something", device="cpu").name == "somebody/something"
+    assert [message for message in caplog.messages if "the hub is asked" in message] == []
     assert cut_off == []
 
 

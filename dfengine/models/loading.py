@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from dfengine.denoiser import Denoiser
 from dfengine.models import architectures
 from dfengine.models.stable_diffusion import StableDiffusion
 from dfengine.models.stable_diffusion_xl import StableDiffusionXL
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -87,7 +90,8 @@ def _read(source: str, **options: Any) -> Any:
             return DiffusionPipeline.from_pretrained(source, **options)
         try:
             return DiffusionPipeline.from_pretrained(source, local_files_only=True, **options)
-        except Exception:  # not here, or not whole
+        except Exception as error:  # not here, or not whole
+            log.debug("the hub is asked for %s: %s", source, error)
             return DiffusionPipeline.from_pretrained(source, **options)
 
 
