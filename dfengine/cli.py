@@ -9,9 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from dfengine.engine import Event
-    from dfengine.store import Run, RunFolder, StoredItem
 
 app = typer.Typer(
     help="Explain how diffusion models make images.",
@@ -27,8 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-#: Of images, or of segments, that `info` lists.
-_MOST_LINES = 20
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -197,7 +193,7 @@ def info(
     from dfengine import store
 
     with store.open(run) as opened:
-        print(json.dumps(opened.summary(), indent=2) if as_json else "\n".join(_told(opened)))
+        print(json.dumps(opened.summary(), indent=2) if as_json else "\n".join(store.lines(opened)))
 
 
 @app.command()
@@ -243,58 +239,6 @@ def _count_or_auto(size: str) -> int | None:
     if not size.isdecimal():
         raise ValueError(f"batch size {size!r} is not understood: expected a number or auto")
     return int(size)
-
-
-def _told(opened: Run | RunFolder) -> Iterator[str]:
-    """What is in a file or folder, in lines for a person."""
-    told = opened.summary()
-    state = "finished" if told["finished"] else "not finished"
-    yield f"{told['path']}: {state}, {told['bytes'] / 1e6:.1f} MB"
-    for environment in told.get("environments", [told.get("environment")]):
-        model = ", ".join(told.get("models", [told.get("model")]))
-        versions = ", ".join(f"{name} {environment[name]}" for name in ("dfengine", "torch") if name in environment)
-        yield f"  made with  {model} on {environment['device']}; {versions}"
-    each = f", {told['steps']} steps each, {' × '.join(map(str, told['image']))} pixels" if "steps" in told else ""
-    took = f", in {told['seconds']:.1f} s" if told["seconds"] else ""
-    yield f"  images     {told['trajectories']} of {told['items']}{each}{took}"
-    for name, method in told["methods"].items():
-        done = f"{told['maps_done'][name]} of {told['maps_planned'][name]} maps"
-        yield f"  {name:<10} {done}: {_shown(method['settings'])}"
-    for segment in told.get("segments", [])[:_MOST_LINES]:
-        state = "being written, or cut off" if segment["is_part"] else "closed"
-        yield f"  segment    {segment['file']}: {segment['finished']} of {segment['items']} images, {state}"
-    for number, item in enumerate(islice(opened, _MOST_LINES)):
-        yield f"  image {number:<4} {', '.join((repr(item.prompt), f'seed {item.seed}', *_made(item)))}"
-    if len(opened) > _MOST_LINES:
-        yield f"  and {len(opened) - _MOST_LINES} more images"
-
-
-def _shown(settings: dict[str, Any]) -> str:
-    """An explainer's settings as one would write them: those that are not the defaults."""
-    from dfengine.explain import rebuild
-
-    try:
-        explainer = rebuild(settings)
-    except ValueError:
-        return ", ".join(f"{name}={value}" for name, value in settings.items())
-    changed = [
-        f"{field.name}={getattr(explainer, field.name)!r}"
-        for field in dataclasses.fields(explainer)
-        if getattr(explainer, field.name) != field.default
-    ]
-    return f"{type(explainer).__name__}({', '.join(changed)})"
-
-
-def _made(item: StoredItem) -> Iterator[str]:
-    settings = item.item.settings
-    if item.negative_prompt:
-        yield f"not {item.negative_prompt!r}"
-    if "guidance" in settings:
-        yield f"guidance {settings['guidance']:g}"
-    if "timesteps" in settings:
-        yield f"time-steps {settings['timesteps'][0]} to {settings['timesteps'][-1]}"
-    if settings.get("image"):
-        yield "a given image"
 
 
 @contextmanager

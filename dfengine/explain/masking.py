@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dfkernels
 import torch
@@ -19,10 +19,8 @@ from torch.profiler import record_function
 from dfengine.batching import PADDING, Download, in_batches
 from dfengine.denoiser import Condition, Denoiser, Guided
 from dfengine.explain.base import StepMap
+from dfengine.explain.rise_settings import RiseSettings
 from dfengine.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from dfengine.explain.rise import Rise
 
 #: With an early stop, the standard error is looked at after every so many masks.
 MASKS_BETWEEN_CHECKS = 64
@@ -33,7 +31,7 @@ class Masking:
 
     def __init__(
         self,
-        rise: Rise,
+        rise: RiseSettings,
         denoiser: Denoiser,
         trajectories: Sequence[Trajectory],
         rows: Sequence[tuple[int, int]],

@@ -10,6 +10,7 @@ from dfengine.store.merging import merge
 from dfengine.store.plan import Item, Method, Plan, StoreError
 from dfengine.store.reader import Run
 from dfengine.store.schema import FORMAT_VERSION
+from dfengine.store.table import lines
 from dfengine.store.writer import Writer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "StoreError",
     "StoredItem",
     "Writer",
+    "lines",
     "merge",
     "open",
 ]
