@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 #: Stands in a batch where there is no entry left: the tail is padded, never shorter.
 PADDING = -1
 #: What a failed allocation says of itself where it has no exception of its own.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -30,47 +32,51 @@ class Batched(Protocol):
 def in_batches(
     total: int,
     owner: Batched,
-    work: Callable[[Int[Tensor, " size"], range], None],
+    work: Callable[[Int[Tensor, " size"], range], T],
     needed: Callable[[range], bool] | None = None,
-) -> Iterator[int]:
-    """Call `work` on the entries 0 … total − 1, a batch at a time, the tail padded; yields how many are done.
+) -> Iterator[tuple[range, T | None]]:
+    """Call `work` on the entries 0 … total − 1, a batch at a time, the tail padded; yields each batch and its result.
 
     `work` is given the entries twice: on the device, padded to one size for all batches, and as a range, of which the
     host knows all without asking the device. When a batch does not fit into memory the owner's batch size is halved,
-    for good, and that batch is done again: `work` must leave nothing half done when it fails. A batch for which
-    `needed` is false is passed over, so that the others stay as they are.
+    for good, and that batch is done again: `work` must change nothing, which is for whoever is given the result. A
+    batch for which `needed` is false is passed over, so that the others stay as they are; its result is None.
     """
     done = 0
     while done < total:
         size = min(owner.batch_size, total)
         known = range(done, min(done + size, total))
+        result = None
         if needed is None or needed(known):
             entries = torch.arange(done, done + size, device=owner.device)
-            if not fits(owner, size, partial(work, torch.where(entries < total, entries, PADDING), known)):
+            fits, result = attempt(owner, size, partial(work, torch.where(entries < total, entries, PADDING), known))
+            if not fits:
                 continue
         done = known.stop
-        yield done
+        yield known, result
 
 
-def fits(owner: Batched, size: int, work: Callable[[], object]) -> bool:
-    """Do some work on `size` entries. If memory does not suffice, halve the owner's batch size and return False.
+def attempt(owner: Batched, size: int, work: Callable[[], T]) -> tuple[bool, T | None]:
+    """Do some work on `size` entries: (True, its result). Where memory does not suffice, halve the owner's batch size.
 
     Raises what the allocator raised where there is nothing left to halve.
     """
     try:
-        work()
+        return True, work()
     except RuntimeError as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
-        if not out_of_memory or size == 1:
+        if size == 1 or not is_out_of_memory(error):
             raise
-    else:
-        return True
     # Only here, where the exception has let go of the tensors that its frames held.
     owner.batch_size = size // 2
     log.info("a batch of %d does not fit into memory: going on with %d", size, owner.batch_size)
     if owner.device.type == "cuda":
         torch.cuda.empty_cache()
-    return False
+    return False, None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is memory that an operation lacked."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 class Download:
@@ -92,7 +98,8 @@ class Download:
             self._arrived = stream.record_event()
 
     def wait(self) -> list[Tensor]:
-        """The tensors, once they are here."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._tensors
+        """The tensors, once they are here, in ordinary memory: what is pinned serves the next download."""
+        if self._arrived is None:
+            return self._tensors
+        self._arrived.synchronize()
+        return [tensor.clone() for tensor in self._tensors]

@@ -158,10 +158,10 @@ def profile(
     from dfengine import Engine, Rise
     from dfengine import profile as profiling
 
-    if images < 1 or not seconds > 0:
+    if images < 1 or not 0 < seconds < 1e6:
         raise ValueError(f"{images} images and {seconds} seconds are not possible: expected at least 1 and more than 0")
-    if trace is not None and not trace.parent.is_dir():
-        raise ValueError(f"the folder {str(trace.parent)!r} does not exist: make it first")
+    if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
+        raise ValueError(f"{str(trace)!r} is no name for a trace: expected a file in a folder that exists")
     engine = Engine.from_pretrained(
         model,
         device=device,
@@ -313,6 +313,12 @@ def main() -> None:
             mistake = error.format_message()
         except MemoryError as error:
             mistake = f"not enough memory: {error}"
+        except RuntimeError as error:
+            from dfengine.batching import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            mistake = f"not enough memory, even for one latent at a time: {str(error).splitlines()[0]}"
         except (ValueError, OSError) as error:
             mistake = str(error)
         except (KeyboardInterrupt, typer.Abort):

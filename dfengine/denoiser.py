@@ -57,7 +57,7 @@ class Denoiser(ABC):
     dtype: torch.dtype
     """of the network; ε, x0 and latents are float32"""
     batch_size: int
-    """latents in one forward; every forward of an explainer has exactly this many. Halved where they do not fit"""
+    """latents in one forward, at most; halved where they do not fit"""
     attention_backend: str = "its own"
     """what computes attention, by name"""
     compiled: bool = False
@@ -143,7 +143,7 @@ class Guided:
         """Raises ValueError for a target that is not known."""
         if target not in TARGETS:
             raise ValueError(f"target {target!r} is not known: expected one of {', '.join(TARGETS)}")
-        self.schedule, self.target, self.scale = denoiser.schedule, target, scale
+        self.denoiser, self.schedule, self.target, self.scale = denoiser, denoiser.schedule, target, scale
         self._count = len(prompts)
         told = {"conditional": prompts, "unconditional": negatives}
         self._network = denoiser.bind(told.get(target) or Condition.cat([negatives, prompts]))
@@ -165,7 +165,7 @@ class Guided:
     ) -> Float[Tensor, "n c h w"]:
         if self.target != "guided":
             return self._network(x_t, timesteps, rows)
-        if isinstance(rows, int):  # two batches of the one size, each of one prompt
+        if isinstance(rows, int) or 2 * len(rows) > self.denoiser.batch_size:  # two batches of the one size
             without, given = (self._network(x_t, timesteps, row).float() for row in (rows, rows + self._count))
         else:
             both = torch.cat([rows, rows + self._count])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 import time
 from collections import Counter
@@ -19,13 +20,15 @@ import torch
 from numpy.typing import ArrayLike
 
 from dfengine import models, shapes, store, tuning
-from dfengine.batching import fits
+from dfengine.batching import is_out_of_memory
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap, told_whole
 from dfengine.record import Recorder, device_name, plan
 from dfengine.result import Result
 from dfengine.shapes.judge import Judge
 from dfengine.trajectory import Job, Trajectory, check_image, trajectories
+
+log = logging.getLogger(__name__)
 
 #: Used where neither the caller nor the model says otherwise.
 GUIDANCE = 7.5
@@ -73,7 +76,8 @@ class Engine:
         `image_size` is the (height, width) in pixels of a pipeline's images, by default the model's own. `batch_size`
         is how many masked latents one forward has, by default what keeps the device busy and fits; `attention` "auto",
         "sdpa", "cudnn" or "xformers"; `compile` whether `torch.compile` is used, by default where a job repays it.
-        The network runs on the weights that the pipeline has when a job begins (LoRAs included).
+        The network runs on the weights that the pipeline has when a job begins (LoRAs included). On a CPU glibc is told
+        to keep the memory that this process frees (`tuning.keep_freed_memory`), unless a MALLOC_… variable is set.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch size {batch_size} is not possible: expected at least 1")
@@ -86,6 +90,8 @@ class Engine:
             if isinstance(pipeline, Denoiser)
             else models.adapt(pipeline, batch_size=batch_size, image_size=image_size, attention=attention)
         )
+        if isinstance(pipeline, Denoiser) and attention != "auto":
+            self.denoiser.use_attention(attention)
         if batch_size is not None:
             self.denoiser.batch_size = batch_size
         self._batch_is_given, self._compile = batch_size is not None, compile
@@ -178,15 +184,15 @@ class Engine:
         explainers = _several(explainers)
         self.prepare(jobs, explainers, done=done)
         for _, neighbours in groupby(enumerate(jobs), key=lambda pair: len(pair[1].timesteps)):
-            left = list(neighbours)
+            left, most = list(neighbours), max(1, self.denoiser.batch_size // 2)
             while left:
-                group_size = max(1, self.denoiser.batch_size // 2)
-                group = dict(left[:group_size])
+                group = dict(left[:most])
                 began = time.monotonic()
-                paths: list[Trajectory] = []
-                if not fits(self.denoiser, group_size, lambda: paths.extend(self._sample(group, restored))):  # noqa: B023
+                paths = self._sample(group, restored)
+                if paths is None:
+                    most = len(group) // 2
                     continue
-                left = left[group_size:]
+                left = left[len(group) :]
                 yield from self._explain_group(dict(zip(group, paths, strict=True)), explainers, done, began)
 
     def prepare(
@@ -206,10 +212,17 @@ class Engine:
         )
         tuning.decide(self.denoiser, num_forwards, self._pace, wanted=self._compile)
 
-    def _sample(self, group: Mapping[int, Job], restored: Mapping[int, Trajectory]) -> list[Trajectory]:
-        """The trajectories of a group, those that are not restored sampled together."""
+    def _sample(self, group: Mapping[int, Job], restored: Mapping[int, Trajectory]) -> list[Trajectory] | None:
+        """The trajectories of a group, those that are not restored sampled together; None if they do not fit."""
         new = [item for item in group if item not in restored]
-        sampled = dict(zip(new, trajectories(self.denoiser, [group[item] for item in new]), strict=True)) if new else {}
+        try:
+            made = trajectories(self.denoiser, [group[item] for item in new]) if new else []
+        except RuntimeError as error:
+            if len(group) == 1 or not is_out_of_memory(error):
+                raise
+            log.info("%d images do not fit into memory together: going on with %d", len(group), len(group) // 2)
+            return None
+        sampled = dict(zip(new, made, strict=True))
         return [restored[item] if item in restored else sampled[item] for item in group]
 
     def _explain_group(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfengine.batching import fits
+from dfengine.batching import attempt
 from dfengine.denoiser import Denoiser
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def tune(denoiser: Denoiser, *, is_given: bool = False) -> Pace:
     # A GPU's kernels are chosen now, while memory is free, for the size that there will be; a CPU is timed on a few.
     count = denoiser.batch_size if on_gpu(denoiser) else min(16, denoiser.batch_size)
     if on_gpu(denoiser) or seconds < LONG:
-        while not fits(denoiser, count, partial(forward, count)):
+        while not attempt(denoiser, count, partial(forward, count))[0]:
             count = denoiser.batch_size
         seconds = _timed(denoiser, lambda: forward(count)) / count
     return Pace(elements=largest.elements, bytes=needs, seconds=seconds)
@@ -98,10 +98,12 @@ def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | 
             return
         log.info("about %s for %d forwards: compiling, in %s", duration(uncompiled), num_forwards, duration(cost))
     try:
-        denoiser.compile()
+        began, whole = time.monotonic(), False
         with torch.no_grad():
-            began = time.monotonic()
-            forwards(denoiser)(denoiser.batch_size)
+            while not whole:  # compiling takes memory, too
+                denoiser.compile()
+                size = denoiser.batch_size
+                whole, _ = attempt(denoiser, size, partial(forwards(denoiser), size))
             synchronize(denoiser.device)
         log.info("compiled in %s", duration(time.monotonic() - began))
     except Exception as error:  # whatever a compiler and its tools may lack
@@ -116,7 +118,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed: a forward's activations then come from memory that is already mapped.
 
     With fresh pages for each of them a CPU's forward takes 1.05 to 1.3 times as long, the more the larger the batch.
-    Whoever has set MALLOC_… or GLIBC_TUNABLES is left alone.
+    It holds for the whole process. Whoever has set MALLOC_… or GLIBC_TUNABLES is left alone.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -135,9 +137,10 @@ def forwards(denoiser: Denoiser) -> Callable[[int], Tensor]:
     """Forwards of so many latents of one prompt, as the explainers make them."""
     network = denoiser.bind(denoiser.condition([""]))
     last = denoiser.schedule.num_train_timesteps - 1
+    noise = torch.Generator(denoiser.device).manual_seed(0)  # of its own: a caller's is left as it was
 
     def forward(count: int) -> Tensor:
-        x = torch.randn(count, *denoiser.latent_shape, device=denoiser.device)
+        x = torch.randn(count, *denoiser.latent_shape, generator=noise, device=denoiser.device)
         return network(x, torch.full((count,), last, device=denoiser.device), 0)
 
     return forward

@@ -113,7 +113,9 @@ def test_help_explains_itself() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--trace", "no/such/folder/trace.json"], "the folder 'no/such/folder' does not exist"),
+        (["--trace", "no/such/folder/trace.json"], "'no/such/folder/trace.json' is no name for a trace"),
+        (["--trace", "."], "'.' is no name for a trace"),
+        (["--seconds", "inf"], "1 images and inf seconds are not possible"),
         (["--images", "0"], "0 images and 3.0 seconds are not possible"),
         (["--seconds", "0"], "1 images and 0.0 seconds are not possible"),
         (["--model", "sd15"], "is an architecture and has no weights of its own"),

@@ -62,6 +62,18 @@ def test_guidance_of_zero_and_one_are_the_other_targets(scale: float, like: str)
     assert_close(ours.x0, other.x0, rtol=0, atol=2e-5)
 
 
+def test_a_guided_forward_has_at_most_the_batch_size() -> None:
+    """Two forwards where both halves in one would be more than was found to fit; the same prediction."""
+    denoiser, x = network(), latents(4)
+    together = guided(denoiser, "guided")(x, T, ROWS).epsilon
+    denoiser.batch_size = 7
+    apart = guided(denoiser, "guided")(x, T, ROWS).epsilon
+    shared = guided(denoiser, "guided")(x, T, 2).epsilon
+    assert denoiser.batches == [8, 4, 4, 4, 4]
+    assert_close(apart, together, **EXACT)
+    assert_close(shared[::2], together[::2], **EXACT)
+
+
 def test_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="'both' is not known: expected one of conditional, guided, unconditional"):
         guided(network(), "both")

@@ -4,16 +4,18 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from analytic import Analytic
 from torch import nn
 
 from dfengine import Engine, Rise
 from dfengine.profile import Profile, lines, profile
 from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling
-from dfengine.profile.measure import _missed
+from dfengine.profile.measure import _missed, _padded
 from dfengine.profile.operations import KINDS, flops_by_kind, kind_of, time_by_kind
 
 CPU = torch.device("cpu")
@@ -102,6 +104,32 @@ def test_a_device_has_ceilings() -> None:
     assert 1e8 < copy_bandwidth(clock) < 1e13
 
 
+def test_ceilings_are_operations_and_bytes_over_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([0.5, 2.0, 0.25])
+    monkeypatch.setattr(Clock, "median", lambda self, work: next(taken))
+    assert matmul_ceiling(Clock(CPU), torch.float32) == 2 * 2048**3 / 2.0
+    assert copy_bandwidth(Clock(CPU)) == 2 * 2**28 / 0.25
+
+
+def test_a_median_is_not_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "times", lambda self, work: [1.0, 9.0, 2.0])
+    assert Clock(CPU).median(lambda: None) == 2.0
+
+
+@pytest.mark.parametrize(("total", "padded"), [(5, 5), (16, 16), (17, 32), (33, 48)])
+def test_a_padded_tail_is_paid_for(total: int, padded: int) -> None:
+    assert _padded(total, 16) == padded
+
+
+def test_a_denoiser_of_ones_own_and_ridge_are_profiled() -> None:
+    engine = Engine(Analytic(lambda x_t, _: torch.nn.functional.conv2d(x_t, torch.ones(2, 2, 1, 1)), batch_size=4))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* masks are few")
+        found = profile(engine, Rise(70, score="global"), engine.job("1", num_steps=2), seconds=0.01)
+    assert found.gflop_a_mask["convolution"] == 2 * 2 * 2 * 30 / 1e9
+    assert found.attention == "its own"
+
+
 def test_the_profile_hangs_together(found: Profile) -> None:
     loop = 1 / found.masks_a_second
     stages = found.seconds_a_mask
@@ -110,6 +138,12 @@ def test_the_profile_hangs_together(found: Profile) -> None:
     assert stages["network"] > 5 * (stages["masks"] + stages["scores"])
     assert found.outside_network == pytest.approx(1 - stages["network"] / loop)
     assert 0 < found.outside_network < 0.5
+    assert stages["file"] > 0
+    assert 0.1 < found.peak_gib < 20
+    rates = [point["masks_a_second"] for point in found.curve]
+    assert rates[-1] == pytest.approx(found.masks_a_second, rel=0.5)
+    assert rates[-1] > rates[0]
+    assert {point["peak_gib"] for point in found.curve} == {None}
     assert sum(found.network.values()) == pytest.approx(1)
     assert set(found.network) == set(KINDS) == set(found.gflop_a_mask)
     assert found.tflop_s == pytest.approx(sum(found.gflop_a_mask.values()) * found.masks_a_second / 1e3)

@@ -155,11 +155,70 @@ def test_generating_out_of_memory_goes_on_with_smaller_groups() -> None:
         return x_t if len(x_t) <= 5 else _no_memory()
 
     engine = Engine(Analytic(answer, batch_size=16))
+    engine._pace = PACE  # as if all had fitted
     jobs = [engine.job(str(number), num_steps=2) for number in range(1, 8)]
     events = list(engine.stream(jobs, Rise(3)))
     assert [event.item for event in events if isinstance(event, Generated)] == list(range(7))
     assert sum(isinstance(event, StepMap) for event in events) == 14
-    assert engine.denoiser.batch_size == 4
+    # Seven images with their guidance pairs do not fit, nor do three; that says nothing of a batch of masks.
+    assert engine.denoiser.batches[:3] == [14, 6, 2]
+    one = Engine(Analytic(lambda x_t, _: _no_memory(), batch_size=16))
+    one._pace = PACE
+    with pytest.raises(torch.OutOfMemoryError):
+        list(one.stream(jobs[:1], Rise(3)))
+    assert len(one.denoiser.batches) == 1
+
+
+def test_masks_of_a_batch_that_is_done_again_are_counted_once() -> None:
+    """Whenever memory runs out, in the network or after it, no mask is summed twice."""
+    forwards = [0]
+
+    def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        forwards[0] += 1
+        return x_t if len(x_t) <= 16 or forwards[0] % 3 else _no_memory()
+
+    ones = torch.ones(1, 2, 6, 5)
+    rise = Rise(200, similarity=lambda a, b: a.sum((1, 2, 3)), score="global", estimator="sum")
+    (exact,) = rise.explain(calm := Analytic(lambda x_t, _: x_t, batch_size=64), [calm.trajectory(ones)])
+    (found,) = rise.explain(tight := Analytic(answer, batch_size=64), [tight.trajectory(ones)])
+    assert tight.batch_size < 64
+    torch.testing.assert_close(found.saliency, exact.saliency)
+    torch.testing.assert_close(found.scores, exact.scores)
+
+
+def test_what_is_done_or_given_counts_in_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, bool | None]] = []
+    monkeypatch.setattr(tuning, "decide", lambda denoiser, forwards, pace, *, wanted: told.append((forwards, wanted)))
+    tuned: list[bool] = []
+    monkeypatch.setattr(tuning, "tune", lambda denoiser, *, is_given: tuned.append(is_given) or PACE)
+    for batch_size in (None, 8):
+        engine = Engine(Analytic(lambda x_t, _: x_t), batch_size=batch_size, compile=False)
+        jobs = [engine.job("1", num_steps=steps) for steps in (3, 5)]
+        engine.prepare(jobs, [Rise(9), Rise(4, name="other", target="guided")], done=[(1, "rise", 0), (1, "other", 4)])
+        engine.prepare(jobs, [Rise(9)])
+    assert tuned == [False, True]
+    assert told == [(10 * (3 + 4) + 2 * 5 * (3 + 4), False), (10 * 8, False)] * 2
+
+
+def test_a_callers_random_numbers_are_left_as_they_were() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    tune(Analytic(lambda x_t, _: x_t))
+    assert torch.rand(1) == expected
+
+
+def test_compiling_out_of_memory_halves_the_batch() -> None:
+    denoiser = Compilable()
+    denoiser.answer = lambda x_t, _: x_t if len(x_t) <= 5 else _no_memory()
+    decide(denoiser, 1, PACE, wanted=True)
+    assert (denoiser.compiled, denoiser.batch_size) == (True, 4)
+    assert denoiser.batches == [16, 8, 4]
+
+
+def test_a_denoiser_of_ones_own_has_no_choice_of_attention() -> None:
+    with pytest.raises(ValueError, match="analytic has no choice of attention"):
+        Engine(Analytic(lambda x_t, _: x_t), attention="xformers")
 
 
 def test_thousands_of_masks_in_one_forward() -> None:
@@ -182,6 +241,24 @@ def test_the_allocator_is_left_alone_where_someone_has_set_it(monkeypatch: pytes
     monkeypatch.delenv("MALLOC_ARENA_MAX")
     tuning.keep_freed_memory()  # a library without mallopt is no error
     assert called == ["libc.so.6"]
+
+
+def test_a_freed_block_is_kept() -> None:
+    """In a process of its own: large blocks come from the heap, which does not shrink."""
+    script = """
+import torch
+from dfengine import tuning
+tuning.keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+block = torch.ones(2**26)
+held = resident()
+del block
+print(held - resident() < 2**20)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean)
+    assert run.stdout == "True\n", run.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import SlicedAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from reduced import PROMPT, pipeline_of, random_pipeline, reduced
 from torch import Tensor
 from torch.testing import assert_close
@@ -125,20 +125,24 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
 
 
 @torch.no_grad()
-def test_keys_values_and_time_embeddings_are_made_once(model: Callable[[str], Denoiser]) -> None:
+def test_keys_values_and_time_embeddings_are_made_once(
+    model: Callable[[str], Denoiser], monkeypatch: pytest.MonkeyPatch
+) -> None:
     denoiser, calls = model("sd15"), []
     blocks = [m for name, m in denoiser.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    watched = [*blocks, denoiser.unet.time_embedding]
-    hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in watched]
-    try:
-        network = denoiser.bind(prompts_of(denoiser))
-        assert len(calls) == len(watched) == 2 * 16 + 1
-        for _ in range(3):
-            network(*batch(denoiser), 1)
-        assert len(calls) == len(watched)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watched = {*blocks, denoiser.unet.time_embedding.linear_1}
+    linear = torch.nn.Linear.forward
+
+    def count(module: torch.nn.Linear, x: Tensor) -> Tensor:
+        calls.extend([1] * (module in watched))
+        return linear(module, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", count)
+    network = denoiser.bind(prompts_of(denoiser))
+    assert len(calls) == len(watched) == 2 * 16 + 1
+    for _ in range(3):
+        network(*batch(denoiser), 1)
+    assert len(calls) == len(watched)
 
 
 def hook(pipeline: Any) -> None:
@@ -163,11 +167,77 @@ def rescale(pipeline: Any) -> None:
     pipeline.unet.up_blocks[1].resnets[0].output_scale_factor = 2.0
 
 
+def hook_before(pipeline: Any) -> None:
+    pipeline.unet.register_forward_pre_hook(lambda *_: None)
+
+
+def hook_keys(pipeline: Any) -> None:
+    pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.register_forward_hook(lambda *_: None)
+
+
+def offload(pipeline: Any) -> None:
+    pipeline.unet.down_blocks[1]._hf_hook = None
+
+
+def replace_forward(pipeline: Any) -> None:
+    attention = pipeline.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1
+    whole = attention.forward
+    attention.forward = lambda *args, **kwargs: 0.5 * whole(*args, **kwargs)
+
+
+def replace_class(pipeline: Any) -> None:
+    block = pipeline.unet.up_blocks[1].attentions[0].transformer_blocks[0]
+
+    class BasicTransformerBlock(type(block)):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return 0.9 * super().forward(*args, **kwargs)
+
+    block.__class__ = BasicTransformerBlock
+
+
+def another_class(pipeline: Any) -> None:
+    block = pipeline.unet.up_blocks[1].attentions[0].transformer_blocks[0]
+    block.__class__ = type("Merging", (type(block),), {})
+
+
+def namesake(pipeline: Any) -> None:
+    pipeline.unet.set_attn_processor(type("AttnProcessor", (AttnProcessor,), {"__module__": "theirs"})())
+
+
+def rescale_attention(pipeline: Any) -> None:
+    pipeline.unet.set_attn_processor(AttnProcessor())
+    pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.scale *= 2
+
+
+def train(pipeline: Any) -> None:
+    pipeline.unet.mid_block.resnets[0].train()
+
+
+def normalise(pipeline: Any) -> None:
+    attention = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attention.norm_q = torch.nn.LayerNorm(attention.inner_dim // attention.heads).eval()
+
+
+def no_mid_block(pipeline: Any) -> None:
+    pipeline.unet.mid_block = None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (hook, "mid_block.attentions.0 has a hook"),
+        (hook_before, "it has a hook"),
+        (hook_keys, "attn2.to_k has a hook"),
+        (offload, "down_blocks.1 has a hook"),
+        (replace_forward, "the forward of up_blocks.1.attentions.0.transformer_blocks.0.attn1 is another's"),
+        (replace_class, "up_blocks.1.* is not diffusers' own BasicTransformerBlock"),
+        (another_class, "it has a Merging"),
+        (namesake, "attn1 has a AttnProcessor from theirs"),
+        (rescale_attention, "scale of mid_block.*attn1 is"),
+        (train, "it is in training mode"),
+        (normalise, "norm_q of mid_block.* is LayerNorm"),
+        (no_mid_block, "it has no mid block"),
         (slice_attention, "attn1 has a SlicedAttnProcessor"),
         (free_u, "FreeU is on"),
         (chunk, "_chunk_size of .* is 1"),
@@ -198,6 +268,7 @@ def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
     [
         ({"resnet_time_scale_shift": "scale_shift"}, "time_embedding_norm of .* is 'scale_shift'"),
         ({"center_input_sample": True}, "its center_input_sample is True"),
+        ({"act_fn": "gelu"}, "the activation of .* is GELU"),
         ({"time_embedding_act_fn": "silu"}, "its time_embedding_act_fn is 'silu'"),
         ({"class_embed_type": "identity"}, "told of more than a prompt"),
         ({"only_cross_attention": True}, "only_cross_attention of .* is True"),

@@ -100,32 +100,38 @@ class Masking:
         def touched(entries: range) -> Sequence[int]:
             return active[entries.start // count : -(-entries.stop // count)]
 
-        def measure(entries: Int[Tensor, " n"], known: range) -> None:
+        def measure(entries: Int[Tensor, " n"], known: range) -> tuple[Tensor, Tensor, Tensor]:
             rows = torch.where(entries == PADDING, PADDING, table[entries.clamp(min=0) // count])
+            indices = first + entries % count
             items = {self.rows[row][0] for row in touched(known)}
-            self.measure(rows, first + entries % count, items.pop() if len(items) == 1 else None)
+            return self.measure(rows, indices, items.pop() if len(items) == 1 else None), rows, indices
 
         def needed(entries: range) -> bool:
             return any(self.wanted[row] for row in touched(entries))
 
         seen = 0
-        for entries in in_batches(len(active) * count, self.denoiser, measure, needed):
-            yield [row for row in active[seen : entries // count] if self.wanted[row]]
-            seen = entries // count
+        for known, measured in in_batches(len(active) * count, self.denoiser, measure, needed):
+            if measured is not None:
+                # Not before the batch is whole: what is added cannot be taken back.
+                with record_function("dfengine: scores"):
+                    self.score(*measured)
+            complete = known.stop // count
+            yield [row for row in active[seen:complete] if self.wanted[row]]
+            seen = complete
 
     def _refer(self, rows: Int[Tensor, " n"], _: range) -> None:
         """f(R) of some rows, the answer that every masked one is compared with."""
         real = rows.clamp(min=0)
         self.references[rows] = self.explained.epsilon(self.latents[real], self.timesteps[real], self.items[real])
 
-    def measure(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"], item: int | None) -> None:
-        """f(R ⊙ M), its scores and their sums, for one batch; `item` if it is of one item only."""
+    def measure(
+        self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"], item: int | None
+    ) -> Float[Tensor, "n c h w"]:
+        """f(R ⊙ M) of one batch; `item` if it is of one item only."""
         with record_function("dfengine: masks"):
             masked = self.mask(rows, indices)
         with record_function("dfengine: network"):
-            answers = self.answer(masked, rows, item)
-        with record_function("dfengine: scores"):
-            self.score(answers, rows, indices)
+            return self.answer(masked, rows, item)
 
     def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
         """R ⊙ M, channels-last; zeros for padding."""

@@ -74,6 +74,7 @@ class StableDiffusion(Denoiser):
         self.batch_size = batch_size or max(1, pixels // (height * width))
         self.use_attention(backend)
         self._compiled: Any = None
+        self._compiled_size = 0
         self._told: str | None = None
         self._images_at_once = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(self.image_shape)))
 
@@ -84,7 +85,8 @@ class StableDiffusion(Denoiser):
         # What a condition holds beside the text is named as the UNet names its added conditions.
         added = {name: value for name, value in condition.tensors.items() if name != "text"}
         text = condition.tensors["text"]
-        return self.unet(x_t, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+        with self._attention.chosen(), _searching(len(x_t) == self.batch_size):
+            return self.unet(x_t, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
     def bind(self, condition: Condition) -> Bound:
         """The UNet's own weights by `models.unet`, which makes the prompts' keys and values once.
@@ -95,6 +97,7 @@ class StableDiffusion(Denoiser):
         if different and different != self._told:
             log.info("the UNet runs by diffusers' own forward, which is slower: %s", different)
         self._told = different
+        self.compiled = self.compiled and not different
         return Bound(self, condition) if different else _BoundUNet(self, condition)
 
     def use_attention(self, backend: str) -> None:
@@ -102,15 +105,19 @@ class StableDiffusion(Denoiser):
         self.attention_backend = self._attention.name
 
     def slower_paths(self) -> list[str]:
-        different = fast.difference(self.unet)
-        return [f"the UNet runs by diffusers' own forward: {different}"] if different else []
+        different, slower = fast.difference(self.unet), []
+        if different:
+            slower.append(f"the UNet runs by diffusers' own forward: {different}")
+        if self.compiled and self._compiled_size != self.batch_size:
+            slower.append(f"compiled for batches of {self._compiled_size}, and batches are of {self.batch_size}")
+        return slower
 
     def compile(self) -> None:
         if different := fast.difference(self.unet):
             raise ValueError(f"{self.name} cannot be compiled: {different}")
         options = _COMPILER_OPTIONS.get(self.device.type)
         self._compiled = torch.compile(fast.forward, dynamic=False, fullgraph=True, options=options)
-        self.compiled = True
+        self.compiled, self._compiled_size = True, self.batch_size
 
     def run(
         self, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"], texts: Sequence[fast.KeysValues]
@@ -119,9 +126,9 @@ class StableDiffusion(Denoiser):
 
         For that shape cuDNN, too, looks for its fastest kernels.
         """
-        is_whole = len(x) == self.batch_size and len(texts[0][0]) == 1
-        forward = self._compiled if self.compiled and is_whole else fast.forward
-        with self._attention.chosen(), _searching(is_whole):
+        is_compiled = self.compiled and len(x) == self._compiled_size and len(texts[0][0]) == 1
+        forward = self._compiled if is_compiled else fast.forward
+        with self._attention.chosen(), _searching(len(x) == self.batch_size):
             return forward(self.unet, x, embedding, texts, self._attention.attend)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
@@ -178,7 +185,7 @@ class StableDiffusion(Denoiser):
 def _searching(is_on: bool) -> Iterator[None]:
     """While inside, cuDNN tries its kernels on the first batch of a shape and keeps the fastest."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = is_on
+    torch.backends.cudnn.benchmark = before or is_on
     try:
         yield
     finally:

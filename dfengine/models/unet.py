@@ -61,28 +61,56 @@ def difference(unet: Any) -> str | None:
             return f"its {name} is {unet.config.get(name)!r}"
     if unet.class_embedding is not None or unet.config.addition_embed_type not in (None, "text_time"):
         return "it is told of more than a prompt and a size"
+    if unet.mid_block is None:
+        return "it has no mid block"
+    if any(module.training for module in unet.modules()):
+        return "it is in training mode"
     for block in _blocks(unet):
         if type(block).__name__ not in _BLOCKS:
             return f"it has a {type(block).__name__}"
         parts = ("resnets", "attentions", "downsamplers", "upsamplers")
         for part in (module for name in parts for module in getattr(block, name, None) or ()):
-            if type(part).__name__ not in _EXPECTED:
-                return f"it has a {type(part).__name__}"
+            inner = [child for child in getattr(part, "transformer_blocks", ()) if child is not None]
+            attentions = [getattr(child, name, None) for child in inner for name in ("attn1", "attn2")]
+            for module in (part, *inner, *attentions):
+                if type(module).__name__ not in _EXPECTED:
+                    return f"it has a {type(module).__name__}"
         if getattr(block, "s1", None):
             return "FreeU is on"
     for name, module in unet.named_modules():
-        kind = type(module).__name__
-        for attribute, value in _EXPECTED.get(kind, {}).items():
-            if getattr(module, attribute, value) != value:
-                return f"{attribute} of {name} is {getattr(module, attribute)!r}"
-        if kind == "Attention" and type(module.processor).__name__ not in _PLAIN:
-            return f"{name} has a {type(module.processor).__name__}"
-        if kind == "BasicTransformerBlock" and module.attn2 is None:
-            return f"{name} has no cross-attention"
-        # Whoever hooks a module that `forward` passes by wants to see it called.
-        passed_by = module is unet or kind in _BLOCKS or kind in _EXPECTED
-        if passed_by and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
-            return f"{name or 'it'} has a hook"
+        if changed := _changed(name, module, is_passed_by=module is unet or _is_passed_by(name, module)):
+            return changed
+    return None
+
+
+def _is_passed_by(name: str, module: nn.Module) -> bool:
+    """Whether `forward` does a module's work in its stead, or does it once for many latents."""
+    kind = type(module).__name__
+    made_once = name.endswith(("attn2.to_k", "attn2.to_v")) or name.startswith(("time_", "add_"))
+    return kind in _BLOCKS or kind in _EXPECTED or kind == "Dropout" or made_once
+
+
+def _changed(name: str, module: Any, *, is_passed_by: bool) -> str | None:
+    """What of a module is not as `forward` takes it to be."""
+    kind = type(module).__name__
+    for attribute, value in _EXPECTED.get(kind, {}).items():
+        if getattr(module, attribute, value) != value:
+            return f"{attribute} of {name} is {getattr(module, attribute)!r}"
+    if (kind in _BLOCKS or kind in _EXPECTED) and not type(module).__module__.startswith("diffusers."):
+        return f"{name} is not diffusers' own {kind}"
+    if kind == "ResnetBlock2D" and type(module.nonlinearity) is not nn.SiLU:
+        return f"the activation of {name} is {type(module.nonlinearity).__name__}"
+    if kind == "Attention":
+        processor = type(module.processor)
+        if processor.__name__ not in _PLAIN or not processor.__module__.startswith("diffusers."):
+            return f"{name} has a {processor.__name__} from {processor.__module__}"
+        if abs(module.scale - (module.inner_dim // module.heads) ** -0.5) > 1e-6:
+            return f"scale of {name} is {module.scale}"
+    # Whoever hooks or replaces the forward of a module that is passed by wants to see it called.
+    if is_passed_by and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
+        return f"{name or 'it'} has a hook"
+    if is_passed_by and "forward" in vars(module):
+        return f"the forward of {name or 'it'} is another's"
     return None
 
 

@@ -61,8 +61,8 @@ class Profile:
     outside_network: float
     """share of the loop's time that is not the network's"""
     peak_gib: float
-    curve: list[dict[str, float]]
-    """the network alone, by batch size: masks a second and the peak of memory"""
+    curve: list[dict[str, float | None]]
+    """the network alone, by batch size: masks a second and, on a GPU, the peak of memory"""
     job: dict[str, float]
     """what was asked about: images, steps, masks, forwards, and the predicted seconds and bytes of the file"""
     missed: list[str]
@@ -84,8 +84,6 @@ def profile(
     clock = Clock(denoiser.device, seconds)
     tell("finding the batch that fits")
     engine.prepare([job] * images, [rise])
-    tell("what the device can do")
-    ceiling, bandwidth = matmul_ceiling(clock, denoiser.dtype), copy_bandwidth(clock)
     tell("sampling")
     once, twice = (clock.median(partial(trajectories, denoiser, [_shortened(job, n)])) for n in (1, 2))
     (path,) = trajectories(denoiser, [_shortened(job, 1)])
@@ -99,15 +97,18 @@ def profile(
         "maps": clock.median(stages.maps) / rise.num_masks,
     }
     tell("the whole loop")
-    _reset_peak(denoiser.device)
+    _resetpeak(denoiser.device)
     loop, alone["network"] = _loop_seconds(engine, rise, job, round(seconds / alone["network"]))
-    peak = _peak(denoiser.device)
+    most = peak(denoiser.device)
     rest = {
         "rest": max(0.0, loop - sum(alone.values())),
         "file": _file_seconds(engine, rise, job, path) / rise.num_masks,
     }
     tell("other batch sizes")
     flops = flops_by_kind(_Stages(_plain(denoiser), rise, path, 1).forward)
+    curve = _curve(denoiser, rise, path, clock)
+    tell("what the device can do")  # last: its matrices and copies are large
+    ceiling, bandwidth = matmul_ceiling(clock, denoiser.dtype), copy_bandwidth(clock)
     done = sum(flops.values()) / loop
     a_step = max(0.0, twice - once)
     return Profile(
@@ -127,14 +128,14 @@ def profile(
         seconds_a_mask=alone | rest,
         network=time_by_kind(stages.forward, denoiser.device),
         outside_network=1 - alone["network"] / loop,
-        peak_gib=peak / 2**30,
-        curve=_curve(denoiser, rise, path, clock),
+        peak_gib=most / 2**30,
+        curve=curve,
         job={
             "images": images,
             "steps": steps,
             "masks": rise.num_masks,
             "forwards": images * rise.num_forwards(steps),
-            "seconds": images * (once + (steps - 1) * a_step + steps * rise.num_masks * loop),
+            "seconds": images * (once + (steps - 1) * a_step) + _padded(images * steps * rise.num_masks, batch) * loop,
             "bytes": images * _bytes_an_item(engine, rise, job),
         },
         missed=_missed(engine),
@@ -159,6 +160,7 @@ class _Stages:
         self._masking = Masking(rise, denoiser, [path], [(0, 0)], ())
         self._rows = torch.zeros(size, dtype=torch.int64, device=denoiser.device)
         self._indices = torch.arange(size, device=denoiser.device) % rise.num_masks
+        self._masking.scores.uniform_()  # for ridge, which is not asked to make sense of what is not there
         self._masked = self.mask()
 
     def mask(self) -> Tensor:
@@ -194,7 +196,7 @@ class _Watched(Bound):
         if self.denoiser.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.denoiser.device))
         return event
 
 
@@ -259,18 +261,20 @@ def _file_seconds(engine: Engine, rise: Rise, job: Job, path: Trajectory, steps:
         return (time.perf_counter() - began) / steps
 
 
-def _curve(denoiser: Denoiser, rise: Rise, path: Trajectory, clock: Clock) -> list[dict[str, float]]:
+def _curve(denoiser: Denoiser, rise: Rise, path: Trajectory, clock: Clock) -> list[dict[str, float | None]]:
     """Masks a second and peak memory of the network at 1, 2, 4 … latents a forward, up to the batch size.
 
     It ends where one forward takes very long.
     """
     sizes = [2**i for i in range(denoiser.batch_size.bit_length()) if 2**i < denoiser.batch_size]
-    points: list[dict[str, float]] = []
+    points: list[dict[str, float | None]] = []
     for size in [*sizes, denoiser.batch_size]:
         stages = _Stages(denoiser, rise, path, size)
-        _reset_peak(denoiser.device)
+        _resetpeak(denoiser.device)
         seconds = clock.median(stages.forward)
-        points.append({"batch": size, "masks_a_second": size / seconds, "peak_gib": _peak(denoiser.device) / 2**30})
+        # A process's peak never falls, so that a CPU's says nothing of one batch.
+        most = peak(denoiser.device) / 2**30 if denoiser.device.type == "cuda" else None
+        points.append({"batch": size, "masks_a_second": size / seconds, "peak_gib": most})
         if seconds > 10 * clock.seconds:
             break
     return points
@@ -304,8 +308,14 @@ def _plain(denoiser: Denoiser) -> Denoiser:
     """The denoiser as its work can be counted: by operations that the counter knows."""
     plain = copy.copy(denoiser)
     plain.compiled = False
-    plain.use_attention("sdpa")
+    if type(denoiser).use_attention is not Denoiser.use_attention:
+        plain.use_attention("sdpa")
     return plain
+
+
+def _padded(total: int, batch: int) -> int:
+    """How many latents go through the network for so many masks: the tail of the last batch is padded."""
+    return -(-total // batch) * batch if total > batch else total
 
 
 def _bytes_an_item(engine: Engine, rise: Rise, job: Job) -> int:
@@ -316,12 +326,12 @@ def _bytes_an_item(engine: Engine, rise: Rise, job: Job) -> int:
     return steps * 4 * (2 * h * w * (1 + channels) + rise.num_masks) + (steps + 1) * 3 * height * width
 
 
-def _reset_peak(device: torch.device) -> None:
+def _resetpeak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak(device: torch.device) -> int:
+def peak(device: torch.device) -> int:
     """The most bytes that tensors took since `_reset_peak`; on a CPU the most that this process ever had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -40,15 +40,17 @@ def lines(found: Profile) -> Iterator[str]:
     for kind, share in found.network.items():
         yield f"    {kind:<18} {found.gflop_a_mask[kind]:>10.3f}   {share:>14.1%}"
     yield ""
-    yield "  latents a forward    masks a second   memory, at most"
+    by_batch = any(point["peak_gib"] is not None for point in found.curve)
+    yield f"  latents a forward    masks a second{'   memory, at most' * by_batch}"
     for point in found.curve:
-        yield f"    {point['batch']:<18.0f} {_number(point['masks_a_second']):>10}   {point['peak_gib']:>12.2f} GiB"
+        most = "" if point["peak_gib"] is None else f"   {point['peak_gib']:>12.2f} GiB"
+        yield f"    {point['batch']:<18.0f} {_number(point['masks_a_second'] or 0):>10}{most}"
     yield ""
     job = found.job
     what = (
         f"{job['images']:.0f} image{'s' * (job['images'] != 1)} × {job['steps']:.0f} steps × {job['masks']:.0f} masks"
     )
-    yield f"  {what}: about {duration(job['seconds'])}, a file of at most {job['bytes'] / 1e6:,.1f} MB"
+    yield f"  {what}: about {duration(job['seconds'])}, a file of about {job['bytes'] / 1e6:,.1f} MB"
     for reason in found.missed:
         yield f"  could be faster: {reason}"
 
