@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "tuning",
     },
     "dfengine.profile": {"denoiser", "engine", "explain", "record", "store", "trajectory", "tuning", "dfkernels"},
-    "dfengine.cli": {"engine", "explain", "figures", "profile", "store"},
+    "dfengine.cli": {"batching", "engine", "explain", "figures", "profile", "store"},
 }
 
 #: The only places that may import each of these libraries.
