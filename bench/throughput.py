@@ -66,7 +66,7 @@ def ways(engine: Engine, plain: dict[str, Plain], path: Trajectory, batches: lis
         # Whole batches, at least four, and long enough to be timed.
         return Way("dfengine", target, batch, batch * max(4, -(-plain_masks // batch)), run, compiled)
 
-    found += [engine_way("conditional", batch, False) for batch in batches]
+    found += [engine_way("conditional", batch, False) for batch in sorted({*batches, own})]
     found.append(engine_way("guided", own, False))
     found += [engine_way(target, own, True) for target in ("guided", "conditional")]
     return found
