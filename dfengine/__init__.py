@@ -11,17 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfengine.engine import Engine
-    from dfengine.explain import Rise, StepMap
+    from dfengine.explain import Attention, Cam, Relevance, Rise, StepMap
     from dfengine.result import Result
     from dfengine.schedule import exponential_timesteps
     from dfengine.store import open
     from dfengine.trajectory import Job
 
-__all__ = ["Engine", "Job", "Result", "Rise", "StepMap", "exponential_timesteps", "open"]
+__all__ = [
+    "Attention",
+    "Cam",
+    "Engine",
+    "Job",
+    "Relevance",
+    "Result",
+    "Rise",
+    "StepMap",
+    "exponential_timesteps",
+    "open",
+]
 
 _HOMES = {
+    "Attention": "explain",
+    "Cam": "explain",
     "Engine": "engine",
     "Job": "trajectory",
+    "Relevance": "explain",
     "Result": "result",
     "Rise": "explain",
     "StepMap": "explain",

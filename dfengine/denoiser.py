@@ -8,18 +8,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfengine.schedule import NoiseSchedule, Prediction
+from dfengine.words import Tokens
 
 TARGETS = ("conditional", "guided", "unconditional")
 
 #: Images [n, 3, H, W] in [0, 1] → features [n, d].
 Features = Callable[[Tensor], Tensor]
+
+#: Shown the probabilities [n, heads, s, t] of an attention, each row of which sums to 1, and the (height, width) of the
+#: grid that its s positions lie on, (1, s) for a text; returns the probabilities to go on with.
+Watch = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A part of a network, and the (channels, height, width) of the feature map that it makes of a latent."""
+
+    module: nn.Module
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,42 @@ class Denoiser(ABC):
     def use_attention(self, backend: str) -> None:
         """Compute attention by one of several backends. Raises ValueError where there is no choice, or not this one."""
         raise ValueError(f"{self.name} has no choice of attention: leave it out")
+
+    def layers(self) -> dict[str, Layer]:
+        """The parts whose feature maps can be looked at, by their name in the module tree, in the forward's order.
+
+        Raises ValueError where there are none.
+        """
+        raise ValueError(f"{self.name} does not tell its layers: DF-CAM is not possible with it")
+
+    def differentiable(self) -> AbstractContextManager[None]:
+        """While inside, `torch.func` can differentiate `predict`."""
+        return nullcontext()
+
+    def tokens(self, prompt: str) -> Tokens:
+        """What the positions of a prompt's encoding stand for. Raises ValueError as `condition` does."""
+        raise ValueError(f"{self.name} does not tell its tokens: relevance and attention are not possible with it")
+
+    def check_watch(self) -> None:
+        """Raise ValueError where attention is not to be seen."""
+        raise ValueError(f"{self.name} does not show its attention: relevance and attention are not possible with it")
+
+    def watch(self, condition: Condition, text: Watch, image: Watch | None = None) -> Bound:
+        """The network bound to prompts, `text` being shown every cross-attention as it is computed, and `image` every
+        self-attention. Differentiable. Raises ValueError as `check_watch` does.
+        """
+        raise NotImplementedError
+
+    def watch_text(self, prompts: Sequence[str], watch: Watch) -> Condition:
+        """`condition`, `watch` being shown every self-attention of the text encoders. Differentiable.
+
+        Raises ValueError where attention is not to be seen.
+        """
+        raise ValueError(f"{self.name} does not show its text encoder's attention: leave text_attention out")
+
+    def without(self, condition: Condition, places: Sequence[int]) -> Condition:
+        """Prompts whose encoding is zero at some positions. Raises ValueError where it has none."""
+        raise ValueError(f"{self.name} does not tell its tokens: none can be left out")
 
     def slower_paths(self) -> list[str]:
         """Fast paths that this network does not take, and why, a line each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 
 from dfengine import store
 from dfengine.denoiser import Denoiser
-from dfengine.explain import Explainer, StepMap, describe
-from dfengine.result import Result
+from dfengine.explain import Contents, Explainer, StepMap, describe
+from dfengine.result import COMBINED, Result
 from dfengine.trajectory import Job, Trajectory, restore, to_bytes
+from dfengine.words import Tokens
 
 
 class Recorder:
@@ -41,7 +42,8 @@ class Recorder:
         def empty(*size: int) -> np.ndarray:
             return np.full((steps, *size), np.nan, np.float32)
 
-        names = [explainer.name for explainer in explainers]
+        self._made = made = contents(denoiser, job, explainers)
+        tokens, words = _tokens(made), _words(made)
         self.result = Result(
             prompt=job.prompt,
             seed=job.seed,
@@ -51,9 +53,13 @@ class Recorder:
             alpha_bar=empty(),
             latents=empty(*denoiser.latent_shape),
             epsilon=empty(*denoiser.latent_shape),
-            maps={name: empty(height, width) for name in names},
-            errors={name: empty(height, width) for name in names},
-            scores={explainer.name: empty(num_masks(explainer)) for explainer in explainers},
+            maps={name: _maps(empty(height, width), part, empty) for name, part in made.items()},
+            errors={name: empty(height, width) for name, part in made.items() if part.has_error},
+            scores={name: empty(part.num_masks) for name, part in made.items() if part.num_masks},
+            tokens=tokens,
+            relevance=None if tokens is None else empty(len(tokens)).T,
+            words=words,
+            heat=empty(len(words), height, width).swapaxes(0, 1) if words else None,
             settings={explainer.name: explainer for explainer in explainers},
         )
         if writer is not None and writer.has_trajectory(0):
@@ -66,10 +72,35 @@ class Recorder:
         self.result = dataclasses.replace(self.result, previews=previews)
         for name, steps in stored.done.items():
             for step in np.flatnonzero(steps).tolist():
-                self.done.add((0, name, step))
-                self.result.maps[name][step] = stored.maps[name][step]
-                self.result.errors[name][step] = stored.errors[name][step]
-                self.result.scores[name][step] = stored.scores[name][step]
+                if self._writer is not None and self._is_whole(name, step):
+                    self.done.add((0, name, step))
+                    self._put(self._stored(stored, name, step))
+
+    def _is_whole(self, name: str, step: int) -> bool:
+        """Whether all that comes with a stored map is stored, too."""
+        made, writer = self._made[name], self._writer
+        assert writer is not None
+        return (
+            (not made.layers or writer.has_cam(0, step))
+            and (made.tokens is None or writer.has_relevance(0, step))
+            and (not made.words or writer.has_heat(0, step))
+        )
+
+    def _stored(self, stored: store.StoredItem, name: str, step: int) -> StepMap:
+        """What was made of a step, from the file."""
+        made = self._made[name]
+        tensor = torch.from_numpy
+        return StepMap(
+            0,
+            step,
+            name,
+            saliency=tensor((stored.maps[name][COMBINED] if made.layers else stored.maps[name])[step]),
+            error=tensor(stored.errors[name][step]) if made.has_error else None,
+            scores=tensor(stored.scores[name][step]) if made.num_masks else None,
+            layers={layer: tensor(stored.cam[layer][step]) for layer in made.layers},
+            relevance=None if made.tokens is None else tensor(stored.relevance[:, step]),
+            heat=tensor(stored.heat[:, step]) if made.words else None,
+        )
 
     def begin(self, trajectory: Trajectory) -> None:
         """The trajectory is known: keep it, and decode its previews."""
@@ -95,15 +126,39 @@ class Recorder:
                 previews=result.previews,
             )
 
-    def add(self, step_map: StepMap) -> None:
-        """One more map."""
-        saliency, error, scores = (part.numpy() for part in (step_map.saliency, step_map.error, step_map.scores))
-        method, step = step_map.method, step_map.step
-        self.result.maps[method][step] = saliency
-        self.result.errors[method][step] = error
-        self.result.scores[method][step] = scores
-        if self._writer is not None:
-            self._writer.step(0, method, step, saliency=saliency, error=error, scores=scores)
+    def add(self, made: StepMap) -> None:
+        """What an explainer made of one more step."""
+        self._put(made)
+        if self._writer is None:
+            return
+        values = {name: value.numpy() for name, value in self._parts(made).items()}
+        if made.layers:
+            self._writer.cam(0, made.step, {name: part.numpy() for name, part in made.layers.items()})
+        curves = {name: values.pop(name) for name in ("relevance", "heat") if name in values}
+        self._writer.curves(0, made.step, **curves)
+        # Last, since it is what marks the step as done.
+        self._writer.step(0, made.method, made.step, **values)
+
+    def _parts(self, made: StepMap) -> dict[str, Any]:
+        """What there is of a step beside DF-CAM's layers, by name."""
+        names = ("saliency", "error", "scores", "relevance", "heat")
+        return {name: getattr(made, name) for name in names if getattr(made, name) is not None}
+
+    def _put(self, made: StepMap) -> None:
+        """Keep it in memory."""
+        result, name, step = self.result, made.method, made.step
+        maps = result.maps[name]
+        (maps[COMBINED] if made.layers else maps)[step] = made.saliency.numpy()
+        for layer, saliency in made.layers.items():
+            maps[layer][step] = saliency.numpy()
+        if made.error is not None:
+            result.errors[name][step] = made.error.numpy()
+        if made.scores is not None:
+            result.scores[name][step] = made.scores.numpy()
+        if made.relevance is not None and result.relevance is not None:
+            result.relevance[:, step] = made.relevance.numpy()
+        if made.heat is not None and result.heat is not None:
+            result.heat[:, step] = made.heat.numpy()
 
     def finish(self, seconds: float) -> None:
         """Nothing more will come."""
@@ -121,6 +176,8 @@ def plan(
 ) -> store.Plan:
     """What a file of these jobs will hold. They must have equally many steps."""
     settings = {explainer.name: describe(explainer) for explainer in explainers}
+    made = [contents(denoiser, job, explainers) for job in jobs]
+    tokens = [_tokens(parts) for parts in made]
     return store.Plan(
         items=tuple(
             store.Item(
@@ -128,14 +185,18 @@ def plan(
                 job.prompt,
                 job.negative_prompt,
                 job.seed,
+                tokens=told.texts if told else (),
+                spans=told.spans if told else (),
+                words=_words(parts),
                 settings=job.settings,
             )
-            for job in jobs
+            for job, parts, told in zip(jobs, made, tokens, strict=True)
         ),
         methods=tuple(
-            store.Method(explainer.name, settings[explainer.name], num_masks=num_masks(explainer), has_error=True)
-            for explainer in explainers
+            store.Method(name, settings[name], part.num_masks, has_error=part.has_error, has_layers=bool(part.layers))
+            for name, part in made[0].items()
         ),
+        layers=tuple((name, size) for part in made[0].values() for name, size in part.layers.items()),
         num_steps=len(jobs[0].timesteps),
         latent=denoiser.latent_shape,
         image=denoiser.image_shape,
@@ -146,9 +207,32 @@ def plan(
     )
 
 
-def num_masks(explainer: Explainer) -> int:
-    """How many scores a step an explainer makes."""
-    return getattr(explainer, "num_masks", 0)
+def contents(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> dict[str, Contents]:
+    """What each explainer, by name, will make of a job.
+
+    Raises ValueError for what the model or the prompt does not have, and where two explainers would keep what there is
+    one place for.
+    """
+    made = {explainer.name: explainer.contents(denoiser, job) for explainer in explainers}
+    for what in ("layers", "tokens", "words"):
+        names = [name for name, part in made.items() if getattr(part, what)]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} both keep {what}, of which a result has one set: run them apart")
+    return made
+
+
+def _tokens(made: Mapping[str, Contents]) -> Tokens | None:
+    return next((part.tokens for part in made.values() if part.tokens), None)
+
+
+def _words(made: Mapping[str, Contents]) -> tuple[str, ...]:
+    return tuple(word for part in made.values() for word in part.words)
+
+
+def _maps(saliency: np.ndarray, made: Contents, empty: Callable[..., np.ndarray]) -> Any:
+    """Room for a method's maps: an array, or one for each layer and all of them combined."""
+    layers = {name: empty(*size) for name, size in made.layers.items()}
+    return {COMBINED: saliency, **layers} if layers else saliency
 
 
 def item_key(denoiser: Denoiser, job: Job, settings: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from torch.nn import functional as F
+
+from dfengine.words import Tokens
+
+#: DF-CAM's map of all layers together.
+COMBINED = "combined"
 
 
 class Explanation:
@@ -24,21 +29,51 @@ class Explanation:
     previews: Any
     maps: Any
     scores: Any
+    settings: Any
+    tokens: Any
+    relevance: Any
+    words: Any
+    heat: Any
 
-    def heatmap(self, name: str, step: int) -> Float[ndarray, "H W"]:
+    def heatmap(self, name: str, step: int, layer: str | None = None) -> Float[ndarray, "H W"]:
         """The map of one step in [0, 1], at the image's size: min–max [9], then bilinear.
 
+        `name` is a method's, or a word's that has attention maps; `layer` one of DF-CAM's, by default all "combined".
         Raises ValueError for a map or a step that is not there, or not computed yet.
         """
-        if name not in self.maps:
-            raise ValueError(f"there is no map {name!r}: expected one of {', '.join(self.maps) or 'none'}")
-        maps = self.maps[name]
+        maps = self._maps(name, layer)
         if not -len(maps) <= step < len(maps):
             raise ValueError(f"step {step} is outside [0, {len(maps) - 1}]: steps are indices into `timesteps`")
         saliency = np.asarray(maps[step])
         if np.isnan(saliency).all():
             raise ValueError(f"step {step} of {name!r} is not computed yet")
         return heatmap(saliency, self.image.shape[:2])
+
+    def _maps(self, name: str, layer: str | None) -> Any:
+        """The raw maps of a method, a layer or a word, with the steps along the first axis."""
+        if name in self.words and name not in self.maps:
+            return self.heat[self.words.index(name)]
+        if name not in self.maps:
+            known = ", ".join([*self.maps, *self.words]) or "none"
+            raise ValueError(f"there is no map {name!r}: expected one of {known}")
+        maps = self.maps[name]
+        if not isinstance(maps, Mapping):
+            if layer is not None:
+                raise ValueError(f"the maps of {name!r} have no layers: leave {layer!r} out")
+            return maps
+        if (layer or COMBINED) not in maps:
+            raise ValueError(f"{name!r} has no layer {layer!r}: expected one of {', '.join(maps)}")
+        return maps[layer or COMBINED]
+
+    def concept(self, concept: str) -> Float[ndarray, " steps"]:
+        """The relevance of a word or phrase of the prompt at each step: the mean over its tokens.
+
+        Raises ValueError where the prompt does not have it, or no relevance was asked for.
+        """
+        if self.tokens is None:
+            raise ValueError("there is no relevance: explain with Relevance()")
+        places = self.tokens.find(concept)
+        return np.asarray(self.relevance)[places].mean(0)
 
 
 @dataclass(frozen=True)
@@ -57,11 +92,17 @@ class Result(Explanation):
     """ε(R_t), with guidance"""
     previews: UInt8[ndarray, "steps H W 3"] | None = None
     """the image predicted at each step (x0, decoded)"""
-    maps: Mapping[str, Float[ndarray, "steps h w"]] = field(default_factory=dict)
+    maps: Mapping[str, Any] = field(default_factory=dict)
+    """by method, float [steps, h, w]; of DF-CAM by layer, float [steps, u, v], and "combined", float [steps, h, w]"""
     errors: Mapping[str, Float[ndarray, "steps h w"]] = field(default_factory=dict)
-    """the standard error of each map, per pixel"""
+    """the standard error of each map, per pixel, of methods that have one"""
     scores: Mapping[str, Float[ndarray, "steps masks"]] = field(default_factory=dict)
-    """each mask's mean score"""
+    """each mask's mean score, of methods with masks"""
+    tokens: Tokens | None = None
+    relevance: Float[ndarray, "tokens steps"] | None = None
+    words: Sequence[str] = ()
+    heat: Float[ndarray, "words steps h w"] | None = None
+    """cross-attention map of each word"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """each explainer, under the name its maps are filed by"""
 

@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "run.h5"
     run = dfengine_command("explain", CAPTION, "-o", str(out), *QUICK, "--seed", "3", "--sampling", "early")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"{out}: 2 steps of DF-RISE, 4 masks each, in ")
+    assert run.stdout.startswith(f"{out}: 2 steps explained by rise (4 masks), in ")
     return out
 
 
@@ -95,6 +95,68 @@ def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_several_explainers_share_a_file_and_are_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    named = [part for name in ("cam", "relevance", "attention", "cam") for part in ("--explainer", name)]
+    options = ["--layer", "mid_block.*", "--word", "red circle", "--no-self-attention", "--text-attention"]
+    run = dfengine_command("explain", CAPTION, "-o", str(out), "--steps", "2", *named, *options)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"{out}: 2 steps explained by cam, relevance, attention, in ")
+    with dfengine.open(out) as opened:
+        (item,) = opened
+        cam = dfengine.Cam(layers=("mid_block.*",))
+        relevance = dfengine.Relevance(self_attention=False, text_attention=True)
+        assert list(item.settings.values()) == [cam, relevance, dfengine.Attention(words=("red circle",))]
+        assert list(item.maps["cam"]) == [
+            "combined",
+            "mid_block.resnets.0",
+            "mid_block.attentions.0",
+            "mid_block.resnets.1",
+        ]
+        assert item.words == ("red circle",)
+        assert item.concept("red circle").shape == (2,)
+    for method in ("cam", "relevance", "attention"):
+        picture = tmp_path / f"{method}.png"
+        drawn = dfengine_command("figures", str(out), "-o", str(picture), "--method", method)
+        assert drawn.returncode == 0, drawn.stderr
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_are_listed_for_people_and_programs(refused: Callable[..., str]) -> None:
+    told = dfengine_command("layers").stdout.splitlines()
+    assert len(told) == 22
+    assert told[0].split() == ["down_blocks.0.resnets.0", "ResnetBlock2D", "48", "channels,", "16", "×", "16"]
+    some = json.loads(dfengine_command("layers", "mid_block.*", "--json").stdout)
+    assert some == {
+        "mid_block.resnets.0": [96, 4, 4],
+        "mid_block.attentions.0": [96, 4, 4],
+        "mid_block.resnets.1": [96, 4, 4],
+    }
+    assert "no layer is called 'mid'" in refused("layers", "mid")
+
+
+def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
+    quick = ["--sanity", "--prompts", "1", "--masks", "2", "--json"]
+    run = dfengine_command("evaluate", *quick)
+    found = json.loads(run.stdout)
+    assert list(found["randomised"]) == ["rise", "cam", "relevance", "attention"]
+    assert found["removed"]["high"] < 1
+    assert run.returncode == (1 if found["failures"] else 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to evaluate was named: say --sanity"),
+        (["--sanity", "--prompts", "0"], "there is no prompt to check with"),
+        (["--sanity", "--prompt", "a red dog"], "does not know 'dog'"),
+        (["--sanity", "--model", "none"], "'none' is not known"),
+    ],
+)
+def test_an_impossible_evaluation_is_one_line(refused: Callable[..., str], arguments: list[str], said: str) -> None:
+    assert said in refused("evaluate", *arguments)
+
+
 def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> None:
     before = made.read_bytes()
     assert "--overwrite" in refused("explain", CAPTION, "-o", str(made), *QUICK)
@@ -103,8 +165,8 @@ def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> 
 
 def test_help_explains_itself() -> None:
     told = dfengine_command("--help").stdout
-    for verb in ("explain", "figures", "info", "merge"):
-        assert verb in told
+    for verb in ("explain", "profile", "layers", "evaluate", "info", "merge", "figures"):
+        assert f"  {verb} " in told
     run = dfengine_command("explain", "--help")
     assert run.returncode == 0
     assert "masks a step" in run.stdout
@@ -174,6 +236,10 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "--guidance", "nan"], "guidance"),
         ([CAPTION, "--masks", "999999999999"], "at most 16777216"),
         ([CAPTION, *QUICK, "--device", "meta"], "device 'meta' cannot be used"),
+        ([CAPTION, *QUICK, "-e", "cams"], "explainer 'cams' is not known: expected rise, cam, relevance, attention"),
+        ([CAPTION, *QUICK, "-e", "cam", "--layer", "middle"], "no layer is called 'middle': shapes has 22, from down_"),
+        ([CAPTION, *QUICK, "-e", "cam", "--target", "guided"], "target 'guided' is not possible with DF-CAM"),
+        ([CAPTION, *QUICK, "-e", "attention", "--word", "dog"], "'dog' is not in the prompt 'a red circle above"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -228,7 +294,18 @@ def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     out, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
-    command = [sys.executable, "-m", "dfengine.cli", "explain", CAPTION, "-o", str(out), "--masks", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "dfengine.cli",
+        "explain",
+        CAPTION,
+        "-o",
+        str(out),
+        "--masks",
+        "64",
+        "--no-compile",
+    ]
     # Shells start background jobs with SIGINT ignored, and children inherit that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed)

@@ -1,15 +1,98 @@
 """Figures say what they show; the pictures themselves are looked at by people."""
 
+import dataclasses
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from test_result import result
 
-from dfengine.figures import COLOUR_MAP, chosen_steps, overlay, save, strip
+import dfengine
+from dfengine import Attention, Cam, Engine, Relevance, Rise, figures
+from dfengine.figures import choosing, chosen_steps, overlay, save, strip
+from dfengine.figures.parts import COLOUR_MAP
+from dfengine.result import COMBINED, Result, heatmap
+from dfengine.words import Tokens, content_words, words
 
 MAPS = np.random.default_rng(0).normal(size=(30, 2, 3)).astype(np.float32)
+#: Twenty words.
+LONG = "an astronaut in a shining silver suit riding a galloping brown horse on Mars under two bright moons at dawn"
+#: Stable Diffusion 1.5's layers, with the side of each one's map.
+LAYERS: dict[str, int] = {
+    **{f"down_blocks.{n}.{part}": 64 >> n for n in range(4) for part in ("resnets.0", "attentions.0")},
+    **dict.fromkeys(("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"), 8),
+    **{f"up_blocks.{n}.{part}": 8 << n for n in range(4) for part in ("resnets.2", "attentions.2")},
+}
+
+
+def explained(prompt: str, steps: int = 5, size: tuple[int, int] = (8, 12), **changes: Any) -> Result:
+    """All that can be drawn, of random numbers: every word of the prompt is a token, between start and end."""
+    random = np.random.default_rng(1)
+    spans = tuple(words(prompt))
+    told = tuple(prompt[first:last] for first, last in spans)
+
+    def maps(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(np.float32)
+
+    layers = {name: maps(steps, side, side) for name, side in LAYERS.items()}
+    made = Result(
+        prompt=prompt,
+        seed=0,
+        model="shapes",
+        image=random.integers(256, size=(*size, 3), dtype=np.uint8),
+        timesteps=np.arange(steps)[::-1] * 10,
+        alpha_bar=np.linspace(0.1, 0.9, steps, dtype=np.float32),
+        latents=maps(steps, 1, 2, 3),
+        epsilon=maps(steps, 1, 2, 3),
+        previews=random.integers(256, size=(steps, *size, 3), dtype=np.uint8),
+        maps={
+            "rise": maps(steps, 2, 3),
+            "relevance": maps(steps, 2, 3),
+            "cam": {COMBINED: maps(steps, 2, 3), **layers},
+            "attention": maps(steps, 2, 3),
+        },
+        scores={"rise": maps(steps, 7)},
+        tokens=Tokens(prompt, ("<s>", *told, "</s>"), ((0, 0), *spans, (0, 0))),
+        relevance=random.random(size=(len(told) + 2, steps)).astype(np.float32),
+        words=told,
+        heat=maps(len(told), steps, 2, 3),
+        settings={"rise": Rise(), "relevance": Relevance(), "cam": Cam(), "attention": Attention()},
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def labels(figure: Figure) -> list[str]:
+    """What stands beside the rows."""
+    return [axis.get_ylabel() for axis in figure.axes if axis.images and axis.get_ylabel()]
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axis.get_title() for axis in figure.axes if axis.get_title()]
+
+
+def pictures(figure: Figure) -> list[np.ndarray]:
+    """All pictures, row by row, without the colour bar."""
+    return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
+
+
+def curves(figure: Figure) -> Axes:
+    return next(axis for axis in figure.axes if axis.get_xlabel() == "step")
+
+
+def lines(figure: Figure) -> dict[str, np.ndarray]:
+    named = [line for line in curves(figure).lines if not str(line.get_label()).startswith("_")]
+    return {str(line.get_label()): np.asarray(line.get_ydata()) for line in named}
+
+
+def texts(figure: Figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
 
 
 def test_steps_are_spread_from_first_to_last() -> None:
@@ -45,3 +128,286 @@ def test_a_figure_is_saved_by_its_ending(tmp_path: Path, name: str) -> None:
 def test_a_step_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="step 30 is outside"):
         strip(result(MAPS), steps=[30])
+
+
+def test_a_step_from_the_end_is_told_by_its_number() -> None:
+    assert titles(strip(result(MAPS), steps=[-1]))[1] == "step 30, t = 0"
+
+
+def test_a_long_prompt_has_lines_enough() -> None:
+    figure = strip(explained(LONG), steps=[0, 1, 2])
+    *prompt, about = figure.get_suptitle().splitlines()
+    assert " ".join(prompt) == f"“{LONG}”"
+    assert len(prompt) == 2
+    assert about == "shapes, seed 0"
+
+
+def test_layers_are_rows_and_steps_columns() -> None:
+    made = explained("a cat", size=(12, 8))
+    figure = figures.layers(made, steps=[3, 0], names=["mid_block.resnets.1", "down_blocks.3.resnets.0"])
+    assert titles(figure) == ["step 4\nt = 10", "step 1\nt = 40"]
+    assert labels(figure) == [
+        "predicted $x_0$",
+        "combined,\n2×3",
+        "mid_block.\nresnets.1,\n8×8",
+        "down_blocks.3.\nresnets.0,\n8×8",
+    ]
+    previews = np.asarray(made.previews)
+    expected = [previews[3], previews[0]]
+    for name in (COMBINED, "mid_block.resnets.1", "down_blocks.3.resnets.0"):
+        expected += [overlay(previews[step], made.heatmap("cam", step, name)) for step in (3, 0)]
+    for drawn, picture in zip(pictures(figure), expected, strict=True):
+        np.testing.assert_array_equal(drawn, picture)
+
+
+def test_without_previews_maps_lie_over_the_image() -> None:
+    made = explained("a cat", previews=None)
+    figure = figures.layers(made, steps=[2], names=[])
+    assert labels(figure) == ["image", "combined,\n2×3"]
+    image, drawn = pictures(figure)
+    np.testing.assert_array_equal(image, made.image)
+    np.testing.assert_array_equal(drawn, overlay(made.image, made.heatmap("cam", 2)))
+
+
+def test_of_many_layers_a_few_are_drawn_down_and_up_again() -> None:
+    maps = {name: np.empty((1, side, side)) for name, side in LAYERS.items()}
+    assert choosing.main_layers({COMBINED: np.empty((1, 64, 64)), **maps}) == [
+        "down_blocks.0.attentions.0",
+        "down_blocks.2.attentions.0",
+        "mid_block.resnets.1",
+        "up_blocks.1.attentions.2",
+        "up_blocks.3.attentions.2",
+    ]
+    # Neighbours of one resolution are one stage, which leaves five: 16, 8, 4, 8, 16.
+    sides = (
+        {f"down_blocks.{n}": 16 >> n for n in range(3)}
+        | {"mid_block": 4}
+        | {f"up_blocks.{n}": 4 << n for n in (0, 1, 2)}
+    )
+    maps = {f"{block}.{part}.0": np.empty((1, n, n)) for block, n in sides.items() for part in ("resnets", "samplers")}
+    blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.1", "up_blocks.2")
+    assert choosing.main_layers(maps) == [f"{block}.resnets.0" for block in blocks]
+    only = {name: values for name, values in maps.items() if "samplers" in name}
+    assert choosing.main_layers(only) == [f"{block}.samplers.0" for block in blocks]
+    assert choosing.main_layers({COMBINED: maps["mid_block.resnets.0"], "a": maps["mid_block.resnets.0"]}) == ["a"]
+    assert len(labels(figures.layers(explained("a cat")))) == 7
+
+
+#: Two tokens are the cat's; start and end do not count. A step as usual, one with the same for all, one that is not
+#: finished, and one more as usual.
+CAT = Tokens("a red cat", ("<s>", "a", "red", "c", "at", "</s>"), ((0, 0), (0, 1), (2, 5), (6, 7), (7, 9), (0, 0)))
+RELEVANCE = np.array(
+    [
+        [99, 9, np.nan, 99],
+        [0, 5, np.nan, 1],
+        [1, 5, np.nan, 9],
+        [2, 5, np.nan, 1],
+        [4, 5, np.nan, 5],
+        [50, 0, np.nan, 0],
+    ],
+    np.float32,
+)
+
+
+def test_lines_are_min_max_over_the_own_tokens_and_the_mean_over_a_concepts() -> None:
+    made = explained("a red cat", steps=4, tokens=CAT, relevance=RELEVANCE)
+    figure = figures.relevance(made, steps=[0])
+    assert list(lines(figure)) == ["red", "cat"]
+    np.testing.assert_array_equal(lines(figure)["red"], [0.25, 0, np.nan, 1])
+    np.testing.assert_array_equal(lines(figure)["cat"], [0.75, 0, np.nan, 0.25])
+    np.testing.assert_array_equal(curves(figure).lines[0].get_xdata(), [1, 2, 3, 4])
+    phrase = figures.relevance(made, ["red cat", "a"], steps=[0])
+    np.testing.assert_allclose(lines(phrase)["red cat"], [1.75 / 3, 0, np.nan, 1.5 / 3])
+    np.testing.assert_array_equal(lines(phrase)["a"], [0, 0, np.nan, 0])
+
+
+def test_a_step_that_overflowed_is_a_gap() -> None:
+    overflowed = RELEVANCE.copy()
+    overflowed[2, 3] = np.inf
+    made = explained("a red cat", steps=4, tokens=CAT, relevance=overflowed)
+    np.testing.assert_array_equal(figures.concept_lines(made)["cat"], [0.75, 0, np.nan, np.nan])
+
+
+def test_steps_are_marked_and_their_maps_are_below() -> None:
+    made = explained("a red cat")
+    figure = figures.relevance(made, steps=[1, -1])
+    assert titles(figure) == ["step 2\nt = 30", "step 5\nt = 0"]
+    marks = [line.get_xdata()[0] for line in curves(figure).lines if line.get_color() == "0.5"]
+    assert marks == [2, 5]
+    assert [text.get_text() for text in curves(figure).texts] == [" red", " cat", "2", "5"]
+    assert [tick.get_text().strip() for tick in curves(figure).get_xticklabels()] == [
+        "1\nt = 40",
+        "2",
+        "3",
+        "4",
+        "5\nt = 0",
+    ]
+    for drawn, step in zip(pictures(figure)[2:], (1, 4), strict=True):
+        np.testing.assert_array_equal(drawn, overlay(np.asarray(made.previews)[step], made.heatmap("cam", step)))
+
+
+@pytest.mark.parametrize(
+    ("methods", "label"),
+    [
+        (["relevance", "rise", "cam"], "cam,\ncombined"),
+        (["relevance", "rise"], "rise,\n7 masks"),
+        (["attention", "relevance"], "relevance"),
+    ],
+)
+def test_the_map_below_the_lines_is_named(methods: list[str], label: str) -> None:
+    made = explained("a red cat")
+    made = dataclasses.replace(made, maps={name: made.maps[name] for name in methods})
+    figure = figures.relevance(made, steps=[0])
+    assert labels(figure) == ["predicted $x_0$", label]
+    expected = overlay(np.asarray(made.previews)[0], made.heatmap(label.split(",")[0], 0))
+    np.testing.assert_array_equal(pictures(figure)[1], expected)
+
+
+def test_of_many_concepts_the_eight_most_relevant_are_drawn_in_the_prompts_order() -> None:
+    prompt = "one two three four five six seven eight nine ten of the one"
+    relevance = np.repeat(np.array([[0, 9, 1, 8, 2, 7, 3, 6, 4, 5, 10, 0, 0, 9, 0]], np.float32).T, 5, axis=1)
+    drawn = lines(figures.relevance(explained(prompt, relevance=relevance), steps=[0]))
+    assert list(drawn) == ["one", "three", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def test_telling_steps_are_peaks_and_crossings() -> None:
+    a = np.array([0.2, 0.9, 0.4, 0.3, 0.5, 0.6, 0.1, 0.1])
+    b = np.array([0.1, 0.3, 0.6, 0.8, 0.4, 0.2, 0.2, 0.3])
+    # They cross at 2, 4 and 6; what is lower on the whole does not count.
+    assert figures.telling_steps({"low": np.full(8, 0.05), "a": a, "b": b}) == [1, 2, 3, 6]
+    # Filled up with what is farthest: from 2 that is 8, then 5, then 0.
+    assert figures.telling_steps({"a": np.eye(9)[2]}) == [0, 2, 5, 8]
+    unfinished = np.array([0.1, 0.2, 0.1, np.nan, np.nan])
+    assert figures.telling_steps({"a": unfinished, "b": unfinished / 2}) == [0, 1, 2]
+    # The highest are 0 and 5, and a gap hides where they cross: the step after it.
+    a, b = np.array([9, 8, 7, np.nan, 1, 1, 1.0]), np.array([0, 1, 2, np.nan, 4, 5, 4.0])
+    assert figures.telling_steps({"a": a, "b": b}) == [0, 2, 4, 5]
+    made = explained("a red cat", steps=4, tokens=CAT, relevance=RELEVANCE)
+    assert titles(figures.relevance(made)) == ["step 1\nt = 30", "step 2\nt = 20", "step 4\nt = 0"]
+
+
+def test_words_are_concepts_once_and_without_stop_words() -> None:
+    assert content_words(["A", "red", "Red", "cat", "on", "the", "cat"]) == ["red", "cat"]
+    assert content_words(["the", "of", "The"]) == ["the", "of"]
+
+
+def test_attention_has_a_row_a_word() -> None:
+    made = explained("a cat and a dog on a cat")
+    figure = figures.attention(made, steps=[4, 1])
+    assert labels(figure) == ["predicted $x_0$", "cat", "dog"]
+    assert titles(figure) == ["step 5\nt = 0", "step 2\nt = 30"]
+    previews = np.asarray(made.previews)
+    expected = [previews[4], previews[1]]
+    for word in ("cat", "dog"):
+        expected += [overlay(previews[step], made.heatmap(word, step)) for step in (4, 1)]
+    for drawn, picture in zip(pictures(figure), expected, strict=True):
+        np.testing.assert_array_equal(drawn, picture)
+    assert labels(figures.attention(made, ["dog", "a", "dog"]))[1:] == ["dog", "a"]
+
+
+def test_of_many_words_those_with_most_attention_at_the_steps_are_drawn() -> None:
+    heat = np.zeros((8, 5, 2, 3), np.float32)
+    heat[:, 2] = np.array([3, 9, 2, 8, 4, 7, 5, 6], np.float32)[:, None, None]
+    made = explained("one two three four five six seven eight", heat=heat)
+    assert labels(figures.attention(made, steps=[2]))[1:] == ["two", "four", "five", "six", "seven", "eight"]
+
+
+def test_a_word_with_the_name_of_a_method_has_its_own_map() -> None:
+    made = explained("the sun and its rise")
+    drawn = pictures(figures.attention(made, ["rise"], steps=[1]))[1]
+    own = heatmap(np.asarray(made.heat)[4, 1], (8, 12))
+    np.testing.assert_array_equal(drawn, overlay(np.asarray(made.previews)[1], own))
+
+
+def test_a_method_is_drawn_in_its_own_form() -> None:
+    made = explained("a red cat")
+    assert titles(figures.draw(made, "rise", [0]))[0] == "image"
+    assert labels(figures.draw(made, "cam", [0]))[1] == "combined,\n2×3"
+    assert list(lines(figures.draw(made, "relevance", [0]))) == ["red", "cat"]
+    assert labels(figures.draw(made, "attention", [0]))[1:] == ["red", "cat"]
+    assert [titles(figures.draw(made, method, [3]))[-1][:6] for method in ("cam", "relevance", "attention")] == [
+        "step 4"
+    ] * 3
+    renamed = dataclasses.replace(made, maps={"mine": made.maps["rise"]}, settings={"mine": Attention(name="mine")})
+    assert labels(figures.draw(renamed, "mine", [0]))[1:] == ["red", "cat"]
+
+
+UNFINISHED = np.full((5, 2, 3), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("message", "drawn"),
+    [
+        ("no map 'cat': expected one of rise, relevance, cam, attention", lambda made: figures.draw(made, "cat")),
+        ("no map 'lime'", lambda made: figures.layers(made, "lime")),
+        ("'rise' have no layers", lambda made: figures.layers(made, "rise")),
+        ("no layer 'mid'", lambda made: figures.layers(made, names=["mid"])),
+        (r"step 5 is outside \[0, 4\]", lambda made: figures.layers(made, steps=[5])),
+        (r"step -6 is outside \[0, 4\]", lambda made: figures.attention(made, steps=[-6])),
+        (r"step 5 is outside \[0, 4\]", lambda made: figures.relevance(made, steps=[5])),
+        ("'dog' is not in the prompt", lambda made: figures.relevance(made, ["dog"])),
+        ("no attention map of 'dog': expected one of a, red, cat", lambda made: figures.attention(made, ["dog"])),
+        ("no attention map of 'rise'", lambda made: figures.attention(made, ["rise"])),
+        ("no relevance", lambda made: figures.relevance(dataclasses.replace(made, tokens=None))),
+        ("no attention", lambda made: figures.attention(dataclasses.replace(made, words=()))),
+        (
+            "no step's relevance is computed yet",
+            lambda made: figures.relevance(dataclasses.replace(made, relevance=np.full((5, 5), np.nan, np.float32))),
+        ),
+        (
+            "step 0 of 'cam' is not computed yet",
+            lambda made: figures.layers(dataclasses.replace(made, maps={"cam": {COMBINED: UNFINISHED}})),
+        ),
+        (
+            "step 0 of 'red' is not computed yet",
+            lambda made: figures.attention(dataclasses.replace(made, heat=np.stack([UNFINISHED] * 3))),
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(message: str, drawn: Callable[[Result], Figure]) -> None:
+    with pytest.raises(ValueError, match=message):
+        drawn(explained("a red cat"))
+
+
+def test_words_that_the_model_does_not_read_have_no_line() -> None:
+    tokens = Tokens("a red cat", ("<s>", "a", "red", "</s>"), ((0, 0), (0, 1), (2, 5), (0, 0)))
+    made = explained("a red cat", tokens=tokens, relevance=np.ones((4, 5), np.float32))
+    assert list(figures.concept_lines(made)) == ["red"]
+    with pytest.raises(ValueError, match="'cat' is not among the tokens"):
+        figures.relevance(made, ["cat"])
+    with pytest.raises(ValueError, match="the prompt '' has no words"):
+        figures.relevance(explained(""))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 84), (96, 64)])
+@pytest.mark.parametrize("form", [figures.layers, figures.relevance, figures.attention])
+def test_texts_are_inside_apart_and_readable_in_a_column(form: Callable[..., Figure], size: tuple[int, int]) -> None:
+    level = np.random.default_rng(2).random((22, 30)).astype(np.float32) / 20
+    level[10, 3:] = 1  # all the others have their names in one place
+    figure = form(explained(LONG, steps=30, size=size, relevance=level))
+    figure.draw_without_rendering()
+    boxes = {text: text.get_window_extent() for text in texts(figure)}
+    width, height = figure.bbox.size
+    for text, box in boxes.items():
+        assert min(box.x0, box.y0) > -1, text
+        assert (box.x1, box.y1) < (width + 1, height + 1), text
+    for (one, first), (other, second) in combinations(boxes.items(), 2):
+        across = min(first.x1, second.x1) - max(first.x0, second.x0)
+        down = min(first.y1, second.y1) - max(first.y0, second.y0)
+        assert min(across, down) < 1, (one, other)
+    assert min(text.get_fontsize() for text in boxes) * 3.25 / figure.get_figwidth() >= 6
+
+
+def test_memory_and_file_draw_the_same(tmp_path: Path) -> None:
+    explainers = [Rise(4), Cam(), Relevance(), Attention()]
+    engine = Engine.from_pretrained("shapes", device="cpu")
+    made = engine.explain("a red circle on a gray background", explainers, num_steps=3, out=tmp_path / "run.h5")
+    with dfengine.open(tmp_path / "run.h5") as run:
+        for method in ("rise", "cam", "relevance", "attention"):
+            memory, file = figures.draw(made, method), figures.draw(run[0], method)
+            assert [text.get_text() for text in texts(file)] == [text.get_text() for text in texts(memory)]
+            for one, other in zip(pictures(file), pictures(memory), strict=True):
+                np.testing.assert_array_equal(one, other)
+            if method == "relevance":
+                assert lines(file).keys() == {"red", "circle", "gray", "background"}
+                np.testing.assert_equal(lines(file), lines(memory))

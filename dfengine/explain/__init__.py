@@ -1,7 +1,21 @@
 """Explainers: each is its settings, and turns finished trajectories into a stream of maps."""
 
-from dfengine.explain.base import Explainer, StepMap
+from dfengine.explain.attention import Attention
+from dfengine.explain.base import Contents, Explainer, StepMap
+from dfengine.explain.cam import Cam
+from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
 from dfengine.explain.settings import describe, rebuild, told_whole
 
-__all__ = ["Explainer", "Rise", "StepMap", "describe", "rebuild", "told_whole"]
+__all__ = [
+    "Attention",
+    "Cam",
+    "Contents",
+    "Explainer",
+    "Relevance",
+    "Rise",
+    "StepMap",
+    "describe",
+    "rebuild",
+    "told_whole",
+]

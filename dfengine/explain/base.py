@@ -1,21 +1,22 @@
-"""What every explainer is: frozen settings with one method."""
+"""What every explainer is: frozen settings that say what they will make, and make it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from dfengine.denoiser import Denoiser
-from dfengine.trajectory import Trajectory
+from dfengine.trajectory import Job, Trajectory
+from dfengine.words import Tokens
 
 
 @dataclass(frozen=True)
 class StepMap:
-    """One explainer's map of one step of one item, raw and exact: float32, on the CPU, before any normalisation."""
+    """What one explainer makes of one step of one item: float32, on the CPU, before any normalisation."""
 
     item: int
     """index among the trajectories given to the explainer"""
@@ -23,10 +24,30 @@ class StepMap:
     """index in the item's list of time-steps"""
     method: str
     saliency: Float[Tensor, "h w"]
-    error: Float[Tensor, "h w"]
-    """standard error per pixel; infinite where nothing was measured"""
-    scores: Float[Tensor, " masks"]
-    """each mask's (mean) score, NaN for masks that an early stop spared"""
+    error: Float[Tensor, "h w"] | None = None
+    """standard error per pixel, infinite where nothing was measured, for methods that have one"""
+    scores: Float[Tensor, " masks"] | None = None
+    """of methods with masks, each mask's (mean) score, NaN for masks that an early stop spared"""
+    layers: Mapping[str, Float[Tensor, "_ _"]] = field(default_factory=dict)
+    """of DF-CAM, each layer's map at its own resolution"""
+    relevance: Float[Tensor, " tokens"] | None = None
+    """of relevance, each token's"""
+    heat: Float[Tensor, "words h w"] | None = None
+    """of attention, each word's map"""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an explainer's step maps of one job will hold beside their saliency."""
+
+    num_masks: int = 0
+    has_error: bool = False
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """each layer's resolution"""
+    tokens: Tokens | None = None
+    """those that relevance is given for"""
+    words: Sequence[str] = ()
+    """those that have heat maps"""
 
 
 @runtime_checkable
@@ -40,6 +61,10 @@ class Explainer(Protocol):
 
     def num_forwards(self, num_steps: int) -> int:
         """Forwards of one latent that so many steps of one item cost, at most: what a job's time is predicted from."""
+        ...
+
+    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+        """What it will make of a job. Raises ValueError for what this model or this prompt does not have."""
         ...
 
     def explain(

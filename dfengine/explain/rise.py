@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from dfengine.denoiser import Denoiser
-from dfengine.explain.base import StepMap
+from dfengine.explain.base import Contents, StepMap
 from dfengine.explain.masking import Masking
 from dfengine.explain.rise_settings import RiseSettings
-from dfengine.trajectory import Trajectory
+from dfengine.trajectory import Job, Trajectory
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Rise(RiseSettings):
     def num_forwards(self, num_steps: int) -> int:
         """Forwards of one latent that so many steps cost, if no step stops early."""
         return num_steps * (self.num_masks + 1) * (2 if self.target == "guided" else 1)
+
+    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+        """A score a mask, and errors."""
+        return Contents(num_masks=self.num_masks, has_error=True)
 
     @torch.no_grad()
     def explain(

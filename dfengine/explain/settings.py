@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dfengine.explain.attention import Attention
 from dfengine.explain.base import Explainer
+from dfengine.explain.cam import Cam
+from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
 
 #: Every explainer that a file can name.
-EXPLAINERS: dict[str, type] = {explainer.__name__: explainer for explainer in (Rise,)}
+EXPLAINERS: dict[str, type] = {explainer.__name__: explainer for explainer in (Rise, Cam, Relevance, Attention)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dfengine.denoiser import Watch
 
 BACKENDS = ("auto", "sdpa", "cudnn", "xformers")
 
@@ -79,5 +81,21 @@ def in_parts(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], most: int = _MO
         size = max(1, most // q.shape[1])
         parts = zip(*(part.transpose(1, 2).split(size) for part in (q, k, v)), strict=True)
         return torch.cat([kernel(*part) for part in parts]).transpose(1, 2)
+
+    return attend
+
+
+def watched(watch: Watch, grids: Mapping[int, tuple[int, int]]) -> Attend:
+    """Attention as its formula, so that `watch` sees the probabilities; `grids` has the grid of each number of queries.
+
+    softmax(Q Kᵀ / √d) V
+    """
+
+    def attend(
+        q: Float[Tensor, "b heads s d"], k: Float[Tensor, "b heads t d"], v: Float[Tensor, "b heads t d"]
+    ) -> Float[Tensor, "b heads s d"]:
+        # The queries are scaled, not the products: those may be beyond float16.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return watch(scores.softmax(-1), grids[q.shape[2]]) @ v
 
     return attend

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from dfengine.denoiser import Bound, Condition, Denoiser
+from dfengine.denoiser import Bound, Condition, Denoiser, Layer, Watch
 from dfengine.models import unet as fast
-from dfengine.models.attention import attention
+from dfengine.models.attention import attention, watched
 from dfengine.schedule import NoiseSchedule
+from dfengine.words import PADDING, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,9 @@ _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
         "coordinate_descent_tuning": True,
     }
 }
+
+#: Names of the modules whose feature maps are looked at.
+_LAYER = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions|downsamplers|upsamplers)\.\d+")
 
 
 class StableDiffusion(Denoiser):
@@ -76,6 +83,7 @@ class StableDiffusion(Denoiser):
         self._compiled: Any = None
         self._compiled_size = 0
         self._told: str | None = None
+        self._layers: dict[str, Layer] | None = None
         self._images_at_once = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(self.image_shape)))
 
     def predict(
@@ -99,6 +107,61 @@ class StableDiffusion(Denoiser):
         self._told = different
         self.compiled = self.compiled and not different
         return Bound(self, condition) if different else _BoundUNet(self, condition)
+
+    def layers(self) -> dict[str, Layer]:
+        """Every resnet, transformer, down- and upsampler."""
+        if self._layers is None:
+            self._layers = _layers(self.unet, self.latent_shape, self.condition([""]))
+        return self._layers
+
+    def check_watch(self) -> None:
+        if different := fast.difference(self.unet):
+            raise ValueError(
+                f"the attention of {self.name} cannot be seen: {different}; load the UNet afresh, or give it back its "
+                "own parts, as unet.set_default_attn_processor() does"
+            )
+
+    def watch(self, condition: Condition, text: Watch, image: Watch | None = None) -> Bound:
+        self.check_watch()
+        grids = fast.grids(self.unet, self.latent_shape[1:])
+        attend = self._attention.attend if image is None else watched(image, grids)
+        return _BoundUNet(self, condition, partial(fast.forward, attend=attend, cross=watched(text, grids)))
+
+    def without(self, condition: Condition, places: Sequence[int]) -> Condition:
+        text = condition.tensors["text"].clone()
+        text[:, places] = 0
+        return Condition({**condition.tensors, "text": text})
+
+    def watch_text(self, prompts: Sequence[str], watch: Watch) -> Condition:
+        if len(self.text_encoders) > 1:
+            raise ValueError(
+                f"{self.name} has {len(self.text_encoders)} text encoders, and relevance passes through one: leave "
+                "text_attention out"
+            )
+        encoder = self.pipeline.text_encoder
+        parts = [module for name, module in encoder.named_modules() if name.endswith("self_attn")]
+        before = encoder.config._attn_implementation
+        encoder.set_attn_implementation("eager")  # the others do not tell their probabilities
+        hooks = [part.register_forward_hook(_shown_to(watch), with_kwargs=True) for part in parts]
+        try:
+            return self.condition(prompts)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            encoder.set_attn_implementation(before)
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """With torch's attention in place of xformers', which `torch.func` cannot see through."""
+        from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
+
+        before = self.unet.attn_processors
+        torchs = {name: AttnProcessor2_0() for name, one in before.items() if isinstance(one, XFormersAttnProcessor)}
+        self.unet.set_attn_processor({**before, **torchs})
+        try:
+            yield
+        finally:
+            self.unet.set_attn_processor(before)
 
     def use_attention(self, backend: str) -> None:
         self._attention = attention(backend, self.device, self.dtype)
@@ -135,6 +198,14 @@ class StableDiffusion(Denoiser):
         self.check(prompts)
         text, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return Condition({"text": text.to(self.dtype)})
+
+    def tokens(self, prompt: str) -> Tokens:
+        """Raises ValueError, too, where text encoders divide the prompt differently: positions would be ambiguous."""
+        self.check([prompt])
+        read = [_tokens(self.pipeline, getattr(self.pipeline, part), prompt) for part in self.tokenizers]
+        if any(other.spans != read[0].spans for other in read):
+            raise ValueError(f"the tokenizers of {self.name} divide {prompt!r} differently: a token has no one place")
+        return read[0]
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError for a prompt that one of the text encoders cannot be told whole."""
@@ -195,11 +266,12 @@ def _searching(is_on: bool) -> Iterator[None]:
 class _BoundUNet(Bound):
     """Keys and values a prompt and embeddings a time-step, made once; only the latents' own way is left."""
 
-    def __init__(self, denoiser: StableDiffusion, condition: Condition) -> None:
+    def __init__(self, denoiser: StableDiffusion, condition: Condition, forward: Any = None) -> None:
+        """`forward` is `unet.forward` with attention of one's own, by default the denoiser's `run`."""
         super().__init__(denoiser, condition)
         added = {name: value for name, value in condition.tensors.items() if name != "text"}
         steps = torch.arange(denoiser.schedule.num_train_timesteps, device=denoiser.device)
-        self._run = denoiser.run
+        self._run = denoiser.run if forward is None else partial(forward, denoiser.unet)
         self._dtype = denoiser.dtype
         self._times = fast.embed_times(denoiser.unet, steps)
         self._added = fast.embed_added(denoiser.unet, added)
@@ -214,6 +286,40 @@ class _BoundUNet(Bound):
         if self._added is not None:
             embedding = embedding + self._added[whose]
         return self._run(x_t, embedding, [(key[whose], value[whose]) for key, value in self._texts])
+
+
+def _layers(unet: Any, latent: tuple[int, int, int], condition: Condition) -> dict[str, Layer]:
+    """The UNet's layers in the order in which a forward calls them; nothing is computed, and no memory needed."""
+    names = {module: name for name, module in unet.named_modules() if _LAYER.fullmatch(name)}
+    found: dict[str, Layer] = {}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        feature = output[0] if isinstance(output, tuple) else output
+        found[names[module]] = Layer(module, tuple(feature.shape[1:]))
+
+    hooks = [module.register_forward_hook(keep) for module in names]
+    try:
+        weights = {name: value.to("meta") for name, value in unet.state_dict(keep_vars=True).items()}
+        told = {name: value[:1].to("meta") for name, value in condition.tensors.items()}
+        x, t = torch.empty(1, *latent, device="meta", dtype=unet.dtype), torch.zeros(1, device="meta")
+        options = {"encoder_hidden_states": told.pop("text"), "added_cond_kwargs": told}
+        functional_call(unet, weights, (x, t), options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _shown_to(watch: Watch) -> Any:
+    """A hook of a text encoder's attention, whose output is made anew of the probabilities that `watch` returns."""
+
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        probabilities = watch(output[1], (1, hidden.shape[1]))
+        values = module.v_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        return (module.out_proj((probabilities @ values).transpose(1, 2).flatten(2)), *output[1:])
+
+    return hook
 
 
 def _check_unet(pipeline: Any) -> None:
@@ -247,6 +353,26 @@ def _latent_size(pipeline: Any, image_size: tuple[int, int] | None = None) -> tu
 
 def _times(sides: Sequence[int]) -> str:
     return "×".join(map(str, sides))
+
+
+def _tokens(pipeline: Any, tokenizer: Any, prompt: str) -> Tokens:
+    """The tokens of a prompt; those of a textual inversion of several vectors all stand for the word they replace."""
+    read = pipeline.maybe_convert_prompt(prompt, tokenizer)
+    encoded = tokenizer(read, return_offsets_mapping=True, verbose=False)
+    texts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    added = 0
+    for number, (start, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+        text = read[start:stop]
+        base, underscore, index = text.rpartition("_")
+        is_added = bool(underscore) and index.isdecimal() and {base, text} <= set(tokenizer.get_added_vocab())
+        added += (stop - start + 1) * is_added
+        spans.append(spans[-1] if is_added else (start - added, stop - added) if text else (0, 0))
+        texts.append(text or tokenizer.convert_ids_to_tokens(number))
+    if len(texts) < tokenizer.model_max_length:
+        texts.append(PADDING)
+        spans.append((0, 0))
+    return Tokens(prompt, tuple(texts), tuple(spans))
 
 
 def check_prompt(tokenizer: Any, prompt: str) -> None:

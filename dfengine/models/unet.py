@@ -139,9 +139,13 @@ def forward(
     embedding: Float[Tensor, "n e"],
     texts: Sequence[KeysValues],
     attend: Attend,
+    cross: Attend | None = None,
 ) -> Float[Tensor, "n c h w"]:
-    """The network's output for latents (channels-last) whose prompts' keys and values have n rows, or one for all."""
-    embedding, text = F.silu(embedding), iter(texts)
+    """The network's output for latents (channels-last) whose prompts' keys and values have n rows, or one for all.
+
+    `cross` computes cross-attention, if anything else than `attend` does.
+    """
+    embedding, text = F.silu(embedding), iter([(pair, cross or attend) for pair in texts])
     x = unet.conv_in(x)
     skips = [x]
     for block in unet.down_blocks:
@@ -167,6 +171,15 @@ def forward(
     return unet.conv_out(x)
 
 
+def grids(unet: Any, size: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    """(height, width) of the feature maps at every level, by the number of their positions; `size` is a latent's."""
+    found = [size]
+    for block in unet.down_blocks:
+        for _ in block.downsamplers or ():
+            found.append(((found[-1][0] + 1) // 2, (found[-1][1] + 1) // 2))
+    return {height * width: (height, width) for height, width in found}
+
+
 def _pairs(block: Any) -> Iterator[tuple[Any, Any]]:
     """A block's resnets, each with the transformer behind it or None."""
     return zip(block.resnets, getattr(block, "attentions", None) or [None] * len(block.resnets), strict=True)
@@ -189,7 +202,7 @@ def _resnet(resnet: Any, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "
 
 
 def _transform(
-    transformer: Any, x: Float[Tensor, "n c h w"], text: Iterator[KeysValues], attend: Attend
+    transformer: Any, x: Float[Tensor, "n c h w"], text: Iterator[tuple[KeysValues, Attend]], attend: Attend
 ) -> Float[Tensor, "n c h w"]:
     if transformer is None:
         return x
@@ -202,7 +215,7 @@ def _transform(
         tokens = transformer.proj_in(tokens)
     for block in transformer.transformer_blocks:
         tokens = tokens + _attention(block.attn1, block.norm1(tokens), None, attend)
-        tokens = tokens + _attention(block.attn2, block.norm2(tokens), next(text), attend)
+        tokens = tokens + _attention(block.attn2, block.norm2(tokens), *next(text))
         tokens = tokens + block.ff(block.norm3(tokens))
     if transformer.use_linear_projection:
         tokens = transformer.proj_out(tokens)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from dfengine.result import Explanation
+from dfengine.result import COMBINED, Explanation
 from dfengine.store import schema
 from dfengine.store.plan import Item, Plan, StoreError
+from dfengine.words import Tokens
 
 if TYPE_CHECKING:
     from dfengine.trajectory import Job
@@ -128,7 +129,6 @@ class StoredItem(Explanation):
     negative_prompt = property(lambda self: self.item.negative_prompt)
     seed = property(lambda self: self.item.seed)
     model = property(lambda self: self._run.plan.model)
-    tokens = property(lambda self: self.item.tokens)
     words = property(lambda self: self.item.words)
 
     @property
@@ -166,9 +166,13 @@ class StoredItem(Explanation):
         }
 
     @property
-    def maps(self) -> dict[str, LazyArray]:
-        """Raw saliency, float32 [steps, h, w], by method."""
-        return self._methods("maps/saliency", {method.name: {} for method in self._run.plan.methods})
+    def maps(self) -> dict[str, Any]:
+        """Raw saliency by method, float32 [steps, h, w]; of DF-CAM by layer, float32 [steps, u, v], and "combined"."""
+        found: dict[str, Any] = self._methods("maps/saliency", {method.name: {} for method in self._run.plan.methods})
+        for method in self._run.plan.methods:
+            if method.has_layers:
+                found[method.name] = {COMBINED: found[method.name], **self.cam}
+        return found
 
     @property
     def errors(self) -> dict[str, LazyArray]:
@@ -191,9 +195,16 @@ class StoredItem(Explanation):
         return {name: found[name] for name, _ in self._run.plan.layers}
 
     @property
+    def tokens(self) -> Tokens | None:
+        """What relevance is given for, if it was asked for."""
+        if not self.item.tokens:
+            return None
+        return Tokens(self.prompt, self.item.tokens, self.item.spans)
+
+    @property
     def relevance(self) -> LazyArray:
         """Relevance of each of the item's tokens, float32 [tokens, steps]."""
-        return LazyArray(self._run, "curves/relevance", {"item": self.index}, {"token": len(self.tokens)})
+        return LazyArray(self._run, "curves/relevance", {"item": self.index}, {"token": len(self.item.tokens)})
 
     @property
     def heat(self) -> LazyArray:

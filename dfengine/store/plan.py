@@ -20,6 +20,7 @@ class Item:
     """One generation to explain: a prompt and a seed under a key that no other item of the run has.
 
     `tokens` and `words` name the rows of the item's relevance curves and heat maps; items may differ in their number.
+    `spans` has the characters of the prompt [from, to) that each token was made of, nothing for special ones.
     `settings` are what else makes it (time-steps, guidance, …), as JSON values.
     """
 
@@ -28,18 +29,23 @@ class Item:
     negative_prompt: str = ""
     seed: int = 0
     tokens: tuple[str, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
     words: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One explainer with a map on the latent grid; `num_masks` is the length of the scores it stores, 0 for none."""
+    """One explainer with a map on the latent grid; `num_masks` is the length of the scores it stores, 0 for none.
+
+    `has_layers` is for the one whose map sums up those of the plan's layers.
+    """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_masks: int = 0
     has_error: bool = False
+    has_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,12 @@ class Plan:
         """The plan that `to_json` wrote."""
         values = json.loads(text)
         values["items"] = tuple(
-            Item(**item | {"tokens": tuple(item["tokens"]), "words": tuple(item["words"])}) for item in values["items"]
+            Item(
+                **item
+                | {"tokens": tuple(item["tokens"]), "words": tuple(item["words"])}
+                | {"spans": tuple(tuple(span) for span in item.get("spans", ()))}
+            )
+            for item in values["items"]
         )
         values["methods"] = tuple(Method(**method) for method in values["methods"])
         values["layers"] = tuple((name, tuple(size)) for name, size in values["layers"])

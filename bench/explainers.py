@@ -1,0 +1,170 @@
+"""Seconds for one image of thirty steps: DF-CAM, relevance and attention, beside the obvious way of each.
+
+    python bench/explainers.py                           # the embedded model
+    python bench/explainers.py sd15 --random-weights     # Stable Diffusion 1.5's architecture, on a GPU
+
+The obvious way (bench/plain_gradients.py) is the authors': a whole generation a layer for DF-CAM, a whole generation a
+step for relevance. Its maps are compared with the engine's first. Both ways are timed in turn, the generation and its
+decoding included; a ratio is the median of the rounds' ratios. Rows of this model and device are replaced in
+bench/results/explainers.json, and the table in bench/README.md is made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import plain_gradients as plain
+import record
+import torch
+from diffusers import DDIMScheduler
+from scipy.stats import spearmanr
+
+from dfengine import Attention, Cam, Engine, Relevance, Rise
+from dfengine.trajectory import start_noise, trajectories
+from dfengine.tuning import synchronize
+
+PROMPT = {"shapes": "a red circle above a blue square on a gray background"}
+NUM_STEPS, MASKS, GUIDANCE = 30, 500, 5.0
+#: How well the obvious way's maps and the engine's must agree, by rank: for float16 both are rounded.
+AGREEMENT = {torch.float32: 0.999, torch.float16: 0.95, torch.bfloat16: 0.9}
+
+
+def clocked(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds that some work takes, and its result."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def agreement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """The lowest rank correlation of maps in pairs; those that are the same everywhere must be so in both."""
+    pairs = zip(ours, theirs, strict=True)
+    return min(
+        float(np.ptp(a) == np.ptp(b)) if np.ptp(b) == 0 else float(spearmanr(a.ravel(), b.ravel()).statistic)
+        for a, b in pairs
+    )
+
+
+def main() -> None:
+    """Compare, measure, record and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="shapes")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--dtype")
+    parser.add_argument("--image-size", type=lambda text: tuple(map(int, text.split("x"))))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    engine = Engine.from_pretrained(
+        options.model, random_weights=options.random_weights, dtype=options.dtype, image_size=options.image_size
+    )
+    denoiser, device = engine.denoiser, engine.denoiser.device
+    pipeline: Any = denoiser.pipeline  # type: ignore[attr-defined]
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    prompt = PROMPT.get(options.model, "a photo of an astronaut riding a horse")
+    job = engine.job(prompt, num_steps=NUM_STEPS, guidance=GUIDANCE)
+    obvious = plain.Generation(
+        pipeline, prompt, start_noise(job.seed, denoiser.latent_shape)[None], GUIDANCE, NUM_STEPS
+    )
+    layers, tokens = list(denoiser.layers()), denoiser.tokens(prompt)
+    positions = denoiser.condition([prompt]).tensors["text"].shape[1]
+
+    def ours(explainer: Any) -> Callable[[], list[Any]]:
+        return lambda: list(explainer.explain(denoiser, trajectories(denoiser, [job])))
+
+    def gate(name: str, made: list[Any], theirs: Any) -> float:
+        if name == "cam":
+            return min(
+                agreement([step.layers[layer].numpy() for step in made], [m.numpy() for m in theirs[layer]])
+                for layer in layers
+            )
+        if name == "relevance":
+            return agreement(
+                [step.relevance[tokens.own].numpy() for step in made], [one[tokens.own].numpy() for one in theirs]
+            )
+        return agreement([step.saliency.numpy() for step in made], [one[tokens.own].sum(0).numpy() for one in theirs])
+
+    ways: dict[str, tuple[Any, Callable[[], Any], str]] = {
+        "cam": (Cam(), lambda: plain.cam(obvious, layers), f"{len(layers)} generations, one a layer"),
+        "relevance": (Relevance(), lambda: plain.relevance(obvious, positions), f"{NUM_STEPS} generations, one a step"),
+        "attention": (Attention(), lambda: plain.attention(obvious, denoiser.latent_shape[1:]), "one generation"),
+    }
+    rise = Rise(MASKS)
+    (path,) = trajectories(denoiser, [job])
+    one_step = [(0, step) for step in range(1, NUM_STEPS)]
+    _, step_seconds = (
+        None,
+        [clocked(lambda: list(rise.explain(denoiser, [path], one_step)), device)[0] for _ in range(4)],
+    )
+    generation = [clocked(lambda: trajectories(denoiser, [job]), device)[0] for _ in range(4)]
+    rows = []
+    for name, (explainer, slow, how) in ways.items():
+        made, theirs = ours(explainer)(), slow()
+        agreed = gate(name, made, theirs)
+        print(f"{name}: agreement {agreed:.6f}", flush=True)
+        assert agreed >= AGREEMENT[denoiser.dtype], f"{name}: the two ways agree by {agreed} only"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        rounds = []
+        for _ in range(options.rounds):
+            fast = statistics.median(clocked(ours(explainer), device)[0] for _ in range(3))
+            rounds.append((fast, clocked(slow, device)[0]))
+            print(f"{name}: {rounds[-1][0]:.2f} s, the obvious way {rounds[-1][1]:.1f} s", flush=True)
+        alone = statistics.median(fast for fast, _ in rounds) - statistics.median(generation[1:])
+        rows.append(
+            record.environment(device)
+            | {
+                "model": options.model,
+                "image": list(denoiser.image_shape),
+                "dtype": str(denoiser.dtype).removeprefix("torch."),
+                "explainer": name,
+                "steps": NUM_STEPS,
+                "obvious": how,
+                "seconds": _spread([fast for fast, _ in rounds]),
+                "obvious_seconds": _spread([slow for _, slow in rounds]),
+                "ratio": round(statistics.median(slow / fast for fast, slow in rounds), 1),
+                "explaining_seconds": round(alone, 3),
+                "rise_step_seconds": round(statistics.median(step_seconds[1:]), 3),
+                "agreement": round(agreed, 6),
+                "peak_gib": _peak(device),
+            }
+        )
+    every = record.replace("explainers", rows, ("device", "model", "dtype", "explainer"))
+    record.place(table(every), "bench/README.md", "explainers")
+    print(table(every))
+
+
+def _spread(values: list[float]) -> list[float]:
+    return [round(value, 3) for value in (min(values), statistics.median(values), max(values))]
+
+
+def _peak(device: torch.device) -> float | None:
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| model | device | explainer | dfengine, s | the obvious way, s | | × | explaining alone, s | one step of "
+        "DF-RISE, 500 masks, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, middle, high = row["seconds"]
+        slow_low, slow, slow_high = row["obvious_seconds"]
+        lines.append(
+            f"| {row['model']}, {row['dtype']} | {row['device']} | {row['explainer']} | {low:.2f} **{middle:.2f}** "
+            f"{high:.2f} | {slow_low:.1f} **{slow:.1f}** {slow_high:.1f} | {row['obvious']} | {row['ratio']} | "
+            f"{row['explaining_seconds']:.2f} | {row['rise_step_seconds']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

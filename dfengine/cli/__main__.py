@@ -1,0 +1,5 @@
+"""`python -m dfengine.cli`."""
+
+from dfengine.cli import main
+
+main()

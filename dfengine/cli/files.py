@@ -1,0 +1,47 @@
+"""The verbs that work on files: info, merge, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfengine.cli import options
+
+
+def info(run: options.Run, as_json: options.Json = False) -> None:
+    """Say what a file holds, what of it is done, and how it was made."""
+    import json
+
+    from dfengine import store
+
+    with store.open(run) as opened:
+        print(json.dumps(opened.summary(), indent=2) if as_json else "\n".join(store.lines(opened)))
+
+
+def merge(
+    runs: Annotated[list[Path], typer.Argument(help="files and run folders, made with the same settings")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="HDF5 file to write")],
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Make one file of several: every image once, whatever file it is in."""
+    from dfengine import store
+
+    with store.open(store.merge(runs, out, overwrite=overwrite)) as merged:
+        print(f"{out}: {len(merged)} image{'s' * (len(merged) != 1)}")
+
+
+def figures(
+    run: options.Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="picture to write: .png, .pdf or .svg")],
+    method: Annotated[str | None, typer.Option(help="whose maps to draw; the file's first by default")] = None,
+    step: Annotated[list[int] | None, typer.Option(help="step to show, from 0; repeat for several")] = None,
+    item: Annotated[int, typer.Option(help="which image of the file, from 0")] = 0,
+) -> None:
+    """Draw an image's maps at a row of steps: of DF-CAM by layer, of relevance beneath its curves, of words."""
+    from dfengine import figures, store
+
+    with store.open(run) as opened:
+        shown = opened[item]
+        print(figures.save(figures.draw(shown, method or next(iter(shown.maps), "rise"), step), out))

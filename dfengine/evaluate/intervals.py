@@ -1,0 +1,38 @@
+"""Intervals of means over items, by bootstrap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over items and where it lies with 95 % confidence."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    """items"""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of the finite values with its 95 % bootstrap interval (bias-corrected); NaN where there are none.
+
+    One item, or items that are all the same, leave an interval of no width.
+    """
+    finite = np.asarray([value for value in values if np.isfinite(value)])
+    if not len(finite):
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    mean = float(finite.mean())
+    if np.ptp(finite) == 0:
+        return Interval(mean, mean, mean, len(finite))
+    found = stats.bootstrap((finite,), np.mean, n_resamples=2000, rng=np.random.default_rng(0)).confidence_interval
+    return Interval(mean, float(found.low), float(found.high), len(finite))

@@ -1,0 +1,76 @@
+"""What a figure shows where nothing is named: the steps, concepts and layers that tell most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from dfengine.result import COMBINED, Explanation
+from dfengine.words import content_words
+from dfengine.words import words as spans_of
+
+
+def chosen_steps(num_steps: int, count: int = 6) -> list[int]:
+    """Up to `count` steps, spread evenly from the first to the last."""
+    return sorted({round(i) for i in np.linspace(0, num_steps - 1, min(count, num_steps))})
+
+
+def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) -> dict[str, Float[ndarray, " steps"]]:
+    """Each concept's relevance at each step, in [0, 1]: min–max over the prompt's own tokens as in Table 3, then the
+    mean over the concept's; NaN where it is not computed. Without `concepts`, the prompt's words but for stop words.
+
+    Raises ValueError where there is no relevance, or no such concept.
+    """
+    if result.tokens is None:
+        raise ValueError("there is no relevance: explain with Relevance()")
+    prompt = result.prompt
+    wanted = content_words(prompt[slice(*span)] for span in spans_of(prompt)) if concepts is None else concepts
+    places = {concept: result.tokens.find(concept) for concept in wanted}
+    # A text encoder reads so many tokens, and none of what stands behind them.
+    unread = [concept for concept in places if not places[concept]]
+    if unread and (concepts is not None or len(unread) == len(places)):
+        raise ValueError(f"{unread[0]!r} is not among the tokens that the model reads of its prompt: leave it out")
+    if not places:
+        raise ValueError(f"the prompt {prompt!r} has no words: there is no relevance to draw")
+    values = np.asarray(result.relevance, dtype=np.float64)
+    values = np.where(np.isfinite(values[result.tokens.own]).all(0), values, np.nan)
+    low, high = values[result.tokens.own].min(0), values[result.tokens.own].max(0)
+    shares = (values - low) / np.where(high > low, high - low, 1)
+    if np.isnan(shares).all():
+        raise ValueError("no step's relevance is computed yet")
+    return {concept: shares[places[concept]].mean(0) for concept in places if concept not in unread}
+
+
+def telling_steps(lines: Mapping[str, Float[ndarray, " steps"]], count: int = 4) -> list[int]:
+    """Where the two highest lines of all are highest, and where they cross first and last; then, up to `count`, what is
+    farthest from those."""
+    finished = np.flatnonzero(np.isfinite([*lines.values()]).all(0)).tolist()
+    top = list(leading(lines, 2).values())
+    ahead = top[0] > top[-1]
+    crossed = [step for before, step in pairwise(finished) if ahead[step] != ahead[before]]
+    chosen = list(dict.fromkeys([*(int(np.nanargmax(line)) for line in top), *crossed[:1], *crossed[-1:]]))
+    while len(chosen) < min(count, len(finished)):
+        chosen.append(max(finished, key=lambda step: min(abs(step - other) for other in chosen)))
+    return sorted(chosen[:count])
+
+
+def leading(values: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Those `count` with the largest means, in the order given."""
+    kept = sorted(values, key=lambda name: -np.nanmean(values[name]))[:count]
+    return {name: values[name] for name in values if name in kept}
+
+
+def main_layers(maps: Mapping[str, Any], count: int = 5) -> list[str]:
+    """Up to `count` layers: the last of each block, of neighbours with one resolution the middle one, spread evenly."""
+    names = [name for name in maps if name != COMBINED]
+    if len(names) <= count:
+        return names
+    parts = [name for name in names if "samplers." not in name] or names
+    last = {name.rsplit(".", 2)[0]: name for name in parts}
+    runs = [list(run) for _, run in groupby(last.values(), key=lambda name: maps[name].shape[1:])]
+    return [runs[place][len(runs[place]) // 2] for place in chosen_steps(len(runs), count)]

@@ -1,0 +1,162 @@
+"""Cross-attention maps against diffusers' own processors, and what stays of looking at them: nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from analytic import Analytic
+from diffusers.models.attention_processor import SlicedAttnProcessor
+from reduced import PROMPT
+from torch import Tensor
+from torch.testing import assert_close
+
+from dfengine import Attention, Cam, Engine, Relevance, Rise
+from dfengine.denoiser import Denoiser
+from dfengine.explain import StepMap
+from dfengine.models import load
+from dfengine.trajectory import Trajectory, trajectories
+
+#: float32 softmax of sums made in another order, averaged.
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+CAPTION = "a red circle above a red square on a gray background"
+
+
+class Kept:
+    """An attention processor of diffusers' interface that keeps the probabilities of cross-attention."""
+
+    def __init__(self) -> None:
+        self.maps: list[Tensor] = []
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attention.to_q(hidden_states), attention.to_k(text), attention.to_v(text)
+        query, key, value = (attention.head_to_batch_dim(part) for part in (query, key, value))
+        probabilities = attention.get_attention_scores(query, key, attention_mask)
+        if encoder_hidden_states is not None:
+            self.maps.append(probabilities)
+        return attention.to_out[0](attention.batch_to_head_dim(probabilities @ value))
+
+
+def peer(denoiser: Any, path: Trajectory, step: int) -> Tensor:
+    """[positions of the text, h, w] by diffusers' forward, one sample at a time."""
+    kept, before = Kept(), denoiser.unet.attn_processors
+    denoiser.unet.set_attn_processor(kept)
+    with torch.no_grad():
+        denoiser.predict(path.latents[step : step + 1], torch.tensor([path.job.timesteps[step]]), path.prompt)
+    denoiser.unet.set_attn_processor(before)
+    _, height, width = denoiser.latent_shape
+    resized = []
+    for maps in kept.maps:
+        positions = maps.shape[1]
+        v = round((positions * width / height) ** 0.5)
+        grid = maps.mean(0).T.reshape(1, -1, positions // v, v)
+        resized.append(F.interpolate(grid, size=(height, width), mode="bilinear")[0])
+    return torch.stack(resized).mean(0)
+
+
+def maps_of(attention: Attention, denoiser: Denoiser, paths: list[Trajectory]) -> dict[tuple[int, int], StepMap]:
+    return {(made.item, made.step): made for made in attention.explain(denoiser, paths)}
+
+
+@pytest.mark.parametrize("name", ["shapes", "sd15", "sd21", "sdxl"])
+def test_the_maps_are_those_of_diffusers_own_forward(saved: Callable[[str], Path], name: str) -> None:
+    denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser if name == "shapes" else load(saved(name))
+    prompts = [CAPTION, "a pink star on a black background"] if name == "shapes" else [PROMPT, "a tree"]
+    paths = trajectories(denoiser, [Engine(denoiser).job(prompt, num_steps=2, guidance=2.0) for prompt in prompts])
+    for (item, step), made in maps_of(Attention(), denoiser, paths).items():
+        expected, tokens = peer(denoiser, paths[item], step), denoiser.tokens(prompts[item])
+        assert made.heat is not None
+        words = prompts[item].split()
+        assert len(made.heat) == len(words)
+        start = 0
+        for word, heat in zip(words, made.heat, strict=True):
+            places = tokens.places(start, start + len(word))
+            assert_close(heat, expected[places].mean(0), msg=f"{word} of {name}", **CLOSE)
+            start += len(word) + 1
+        assert_close(made.saliency, expected[tokens.own].sum(0), **CLOSE)
+
+
+def test_attention_is_shared_among_all_positions_of_the_text(tiny: Denoiser) -> None:
+    """What the words have, and what the saliency leaves to the special tokens, is 1 together."""
+    (path,) = trajectories(tiny, [Engine(tiny).job(CAPTION, num_steps=1)])
+    (made,) = maps_of(Attention(), tiny, [path]).values()
+    expected = peer(tiny, path, 0)
+    assert_close(expected.sum(0), torch.ones(tiny.latent_shape[1:]))
+    assert made.heat is not None
+    assert_close(made.heat.sum(0), made.saliency)
+    assert 0 < made.saliency.min() < made.saliency.max() < 1
+
+
+def test_a_named_word_is_all_its_occurrences_and_a_phrase_all_its_words(tiny: Denoiser) -> None:
+    (path,) = trajectories(tiny, [Engine(tiny).job(CAPTION, num_steps=1)])
+    (every,) = maps_of(Attention(), tiny, [path]).values()
+    (named,) = maps_of(Attention(words=("red", "red square", "circle")), tiny, [path]).values()
+    assert every.heat is not None and named.heat is not None  # noqa: PT018  # for the type checker
+    _, red, circle, _, _, other, square, *_ = every.heat
+    assert_close(named.heat, torch.stack([(red + other) / 2, (other + square) / 2, circle]))
+
+
+def test_nothing_is_left_behind_and_the_fast_path_stays(tiny_folder: Path) -> None:
+    """Masked forwards after, between and before are the same to the bit, on the same modules and processors."""
+    denoiser = load(tiny_folder, device="cpu")
+    unet = denoiser.unet  # type: ignore[attr-defined]
+
+    def told() -> list[Any]:
+        return [
+            (
+                name,
+                type(module),
+                type(getattr(module, "processor", None)),
+                dict(module._forward_hooks),
+                "forward" in vars(module),
+            )
+            for name, module in unet.named_modules()
+        ]
+
+    job = Engine(denoiser).job(CAPTION, num_steps=2)
+    paths = trajectories(denoiser, [job])
+    before, masks = told(), [made.saliency for made in Rise(20).explain(denoiser, paths)]
+    for explainer in (Attention(), Relevance(), Relevance(text_attention=True), Cam()):
+        list(explainer.explain(denoiser, paths))
+        assert told() == before
+        assert denoiser.pipeline.text_encoder.config._attn_implementation == "sdpa"  # type: ignore[attr-defined]
+        again = [made.saliency for made in Rise(20).explain(denoiser, paths)]
+        assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
+    assert not any(parameter.grad is not None for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize("explainer", [Attention(), Relevance()])
+def test_a_processor_that_hides_its_probabilities_is_named_with_the_remedy(
+    tiny_folder: Path, explainer: Attention | Relevance
+) -> None:
+    engine = Engine(load(tiny_folder, device="cpu"))
+    engine.denoiser.unet.set_attn_processor(SlicedAttnProcessor(1))  # type: ignore[attr-defined]
+    said = r"cannot be seen: .* has a SlicedAttnProcessor from .*unet\.set_default_attn_processor\(\)"
+    with pytest.raises(ValueError, match=said):
+        engine.explain(CAPTION, explainer, num_steps=1)
+    engine.denoiser.unet.set_default_attn_processor()  # type: ignore[attr-defined]
+    assert explainer.name in engine.explain(CAPTION, explainer, num_steps=1).maps
+
+
+def test_words_that_are_not_in_the_prompt(tiny: Denoiser) -> None:
+    with pytest.raises(ValueError, match="'horse' is not in the prompt 'a red circle"):
+        Engine(tiny).explain(CAPTION, Attention(words=("red", "horse")), num_steps=1)
+    with pytest.raises(ValueError, match="attention to no word"):
+        Attention(words=())
+
+
+def test_a_model_that_shows_no_attention_says_so() -> None:
+    denoiser = Analytic(lambda x_t, number: x_t)
+    for explainer in (Attention(), Relevance()):
+        with pytest.raises(ValueError, match="analytic does not show its attention"):
+            Engine(denoiser).explain("1", explainer, num_steps=1)

@@ -1,0 +1,181 @@
+"""The sanity checks themselves: they must fail where there is something to find."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dfengine import Attention, Cam, Engine
+from dfengine.denoiser import Condition, Denoiser
+from dfengine.evaluate import Sanity, captions, checks, lines, sanity
+from dfengine.evaluate.intervals import Interval, interval
+from dfengine.evaluate.truth import area, auroc, told_apart
+from dfengine.shapes.world import COLOURS, Caption, render, sample_scenes
+from dfengine.trajectory import Job
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few() -> Iterator[None]:
+    """Two images are enough for what takes the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "_FEW", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Denoiser:
+    return Engine.from_pretrained("shapes", device="cpu").denoiser
+
+
+def jobs(count: int) -> list[Job]:
+    engine = Engine.from_pretrained("shapes", device="cpu")
+    return [engine.job(text, seed=seed, num_steps=2) for seed, text in enumerate(captions(count))]
+
+
+@pytest.fixture(scope="module")
+def found(embedded: Denoiser) -> Sanity:
+    return sanity(embedded, jobs(12), num_masks=16)
+
+
+def test_the_embedded_model_passes(found: Sanity) -> None:
+    assert found.passed, found.failures
+    assert list(found.randomised) == ["rise", "cam", "relevance", "attention"]
+    for stages in found.randomised.values():
+        assert list(stages) == [
+            "up_blocks.2", "up_blocks.1", "up_blocks.0", "mid_block", "down_blocks.2", "down_blocks.1", "down_blocks.0",
+        ]  # fmt: skip
+        assert all(one.count == 2 and one.mean < 0.999 for one in stages.values())
+    assert found.subject is not None
+    assert found.subject.low > 0.5
+
+
+def test_the_weights_are_as_they_were(embedded: Denoiser, found: Sanity) -> None:
+    fresh = Engine.from_pretrained("shapes", device="cpu").denoiser
+    ours, theirs = (one.unet.state_dict() for one in (embedded, fresh))  # type: ignore[attr-defined]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_weights_come_back_also_when_a_check_breaks_off(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupted(*_: Any) -> Any:
+        calls.append(_)
+        if len(calls) > 4:  # after the maps of the model itself
+            raise KeyboardInterrupt
+        return [[np.zeros((2, 2))]]
+
+    before = {k: v.clone() for k, v in embedded.unet.state_dict().items()}  # type: ignore[attr-defined]
+    monkeypatch.setattr(checks, "_maps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sanity(embedded, jobs(1), num_masks=2)
+    assert all(torch.equal(v, before[k]) for k, v in embedded.unet.state_dict().items())  # type: ignore[attr-defined]
+
+
+def test_maps_that_do_not_depend_on_the_model_are_found_out(
+    embedded: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DF-CAM that shows the latent itself, an edge detector of sorts, is named."""
+    real = Cam.explain
+
+    def blind(self: Cam, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
+        for made in real(self, denoiser, paths, done):
+            yield dataclasses.replace(made, saliency=paths[made.item].latents[made.step, 0])
+
+    monkeypatch.setattr(Cam, "explain", blind)
+    told = sanity(embedded, jobs(3), num_masks=4)
+    assert not told.passed
+    assert any(
+        failure.startswith("cam hardly changes with random weights down to down_blocks.0") for failure in told.failures
+    )
+    assert list(lines(told))[-1].startswith("FAILED")
+
+
+def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
+    embedded: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beside(condition: Condition, places: Sequence[int]) -> Condition:
+        text = condition.tensors["text"].clone()
+        text[:, [place + 1 for place in places]] = 0
+        return Condition({"text": text})
+
+    monkeypatch.setattr(embedded, "without", beside)
+    told = sanity(embedded, jobs(3), num_masks=4)
+    assert any(failure.startswith("a word's relevance does not fall") for failure in told.failures)
+
+
+def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Attention.explain
+
+    def beside(self: Attention, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
+        for made in real(self, denoiser, paths, done):
+            assert made.heat is not None
+            yield dataclasses.replace(made, heat=-made.heat)
+
+    monkeypatch.setattr(Attention, "explain", beside)
+    told = sanity(embedded, jobs(12), num_masks=4)
+    assert any(failure.startswith("attention to the subject is no better than chance") for failure in told.failures)
+
+
+def test_prompts_of_another_world_have_no_subject_to_look_for(tiny: Denoiser) -> None:
+    told = sanity(tiny, [Engine(tiny).job("a red red circle", num_steps=1)], num_masks=2)
+    assert told.subject is None
+    with pytest.raises(ValueError, match="there is no prompt"):
+        sanity(tiny, [])
+
+
+def test_captions_are_different_and_can_be_told_apart() -> None:
+    texts = captions(40, seed=3)
+    assert len(set(texts)) == 40
+    for caption in map(Caption.parse, texts):
+        assert told_apart(caption)
+        assert caption.object is None or caption.object[1] != caption.subject[1]
+    assert captions(5, seed=3) == texts[:5] or set(captions(5, seed=3)) != set(captions(5, seed=4))
+
+
+def test_the_true_area_is_what_the_renderer_painted() -> None:
+    scenes = sample_scenes(20, torch.Generator().manual_seed(0))
+    images, coverage = render(scenes)
+    for caption, image, (subject, _) in zip(scenes.captions, images, coverage, strict=True):
+        if not told_apart(caption):
+            continue
+        true = area((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), caption.subject[0])
+        painted = subject.numpy() > 0.5
+        assert (true & painted).sum() / (true | painted).sum() > 0.85, str(caption)
+
+
+def test_the_largest_region_of_the_nearest_colour() -> None:
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[1:3, 1:3] = (230, 20, 30)  # about red, four pixels
+    image[0, 5] = (230, 26, 26)  # red, one pixel
+    expected = np.zeros((4, 6), bool)
+    expected[1:3, 1:3] = True
+    np.testing.assert_array_equal(area(image, "red"), expected)
+    assert not area(image, "cyan").any()
+    assert set(COLOURS) == {Caption.parse(f"a {c} ring on a gray background").subject[0] for c in COLOURS}
+
+
+def test_auroc_by_hand() -> None:
+    true = np.array([[True, True], [False, False]])
+    assert auroc(np.array([[2.0, 3.0], [0.0, 1.0]]), true) == 1
+    assert auroc(np.array([[0.0, 1.0], [2.0, 3.0]]), true) == 0
+    assert auroc(np.ones((2, 2)), true) == 0.5
+    # Of the four pairs 2 > 1, 2 = 2 (half), 0 < 1, 0 < 2.
+    assert auroc(np.array([[2.0, 0.0], [1.0, 2.0]]), true) == 1.5 / 4
+    assert np.isnan(auroc(np.ones((2, 2)), np.zeros((2, 2), bool)))
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    random = np.random.default_rng(0)
+    held = [low <= 1 <= high for low, high in (_bounds(random.exponential(size=40)) for _ in range(100))]
+    assert 0.86 <= np.mean(held) <= 1
+    assert interval([2.0, 2.0, float("nan")]) == Interval(2, 2, 2, 2)
+    assert interval([]).count == 0
+    assert np.isnan(interval([float("nan")]).mean)
+
+
+def _bounds(values: np.ndarray) -> tuple[float, float]:
+    found = interval(values.tolist())
+    return found.low, found.high

@@ -1,0 +1,69 @@
+"""Words, phrases and tokens: who stands where in a prompt."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dfengine.words import PADDING, Tokens, concepts, occurrences, words
+
+PROMPT = "A red circle above a red  square, l'été art-deco 3.5!"
+
+
+def texts(prompt: str, spans: list[tuple[int, int]]) -> list[str]:
+    return [prompt[start:stop] for start, stop in spans]
+
+
+def test_words_are_what_a_reader_would_count() -> None:
+    assert texts(PROMPT, words(PROMPT)) == [
+        "A", "red", "circle", "above", "a", "red", "square", "l'été", "art-deco", "3.5",
+    ]  # fmt: skip
+
+
+def test_a_repeated_word_is_found_wherever_it_stands() -> None:
+    assert occurrences(PROMPT, "red") == [(2, 5), (21, 24)]
+    assert occurrences(PROMPT, "a") == [(0, 1), (19, 20)]
+
+
+def test_a_phrase_is_found_whatever_its_case_and_spaces() -> None:
+    assert texts(PROMPT, occurrences(PROMPT, "RED square")) == ["red  square"]
+
+
+@pytest.mark.parametrize("concept", ["circ", "ed", "red circles", "red square above", "", "  ", "été!!", "."])
+def test_what_is_not_there_is_refused_with_what_is(concept: str) -> None:
+    with pytest.raises(ValueError, match=r"is not in .* name one of its words \(A, red, circle, above, a, square"):
+        occurrences(PROMPT, concept)
+
+
+def test_signs_of_a_pattern_are_only_signs() -> None:
+    assert occurrences("a cat (sitting) on 1+1", "1+1") == [(19, 22)]
+    assert occurrences("a <cat-toy>", "<cat-toy>") == [(2, 11)]
+
+
+@given(st.text())
+def test_every_word_of_any_prompt_is_found_in_it(prompt: str) -> None:
+    for start, stop in words(prompt):
+        assert (start, stop) in occurrences(prompt, prompt[start:stop])
+
+
+#: "photo" in two pieces, and "cat" twice.
+TOKENS = Tokens(
+    "a photo of a cat, a cat",
+    ("<s>", "a", "pho", "to", "of", "a", "cat", ",", "a", "cat", "</s>", PADDING),
+    ((0, 0), (0, 1), (2, 5), (5, 7), (8, 10), (11, 12), (13, 16), (16, 17), (18, 19), (20, 23), (0, 0), (0, 0)),
+)
+
+
+def test_a_word_has_all_its_pieces_and_no_neighbour() -> None:
+    assert TOKENS.find("photo") == [2, 3]
+    assert TOKENS.find("cat") == [6, 9]
+    assert TOKENS.find("a cat") == [5, 6, 8, 9]
+    assert TOKENS.find("a photo of") == [1, 2, 3, 4]
+
+
+def test_special_tokens_are_apart() -> None:
+    assert TOKENS.own == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_concepts_are_all_words_or_those_that_are_named() -> None:
+    assert [name for name, _ in concepts("a cat and a dog", None)] == ["a", "cat", "and", "a", "dog"]
+    assert concepts("a cat and a dog", ["a", "dog"]) == [("a", [(0, 1), (10, 11)]), ("dog", [(12, 15)])]
