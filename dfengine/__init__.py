@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dfengine.engine import Engine
     from dfengine.explain import Attention, Cam, Relevance, Rise, StepMap
+    from dfengine.models.scheduler import ExponentialDDIMScheduler
     from dfengine.result import Result
     from dfengine.schedule import exponential_timesteps
     from dfengine.store import open
@@ -21,6 +22,7 @@ __all__ = [
     "Attention",
     "Cam",
     "Engine",
+    "ExponentialDDIMScheduler",
     "Job",
     "Relevance",
     "Result",
@@ -34,6 +36,7 @@ _HOMES = {
     "Attention": "explain",
     "Cam": "explain",
     "Engine": "engine",
+    "ExponentialDDIMScheduler": "models.scheduler",
     "Job": "trajectory",
     "Relevance": "explain",
     "Result": "result",

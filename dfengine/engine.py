@@ -183,6 +183,18 @@ class Engine:
         """
         explainers = _several(explainers)
         self.prepare(jobs, explainers, done=done)
+        for began, group in self._groups(jobs, restored):
+            yield from self._explain_group(group, explainers, done, began)
+
+    def sample(self, jobs: Sequence[Job]) -> Iterator[Trajectory]:
+        """Generate many images without explaining them, in groups as `stream` does, in the jobs' order."""
+        for _, group in self._groups(jobs, {}):
+            yield from group.values()
+
+    def _groups(
+        self, jobs: Sequence[Job], restored: Mapping[int, Trajectory]
+    ) -> Iterator[tuple[float, dict[int, Trajectory]]]:
+        """Trajectories by item, of neighbours with equally many steps, and when each group was begun."""
         for _, neighbours in groupby(enumerate(jobs), key=lambda pair: len(pair[1].timesteps)):
             left, most = list(neighbours), max(1, self.denoiser.batch_size // 2)
             while left:
@@ -193,7 +205,7 @@ class Engine:
                     most = len(group) // 2
                     continue
                 left = left[len(group) :]
-                yield from self._explain_group(dict(zip(group, paths, strict=True)), explainers, done, began)
+                yield began, dict(zip(group, paths, strict=True))
 
     def prepare(
         self, jobs: Sequence[Job], explainers: Sequence[Explainer], *, done: Collection[tuple[int, str, int]] = ()

@@ -113,3 +113,13 @@ def heatmap(saliency: Float[ndarray, "h w"], size: tuple[int, int]) -> Float[nda
     scaled = (saliency - low) / (high - low) if high > low else np.zeros_like(saliency)
     grid = torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32))[None, None]
     return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def normalised(relevance: Float[ndarray, "tokens steps"], tokens: Tokens) -> Float[ndarray, "tokens steps"]:
+    """Min–max at each step over all tokens between the special ones, as in Table 3; zeros where those are all the same.
+
+    A step that is not computed stays NaN.
+    """
+    own = relevance[tokens.own]
+    low, high = own.min(0), own.max(0)
+    return (relevance - low) / np.where(high > low, high - low, 1)

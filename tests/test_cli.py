@@ -136,7 +136,7 @@ def test_layers_are_listed_for_people_and_programs(refused: Callable[..., str]) 
 
 
 def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
-    quick = ["--sanity", "--prompts", "1", "--masks", "2", "--json"]
+    quick = ["--sanity", "--limit", "1", "--masks", "2", "--json"]
     run = dfengine_command("evaluate", *quick)
     found = json.loads(run.stdout)
     assert list(found["randomised"]) == ["rise", "cam", "relevance", "attention"]
@@ -147,14 +147,36 @@ def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to evaluate was named: say --sanity"),
-        (["--sanity", "--prompts", "0"], "there is no prompt to check with"),
+        ([], "nothing to evaluate was named, or two things: say --sanity or --concepts"),
+        (["--sanity", "--concepts"], "say --sanity or --concepts"),
+        (["--sanity", "--limit", "0"], "0 prompts and 1 seeds are not possible"),
+        (["--concepts", "--prompts", "none.txt"], "'none.txt' cannot be read: No such file"),
+        (["--concepts", "--figure", "a.jpg"], "expected .png, .pdf or .svg"),
+        (["--concepts", "--prompt", "a red dog"], "does not know 'dog'"),
         (["--sanity", "--prompt", "a red dog"], "does not know 'dog'"),
         (["--sanity", "--model", "none"], "'none' is not known"),
     ],
 )
 def test_an_impossible_evaluation_is_one_line(refused: Callable[..., str], arguments: list[str], said: str) -> None:
     assert said in refused("evaluate", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "there is nothing to show: name a prompt"),
+        ([CAPTION, "--seeds", "0"], "at least 1 seed"),
+        ([CAPTION, "--gamma", "-1"], "gamma -1"),
+        ([CAPTION, "--steps", "0"], "0 steps are not possible"),
+        (["a red dog"], "does not know 'dog'"),
+        (["--prompts", "none.csv"], "'none.csv' cannot be read"),
+    ],
+)
+def test_impossible_samples_are_one_line(
+    refused: Callable[..., str], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    assert said in refused("sample", *arguments, "-o", str(tmp_path / "s.png"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> None:
@@ -165,7 +187,7 @@ def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> 
 
 def test_help_explains_itself() -> None:
     told = dfengine_command("--help").stdout
-    for verb in ("explain", "profile", "layers", "evaluate", "info", "merge", "figures"):
+    for verb in ("explain", "sample", "profile", "layers", "evaluate", "info", "merge", "figures"):
         assert f"  {verb} " in told
     run = dfengine_command("explain", "--help")
     assert run.returncode == 0

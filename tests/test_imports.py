@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "dfengine.batching": set(),
     "dfengine.schedule": set(),
     "dfengine.words": set(),
+    "dfengine.prompts": {"words"},
     "dfengine.result": {"words"},
     "dfengine.denoiser": {"schedule", "words"},
     "dfengine.models": {"denoiser", "schedule", "words"},
@@ -39,9 +40,9 @@ MAY_IMPORT = {
         "trajectory",
         "tuning",
     },
-    "dfengine.evaluate": {"denoiser", "explain", "result", "shapes", "trajectory", "words"},
+    "dfengine.evaluate": {"denoiser", "explain", "prompts", "result", "shapes", "trajectory", "words"},
     "dfengine.profile": {"denoiser", "engine", "explain", "record", "store", "trajectory", "tuning", "dfkernels"},
-    "dfengine.cli": {"batching", "engine", "evaluate", "explain", "figures", "profile", "store"},
+    "dfengine.cli": {"batching", "engine", "evaluate", "explain", "figures", "profile", "prompts", "store"},
 }
 
 #: The only places that may import each of these libraries.

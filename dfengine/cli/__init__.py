@@ -8,7 +8,9 @@ import warnings
 import typer
 
 from dfengine.cli import files, measure, screen
+from dfengine.cli.evaluate import evaluate
 from dfengine.cli.explain import explain
+from dfengine.cli.sample import sample
 
 app = typer.Typer(
     help="Explain how diffusion models make images.",
@@ -16,7 +18,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verb in (explain, measure.profile, measure.layers, measure.evaluate, files.info, files.merge, files.figures):
+for verb in (
+    explain,
+    sample,
+    measure.profile,
+    measure.layers,
+    evaluate,
+    files.info,
+    files.merge,
+    files.figures,
+):
     app.command()(verb)
 
 

@@ -33,6 +33,10 @@ Compile = Annotated[
 Seed = Annotated[int, typer.Option(help="of the start noise and the masks")]
 Json = Annotated[bool, typer.Option("--json", help="as JSON, for another program")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="a file of prompts: .txt, .csv, .jsonl, dataset_coco.json or Visual Genome's relationships.json"),
+]
 Run = Annotated[Path, typer.Argument(help="an HDF5 file that explain wrote or is writing, or a run folder")]
 
 
@@ -46,6 +50,13 @@ def engine(model: str, *, image_size: str | None = None, batch_size: str = "auto
         batch_size=_count_or_auto(batch_size),
         **options,
     )
+
+
+def texts(path: Path | None, limit: int) -> list[str]:
+    """The prompts of a file, if there is one."""
+    from dfengine import prompts
+
+    return [] if path is None else [prompt.text for prompt in prompts.read(path, limit)]
 
 
 def _sides(size: str) -> tuple[int, int]:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from dfengine.engine import Event
+
+T = TypeVar("T")
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def progress(steps: int) -> Iterator[Callable[[Event], None]]:
-    """A bar on the terminal that follows the engine's events."""
-    from dfengine import StepMap
-
+def bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar on the terminal, if there is one, gone when it is done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -31,16 +39,32 @@ def progress(steps: int) -> Iterator[Callable[[Event], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("generating", total=steps)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
+        yield shown, shown.add_task(what, total=total)
+
+
+@contextmanager
+def progress(steps: int) -> Iterator[Callable[[Event], None]]:
+    """A bar that follows the engine's events."""
+    from dfengine import StepMap
+
+    with bar("generating", steps) as (shown, task):
 
         def on_event(event: Event) -> None:
             if isinstance(event, StepMap):
-                bar.advance(task)
+                shown.advance(task)
             else:
-                bar.update(task, description="explaining steps")
+                shown.update(task, description="explaining steps")
 
         yield on_event
+
+
+def counted(things: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The things, as they come, with a bar that counts them."""
+    with bar(what, total) as (shown, task):
+        for thing in things:
+            shown.advance(task)
+            yield thing
 
 
 @contextmanager

@@ -230,7 +230,7 @@ def lines(found: Sanity) -> Iterator[str]:
         f"{found.fallen.mean:.0%} of {found.fallen.count} words"
     )
     if found.subject is not None:
-        told = f" ({found.left_out} images left out)" if found.left_out else ""
+        told = f" ({found.left_out} image{'s' * (found.left_out > 1)} left out)" if found.left_out else ""
         yield f"attention to the subject's noun is higher on it than elsewhere with probability {found.subject}{told}"
     yield from (f"FAILED: {failure}" for failure in found.failures)
     if found.passed:

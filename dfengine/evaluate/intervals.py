@@ -20,7 +20,9 @@ class Interval:
     """items"""
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        if not self.count:
+            return "–"
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]" if self.count > 1 else f"{self.mean:.2f}"
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -1,18 +1,24 @@
 """Pictures of explanations in the paper's forms."""
 
 from dfengine.figures.choosing import chosen_steps, concept_lines, telling_steps
-from dfengine.figures.forms import attention, draw, layers, relevance, save, strip
+from dfengine.figures.concepts import concepts
+from dfengine.figures.forms import attention, check_name, draw, layers, relevance, save, strip
 from dfengine.figures.parts import overlay
+from dfengine.figures.samples import samples, save_images
 
 __all__ = [
     "attention",
+    "check_name",
     "chosen_steps",
     "concept_lines",
+    "concepts",
     "draw",
     "layers",
     "overlay",
     "relevance",
+    "samples",
     "save",
+    "save_images",
     "strip",
     "telling_steps",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from dfengine.result import COMBINED, Explanation
+from dfengine.result import COMBINED, Explanation, normalised
 from dfengine.words import content_words
 from dfengine.words import words as spans_of
 
@@ -37,10 +37,7 @@ def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) ->
         raise ValueError(f"{unread[0]!r} is not among the tokens that the model reads of its prompt: leave it out")
     if not places:
         raise ValueError(f"the prompt {prompt!r} has no words: there is no relevance to draw")
-    values = np.asarray(result.relevance, dtype=np.float64)
-    values = np.where(np.isfinite(values[result.tokens.own]).all(0), values, np.nan)
-    low, high = values[result.tokens.own].min(0), values[result.tokens.own].max(0)
-    shares = (values - low) / np.where(high > low, high - low, 1)
+    shares = normalised(np.asarray(result.relevance, dtype=np.float64), result.tokens)
     if np.isnan(shares).all():
         raise ValueError("no step's relevance is computed yet")
     return {concept: shares[places[concept]].mean(0) for concept in places if concept not in unread}

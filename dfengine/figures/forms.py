@@ -125,12 +125,18 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
 
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, PDF or SVG, by the name's ending. Raises ValueError where it cannot."""
+    path = check_name(path)
+    figure.savefig(path, dpi=200)
+    return path
+
+
+def check_name(path: str | Path) -> Path:
+    """A figure's name. Raises ValueError for an ending that is not known, or a folder that is not there."""
     path = Path(path)
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{str(path)!r} ends in {path.suffix!r}: expected .png, .pdf or .svg")
     if not path.parent.is_dir():
         raise ValueError(f"the folder {str(path.parent)!r} does not exist: make it first")
-    figure.savefig(path, dpi=200)
     return path
 
 

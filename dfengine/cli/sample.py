@@ -1,0 +1,82 @@
+"""`dfengine sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfengine.cli import options, screen
+
+
+def sample(
+    out: Annotated[Path, typer.Option("-o", "--out", help="picture to write: .png, .pdf or .svg")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="what the images should show; a row each")] = None,
+    prompts: options.Prompts = None,
+    limit: Annotated[int, typer.Option(help="prompts of the file, at most")] = 8,
+    seeds: Annotated[int, typer.Option(help="images a prompt and schedule, of the seeds that follow --seed")] = 1,
+    seed: options.Seed = 0,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 30,
+    gamma: Annotated[
+        list[float] | None, typer.Option(help="shift of early and latter sampling, 60 by default; repeat for several")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; the model's own by default")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="what the image should not show")] = "",
+    images: Annotated[Path | None, typer.Option(help="a folder for the single images, too")] = None,
+    model: options.Model = "shapes",
+    random_weights: options.RandomWeights = False,
+    image_size: options.ImageSize = None,
+    variant: options.Variant = None,
+    revision: options.Revision = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch_size: options.BatchSize = "auto",
+) -> None:
+    """Generate the same prompts and seeds by uniform, early and latter sampling, side by side (Figures 6 and 10)."""
+    from dfengine import figures
+
+    texts = [*(prompt or []), *options.texts(prompts, limit)]
+    if not texts or seeds < 1:
+        raise ValueError("there is nothing to show: name a prompt, or a file of them (--prompts), and at least 1 seed")
+    figures.check_name(out)
+    engine = options.engine(
+        model,
+        device=device,
+        dtype=dtype,
+        variant=variant,
+        revision=revision,
+        random_weights=random_weights,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+    gammas = list(dict.fromkeys(gamma or [60.0]))
+    schedules: dict[str, tuple[str, float]] = {"uniform": ("uniform", 0.0)}
+    for stage in ("early", "latter"):
+        schedules |= {f"{stage}, γ = {shift:g}": (stage, shift) for shift in gammas}
+    rows = [(text, seed + number) for text in texts for number in range(seeds)]
+    jobs = [
+        engine.job(
+            text,
+            negative_prompt=negative_prompt,
+            seed=start,
+            num_steps=steps,
+            sampling=sampling,
+            gamma=shift,
+            guidance=guidance,
+        )
+        for text, start in rows
+        for sampling, shift in schedules.values()
+    ]
+    made = [path.image.numpy() for path in screen.counted(engine.sample(jobs), "generating", len(jobs))]
+    shown = {
+        f"{text}, seed {start}" if seeds > 1 else text: made[len(schedules) * row :][: len(schedules)]
+        for row, (text, start) in enumerate(rows)
+    }
+    lists = {name: job.timesteps for name, job in zip(schedules, jobs, strict=False)}
+    print(figures.save(figures.samples(shown, lists, engine.denoiser.schedule.num_train_timesteps - 1), out))
+    if images is not None:
+        names = [
+            f"{row:04}-seed{start}-{s}-{g:g}" for row, (_, start) in enumerate(rows) for s, g in schedules.values()
+        ]
+        print(f"{figures.save_images(dict(zip(names, made, strict=True)), images)}: {len(made)} images")

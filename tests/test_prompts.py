@@ -1,0 +1,152 @@
+"""Prompts from files of every known form, each a small one of the true shape, and what is said of malformed ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dfengine import prompts
+from dfengine.prompts import Prompt, read
+
+COCO = {
+    "dataset": "coco",
+    "images": [
+        {"split": "train", "cocoid": 1, "sentences": [{"raw": "A train.", "tokens": ["a", "train"]}]},
+        {"split": "test", "cocoid": 2, "sentences": [{"raw": "A man on a horse."}, {"raw": "A rider."}]},
+        {"split": "val", "cocoid": 3, "sentences": [{"raw": "A dog."}]},
+        {"split": "test", "cocoid": 4, "sentences": [{"raw": " A cat on a mat "}]},
+        {"split": "test", "cocoid": 5, "sentences": [{"raw": "A man on a horse."}]},
+    ],
+}
+GENOME = [
+    {
+        "image_id": 1,
+        "relationships": [
+            {"predicate": "ON", "subject": {"name": "shade"}, "object": {"name": "street"}, "relationship_id": 7},
+            {"predicate": "Moving  down", "subject": {"names": ["Car"]}, "object": {"names": ["the street", "road"]}},
+        ],
+    },
+    {"image_id": 2, "relationships": []},
+    {
+        "image_id": 3,
+        "relationships": [
+            {"predicate": "on", "subject": {"name": "shade"}, "object": {"name": "street"}},
+            {"predicate": "", "subject": {"name": "sign"}, "object": {"name": "pole"}},
+            {"predicate": "holds", "subject": {"name": "man"}, "object": {"name": 'a "sign", [red]'}},
+        ],
+    },
+]
+
+
+def written(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_lines_of_text(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.TXT", "# comment\r\na cat\r\n\r\n  a dog  \r\na cat\r\n")
+    assert [prompt.text for prompt in read(file)] == ["a cat", "a dog", "a cat"]
+    assert [prompt.text for prompt in read(file, 2)] == ["a cat", "a dog"]
+
+
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path) -> None:
+    assert read(written(tmp_path / "a.txt", b"\xef\xbb\xbfein W\xc3\xbcrfel"))[0].text == "ein Würfel"
+
+
+def test_a_table_has_prompts_and_perhaps_their_concepts(tmp_path: Path) -> None:
+    text = 'id,prompt,subject,relation,object\n1,"a cat, sitting on a mat",cat,sitting on,mat\n'
+    text += "2,a dog,dog,,\n3,,a man,riding,a horse\n"
+    assert read(written(tmp_path / "a.csv", text)) == [
+        Prompt("a cat, sitting on a mat", {"subject": "cat", "relation": "sitting on", "object": "mat"}),
+        Prompt("a dog", {"subject": "dog"}),
+        Prompt("a man riding a horse", {"subject": "a man", "relation": "riding", "object": "a horse"}),
+    ]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    text = '{"prompt": "a cat on a mat", "subject": "cat", "seed": 3}\n\n{"prompt": "a dog"}\n'
+    assert read(written(tmp_path / "a.jsonl", text)) == [Prompt("a cat on a mat", {"subject": "cat"}), Prompt("a dog")]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_karpathys_split_gives_the_first_sentence_of_the_test_images(tmp_path: Path, indent: int | None) -> None:
+    file = written(tmp_path / "dataset_coco.json", json.dumps(COCO, indent=indent))
+    assert [prompt.text for prompt in read(file)] == ["A man on a horse.", "A cat on a mat", "A man on a horse."]
+    assert len(read(file, 1)) == 1
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_visual_genome_gives_each_relationship_once(
+    tmp_path: Path, indent: int | None, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the file is cut into pieces while it is read."""
+    monkeypatch.setattr(prompts, "_PIECE", piece)
+    file = written(tmp_path / "relationships.json", json.dumps(GENOME, indent=indent))
+    assert read(file) == [
+        Prompt("shade on street", {"subject": "shade", "relation": "on", "object": "street"}),
+        Prompt("car moving down the street", {"subject": "car", "relation": "moving down", "object": "the street"}),
+        Prompt('man holds a "sign", [red]', {"subject": "man", "relation": "holds", "object": 'a "sign", [red]'}),
+    ]
+
+
+def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
+    """What comes after the last prompt asked for may be anything."""
+    file = written(tmp_path / "relationships.json", json.dumps(GENOME[:1])[:-1] + ", broken")
+    assert len(read(file, 2)) == 2
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(file, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.xml", "<a/>", "is no file of prompts: expected .txt, .csv, .jsonl, .json"),
+        ("a.txt", "\n# nothing\n", "has no prompts"),
+        ("a.txt", b"\xff\xfe\x00", "cannot be read"),
+        (
+            "a.csv",
+            "text\na cat\n",
+            r"a\.csv, line 2: no prompt in {\"text\": \"a cat\"}: expected .prompt., or subject",
+        ),
+        ("a.csv", 'prompt\n"a cat\n', "cannot be read"),
+        ("a.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: \[1\] is no prompt"),
+        ("a.jsonl", '{"prompt": 3}', r"line 1: no prompt in {\"prompt\": 3}"),
+        ("a.jsonl", '{"prompt": "a cat", "subject": "dog"}', r"line 1: 'dog' is not in the prompt 'a cat'"),
+        ("a.json", "{}", r'expected {"images": \[\.\.\.\]}'),
+        ("a.json", "nonsense", "cannot be read"),
+        ("a.json", "", "cannot be read"),
+        (
+            "a.json",
+            '{"images": [{"split": "test", "sentences": []}]}',
+            r"image 0: expected .*found {\"split\": \"test\"",
+        ),
+        ("a.json", '{"images": [{"sentences": []}]}', "image 0: expected"),
+        ("a.json", '[{"relationships": [{"predicate": "on"}]}]', r"image 0: expected .*found {\"relationships\""),
+        (
+            "a.json",
+            '[{"relationships": [{"predicate": 1, "subject": {"name": "a"}, "object": {"name": "b"}}]}]',
+            "image 0",
+        ),
+        ("a.json", "[3]", "image 0: expected"),
+        ("a.json", '[{"relationships": []}', "cannot be read"),
+        ("a.json", "[]", "has no prompts"),
+    ],
+)
+def test_malformed_files_are_one_line_with_the_place(tmp_path: Path, name: str, text: str | bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as raised:
+        read(written(tmp_path / name, text))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("path", "limit"), [("none.txt", None), (".", None)])
+def test_files_that_are_not_there(tmp_path: Path, path: str, limit: Any) -> None:
+    with pytest.raises(ValueError, match=r"cannot be read: No such file|is no file of prompts"):
+        read(tmp_path / path, limit)
+
+
+def test_no_prompts_are_not_possible(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0 prompts are not possible"):
+        read(written(tmp_path / "a.txt", "a cat"), 0)
