@@ -147,8 +147,9 @@ def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to evaluate was named, or two things: say --sanity or --concepts"),
-        (["--sanity", "--concepts"], "say --sanity or --concepts"),
+        ([], "nothing to evaluate was named, or two things: say --sanity, --concepts or --recovery"),
+        (["--sanity", "--concepts"], "say --sanity, --concepts or --recovery"),
+        (["--recovery", "--model", "none"], "'none' is not known"),
         (["--sanity", "--limit", "0"], "0 prompts and 1 seeds are not possible"),
         (["--concepts", "--prompts", "none.txt"], "'none.txt' cannot be read: No such file"),
         (["--concepts", "--figure", "a.jpg"], "expected .png, .pdf or .svg"),

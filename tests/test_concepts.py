@@ -66,7 +66,7 @@ def test_means_are_over_seeds_then_over_prompts() -> None:
     assert told[3] == "| early, the paper's | 19.98 | 3.04 | 18.51 |"
     assert (
         told[-1]
-        == "| higher relevance where right, probability | 1.00 (1 prompts) | 1.00 (1 prompts) | 1.00 (1 prompts) |"
+        == "| higher relevance where right, probability | 1.00 (1 prompt) | 1.00 (1 prompt) | 1.00 (1 prompt) |"
     )
 
 

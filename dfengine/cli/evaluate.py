@@ -22,6 +22,9 @@ def evaluate(
     concepts: Annotated[
         bool, typer.Option("--concepts", help="relevance of subject, relation and object by schedule (Table 3)")
     ] = False,
+    recovery: Annotated[
+        bool, typer.Option("--recovery", help="do maps begin on the shapes and spread? (of the embedded world)")
+    ] = False,
     model: options.Model = "shapes",
     random_weights: options.RandomWeights = False,
     image_size: options.ImageSize = None,
@@ -36,10 +39,12 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="prompts of the file or of the embedded world, at most")] = 50,
     seed: options.Seed = 0,
     seeds: Annotated[int, typer.Option(help="--concepts: images a prompt and schedule")] = 1,
-    steps: Annotated[int, typer.Option(help="--concepts: denoising steps")] = 30,
+    steps: Annotated[int, typer.Option(help="--concepts and --recovery: denoising steps")] = 30,
     gamma: Annotated[float, typer.Option(help="--concepts: shift of early and latter sampling")] = 60,
-    masks: Annotated[int, typer.Option(help="--sanity: masks of DF-RISE, a step")] = 60,
-    figure: Annotated[Path | None, typer.Option(help="--concepts: a picture, too (Figure 11)")] = None,
+    masks: Annotated[
+        int | None, typer.Option(help="masks of DF-RISE, a step: 60 by default for --sanity, 250 for --recovery")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="--concepts (Figure 11) and --recovery: a picture, too")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Check that maps can be trusted (exit status 1 where they cannot), or say what they tell of many prompts."""
@@ -47,8 +52,8 @@ def evaluate(
     from dfengine import figures
     from dfengine.prompts import Prompt, read
 
-    if sanity == concepts:
-        raise ValueError("nothing to evaluate was named, or two things: say --sanity or --concepts")
+    if sanity + concepts + recovery != 1:
+        raise ValueError("nothing to evaluate was named, or two things: say --sanity, --concepts or --recovery")
     if min(limit, seeds) < 1:
         raise ValueError(f"{limit} prompts and {seeds} seeds are not possible: expected at least 1")
     if figure is not None:
@@ -63,9 +68,12 @@ def evaluate(
         random_weights=random_weights,
         image_size=image_size,
     )
+    texts = [one.text for one in given] or evaluation.captions(limit, seed)
     if sanity:
-        texts = [one.text for one in given] or evaluation.captions(limit, seed)
-        _sanity(engine, texts, seed, masks, as_json)
+        _sanity(engine, texts, seed, masks or 60, as_json)
+    if recovery:
+        _recovery(engine, texts, seed, steps, masks or 250, figure, as_json)
+        return
     given = evaluation.with_concepts(given) or evaluation.embedded_prompts(limit, seed)
     _concepts(engine, given, range(seed, seed + seeds), steps, gamma, figure, as_json)
 
@@ -119,6 +127,25 @@ def _concepts(
         ]
         parts = [(part.title, part.lines, each) for part, each in zip(found, sums, strict=True)]
         figures.save(figures.concepts(parts, timesteps), figure)
+
+
+def _recovery(
+    engine: Engine, texts: list[str], seed: int, steps: int, masks: int, figure: Path | None, as_json: bool
+) -> None:
+    from dfengine import Cam, Rise, figures
+    from dfengine import evaluate as evaluation
+
+    jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
+    stream = engine.stream(jobs, [Rise(masks), Cam()])
+    events = screen.counted(stream, "measuring", len(jobs) * (2 * steps + 2))
+    found = evaluation.recovery(events, texts, jobs[0].timesteps)
+    _tell(dataclasses.asdict(found), evaluation.recovery_table(found), as_json)
+    if figure is not None:
+        bands = {
+            method: {name: [(i.mean, i.low, i.high) for i in values] for name, values in by.items()}
+            for method, by in found.steps.items()
+        }
+        figures.save(figures.recovery(bands, found.timesteps), figure)
 
 
 def _tell(found: Any, lines: Iterable[str], as_json: bool) -> None:

@@ -2,16 +2,20 @@
 
 from dfengine.evaluate.checks import STEPS, Sanity, captions, lines, sanity
 from dfengine.evaluate.concepts import Concepts, Measured, embedded_prompts, measure, summarise, table, with_concepts
+from dfengine.evaluate.recovery import Recovery, recovery, recovery_table
 
 __all__ = [
     "STEPS",
     "Concepts",
     "Measured",
+    "Recovery",
     "Sanity",
     "captions",
     "embedded_prompts",
     "lines",
     "measure",
+    "recovery",
+    "recovery_table",
     "sanity",
     "summarise",
     "table",

@@ -4,6 +4,7 @@ from dfengine.figures.choosing import chosen_steps, concept_lines, telling_steps
 from dfengine.figures.concepts import concepts
 from dfengine.figures.forms import attention, check_name, draw, layers, relevance, save, strip
 from dfengine.figures.parts import overlay
+from dfengine.figures.recovery import recovery
 from dfengine.figures.samples import samples, save_images
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "draw",
     "layers",
     "overlay",
+    "recovery",
     "relevance",
     "samples",
     "save",

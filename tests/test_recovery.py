@@ -1,0 +1,109 @@
+"""How maps change over the steps: every measure by hand, the verdict, and the whole on the command line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cli import dfengine_command
+
+from dfengine import StepMap, figures
+from dfengine.evaluate import recovery, recovery_table
+from dfengine.evaluate.recovery import MEASURES, centre, measures, verdict
+from dfengine.shapes.world import render, sample_scenes
+
+
+def test_measures_by_hand() -> None:
+    """Four pixels in a row: the map (1, 0.6, 0.4, 0), the shapes on the first and the third."""
+    heat, true = np.array([[1.0, 0.6, 0.4, 0.0]]), np.array([[True, False, True, False]])
+    before = np.array([[0.0, 0.0, 0.0, 1.0]])
+    found = measures(heat, before, true)
+    shares = np.array([0.5, 0.3, 0.2])
+    assert found["area"] == 0.5
+    assert found["entropy"] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(4))
+    # Centres: 0.5·1/8 + 0.3·3/8 + 0.2·5/8 = 0.3, and 7/8 before.
+    assert centre(heat) == pytest.approx((0.5, 0.3))
+    assert found["shift"] == pytest.approx(7 / 8 - 0.3)
+    # The hottest two are the first and the second: one of three is shared.
+    assert found["overlap"] == pytest.approx(1 / 3)
+    # 1 > 0.6, 1 > 0, 0.4 < 0.6, 0.4 > 0
+    assert found["auroc"] == 0.75
+    assert np.isnan(measures(heat, None, true)["shift"])
+    assert all(np.isnan(value) for value in measures(np.ones((1, 4)), before, true).values())
+
+
+def scenes(count: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Captions, pictures and the pixels of their shapes, of scenes whose shapes differ in colour."""
+    drawn = sample_scenes(4 * count, torch.Generator().manual_seed(1))
+    images, coverage = render(drawn)
+    kept = [i for i, c in enumerate(drawn.captions) if c.object is None or c.object[0] != c.subject[0]][:count]
+    pictures = (images[kept].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    return [str(drawn.captions[i]) for i in kept], pictures, (coverage[kept].amax(1) > 0.5).numpy()
+
+
+def events(maps: dict[str, np.ndarray], pictures: np.ndarray) -> Iterator[Any]:
+    """An engine's stream of made-up maps [items, steps, h, w]."""
+    for item, picture in enumerate(pictures):
+        yield SimpleNamespace(item=item, trajectory=SimpleNamespace(image=torch.from_numpy(picture)))
+    for method, values in maps.items():
+        for step in range(values.shape[1]):
+            for item in range(len(values)):
+                yield StepMap(item, step, method, torch.from_numpy(values[item, step].astype(np.float32)))
+    for item in range(len(pictures)):
+        yield SimpleNamespace(item=item)
+
+
+def test_a_map_that_spreads_from_the_shapes_is_told_from_one_that_does_not() -> None:
+    prompts, pictures, shapes = scenes(12)
+    rows = np.arange(64)[:, None] / 64
+    spreading = np.stack([np.maximum(shapes, 0.9 * (rows < share)) for share in (0, 0.3, 0.6, 0.95)], axis=1)
+    found = recovery(
+        events({"spreads": spreading, "shrinks": spreading[:, ::-1], "beside": 1 - spreading}, pictures),
+        prompts,
+        (900, 600, 300, 0),
+    )
+    assert found.num_images + found.left_out == 12
+    assert found.num_images >= 10
+    assert list(found.steps) == ["spreads", "shrinks", "beside"]
+    assert found.steps["spreads"]["overlap"][0].mean > 0.8
+    assert found.trend["spreads"]["area"].mean == 1
+    assert found.trend["shrinks"]["area"].mean == -1
+    assert verdict(found, "spreads") == "spreads: the map begins on the shapes and grows; the claim holds"
+    assert verdict(found, "shrinks").endswith("shrinks; the claim does not hold")
+    assert verdict(found, "beside").startswith("beside: the map begins beside them and shrinks")
+    told = "\n".join(recovery_table(found))
+    assert "| spreads | step 1, t = 900 | step 3, t = 300 | step 4, t = 0 | along the steps |" in told
+    assert verdict(found, "beside") in told
+
+
+def test_images_that_are_not_what_they_should_be_are_left_out() -> None:
+    prompts, pictures, _ = scenes(6)
+    maps = np.random.default_rng(0).random((6, 3, 8, 8))
+    turned = recovery(events({"any": maps}, pictures), [prompts[1], "a cat", *prompts[2:]], (9, 5, 1))
+    assert turned.left_out >= 2
+    assert turned.num_images >= 3
+    with pytest.raises(ValueError, match="there is no image whose shapes are known"):
+        recovery(events({"any": maps}, pictures), ["a cat"] * 6, (9, 5, 1))
+
+
+def test_recovery_on_the_command_line(tmp_path: Path) -> None:
+    picture = tmp_path / "r.png"
+    options = ["--recovery", "--limit", "2", "--steps", "3", "--masks", "4", "--figure", str(picture)]
+    run = dfengine_command("evaluate", *options, "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert list(found["steps"]) == ["rise", "cam"]
+    assert list(found["steps"]["cam"]) == list(MEASURES)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_has_a_band_a_method() -> None:
+    bands = {"rise": {"area": [(0.5, 0.4, 0.6), (0.7, 0.6, 0.8)]}, "cam": {"area": [(0.1, 0.0, 0.2), (0.2, 0.1, 0.3)]}}
+    figure = figures.recovery(bands, (900, 1))
+    (axis,) = figure.axes
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[0.5, 0.7], [0.1, 0.2]]
+    assert axis.get_title() == "area"
