@@ -37,6 +37,7 @@ bench: $(VENV)/.dev-ready
 	$(BIN)/python bench/waterfall.py
 	$(BIN)/python bench/profiles.py
 	$(BIN)/python bench/explainers.py
+	$(BIN)/python bench/concepts.py
 	$(BIN)/python bench/estimators.py
 
 # On a machine with a GPU, with the packages of its own (torch, triton, jaxtyping, pytest, scipy; from gpu-shapes on also
@@ -71,6 +72,7 @@ gpu-waterfall:
 
 gpu-explainers:
 	$(GPU) bench/explainers.py
+	$(GPU) bench/concepts.py
 	$(GPU) bench/explainers.py sd15 --random-weights --rounds 1 --group 4
 
 gpu-estimators:

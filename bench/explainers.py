@@ -102,10 +102,7 @@ def main() -> None:
     rise = Rise(MASKS)
     (path,) = trajectories(denoiser, [job])
     one_step = [(0, step) for step in range(1, NUM_STEPS)]
-    _, step_seconds = (
-        None,
-        [clocked(lambda: list(rise.explain(denoiser, [path], one_step)), device)[0] for _ in range(4)],
-    )
+    step_seconds = [clocked(lambda: list(rise.explain(denoiser, [path], one_step)), device)[0] for _ in range(4)]
     rows = []
     for name, (explainer, slow, how) in ways.items():
         made, theirs = ours(explainer)(), slow()
@@ -134,10 +131,10 @@ def main() -> None:
                 "explainer": name,
                 "steps": NUM_STEPS,
                 "obvious": how,
-                "seconds": _spread(ones),
+                "seconds": spread(ones),
                 "group": options.group,
-                "seconds_in_a_group": _spread(eachs),
-                "obvious_seconds": _spread(slows),
+                "seconds_in_a_group": spread(eachs),
+                "obvious_seconds": spread(slows),
                 "ratio": round(statistics.median(slow / one for one, _, slow, _ in rounds), 1),
                 "ratio_in_a_group": round(statistics.median(slow / each for _, each, slow, _ in rounds), 1),
                 "explaining_seconds": round(statistics.median(alones), 3),
@@ -151,7 +148,7 @@ def main() -> None:
     print(table(every))
 
 
-def _spread(values: Sequence[float]) -> list[float]:
+def spread(values: Sequence[float]) -> list[float]:
     return [round(value, 3) for value in (min(values), statistics.median(values), max(values))]
 
 
