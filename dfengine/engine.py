@@ -23,7 +23,7 @@ from dfengine import models, shapes, store, tuning
 from dfengine.batching import is_out_of_memory
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap, told_whole
-from dfengine.record import Recorder, device_name, plan
+from dfengine.record import Recorder, contents, device_name, plan
 from dfengine.result import Result
 from dfengine.shapes.judge import Judge
 from dfengine.trajectory import Job, Trajectory, check_image, trajectories
@@ -180,8 +180,12 @@ class Engine:
         Jobs are sampled in groups of neighbours with equally many steps, and masks of a group share their batches. For
         each item come `Generated`, a `StepMap` a step and explainer, and `Finished`. Work of an earlier run is not done
         again: trajectories in `restored`, by item, and maps in `done`, as (item, explainer's name, step).
+
+        Raises ValueError, before anything is computed, for what the model or one of the prompts does not have.
         """
         explainers = _several(explainers)
+        for job in jobs:
+            contents(self.denoiser, job, explainers)
         self.prepare(jobs, explainers, done=done)
         for began, group in self._groups(jobs, restored):
             yield from self._explain_group(group, explainers, done, began)
@@ -282,7 +286,8 @@ class Engine:
         and as `.part.h5` until then. A run of the same settings that was cut off is gone on with: nothing that is done
         is computed again (except with a similarity of the caller's own, which a file cannot tell from another of its
         name). `previews` keeps the image predicted at each step; `compression` "none" makes a larger file, faster;
-        `mantissa_bits` rounds the errors in the file, never the maps. `on_event` is told of progress.
+        `mantissa_bits` rounds errors, layers' and words' maps in the file, never the saliency. `on_event` is told of
+        progress.
 
         Raises ValueError for input that is not possible, before anything is computed or written.
         """

@@ -98,8 +98,8 @@ class Recorder:
             error=tensor(stored.errors[name][step]) if made.has_error else None,
             scores=tensor(stored.scores[name][step]) if made.num_masks else None,
             layers={layer: tensor(stored.cam[layer][step]) for layer in made.layers},
-            relevance=None if made.tokens is None else tensor(stored.relevance[:, step]),
-            heat=tensor(stored.heat[:, step]) if made.words else None,
+            relevance=None if stored.relevance is None or made.tokens is None else tensor(stored.relevance[:, step]),
+            heat=None if stored.heat is None or not made.words else tensor(stored.heat[:, step]),
         )
 
     def begin(self, trajectory: Trajectory) -> None:

@@ -38,7 +38,8 @@ class Explanation:
     def heatmap(self, name: str, step: int, layer: str | None = None) -> Float[ndarray, "H W"]:
         """The map of one step in [0, 1], at the image's size: min–max [9], then bilinear.
 
-        `name` is a method's, or a word's that has attention maps; `layer` one of DF-CAM's, by default all "combined".
+        `name` is a method's, or a word's that has attention maps (all its occurrences together); `layer` is one of
+        DF-CAM's, by default all "combined".
         Raises ValueError for a map or a step that is not there, or not computed yet.
         """
         maps = self._maps(name, layer)
@@ -51,8 +52,11 @@ class Explanation:
 
     def _maps(self, name: str, layer: str | None) -> Any:
         """The raw maps of a method, a layer or a word, with the steps along the first axis."""
-        if name in self.words and name not in self.maps:
-            return self.heat[self.words.index(name)]
+        rows = [row for row, word in enumerate(self.words) if word.casefold() == name.casefold()]
+        if rows and name not in self.maps:
+            if layer is not None:
+                raise ValueError(f"the map of the word {name!r} has no layers: leave {layer!r} out")
+            return np.asarray(self.heat)[rows].mean(0)
         if name not in self.maps:
             known = ", ".join([*self.maps, *self.words]) or "none"
             raise ValueError(f"there is no map {name!r}: expected one of {known}")
@@ -102,7 +106,7 @@ class Result(Explanation):
     relevance: Float[ndarray, "tokens steps"] | None = None
     words: Sequence[str] = ()
     heat: Float[ndarray, "words steps h w"] | None = None
-    """cross-attention map of each word"""
+    """cross-attention map of each word, a row for each occurrence unless words were named"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """each explainer, under the name its maps are filed by"""
 
@@ -118,8 +122,9 @@ def heatmap(saliency: Float[ndarray, "h w"], size: tuple[int, int]) -> Float[nda
 def normalised(relevance: Float[ndarray, "tokens steps"], tokens: Tokens) -> Float[ndarray, "tokens steps"]:
     """Min–max at each step over all tokens between the special ones, as in Table 3; zeros where those are all the same.
 
-    A step that is not computed stays NaN.
+    A step that is not computed, or not finite, is NaN.
     """
+    relevance = np.where(np.isfinite(relevance[tokens.own]).all(0), relevance, np.nan)
     own = relevance[tokens.own]
     low, high = own.min(0), own.max(0)
     return (relevance - low) / np.where(high > low, high - low, 1)

@@ -11,8 +11,8 @@ PADDING = "<padding>"
 
 #: Words that are no concept by themselves.
 STOP_WORDS = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "or", "the", "to", "with"])
-#: From the first letter or digit to the last, with what joins them: "cat", "l'été", "art-deco", "3.5".
-_WORD = re.compile(r"\w+(?:[^\w\s]+\w+)*")
+#: Letters and digits, with accents that follow their letter and what joins them: "l'été", "art-deco", "3.5", "1,000".
+_WORD = re.compile(r"[\w\u0300-\u036f]+(?:(?:['’.\-]|(?<=\d),(?=\d))[\w\u0300-\u036f]+)*")
 
 
 @dataclass(frozen=True)

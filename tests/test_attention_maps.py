@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,14 @@ def test_a_named_word_is_all_its_occurrences_and_a_phrase_all_its_words(tiny: De
     assert_close(named.heat, torch.stack([(red + other) / 2, (other + square) / 2, circle]))
 
 
+def test_a_heat_map_of_a_repeated_word_is_all_its_occurrences(tiny: Denoiser) -> None:
+    engine = Engine(tiny)
+    every, named = (engine.explain(CAPTION, Attention(words), num_steps=1) for words in (None, "red"))
+    np.testing.assert_allclose(every.heatmap("Red", 0), named.heatmap("red", 0), atol=1e-5)
+    with pytest.raises(ValueError, match="the map of the word 'red' has no layers"):
+        every.heatmap("red", 0, layer="mid")
+
+
 def test_nothing_is_left_behind_and_the_fast_path_stays(tiny_folder: Path) -> None:
     """Masked forwards after, between and before are the same to the bit, on the same modules and processors."""
     denoiser = load(tiny_folder, device="cpu")
@@ -153,6 +162,7 @@ def test_words_that_are_not_in_the_prompt(tiny: Denoiser) -> None:
         Engine(tiny).explain(CAPTION, Attention(words=("red", "horse")), num_steps=1)
     with pytest.raises(ValueError, match="attention to no word"):
         Attention(words=())
+    assert Attention(words=("red", "red")) == Attention(words="red")
 
 
 def test_a_model_that_shows_no_attention_says_so() -> None:

@@ -230,6 +230,27 @@ def test_float16_keeps_small_gradients() -> None:
                 assert worst < 0.05, (layer, scale, worst)
 
 
+def test_gradients_too_small_for_float16_are_scaled() -> None:
+    """An output times 2⁻²⁶: its gradient is nothing in float16, and with the scale of 2⁸ it is what it should be."""
+    denoiser = Linear()
+    denoiser.dtype = torch.float16
+    denoiser.first.half()
+    denoiser.answer = lambda x_t, number: denoiser.first(x_t.half()) * 2.0**-26
+    path = denoiser.trajectory(LATENT.half().float())
+    maps = {scale: maps_of(denoiser, Cam(layers="first", scale=scale), [path])[0, 0]["first"] for scale in (256.0, 1.0)}
+    # y = Σ (A¹ + A²) · 2⁻²⁶: α = (1, 1) · 2⁻²⁶, L = ReLU(2 x_0 + x_1) · 2⁻²⁶.
+    assert_close(maps[256.0] * 2.0**26, torch.tensor([[2.0, 4.0], [0.0, 8.0]]))
+    assert not maps[1.0].any()
+
+
+def test_a_map_that_is_not_finite_is_told_of(tiny: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = trajectories(tiny, [Engine(tiny).job(CAPTION, num_steps=1)])
+    predict = tiny.predict
+    monkeypatch.setattr(tiny, "predict", lambda *given: predict(*given) * float("inf"))
+    with pytest.warns(UserWarning, match="a DF-CAM map of step 0 is not finite"):
+        maps_of(tiny, Cam(), [path])
+
+
 def test_xformers_processors_step_aside_and_come_back(tiny_folder: Path) -> None:
     """They cannot be differentiated by torch.func; nothing is called of them here, where xformers is not installed."""
     denoiser = load(tiny_folder, device="cpu")
@@ -257,9 +278,10 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
         return predict(x_t, timesteps, condition)
 
     monkeypatch.setattr(tiny, "predict", short)
+    monkeypatch.setattr(tiny, "batch_size", 16)
     before = tiny.batch_size
     made = maps_of(tiny, Cam(), [path])
-    assert sizes == [2, 2, 1]
+    assert sizes == [2, 2, 1]  # a quarter of sixteen is what is tried first
     assert tiny.batch_size == before
     assert_close(made, expected)
 
@@ -270,6 +292,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
         ({"layers": ()}, "DF-CAM of no layer"),
         ({"target": "guided"}, "target 'guided' is not possible with DF-CAM: expected conditional or unconditional"),
         ({"scale": 0.0}, r"scale 0\.0 is not possible"),
+        ({"scale": float("inf")}, "scale inf is not possible"),
     ],
 )
 def test_settings_that_are_not_possible(settings: dict[str, object], said: str) -> None:

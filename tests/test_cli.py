@@ -262,6 +262,9 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "-e", "cams"], "explainer 'cams' is not known: expected rise, cam, relevance, attention"),
         ([CAPTION, *QUICK, "-e", "cam", "--layer", "middle"], "no layer is called 'middle': shapes has 22, from down_"),
         ([CAPTION, *QUICK, "-e", "cam", "--target", "guided"], "target 'guided' is not possible with DF-CAM"),
+        ([CAPTION, *QUICK, "--layer", "mid*"], "--layer is for cam, which --explainer does not name"),
+        ([CAPTION, *QUICK, "-e", "cam", "--word", "red"], "--word is for attention, which --explainer does not name"),
+        ([CAPTION, *QUICK, "-e", "relevance", "--target", "unconditional"], "--target is for rise and cam"),
         ([CAPTION, *QUICK, "-e", "attention", "--word", "dog"], "'dog' is not in the prompt 'a red circle above"),
     ],
 )

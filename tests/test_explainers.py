@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dfengine
-from dfengine import Attention, Cam, Engine, Relevance, Rise
+from dfengine import Attention, Cam, Engine, Relevance, Rise, store
 from dfengine.explain import Explainer, StepMap, describe, rebuild
 from dfengine.models import load
+from dfengine.record import plan
 from dfengine.result import Explanation
 
 CAPTION = "a red circle above a red square on a gray background"
@@ -107,6 +109,82 @@ def test_what_is_not_possible_is_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=said):
             engine.explain(CAPTION, explainers, num_steps=2, out=out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_refuses_before_anything_is_computed(engine: Engine) -> None:
+    jobs = [engine.job(prompt, num_steps=2) for prompt in (CAPTION, "a red star on a black background")]
+    with pytest.raises(ValueError, match="'circle' is not in the prompt 'a red star"):
+        next(engine.stream(jobs, Attention(words="circle")))
+    with pytest.raises(ValueError, match="both keep words"):
+        next(engine.stream(jobs, [Attention(), Attention(name="again")]))
+
+
+def test_a_step_is_done_when_all_of_it_is(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers, relevance or heat maps that are not there (damage after a power cut) are made again with their map."""
+    whole = engine.explain(CAPTION, ALL, num_steps=2)
+    for explainer, marker in ((ALL[1], "has_cam"), (ALL[2], "has_relevance"), (ALL[3], "has_heat")):
+        out = tmp_path / f"{explainer.name}.h5"
+
+        def interrupt(event: Any, last: str = explainer.name) -> None:
+            if isinstance(event, StepMap) and (event.method, event.step) == (last, 1):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.explain(CAPTION, [explainer], num_steps=2, out=out, on_event=interrupt)
+        again: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(store.Writer, marker, lambda self, item, step: step == 0)
+            result = engine.explain(CAPTION, [explainer], num_steps=2, out=out, on_event=again.append)
+        assert [one.step for one in again if isinstance(one, StepMap)] == [1]
+        assert np.isfinite(np.asarray(result.heatmap(explainer.name, 1))).all()
+        np.testing.assert_array_equal(result.heatmap(explainer.name, 1), whole.heatmap(explainer.name, 1))
+
+
+def test_a_plan_of_several_prompts_has_the_tokens_and_words_of_each(engine: Engine, tmp_path: Path) -> None:
+    jobs = [engine.job(prompt, num_steps=1) for prompt in ("a red star on a black background", CAPTION)]
+    planned = plan(engine.denoiser, jobs, ALL, previews=False)
+    assert [len(item.words) for item in planned.items] == [7, 11]
+    assert [item.tokens[-2:] for item in planned.items] == [("<|endoftext|>", "<padding>")] * 2
+    assert [method.has_layers for method in planned.methods] == [False, True, False, False]
+    with store.Writer.create(tmp_path / "run.h5", planned) as writer:
+        for event in engine.stream(jobs, [ALL[2]]):
+            if isinstance(event, StepMap):
+                assert event.relevance is not None
+                writer.curves(event.item, event.step, relevance=event.relevance.numpy())
+    with dfengine.open(tmp_path / "run.h5") as run:
+        for item, job in zip(run, jobs, strict=True):
+            alone = engine.explain(job.prompt, Relevance(), num_steps=1)
+            np.testing.assert_allclose(np.asarray(item.relevance), alone.relevance, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(item.concept("red"), alone.concept("red"), rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_not_asked_for_is_none(engine: Engine, tmp_path: Path) -> None:
+    result = engine.explain(CAPTION, Cam(layers="mid*"), num_steps=1, out=tmp_path / "run.h5")
+    with dfengine.open(tmp_path / "run.h5") as run:
+        for one in (result, run[0]):
+            assert (one.relevance, one.heat, one.tokens, tuple(one.words)) == (None, None, None, ())
+            with pytest.raises(ValueError, match=r"there is no relevance: explain with Relevance\(\)"):
+                one.concept("red")
+
+
+def test_relevance_inside_inference_mode(engine: Engine) -> None:
+    expected = engine.explain(CAPTION, Relevance(text_attention=True), num_steps=1)
+    with torch.inference_mode():
+        made = engine.explain(CAPTION, [Rise(2), *ALL[1:2], Relevance(text_attention=True)], num_steps=1)
+    np.testing.assert_allclose(made.relevance, expected.relevance, rtol=1e-4)
+
+
+def test_other_explainers_than_a_run_was_begun_with_are_one_short_line(engine: Engine, tmp_path: Path) -> None:
+    def interrupt(event: Any) -> None:
+        if isinstance(event, StepMap):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.explain(CAPTION, ALL, num_steps=2, out=tmp_path / "run.h5", on_event=interrupt)
+    with pytest.raises(ValueError, match="other settings") as raised:
+        engine.explain(CAPTION, Cam(), num_steps=2, out=tmp_path / "run.h5")
+    assert "attention (now not); relevance (now not); rise (now not);" in str(raised.value)
+    assert len(str(raised.value)) < 300
 
 
 def test_an_image_without_a_prompt_has_no_words(engine: Engine, tmp_path: Path) -> None:

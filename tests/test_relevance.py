@@ -24,6 +24,7 @@ from dfengine.denoiser import Denoiser
 from dfengine.explain.relevance import by_token
 from dfengine.explain.rules import Relevancy, lowered, nearest, positive, rownorm, self_relevance
 from dfengine.models import load
+from dfengine.models.attention import watched
 from dfengine.trajectory import Job, Trajectory, trajectories
 from dfengine.words import PADDING, Tokens
 
@@ -363,3 +364,65 @@ def test_all_padding_is_one_token() -> None:
     assert by_token(torch.tensor([1.0, 2, 3, 4, 5, 6]), tokens).tolist() == [1, 2, 3, 15]
     full = dataclasses.replace(tokens, texts=tokens.texts[:3], spans=tokens.spans[:3])
     assert by_token(torch.tensor([1.0, 2, 3]), full).tolist() == [1, 2, 3]
+
+
+def literal_with_text(denoiser: Any, path: Trajectory, step: int) -> tuple[list[AttentionLayer], list[AttentionLayer]]:
+    """As `literal_of_network`, and the text encoder's layers by transformers' own forward."""
+    pipeline = denoiser.pipeline
+    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    read = tokenizer(path.job.prompt, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    embedded = encoder.get_input_embeddings().weight
+    before = encoder.config._attn_implementation
+    encoder.set_attn_implementation("eager")
+    embedded.requires_grad_(True)  # so that there is a graph
+    try:
+        told = encoder(read.input_ids, output_attentions=True)
+        for A in told.attentions:
+            A.retain_grad()
+        x, t = path.latents[step : step + 1].clone().requires_grad_(), torch.tensor([path.job.timesteps[step]])
+        with explicit_attention(pipeline.unet) as kept:
+            output = pipeline.unet(x, t, encoder_hidden_states=told.last_hidden_state).sample
+            denoiser.schedule.epsilon(output, x, t).sum().backward()
+    finally:
+        embedded.requires_grad_(False)
+        embedded.grad = None
+        encoder.set_attn_implementation(before)
+    text = [AttentionLayer("text", A[0].detach().numpy(), A.grad[0].numpy(), (1, A.shape[-1])) for A in told.attentions]
+    return [AttentionLayer(kind, A.detach().numpy(), A.grad.numpy(), grid) for kind, grid, A in kept], text
+
+
+def test_with_the_text_encoders_attention(shapes: Any, paths: list[Trajectory]) -> None:
+    """Two prompts in one batch, each with the relevance that its own encoding passes on."""
+    made = keyed(Relevance(text_attention=True).explain(shapes, paths))
+    plain = keyed(Relevance().explain(shapes, paths))
+    for (item, step), ours in made.items():
+        layers, text = literal_with_text(shapes, paths[item], step)
+        R_sq = literal_relevance(layers, layers[0].grid, layers[1].probabilities.shape[2], text)
+        expected = all_padding_in_one(R_sq.sum(0), shapes, CAPTIONS[item])
+        assert ours.relevance is not None
+        np.testing.assert_allclose(ours.relevance.numpy(), expected, **NETWORK)
+        assert not torch.allclose(ours.relevance, plain[item, step].relevance, rtol=0.1)
+    assert not any(parameter.requires_grad for parameter in shapes.pipeline.text_encoder.parameters())
+
+
+def test_small_products_are_not_lost_in_half_precision() -> None:
+    """1e-4 · 1e-4 is nothing in float16."""
+    small = torch.full((1, 2, 1, 1), 1e-4, dtype=torch.float16)
+    assert_close(positive(small, small), torch.full((1, 1, 1), 1e-8), rtol=1e-3, atol=0)
+
+
+def test_large_queries_and_keys_stay_within_half_precision() -> None:
+    """60 · 60 · 64 is beyond float16, and an eighth of it, which is what the softmax is of, is not."""
+    q = torch.full((1, 1, 2, 64), 60.0, dtype=torch.float16)
+    k = torch.cat([q[:, :, :1], q[:, :, 1:] / 2], dim=2)
+    seen: list[Tensor] = []
+    attend = watched(lambda A, grid: seen.append(A) or A, {2: (1, 2)})
+    assert_close(attend(q, k, k), q)
+    assert_close(seen[0], torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]], dtype=torch.float16))
+
+
+def test_relevance_that_is_not_finite_is_told_of(shapes: Any, paths: list[Trajectory]) -> None:
+    (one, *_) = paths
+    broken = dataclasses.replace(one, latents=one.latents * float("nan"))
+    with pytest.warns(UserWarning, match="the relevance of step 0 is not finite"):
+        next(Relevance().explain(shapes, [broken]))

@@ -22,6 +22,7 @@ def _few() -> Iterator[None]:
     """Two images are enough for what takes the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "_FEW", 2)
+        patch.setattr(checks, "_SOME", 8)
         yield
 
 
@@ -104,6 +105,31 @@ def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
     monkeypatch.setattr(embedded, "without", beside)
     told = sanity(embedded, jobs(3), num_masks=4)
     assert any(failure.startswith("a word's relevance does not fall") for failure in told.failures)
+
+
+def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Cam.explain
+
+    def empty(self: Cam, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
+        for made in real(self, denoiser, paths, done):
+            yield dataclasses.replace(made, saliency=torch.zeros_like(made.saliency))
+
+    monkeypatch.setattr(Cam, "explain", empty)
+    told = sanity(embedded, jobs(2), num_masks=2)
+    assert any(failure.startswith("cam hardly changes") for failure in told.failures)
+
+
+def test_relevance_that_says_the_opposite_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checks._change
+    monkeypatch.setattr(checks, "_change", lambda *given: -real(*given))
+    told = sanity(embedded, jobs(8), num_masks=2)
+    assert any(failure.startswith("relevance does not rise with what a word changes") for failure in told.failures)
+
+
+def test_captions_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_MOST_ROUNDS", 0)
+    with pytest.raises(ValueError, match="1000000 captions are more than the embedded world has"):
+        captions(1_000_000)
 
 
 def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:

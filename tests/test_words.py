@@ -19,6 +19,18 @@ def test_words_are_what_a_reader_would_count() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a cat,a dog", ["a", "cat", "a", "dog"]),
+        ("a cat—a dog...and (red:1.5)", ["a", "cat", "a", "dog", "and", "red", "1.5"]),
+        ("1,000 cafe\u0301s", ["1,000", "cafe\u0301s"]),
+    ],
+)
+def test_punctuation_parts_words(prompt: str, found: list[str]) -> None:
+    assert texts(prompt, words(prompt)) == found
+
+
 def test_a_repeated_word_is_found_wherever_it_stands() -> None:
     assert occurrences(PROMPT, "red") == [(2, 5), (21, 24)]
     assert occurrences(PROMPT, "a") == [(0, 1), (19, 20)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,4 +150,13 @@ def _recovery(
 
 
 def _tell(found: Any, lines: Iterable[str], as_json: bool) -> None:
-    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+    print(json.dumps(_without_nan(found), indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for what is not a number, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

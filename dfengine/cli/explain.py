@@ -79,8 +79,16 @@ def explain(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Generate an image and explain every step of it: by DF-RISE, or by what --explainer names."""
+    names = explainer or ["rise"]
+    for option, value, needs in (
+        ("--layer", layer, ("cam",)),
+        ("--word", word, ("attention",)),
+        ("--target", None if target == "conditional" else target, ("rise", "cam")),
+    ):
+        if value and not set(needs) & set(names):
+            raise ValueError(f"{option} is for {' and '.join(needs)}, which --explainer does not name")
     explainers = _explainers(
-        explainer or ["rise"],
+        names,
         rise={
             "num_masks": masks,
             "keep_probability": keep_probability,

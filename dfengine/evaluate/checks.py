@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dfengine.denoiser import Denoiser
+from dfengine.denoiser import Condition, Denoiser
 from dfengine.evaluate.intervals import Interval, interval
 from dfengine.evaluate.truth import area, auroc, told_apart
 from dfengine.explain import Attention, Cam, Explainer, Relevance, Rise
@@ -26,8 +26,12 @@ from dfengine.words import STOP_WORDS, words
 STEPS = 4
 #: With every layer randomised, maps may keep half of the variance of the ranks that they had.
 _STILL_ALIKE = 0.5**0.5
-#: Images that weights are randomised for and words removed from; the subject is looked for in all.
+#: Draws of captions, of four times as many as are wanted, before there are too few.
+_MOST_ROUNDS = 50
+#: Images that weights are randomised for; the subject is looked for in all.
 _FEW = 6
+#: Images whose words are removed.
+_SOME = 24
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,11 @@ class Sanity:
     randomised: Mapping[str, Mapping[str, Interval]]
     """by method, the rank correlation of its maps with the model's own, by the last stage whose weights are random"""
     removed: Interval
-    """what is left of a word's relevance when it is removed, as a share"""
+    """what is left of a word's relevance when its encoding is zeroed, as a share: whether words are filed rightly"""
     fallen: Interval
     """the share of words whose relevance falls then"""
+    weighs: Interval
+    """rank correlation, over a prompt's words, of relevance with how much the prediction changes without the word"""
     subject: Interval | None
     """of the embedded world, the probability that attention to the subject's noun is higher on the subject than
     elsewhere"""
@@ -57,7 +63,11 @@ class Sanity:
 def captions(count: int, seed: int = 0) -> list[str]:
     """Captions of the embedded world, each once, whose subject and object differ in colour and in kind."""
     generator, found = torch.Generator().manual_seed(seed), dict[str, None]()
+    rounds = 0
     while len(found) < count:
+        rounds += 1
+        if rounds > _MOST_ROUNDS:
+            raise ValueError(f"{count} captions are more than the embedded world has: {len(found)} were found")
         for caption in sample_scenes(4 * count, generator).captions:
             differ = caption.object is None or caption.object[1] != caption.subject[1]
             if differ and told_apart(caption) and len(found) < count:
@@ -76,7 +86,7 @@ def sanity(
     explainers: list[Explainer] = [Rise(num_masks), Cam(), Relevance(), Attention()]
     randomised = _randomised(denoiser, paths[:_FEW], explainers, tell)
     tell("words that are removed")
-    ratios = _removed(denoiser, paths[:_FEW])
+    ratios, weighs = _removed(denoiser, paths[:_SOME])
     tell("where the subject is")
     subject, left_out = _subject(denoiser, paths)
     found = Sanity(
@@ -84,6 +94,7 @@ def sanity(
         randomised,
         interval(ratios),
         interval([float(ratio < 1) for ratio in ratios]),
+        interval(weighs),
         subject,
         left_out,
         [],
@@ -98,6 +109,8 @@ def _failures(found: Sanity) -> Iterator[str]:
             yield f"{method} hardly changes with random weights down to {stage}: rank correlation {last}"
     if not found.removed.high < 1:
         yield f"a word's relevance does not fall when it is removed: to {found.removed} of what it was"
+    if found.weighs.count > 1 and not found.weighs.low > 0:
+        yield f"relevance does not rise with what a word changes: rank correlation {found.weighs}"
     if found.subject is not None and not found.subject.low > 0.5:
         yield f"attention to the subject is no better than chance: {found.subject}"
 
@@ -145,8 +158,13 @@ def _maps(explainer: Explainer, denoiser: Denoiser, paths: Sequence[Trajectory])
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation over the pixels; 0 where one of the two is the same everywhere, and says nothing."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
+    """Rank correlation over the pixels: 0 where only the second is the same everywhere, 1 where the first is.
+
+    A method whose maps say nothing from the start cannot change.
+    """
+    if np.ptp(a) == 0:
+        return 1.0
+    if np.ptp(b) == 0:
         return 0.0
     return float(stats.spearmanr(a.ravel(), b.ravel()).statistic)
 
@@ -172,19 +190,39 @@ def _restored(denoiser: Denoiser) -> Iterator[None]:
                 parameter.copy_(before[key])
 
 
-def _removed(denoiser: Denoiser, paths: Sequence[Trajectory]) -> list[float]:
-    """For each word of each prompt: its share of the relevance once its encoding says nothing, over that before."""
-    relevance, ratios = Relevance(), []
+def _removed(denoiser: Denoiser, paths: Sequence[Trajectory]) -> tuple[list[float], list[float]]:
+    """What zeroing a word's encoding does, for each word that is no stop word.
+
+    What is left of its share of the relevance; and for each prompt, over its words, the rank correlation of that share
+    with how much the prediction changes.
+    """
+    relevance = Relevance()
+    ratios: list[float] = []
+    weighs: list[float] = []
     for path in paths:
-        tokens = denoiser.tokens(path.job.prompt)
+        tokens, prompt = denoiser.tokens(path.job.prompt), path.job.prompt
         before = _shares(relevance, denoiser, path)
-        for start, stop in words(path.job.prompt):
-            if path.job.prompt[start:stop].casefold() in STOP_WORDS:
+        shares, changes = [], []
+        for start, stop in words(prompt):
+            if prompt[start:stop].casefold() in STOP_WORDS:
                 continue
             places = tokens.places(start, stop)
             without = dataclasses.replace(path, prompt=denoiser.without(path.prompt, places))
-            ratios.append(float(_shares(relevance, denoiser, without)[places].sum() / before[places].sum()))
-    return ratios
+            shares.append(float(before[places].sum()))
+            ratios.append(float(_shares(relevance, denoiser, without)[places].sum()) / shares[-1])
+            changes.append(_change(denoiser, path, without.prompt))
+        if len(set(shares)) > 2 and len(set(changes)) > 1:
+            weighs.append(float(stats.spearmanr(shares, changes).statistic))
+    return ratios, weighs
+
+
+@torch.no_grad()
+def _change(denoiser: Denoiser, path: Trajectory, without: Condition) -> float:
+    """How far ε moves at all steps with another condition (root of the mean square)."""
+    timesteps = torch.tensor(path.job.timesteps, device=denoiser.device)
+    row = torch.zeros_like(timesteps)
+    given, removed = (denoiser(path.latents, timesteps, one[row]) for one in (path.prompt, without))
+    return float((given - removed).square().mean().sqrt())
 
 
 def _shares(relevance: Relevance, denoiser: Denoiser, path: Trajectory) -> np.ndarray:
@@ -214,7 +252,8 @@ def _subject(denoiser: Denoiser, paths: Sequence[Trajectory]) -> tuple[Interval 
         made = attention.explain(denoiser, [path])
         heat = [heatmap(step.heat[0].numpy(), denoiser.image_shape) for step in made if step.heat is not None]
         scores.append(float(np.mean([auroc(one, true) for one in heat])))
-    return interval(scores), len(known) - len(kept)
+    found = interval(scores)
+    return found if found.count else None, len(known) - len(kept)
 
 
 def lines(found: Sanity) -> Iterator[str]:
@@ -227,7 +266,8 @@ def lines(found: Sanity) -> Iterator[str]:
         yield "  ".join([f"{stage:<{width}}", *(f"{by[stage]!s:>20}" for by in found.randomised.values())])
     yield (
         f"a word whose encoding is removed keeps {found.removed} of its relevance, which falls for "
-        f"{found.fallen.mean:.0%} of {found.fallen.count} words"
+        f"{found.fallen.mean:.0%} of {found.fallen.count} words; rank correlation of relevance with how much the "
+        f"prediction changes without the word: {found.weighs}"
     )
     if found.subject is not None:
         told = f" ({found.left_out} image{'s' * (found.left_out > 1)} left out)" if found.left_out else ""

@@ -32,8 +32,9 @@ class Attention:
     def __post_init__(self) -> None:
         """Raises ValueError for what is not possible."""
         if self.words is not None:
-            object.__setattr__(self, "words", (self.words,) if isinstance(self.words, str) else tuple(self.words))
-            if not self.words:
+            words = (self.words,) if isinstance(self.words, str) else tuple(dict.fromkeys(self.words))
+            object.__setattr__(self, "words", words)
+            if not words:
                 raise ValueError("attention to no word is not possible: name some, or leave words out for all")
 
     def num_forwards(self, num_steps: int) -> int:

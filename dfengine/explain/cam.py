@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dfengine.denoiser import Condition, Denoiser, Layer
 from dfengine.explain.base import Contents, StepMap
-from dfengine.explain.steps import Steps, by_steps, in_range
+from dfengine.explain.steps import Steps, by_steps, check_scale, in_range
 from dfengine.result import COMBINED
 from dfengine.trajectory import Job, Trajectory
 
@@ -54,8 +54,7 @@ class Cam:
                 f"target {self.target!r} is not possible with DF-CAM: expected conditional or unconditional, since a "
                 "guided prediction comes of two feature maps a layer"
             )
-        if not self.scale > 0:
-            raise ValueError(f"scale {self.scale} is not possible: expected more than 0")
+        check_scale(self.scale)
 
     def num_forwards(self, num_steps: int) -> int:
         """A forward and a backward a step; without gradients of weights that costs what a forward does."""
@@ -68,6 +67,10 @@ class Cam:
     def chosen(self, denoiser: Denoiser) -> dict[str, Layer]:
         """The layers of a network that the patterns name. Raises ValueError for a pattern that no layer has."""
         layers = denoiser.layers()
+        if not layers or COMBINED in layers:
+            raise ValueError(
+                f"{denoiser.name} has no layers, or one called {COMBINED!r}, which is all of them together"
+            )
         for pattern in self.layers:
             if not any(fnmatchcase(name, pattern) for name in layers):
                 raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dfengine.denoiser import Condition, Denoiser, Watch
 from dfengine.explain.base import Contents, StepMap
 from dfengine.explain.rules import Relevancy, Seen, positive, self_relevance
-from dfengine.explain.steps import Steps, by_steps, in_range
+from dfengine.explain.steps import Steps, by_steps, check_scale, in_range
 from dfengine.trajectory import Job, Trajectory
 from dfengine.words import PADDING, Tokens
 
@@ -38,8 +38,7 @@ class Relevance:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is not possible."""
-        if not self.scale > 0:
-            raise ValueError(f"scale {self.scale} is not possible: expected more than 0")
+        check_scale(self.scale)
 
     def num_forwards(self, num_steps: int) -> int:
         """A forward and a backward a step; without gradients of weights that costs what a forward does."""
@@ -85,9 +84,11 @@ class Relevance:
 
         def attentions(scale: float) -> _Seen:
             seen = _Seen(scale)
-            with torch.enable_grad():
-                x = steps.latents.detach().requires_grad_()
-                text = denoiser.watch_text(told, seen.watch("text")) if self.text_attention else prompts[steps.items]
+            # A caller may be in inference mode, whose tensors nothing can be differentiated with: copies can.
+            with torch.inference_mode(False), torch.enable_grad():
+                x = steps.latents.clone().requires_grad_()
+                given = {name: value[steps.items].clone() for name, value in prompts.tensors.items()}
+                text = denoiser.watch_text(told, seen.watch("text")) if self.text_attention else Condition(given)
                 network = denoiser.watch(
                     text, seen.watch("cross"), seen.watch("image") if self.self_attention else None
                 )

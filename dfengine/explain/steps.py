@@ -77,6 +77,12 @@ def by_steps(
                 yield *rows[row], {name: value[place] for name, value in made.items()}
 
 
+def check_scale(scale: float) -> None:
+    """Raise ValueError for a scale that gradients cannot have."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale {scale} is not possible: expected a finite number above 0")
+
+
 def in_range(
     dtype: torch.dtype, scale: float, compute: Callable[[float], T], told: Callable[[T], Iterable[Tensor]]
 ) -> T:

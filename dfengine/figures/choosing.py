@@ -30,6 +30,7 @@ def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) ->
         raise ValueError("there is no relevance: explain with Relevance()")
     prompt = result.prompt
     wanted = content_words(prompt[slice(*span)] for span in spans_of(prompt)) if concepts is None else concepts
+    wanted = [wanted] if isinstance(wanted, str) else wanted
     places = {concept: result.tokens.find(concept) for concept in wanted}
     # A text encoder reads so many tokens, and none of what stands behind them.
     unread = [concept for concept in places if not places[concept]]

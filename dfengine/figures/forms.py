@@ -76,7 +76,7 @@ def layers(
     Without `names` those of `main_layers`. Raises ValueError for a method, layer or step that the result does not have,
     or has not finished.
     """
-    steps = _steps(result, steps, count=int(5 * CELL / cell(result)[0]))
+    steps = _steps(result, steps, count=max(1, int(5 * CELL / cell(result)[0])))
     heat = {COMBINED: [result.heatmap(method, step, COMBINED) for step in steps]}
     maps = result.maps[method]
     for name in main_layers(maps) if names is None else names:
@@ -111,10 +111,12 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
     Without `words`, all but stop words; of more than six, those with the most attention at these steps. Raises
     ValueError for a word or step that the result does not have, or has not finished.
     """
-    steps = _steps(result, steps, count=int(5 * CELL / cell(result)[0]))
+    steps = _steps(result, steps, count=max(1, int(5 * CELL / cell(result)[0])))
     if not result.words:
-        raise ValueError("there is no attention: explain with Attention()")
-    wanted = content_words(result.words) if words is None else words
+        asked = any(_kind(result, name) == "Attention" for name in result.maps)
+        why = f"the prompt {result.prompt!r} has no words" if asked else "explain with Attention()"
+        raise ValueError(f"there is no attention to a word: {why}")
+    wanted = content_words(result.words) if words is None else [words] if isinstance(words, str) else words
     maps = {word: [_attention(result, word, step) for step in steps] for word in wanted}
     if words is None:
         maps = leading(maps, 6)
@@ -143,7 +145,9 @@ def check_name(path: str | Path) -> Path:
 def _steps(result: Explanation, steps: Sequence[int] | None, count: int = 6) -> list[int]:
     """The chosen steps, those counted from the end too, or so many spread evenly. ValueError for one outside."""
     total = len(result.timesteps)
-    chosen = chosen_steps(total, count) if steps is None else steps
+    chosen = chosen_steps(total, count) if steps is None else list(steps)
+    if not chosen:
+        raise ValueError("no step is chosen: name at least one, or leave them out")
     for step in chosen:
         if not -total <= step < total:
             raise ValueError(f"step {step} is outside [0, {total - 1}]: steps are indices into `timesteps`")
@@ -160,11 +164,12 @@ def _kind(result: Explanation, method: str) -> str:
 
 
 def _attention(result: Explanation, word: str, step: int) -> Float[ndarray, "h w"]:
-    """A word's raw map; `Explanation.heatmap` takes a word such as "rise" for the method of that name."""
-    if word not in result.words:
+    """A word's raw map, all its occurrences together; `Explanation.heatmap` takes "rise" for a method's name."""
+    rows = [row for row, one in enumerate(result.words) if one.casefold() == word.casefold()]
+    if not rows:
         known = ", ".join(dict.fromkeys(result.words)) or "none"
         raise ValueError(f"there is no attention map of {word!r}: expected one of {known}")
-    saliency = np.asarray(result.heat[result.words.index(word), step])
+    saliency = np.asarray(result.heat)[rows, step].mean(0)
     if np.isnan(saliency).all():
         raise ValueError(f"step {step} of {word!r} is not computed yet")
     return saliency

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import operator
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,13 +13,14 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from dfengine.denoiser import Bound, Condition, Denoiser, Layer, Watch
 from dfengine.models import unet as fast
 from dfengine.models.attention import attention, watched
+from dfengine.models.inside import layers_of, shown_to
+from dfengine.models.tokens import check_prompt, tokens_of
 from dfengine.schedule import NoiseSchedule
-from dfengine.words import PADDING, Tokens
+from dfengine.words import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,6 @@ _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
         "coordinate_descent_tuning": True,
     }
 }
-
-#: Names of the modules whose feature maps are looked at.
-_LAYER = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions|downsamplers|upsamplers)\.\d+")
 
 
 class StableDiffusion(Denoiser):
@@ -111,14 +108,14 @@ class StableDiffusion(Denoiser):
     def layers(self) -> dict[str, Layer]:
         """Every resnet, transformer, down- and upsampler."""
         if self._layers is None:
-            self._layers = _layers(self.unet, self.latent_shape, self.condition([""]))
+            self._layers = layers_of(self.unet, self.latent_shape, self.condition([""]))
         return self._layers
 
     def check_watch(self) -> None:
         if different := fast.difference(self.unet):
             raise ValueError(
-                f"the attention of {self.name} cannot be seen: {different}; load the UNet afresh, or give it back its "
-                "own parts, as unet.set_default_attn_processor() does"
+                f"the attention of {self.name} cannot be seen: {different}; undo that (unet.eval(), "
+                "unet.disable_freeu(), unet.set_default_attn_processor(), removing the hook) or load the UNet afresh"
             )
 
     def watch(self, condition: Condition, text: Watch, image: Watch | None = None) -> Bound:
@@ -142,7 +139,7 @@ class StableDiffusion(Denoiser):
         parts = [module for name, module in encoder.named_modules() if name.endswith("self_attn")]
         before = encoder.config._attn_implementation
         encoder.set_attn_implementation("eager")  # the others do not tell their probabilities
-        hooks = [part.register_forward_hook(_shown_to(watch), with_kwargs=True) for part in parts]
+        hooks = [part.register_forward_hook(shown_to(watch), with_kwargs=True) for part in parts]
         try:
             return self.condition(prompts)
         finally:
@@ -202,7 +199,7 @@ class StableDiffusion(Denoiser):
     def tokens(self, prompt: str) -> Tokens:
         """Raises ValueError, too, where text encoders divide the prompt differently: positions would be ambiguous."""
         self.check([prompt])
-        read = [_tokens(self.pipeline, getattr(self.pipeline, part), prompt) for part in self.tokenizers]
+        read = [tokens_of(self.pipeline, getattr(self.pipeline, part), prompt) for part in self.tokenizers]
         if any(other.spans != read[0].spans for other in read):
             raise ValueError(f"the tokenizers of {self.name} divide {prompt!r} differently: a token has no one place")
         return read[0]
@@ -288,40 +285,6 @@ class _BoundUNet(Bound):
         return self._run(x_t, embedding, [(key[whose], value[whose]) for key, value in self._texts])
 
 
-def _layers(unet: Any, latent: tuple[int, int, int], condition: Condition) -> dict[str, Layer]:
-    """The UNet's layers in the order in which a forward calls them; nothing is computed, and no memory needed."""
-    names = {module: name for name, module in unet.named_modules() if _LAYER.fullmatch(name)}
-    found: dict[str, Layer] = {}
-
-    def keep(module: nn.Module, _: Any, output: Any) -> None:
-        feature = output[0] if isinstance(output, tuple) else output
-        found[names[module]] = Layer(module, tuple(feature.shape[1:]))
-
-    hooks = [module.register_forward_hook(keep) for module in names]
-    try:
-        weights = {name: value.to("meta") for name, value in unet.state_dict(keep_vars=True).items()}
-        told = {name: value[:1].to("meta") for name, value in condition.tensors.items()}
-        x, t = torch.empty(1, *latent, device="meta", dtype=unet.dtype), torch.zeros(1, device="meta")
-        options = {"encoder_hidden_states": told.pop("text"), "added_cond_kwargs": told}
-        functional_call(unet, weights, (x, t), options)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _shown_to(watch: Watch) -> Any:
-    """A hook of a text encoder's attention, whose output is made anew of the probabilities that `watch` returns."""
-
-    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        probabilities = watch(output[1], (1, hidden.shape[1]))
-        values = module.v_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        return (module.out_proj((probabilities @ values).transpose(1, 2).flatten(2)), *output[1:])
-
-    return hook
-
-
 def _check_unet(pipeline: Any) -> None:
     """Raise ValueError for a UNet that wants to be told of more than a latent, a time-step and a prompt."""
     config, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
@@ -353,43 +316,3 @@ def _latent_size(pipeline: Any, image_size: tuple[int, int] | None = None) -> tu
 
 def _times(sides: Sequence[int]) -> str:
     return "×".join(map(str, sides))
-
-
-def _tokens(pipeline: Any, tokenizer: Any, prompt: str) -> Tokens:
-    """The tokens of a prompt; those of a textual inversion of several vectors all stand for the word they replace."""
-    read = pipeline.maybe_convert_prompt(prompt, tokenizer)
-    encoded = tokenizer(read, return_offsets_mapping=True, verbose=False)
-    texts: list[str] = []
-    spans: list[tuple[int, int]] = []
-    added = 0
-    for number, (start, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
-        text = read[start:stop]
-        base, underscore, index = text.rpartition("_")
-        is_added = bool(underscore) and index.isdecimal() and {base, text} <= set(tokenizer.get_added_vocab())
-        added += (stop - start + 1) * is_added
-        spans.append(spans[-1] if is_added else (start - added, stop - added) if text else (0, 0))
-        texts.append(text or tokenizer.convert_ids_to_tokens(number))
-    if len(texts) < tokenizer.model_max_length:
-        texts.append(PADDING)
-        spans.append((0, 0))
-    return Tokens(prompt, tuple(texts), tuple(spans))
-
-
-def check_prompt(tokenizer: Any, prompt: str) -> None:
-    """Raise ValueError for a prompt that is too long, or has a word outside a closed vocabulary."""
-    vocabulary = tokenizer.init_kwargs.get("words")
-    if vocabulary:
-        unknown = [word for word in prompt.lower().split() if word not in vocabulary]
-        if unknown:
-            raise ValueError(
-                f"the model does not know {', '.join(map(repr, unknown))}; its words are: {' '.join(vocabulary)}"
-            )
-    tokens = tokenizer(prompt, truncation=False, return_offsets_mapping=True, verbose=False)
-    limit = tokenizer.model_max_length
-    if len(tokens.input_ids) > limit:
-        # The last of the tokens that fit is the end-of-text token.
-        cut = prompt[tokens.offset_mapping[limit - 1][0] :]
-        raise ValueError(
-            f"the prompt has {len(tokens.input_ids) - 2} tokens and the model takes {limit - 2}: "
-            f"{cut!r} would be cut; shorten it"
-        )

@@ -202,14 +202,22 @@ class StoredItem(Explanation):
         return Tokens(self.prompt, self.item.tokens, self.item.spans)
 
     @property
-    def relevance(self) -> LazyArray:
-        """Relevance of each of the item's tokens, float32 [tokens, steps]."""
-        return LazyArray(self._run, "curves/relevance", {"item": self.index}, {"token": len(self.item.tokens)})
+    def relevance(self) -> LazyArray | None:
+        """Relevance of each of the item's tokens, float32 [tokens, steps], if it was asked for."""
+        return (
+            None
+            if not self.item.tokens
+            else LazyArray(self._run, "curves/relevance", {"item": self.index}, {"token": len(self.item.tokens)})
+        )
 
     @property
-    def heat(self) -> LazyArray:
-        """Cross-attention heat map of each of the item's words, float32 [words, steps, h, w]."""
-        return LazyArray(self._run, "curves/heat", {"item": self.index}, {"word": len(self.words)})
+    def heat(self) -> LazyArray | None:
+        """Cross-attention heat map of each of the item's words, float32 [words, steps, h, w], if it has any."""
+        return (
+            None
+            if not self.words
+            else LazyArray(self._run, "curves/heat", {"item": self.index}, {"word": len(self.words)})
+        )
 
     @property
     def latents(self) -> LazyArray:

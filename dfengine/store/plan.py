@@ -1,10 +1,14 @@
 """What a file will hold, said before it is written: items, methods and sizes, as plain values that survive JSON."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+#: Names of what follows from an item's other settings, or from a method's.
+_FOLLOWS = re.compile(r"items\..*\.(key|tokens|spans|words)|layers\..*|layers")
 
 
 class StoreError(ValueError):
@@ -116,14 +120,24 @@ class Plan:
     def differences(self, other: "Plan") -> list[str]:
         """Each setting in which the two plans differ, as "name (mine, now theirs)"; empty when they are the same.
 
-        Keys follow from what an item is, so they are named only where nothing else tells two items apart.
+        What follows from other settings (keys, tokens, layers) is named only where nothing else tells two plans apart,
+        and a method that only one of them has by its name alone.
         """
+        apart = {method.name for method in self.methods} ^ {method.name for method in other.methods}
+        told = [f"{name} ({'now not' if any(name == m.name for m in self.methods) else 'only now'})" for name in apart]
         mine, theirs = dict(_leaves(json.loads(self.to_json()))), dict(_leaves(json.loads(other.to_json())))
-        names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
-        named = [name for name in names if not name.endswith(".key")] or names
+        names = [
+            name
+            for name in (*mine, *theirs)
+            if mine.get(name) != theirs.get(name) and not name.startswith(tuple(f"methods.{one}." for one in apart))
+        ]
+        named = [name for name in names if not _FOLLOWS.fullmatch(name)] or ([] if told else names)
         return [
-            f"{name} ({_shown(mine.get(name, 'unset'))}, now {_shown(theirs.get(name, 'unset'))})"
-            for name in dict.fromkeys(named)
+            *sorted(told),
+            *(
+                f"{name} ({_shown(mine.get(name, 'unset'))}, now {_shown(theirs.get(name, 'unset'))})"
+                for name in dict.fromkeys(named)
+            ),
         ]
 
 

@@ -138,7 +138,9 @@ class Run:
         }
 
     def to_xarray(self) -> "xarray.Dataset":
-        """Maps, errors, scores, images and schedule in memory, with named axes and coordinates; needs xarray.
+        """Maps, errors, scores, relevance, heat maps, images and schedule in memory, with named axes and coordinates.
+
+        Needs xarray. Latents and DF-CAM's layers, which differ in size, are left out.
 
         For a view that reads lazily: xarray.open_dataset(path, group="/entry/maps", engine="h5netcdf").
         """
@@ -146,7 +148,10 @@ class Run:
             import xarray
         except ImportError:
             raise StoreError("to_xarray needs xarray: pip install 'dfengine[xarray]'") from None
-        paths = ("maps/saliency", "maps/error", "scores/score", "images/rgb", "schedule/alpha_bar", "schedule/timestep")
+        paths = (
+            *("maps/saliency", "maps/error", "scores/score", "curves/relevance", "curves/heat"),
+            *("images/rgb", "schedule/alpha_bar", "schedule/timestep"),
+        )
         variables = {
             path.rpartition("/")[2]: (
                 self.layout[path][0].axis_names,
