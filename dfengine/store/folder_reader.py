@@ -181,6 +181,12 @@ class RunFolder:
             raise StoreError(f"{self.path} has no items yet")
         import xarray
 
+        for axis in ("token", "word"):  # prompts differ in length, and in one file the shorter ones end in NaN
+            longest = max(table.sizes.get(axis, 0) for table in tables)
+            tables = [
+                table.pad({axis: (0, longest - table.sizes[axis])}) if axis in table.sizes else table
+                for table in tables
+            ]
         try:
             return xarray.concat(tables, dim="item", join="exact", combine_attrs="drop_conflicts")
         except ValueError as error:
