@@ -184,7 +184,7 @@ class Engine:
         Raises ValueError, before anything is computed, for what the model or one of the prompts does not have.
         """
         explainers = _several(explainers)
-        for job in jobs:
+        for job in {job.prompt: job for job in jobs}.values():
             contents(self.denoiser, job, explainers)
         self.prepare(jobs, explainers, done=done)
         for began, group in self._groups(jobs, restored):

@@ -11,7 +11,7 @@ import torch
 from dfengine import Attention, Cam, Engine
 from dfengine.denoiser import Condition, Denoiser
 from dfengine.evaluate import Sanity, captions, checks, lines, sanity
-from dfengine.evaluate.intervals import Interval, interval
+from dfengine.evaluate.intervals import Interval, interval, rate
 from dfengine.evaluate.truth import area, auroc, told_apart
 from dfengine.shapes.world import COLOURS, Caption, render, sample_scenes
 from dfengine.trajectory import Job
@@ -200,6 +200,16 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     assert interval([2.0, 2.0, float("nan")]) == Interval(2, 2, 2, 2)
     assert interval([]).count == 0
     assert np.isnan(interval([float("nan")]).mean)
+
+
+def test_a_rate_of_all_is_not_sure_either() -> None:
+    """Wilson: all of 50 leave 1 / (1 + 1.96² / 50) at the least; shares between are bootstrapped."""
+    found = rate([1.0] * 50 + [float("nan")])
+    assert (found.mean, found.high, found.count) == (1, 1, 50)
+    assert found.low == pytest.approx(1 / (1 + 1.959964**2 / 50), rel=1e-5)
+    assert rate([0.0, 0.0]).high > 0.5
+    assert rate([0.5, 1.0, 1.0]) == interval([0.5, 1.0, 1.0])
+    assert rate([]).count == 0
 
 
 def _bounds(values: np.ndarray) -> tuple[float, float]:

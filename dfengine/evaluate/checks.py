@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from dfengine.denoiser import Condition, Denoiser
-from dfengine.evaluate.intervals import Interval, interval
+from dfengine.evaluate.intervals import Interval, interval, rate
 from dfengine.evaluate.truth import area, auroc, told_apart
 from dfengine.explain import Attention, Cam, Explainer, Relevance, Rise
 from dfengine.result import heatmap
@@ -93,7 +93,7 @@ def sanity(
         denoiser.name,
         randomised,
         interval(ratios),
-        interval([float(ratio < 1) for ratio in ratios]),
+        rate([float(ratio < 1) for ratio in ratios]),
         interval(weighs),
         subject,
         left_out,

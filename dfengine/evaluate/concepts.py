@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 
 from dfengine.evaluate.checks import captions
-from dfengine.evaluate.intervals import Interval, interval
+from dfengine.evaluate.intervals import Interval, interval, rate
 from dfengine.explain import StepMap
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
@@ -147,12 +147,14 @@ def _summary(
     schedules = list(timesteps)
     roles = list(dict.fromkeys(role for prompt in prompts for role in prompt.concepts))
 
-    def over_prompts(schedule: str, value: Callable[[Measured], float | None]) -> Interval:
+    def over_prompts(
+        schedule: str, value: Callable[[Measured], float | None], summed: Callable[[list[float]], Interval] = interval
+    ) -> Interval:
         each: dict[int, list[float]] = {}
         for one in measured:
             if one.schedule == schedule and (found := value(one)) is not None:
                 each.setdefault(one.prompt, []).append(found)
-        return interval([float(np.mean(values)) for values in each.values()])
+        return summed([float(np.mean(values)) for values in each.values()])
 
     def total(role: str) -> Callable[[Measured], float | None]:
         return lambda one: float(one.lines[role].sum()) if role in one.lines else None
@@ -168,7 +170,9 @@ def _summary(
     return Concepts(
         title=f"“{prompts[0].text}”" if len(prompts) == 1 else f"{len(prompts)} prompts",
         relevance={s: {role: over_prompts(s, total(role)) for role in roles} for s in schedules},
-        right={s: {role: over_prompts(s, came_out(role)) for role in roles} for s in schedules} if is_judged else {},
+        right={s: {role: over_prompts(s, came_out(role), rate) for role in roles} for s in schedules}
+        if is_judged
+        else {},
         agreement={role: interval(list(_agreement(measured, role))) for role in roles} if is_judged else {},
         lines={s: {role: mean_line(s, role) for role in roles} for s in schedules},
         timesteps={schedule: list(steps) for schedule, steps in timesteps.items()},

@@ -25,6 +25,15 @@ class Interval:
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]" if self.count > 1 else f"{self.mean:.2f}"
 
 
+def rate(values: Sequence[float]) -> Interval:
+    """`interval` of shares in [0, 1]; of ones and zeros alone Wilson's, which is wide of none and of all, too."""
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite or not set(finite) <= {0.0, 1.0}:
+        return interval(finite)
+    found = stats.binomtest(int(sum(finite)), len(finite)).proportion_ci(method="wilson")
+    return Interval(float(np.mean(finite)), float(found.low), float(found.high), len(finite))
+
+
 def interval(values: Sequence[float]) -> Interval:
     """The mean of the finite values with its 95 % bootstrap interval (bias-corrected); NaN where there are none.
 
