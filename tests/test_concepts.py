@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.figure import Figure
 from test_cli import dfengine_command
@@ -16,7 +17,7 @@ from dfengine.evaluate import Measured, embedded_prompts, measure, summarise, ta
 from dfengine.evaluate.concepts import RightOnes, lines_of
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
-from dfengine.shapes.world import Caption, render, sample_scenes
+from dfengine.shapes.world import COLOURS, KINDS, Caption, render, sample_scenes
 from dfengine.words import Tokens
 
 TOKENS = Tokens("a cat on mats", ("<s>", "a", "cat", "on", "ma", "ts", "</s>"), (
@@ -116,6 +117,25 @@ def test_the_judge_says_what_is_right_of_rendered_scenes() -> None:
                 assert right(image, missing)["subject"] is False
     assert np.mean(shown) > 0.97
     assert np.mean([found == [True, False, True] for found in turned]) > 0.9
+
+
+def test_a_second_shape_that_is_not_there_is_not_right() -> None:
+    """Whatever the judge's heads for a second shape say of single ones, and of images that are not the world's."""
+    right, scenes = RightOnes(), sample_scenes(60, torch.Generator().manual_seed(5))
+    images = (render(scenes)[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    asked = [(color, kind) for color in COLOURS for kind in KINDS]
+    for caption, image in list(zip(scenes.captions, images, strict=True))[:20]:
+        if caption.object is None:
+            others = [Caption(caption.subject, caption.background, "above", other) for other in asked]
+            assert not any(right(image, other)["object"] for other in others if other.object != caption.subject)
+    with pytest.raises(ValueError, match="is not of the embedded world"):
+        right(np.zeros((128, 128, 3), np.uint8), scenes.captions[0])
+
+
+@pytest.mark.parametrize("seed", [0, 21, 22])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_as_many_embedded_prompts_as_are_asked_for(count: int, seed: int) -> None:
+    assert len(embedded_prompts(count, seed)) == count
 
 
 def test_embedded_prompts_have_all_roles() -> None:

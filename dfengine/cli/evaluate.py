@@ -71,9 +71,9 @@ def evaluate(
     )
     texts = [one.text for one in given] or evaluation.captions(limit, seed)
     if sanity:
-        _sanity(engine, texts, seed, masks or 60, as_json)
+        _sanity(engine, texts, seed, 60 if masks is None else masks, as_json)
     if recovery:
-        _recovery(engine, texts, seed, steps, masks or 250, figure, as_json)
+        _recovery(engine, texts, seed, steps, 250 if masks is None else masks, figure, as_json)
         return
     given = evaluation.with_concepts(given) or evaluation.embedded_prompts(limit, seed)
     _concepts(engine, given, range(seed, seed + seeds), steps, gamma, figure, as_json)
@@ -136,6 +136,7 @@ def _recovery(
     from dfengine import Cam, Rise, figures
     from dfengine import evaluate as evaluation
 
+    evaluation.check_world(engine.denoiser.image_shape, texts)
     jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
     stream = engine.stream(jobs, [Rise(masks), Cam()])
     events = screen.counted(stream, "measuring", len(jobs) * (2 * steps + 2))

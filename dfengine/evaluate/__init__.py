@@ -2,7 +2,7 @@
 
 from dfengine.evaluate.checks import STEPS, Sanity, captions, lines, sanity
 from dfengine.evaluate.concepts import Concepts, Measured, embedded_prompts, measure, summarise, table, with_concepts
-from dfengine.evaluate.recovery import Recovery, recovery, recovery_table
+from dfengine.evaluate.recovery import Recovery, check_world, recovery, recovery_table
 
 __all__ = [
     "STEPS",
@@ -11,6 +11,7 @@ __all__ = [
     "Recovery",
     "Sanity",
     "captions",
+    "check_world",
     "embedded_prompts",
     "lines",
     "measure",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy import ndarray
+from torch import Tensor
 
 from dfengine.evaluate.checks import captions
 from dfengine.evaluate.intervals import Interval, interval, rate
@@ -18,7 +19,7 @@ from dfengine.explain import StepMap
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
 from dfengine.shapes.judge import ATTRIBUTES, Judge, read
-from dfengine.shapes.world import Caption
+from dfengine.shapes.world import SIZE, Caption
 from dfengine.words import Tokens, content_words, words
 
 #: Table 3 of the paper: subject, relation and object, summed over 30 steps.
@@ -71,13 +72,25 @@ class RightOnes:
     def __init__(self) -> None:
         self._judge = Judge.load()
 
+    @staticmethod
+    def _read(image: UInt8[ndarray, "H W 3"]) -> Tensor:
+        """An image as the judge takes it. Raises ValueError for one of another size than the world's."""
+        if image.shape != (SIZE, SIZE, 3):
+            raise ValueError(f"an image of {image.shape} is not of the embedded world: expected ({SIZE}, {SIZE}, 3)")
+        return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+
+    def agrees(self, image: UInt8[ndarray, "H W 3"], caption: Caption) -> bool:
+        """Whether an image is what its caption says in every attribute. Raises ValueError as `__call__` does."""
+        return bool(self._judge.agrees(self._read(image), [caption]).all())
+
     @torch.no_grad()
-    def __call__(self, image: UInt8[ndarray, "64 64 3"], caption: Caption) -> dict[str, bool]:
+    def __call__(self, image: UInt8[ndarray, "H W 3"], caption: Caption) -> dict[str, bool]:
         """Subject and object: whether they are there, in colour and kind. Relation: whether they stand as it says.
 
-        A picture is read as an arrangement of a first (upper or left) and a second shape.
+        A picture is read as an arrangement of a first (upper or left) and a second shape. Raises ValueError for an
+        image of another size than the world's.
         """
-        logits = self._judge(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
+        logits = self._judge(self._read(image))
         seen = dict(zip(ATTRIBUTES, (int(one.argmax()) for one in logits.values()), strict=True))
         wanted = dict(zip(ATTRIBUTES, read([caption])[0].tolist(), strict=True))
         places = ("first", "second") if caption.relation not in ("below", "right of") else ("second", "first")
@@ -85,7 +98,9 @@ class RightOnes:
         def shape(values: Mapping[str, int], place: str) -> tuple[int, int]:
             return values[f"{place} colour"], values[f"{place} kind"]
 
-        shapes = [shape(seen, place) for place in ("first", "second")]
+        # Of a single shape the judge's word on a second one means nothing.
+        there = ("first",) if ATTRIBUTES["arrangement"][seen["arrangement"]] == "single" else ("first", "second")
+        shapes = [shape(seen, place) for place in there]
         if caption.object is None:
             return {"subject": shapes[0] == shape(wanted, "first")}
         subject, other = (shape(wanted, place) for place in places)
@@ -226,6 +241,9 @@ def with_concepts(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def embedded_prompts(count: int, seed: int = 0) -> list[Prompt]:
     """Captions of the embedded world with a subject, a relation and an object, each once."""
-    found = [Caption.parse(text) for text in captions(3 * count, seed)]
-    whole = [caption for caption in found if caption.object is not None][:count]
+    drawn, whole = 3 * count, list[Caption]()
+    while len(whole) < count:
+        found = [Caption.parse(text) for text in captions(drawn, seed)]
+        whole = [caption for caption in found if caption.object is not None][:count]
+        drawn *= 2
     return [Prompt(str(caption), {role: caption.concepts[role] for role in ROLES}) for caption in whole]

@@ -6,7 +6,8 @@ on what is truly there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from dfengine.evaluate.intervals import Interval, interval
 from dfengine.evaluate.truth import area, auroc, told_apart
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
-from dfengine.shapes.world import Caption
+from dfengine.shapes.world import SIZE, Caption
 
 #: What is measured of a map, and what it says.
 MEASURES = {
@@ -30,6 +31,10 @@ MEASURES = {
     "overlap": "IoU of the hottest pixels with the shapes, as many as these have",
     "auroc": "probability that a pixel of the shapes is hotter than one of the background",
 }
+
+
+#: Images that a verdict is given on.
+_FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,18 @@ def _distance(a: tuple[float, float], b: tuple[float, float]) -> float:
     return float(np.hypot(a[0] - b[0], a[1] - b[1]))
 
 
+def check_world(image_shape: tuple[int, int], prompts: Sequence[str]) -> None:
+    """Raise ValueError, before anything is computed, where no image's shapes will be known."""
+    for prompt in prompts:
+        with suppress(ValueError):
+            if image_shape == (SIZE, SIZE) and told_apart(Caption.parse(prompt)):
+                return
+    raise ValueError(
+        f"there is no image whose shapes are known: recovery is measured in the embedded world, of {SIZE}×{SIZE} "
+        "pixels and captions such as 'a red circle above a blue square on a gray background'"
+    )
+
+
 def recovery(events: Iterable[Any], prompts: Sequence[str], timesteps: Sequence[int]) -> Recovery:
     """Measure an engine's stream of maps, an item a prompt; all have the same time-steps.
 
@@ -110,13 +127,13 @@ def recovery(events: Iterable[Any], prompts: Sequence[str], timesteps: Sequence[
     )
 
 
-def _true(image: ndarray, prompt: str, judge: Callable[..., dict[str, bool]]) -> ndarray | None:
+def _true(image: ndarray, prompt: str, judge: RightOnes) -> ndarray | None:
     """The pixels of the shapes, where image and caption tell them."""
     try:
         caption = Caption.parse(prompt)
+        if not told_apart(caption) or not judge.agrees(image, caption):
+            return None
     except ValueError:
-        return None
-    if not told_apart(caption) or not all(judge(image, caption).values()):
         return None
     colours = [shape[0] for shape in (caption.subject, caption.object) if shape is not None]
     return np.any([area(image, colour) for colour in colours], axis=0)
@@ -142,6 +159,8 @@ def verdict(found: Recovery, method: str) -> str:
     trend, first = found.trend[method]["area"], found.steps[method]["auroc"][0]
     spreads = "grows" if trend.low > 0 else "shrinks" if trend.high < 0 else "neither grows nor shrinks"
     begins = "on the shapes" if first.low > 0.5 else "beside them" if first.high < 0.5 else "anywhere"
+    if min(trend.count, first.count) < _FEWEST:
+        return f"{method}: {min(trend.count, first.count)} images are too few to tell whether the claim holds"
     holds = trend.low > 0 and first.low > 0.5
     return f"{method}: the map begins {begins} and {spreads}; the claim {'holds' if holds else 'does not hold'}"
 

@@ -78,10 +78,12 @@ class ExponentialDDIMScheduler(DDIMScheduler):
         timesteps: Sequence[int] | None = None,
     ) -> None:
         """Choose the list: so many steps of the stage, or the given ones, which must fall strictly."""
-        chosen = self._schedule.timesteps(
-            self.config.stage if timesteps is None else [int(t) for t in timesteps],
-            num_inference_steps or 1,
-            self.config.gamma,
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("the list of time-steps is ambiguous: give num_inference_steps or timesteps")
+        chosen = (
+            self._schedule.timesteps(timesteps)
+            if timesteps is not None
+            else self._schedule.timesteps(self.config.stage, num_inference_steps or 0, self.config.gamma)
         )
         self.num_inference_steps = len(chosen)
         self.timesteps = torch.tensor(chosen, device=device)
