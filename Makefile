@@ -8,7 +8,7 @@ WORKERS ?= auto
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
 .PHONY: demo test soak lint types setup clean kernels bench \
-  gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-estimators
+  gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-games gpu-estimators
 
 demo: $(VENV)/.ready
 	@mkdir -p demo
@@ -38,12 +38,13 @@ bench: $(VENV)/.dev-ready
 	$(BIN)/python bench/profiles.py
 	$(BIN)/python bench/explainers.py
 	$(BIN)/python bench/concepts.py
+	$(BIN)/python bench/games.py
 	$(BIN)/python bench/estimators.py
 
 # On a machine with a GPU, with the packages of its own (torch, triton, jaxtyping, pytest, scipy; from gpu-shapes on also
 # diffusers, transformers, accelerate, h5py): nothing is installed or downloaded. Each takes less than eight minutes,
 # writes its rows as it goes, replaces those of this device only, and prints its table last.
-gpu: gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-estimators
+gpu: gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-games gpu-estimators
 GPU := PYTHONPATH=.:kernels $(PYTHON)
 
 gpu-tests:
@@ -74,6 +75,9 @@ gpu-explainers:
 	$(GPU) bench/explainers.py
 	$(GPU) bench/concepts.py
 	$(GPU) bench/explainers.py sd15 --random-weights --rounds 1 --group 4
+
+gpu-games:
+	$(GPU) bench/games.py
 
 gpu-estimators:
 	$(GPU) bench/estimators.py

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfengine.engine import Engine
-    from dfengine.explain import Attention, Cam, Relevance, Rise, StepMap
+    from dfengine.explain import Attention, Cam, Lime, Random, Relevance, Rise, StepMap
     from dfengine.models.scheduler import ExponentialDDIMScheduler
     from dfengine.result import Result
     from dfengine.schedule import exponential_timesteps
@@ -24,6 +24,8 @@ __all__ = [
     "Engine",
     "ExponentialDDIMScheduler",
     "Job",
+    "Lime",
+    "Random",
     "Relevance",
     "Result",
     "Rise",
@@ -38,6 +40,8 @@ _HOMES = {
     "Engine": "engine",
     "ExponentialDDIMScheduler": "models.scheduler",
     "Job": "trajectory",
+    "Lime": "explain",
+    "Random": "explain",
     "Relevance": "explain",
     "Result": "result",
     "Rise": "explain",

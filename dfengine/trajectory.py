@@ -67,6 +67,12 @@ class Trajectory:
     """on the CPU"""
     prompt: Condition
     negative: Condition
+    steps: Sequence[int] = ()
+    """indices of those that are to be explained; all unless given"""
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            object.__setattr__(self, "steps", range(len(self.latents)))
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -40,9 +40,31 @@ MAY_IMPORT = {
         "trajectory",
         "tuning",
     },
-    "dfengine.evaluate": {"denoiser", "explain", "prompts", "result", "shapes", "trajectory", "words"},
+    "dfengine.evaluate": {
+        "batching",
+        "denoiser",
+        "explain",
+        "prompts",
+        "record",
+        "result",
+        "shapes",
+        "trajectory",
+        "words",
+        "dfkernels",
+    },
     "dfengine.profile": {"denoiser", "engine", "explain", "record", "store", "trajectory", "tuning", "dfkernels"},
-    "dfengine.cli": {"batching", "engine", "evaluate", "explain", "figures", "profile", "prompts", "store"},
+    "dfengine.cli": {
+        "batching",
+        "engine",
+        "evaluate",
+        "explain",
+        "figures",
+        "models",
+        "profile",
+        "prompts",
+        "result",
+        "store",
+    },
 }
 
 #: The only places that may import each of these libraries.
@@ -55,6 +77,8 @@ ONLY = {
     "typer": {"dfengine.cli"},
     "rich": {"dfengine.cli"},
     "scipy": {"dfengine.evaluate"},
+    "skimage": {"dfengine.explain"},
+    "sklearn": {"dfengine.explain"},
 }
 
 SOURCES = sorted([*(ROOT / "dfengine").rglob("*.py"), *(ROOT / "kernels/dfkernels").rglob("*.py")])
@@ -102,7 +126,9 @@ def test_every_import_is_allowed(path: Path) -> None:
 
 
 #: What the package offers under its own name, which the command line takes from there.
-PUBLIC = {f"dfengine.{name}" for name in ("Attention", "Cam", "Engine", "Relevance", "Rise", "StepMap")}
+PUBLIC = {
+    f"dfengine.{name}" for name in ("Attention", "Cam", "Engine", "Lime", "Random", "Relevance", "Rise", "StepMap")
+}
 
 
 def test_the_rules_have_no_circle() -> None:

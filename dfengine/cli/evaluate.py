@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfengine.cli import games as faithful
 from dfengine.cli import options, screen
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ def evaluate(
     recovery: Annotated[
         bool, typer.Option("--recovery", help="do maps begin on the shapes and spread? (of the embedded world)")
     ] = False,
+    games: Annotated[
+        bool, typer.Option("--games", help="areas under the deletion and insertion curves (Tables 1 and 2)")
+    ] = False,
+    truth: Annotated[
+        bool, typer.Option("--truth", help="do maps lie on the subject and the object? (of the embedded world)")
+    ] = False,
     model: options.Model = "shapes",
     random_weights: options.RandomWeights = False,
     image_size: options.ImageSize = None,
@@ -40,12 +47,47 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="prompts of the file or of the embedded world, at most")] = 50,
     seed: options.Seed = 0,
     seeds: Annotated[int, typer.Option(help="--concepts: images a prompt and schedule")] = 1,
-    steps: Annotated[int, typer.Option(help="--concepts and --recovery: denoising steps")] = 30,
+    steps: Annotated[int, typer.Option(help="denoising steps, but for --sanity's own")] = 30,
+    step: Annotated[int | None, typer.Option(help="--games: step to explain, from 0; by default 0.75 l - 1")] = None,
     gamma: Annotated[float, typer.Option(help="--concepts: shift of early and latter sampling")] = 60,
     masks: Annotated[
-        int | None, typer.Option(help="masks of DF-RISE, a step: 60 by default for --sanity, 250 for --recovery")
+        int | None,
+        typer.Option(
+            help="masks of DF-RISE, a step: by default 60 for --sanity, 500 for --games, 250 for --recovery and --truth"
+        ),
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="--concepts (Figure 11) and --recovery: a picture, too")] = None,
+    samples: Annotated[int, typer.Option(help="--games and --truth: samples of LIME")] = 1000,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="--games and --truth: random, lime, rise, cam, relevance, attention, rise-global, -grid, -frechet, "
+            "-cosine, -contrast, -luminance, -contrast_structure, -ssim; repeat for several"
+        ),
+    ] = None,
+    tables: Annotated[
+        list[int] | None, typer.Option("--table", help="--games: the methods of Table 1 or 2; 1 by default")
+    ] = None,
+    given_maps: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME=FILE.npy", help="--games: another tool's maps (prompts, height, width)"),
+    ] = None,
+    distance: Annotated[
+        str, typer.Option(help="--games: frechet-set, or frechet-single, features, mse for few images")
+    ] = "frechet-set",
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="--games: a transformers vision folder, or Inception-v3's weights; the model's own by default"
+        ),
+    ] = None,
+    behaviour: Annotated[str, typer.Option(help="--games: paper, or xdiffusion for the released code's")] = "paper",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="--games: a folder for tables and figures, to go on from, too")
+    ] = None,
+    batch_size: options.BatchSize = "auto",
+    figure: Annotated[
+        Path | None, typer.Option(help="--concepts (Figure 11), --recovery and --truth: a picture, too")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Check that maps can be trusted (exit status 1 where they cannot), or say what they tell of many prompts."""
@@ -53,8 +95,8 @@ def evaluate(
     from dfengine import figures
     from dfengine.prompts import Prompt, read
 
-    if sanity + concepts + recovery != 1:
-        raise ValueError("nothing to evaluate was named, or two things: say --sanity, --concepts or --recovery")
+    if sanity + concepts + recovery + games + truth != 1:
+        raise ValueError("say one thing to evaluate: --sanity, --concepts, --recovery, --games or --truth")
     if min(limit, seeds) < 1:
         raise ValueError(f"{limit} prompts and {seeds} seeds are not possible: expected at least 1")
     if figure is not None:
@@ -68,15 +110,62 @@ def evaluate(
         revision=revision,
         random_weights=random_weights,
         image_size=image_size,
+        batch_size=batch_size,
     )
     texts = [one.text for one in given] or evaluation.captions(limit, seed)
     if sanity:
         _sanity(engine, texts, seed, 60 if masks is None else masks, as_json)
     if recovery:
         _recovery(engine, texts, seed, steps, 250 if masks is None else masks, figure, as_json)
+    if games:
+        names = [*(method or []), *(name for table in tables or [] for name in _of_table(table))]
+        played = faithful.play(
+            engine,
+            texts,
+            seed=seed,
+            steps=steps,
+            step=step,
+            names=names if names or given_maps else evaluation.TABLES[1],
+            masks=500 if masks is None else masks,
+            samples=samples,
+            given=given_maps or [],
+            features=features,
+            distance=distance,
+            behaviour=behaviour,
+            out=out,
+        )
+        _tell(dataclasses.asdict(played), evaluation.faithfulness_table(played), as_json)
+    if truth:
+        names = method or ["random", "lime", "rise", "cam", "relevance", "attention"]
+        masks = 250 if masks is None else masks
+        located = faithful.locate(engine, texts, seed=seed, steps=steps, names=names, masks=masks, samples=samples)
+        lines = [line for part in located for line in evaluation.localisation_table(part)]
+        _tell([dataclasses.asdict(part) for part in located], lines, as_json)
+        if figure is not None:
+            figures.save(figures.recovery(_located(located), located[0].timesteps), figure)
+    if not concepts:
         return
     given = evaluation.with_concepts(given) or evaluation.embedded_prompts(limit, seed)
     _concepts(engine, given, range(seed, seed + seeds), steps, gamma, figure, as_json)
+
+
+def _of_table(number: int) -> tuple[str, ...]:
+    from dfengine.evaluate import TABLES
+
+    if number not in TABLES:
+        raise ValueError(f"table {number} is not one of the games': expected 1 or 2")
+    return TABLES[number]
+
+
+def _located(found: list[Any]) -> dict[str, Any]:
+    """AUROC of each method at each step, a panel a target and source."""
+    bands: dict[str, Any] = {}
+    for part in found:
+        for method, by_target in part.steps.items():
+            for target, by_measure in by_target.items():
+                values = [(one.mean, one.low, one.high) for one in by_measure["auroc"]]
+                bands.setdefault(method, {})[f"{target},\n{part.source}"] = values
+    return bands
 
 
 def _sanity(engine: Engine, texts: list[str], seed: int, masks: int, as_json: bool) -> None:

@@ -19,7 +19,7 @@ def explain(
     out: Annotated[Path, typer.Option("-o", "--out", help="HDF5 file to write")],
     explainer: Annotated[
         list[str] | None,
-        typer.Option("-e", "--explainer", help="rise, cam, relevance, attention; repeat for several"),
+        typer.Option("-e", "--explainer", help="rise, cam, relevance, attention, lime, random; repeat for several"),
     ] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 30,
     seed: options.Seed = 0,
@@ -38,7 +38,7 @@ def explain(
     attention: options.AttentionBackend = "auto",
     compile: options.Compile = None,
     target: Annotated[
-        str, typer.Option(help="conditional, guided (DF-RISE only) or unconditional prediction")
+        str, typer.Option(help="conditional, guided (DF-RISE and LIME) or unconditional prediction")
     ] = "conditional",
     masks: Annotated[int, typer.Option(help="DF-RISE: masks a step")] = 500,
     keep_probability: Annotated[
@@ -83,7 +83,7 @@ def explain(
     for option, value, needs in (
         ("--layer", layer, ("cam",)),
         ("--word", word, ("attention",)),
-        ("--target", None if target == "conditional" else target, ("rise", "cam")),
+        ("--target", None if target == "conditional" else target, ("rise", "cam", "lime")),
     ):
         if value and not set(needs) & set(names):
             raise ValueError(f"{option} is for {' and '.join(needs)}, which --explainer does not name")
@@ -102,6 +102,8 @@ def explain(
         cam={"layers": tuple(layer or ["*"]), "target": target},
         relevance={"self_attention": self_attention, "text_attention": text_attention},
         attention={"words": word},
+        lime={"target": target},
+        random={},
     )
     began = time.monotonic()
     with screen.interruptible(out), screen.progress(steps * len(explainers)) as on_event:
@@ -141,9 +143,16 @@ def explain(
 
 def _explainers(names: list[str], **settings: dict[str, Any]) -> list[Explainer]:
     """The explainers that were named, each with its own settings. Raises ValueError for one that is not known."""
-    from dfengine import Attention, Cam, Relevance, Rise
+    from dfengine import Attention, Cam, Lime, Random, Relevance, Rise
 
-    known: dict[str, Any] = {"rise": Rise, "cam": Cam, "relevance": Relevance, "attention": Attention}
+    known: dict[str, Any] = {
+        "rise": Rise,
+        "cam": Cam,
+        "relevance": Relevance,
+        "attention": Attention,
+        "lime": Lime,
+        "random": Random,
+    }
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"explainer {unknown[0]!r} is not known: expected {', '.join(known)}")
     return [known[name](**settings[name]) for name in dict.fromkeys(names)]

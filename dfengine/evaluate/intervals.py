@@ -20,9 +20,14 @@ class Interval:
     """items"""
 
     def __str__(self) -> str:
+        return format(self, ".2f")
+
+    def __format__(self, form: str) -> str:
+        """The mean and its interval, each formatted as a number is."""
         if not self.count:
             return "–"
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]" if self.count > 1 else f"{self.mean:.2f}"
+        mean, low, high = (format(value, form or ".2f") for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]" if self.count > 1 else mean
 
 
 def rate(values: Sequence[float]) -> Interval:

@@ -18,7 +18,7 @@ from scipy import stats
 
 from dfengine.evaluate.concepts import RightOnes
 from dfengine.evaluate.intervals import Interval, interval
-from dfengine.evaluate.truth import area, auroc, told_apart
+from dfengine.evaluate.truth import area, auroc, overlap, told_apart
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
 from dfengine.shapes.world import SIZE, Caption
@@ -58,13 +58,11 @@ def measures(
     if np.ptp(heat) == 0:
         return dict.fromkeys(MEASURES, float("nan"))
     shares = heat / heat.sum()
-    hottest = np.zeros_like(true)
-    hottest.flat[np.argsort(-heat, axis=None, kind="stable")[: int(true.sum())]] = True
     return {
         "area": float((heat > 0.5).mean()),
         "entropy": float(stats.entropy(shares.ravel()) / np.log(heat.size)),
         "shift": float("nan") if before is None or np.ptp(before) == 0 else _distance(centre(heat), centre(before)),
-        "overlap": float((hottest & true).sum() / (hottest | true).sum()) if true.any() else float("nan"),
+        "overlap": overlap(heat, true),
         "auroc": auroc(heat, true),
     }
 

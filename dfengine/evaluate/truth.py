@@ -33,3 +33,17 @@ def auroc(heat: Float[np.ndarray, "H W"], true: Bool[np.ndarray, "H W"]) -> floa
     if not len(inside) or not len(outside):
         return float("nan")
     return float(stats.mannwhitneyu(inside, outside).statistic / (len(inside) * len(outside)))
+
+
+def overlap(heat: Float[np.ndarray, "H W"], true: Bool[np.ndarray, "H W"]) -> float:
+    """IoU of an area with the hottest pixels, as many as it has (of equals the first); NaN where it is empty."""
+    if not true.any():
+        return float("nan")
+    hottest = np.zeros_like(true)
+    hottest.flat[np.argsort(-heat, axis=None, kind="stable")[: int(true.sum())]] = True
+    return float((hottest & true).sum() / (hottest | true).sum())
+
+
+def pointed_at(heat: Float[np.ndarray, "H W"], true: Bool[np.ndarray, "H W"]) -> bool:
+    """The pointing game: whether the hottest pixel (of equals the first) is in an area."""
+    return bool(true.flat[int(heat.argmax())])

@@ -207,7 +207,7 @@ class Masking:
         ours, reference = look(answers), look(self.references[rows])
         return -((ours - reference).square().sum(1) + (ours.std(1) - reference.std(1)).square())
 
-    def _estimate(self, row: int, num_masks: int) -> tuple[Tensor, Tensor]:
+    def _estimate(self, row: int, num_masks: int) -> tuple[Tensor, ...]:
         """The map of one row and its standard error."""
         if self.rise.estimates == "ridge":
             seed, step = self.mask_seeds[row], self.rows[row][1]

@@ -50,6 +50,6 @@ class Rise(RiseSettings):
                 f"it wants {2 * height * width} or more",
                 stacklevel=2,
             )
-        rows = [(i, k) for i, path in enumerate(trajectories) for k in range(len(path))]
+        rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
         if set(rows) - set(done):
             yield from Masking(self, denoiser, trajectories, rows, done).run()

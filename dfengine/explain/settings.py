@@ -9,11 +9,17 @@ from typing import Any
 from dfengine.explain.attention import Attention
 from dfengine.explain.base import Explainer
 from dfengine.explain.cam import Cam
+from dfengine.explain.lime import Lime
+from dfengine.explain.random import Random
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
+from dfengine.explain.xdiffusion import ReleasedCam, ReleasedRise
 
 #: Every explainer that a file can name.
-EXPLAINERS: dict[str, type] = {explainer.__name__: explainer for explainer in (Rise, Cam, Relevance, Attention)}
+EXPLAINERS: dict[str, type] = {
+    explainer.__name__: explainer
+    for explainer in (Rise, Cam, Relevance, Attention, Lime, Random, ReleasedRise, ReleasedCam)
+}
 
 
 @dataclasses.dataclass(frozen=True)

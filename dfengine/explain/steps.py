@@ -55,7 +55,7 @@ def by_steps(
     `work` returns tensors with the steps along the first axis. Batches are the same whatever is in `done`, so that a
     run that was cut off ends in the same bits.
     """
-    rows = [(i, k) for i, path in enumerate(trajectories) for k in range(len(path))]
+    rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
     device = denoiser.device
 
     def run(_: Tensor, known: range) -> dict[str, Tensor]:

@@ -3,16 +3,20 @@
 from dfengine.figures.choosing import chosen_steps, concept_lines, telling_steps
 from dfengine.figures.concepts import concepts
 from dfengine.figures.forms import attention, check_name, draw, layers, relevance, save, strip
+from dfengine.figures.games import ablation, comparison, curves
 from dfengine.figures.parts import overlay
 from dfengine.figures.recovery import recovery
 from dfengine.figures.samples import samples, save_images
 
 __all__ = [
+    "ablation",
     "attention",
     "check_name",
     "chosen_steps",
+    "comparison",
     "concept_lines",
     "concepts",
+    "curves",
     "draw",
     "layers",
     "overlay",

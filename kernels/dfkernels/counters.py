@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 #: The last word of the counter: each use of random numbers has its own stream.
-GAUSSIAN_STREAM, RISE_GRID_STREAM, RISE_SHIFT_STREAM = 0, 1, 2
+GAUSSIAN_STREAM, RISE_GRID_STREAM, RISE_SHIFT_STREAM, LIME_STREAM, RANDOM_STREAM = 0, 1, 2, 3, 4
 
 U32 = 0xFFFFFFFF
 

@@ -1,0 +1,151 @@
+"""`dfengine evaluate --games` and `--truth`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dfengine.cli import screen
+
+if TYPE_CHECKING:
+    from dfengine.engine import Engine
+    from dfengine.evaluate import Faithfulness, Games
+
+#: Images that the figures show.
+_SHOWN = 4
+
+
+def play(
+    engine: Engine,
+    texts: Sequence[str],
+    *,
+    seed: int,
+    steps: int,
+    step: int | None,
+    names: Sequence[str],
+    masks: int,
+    samples: int,
+    given: Sequence[str],
+    features: Path | None,
+    distance: str,
+    behaviour: str,
+    out: Path | None,
+) -> Faithfulness:
+    """Tables 1 and 2, and with a folder their figures."""
+    from dfengine import evaluate as evaluation
+
+    if distance == "frechet-set" and len(texts) < evaluation.FEWEST_IN_A_SET:
+        raise ValueError(
+            f"{len(texts)} images are too few for frechet-set: expected at least {evaluation.FEWEST_IN_A_SET} "
+            "(--limit), or --distance frechet-single"
+        )
+    explainers = evaluation.methods(names, num_masks=masks, num_samples=samples)
+    jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
+    step = evaluation.explained_step(steps) if step is None else step
+    others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in range(steps) if k != step}
+    engine.prepare(jobs, explainers, done=others)
+    maps = dict(map(_map, given))
+    with screen.bar("playing", len(jobs) * (len(explainers) + len(maps))) as (shown, task):
+        found = evaluation.games(
+            engine.denoiser,
+            engine.sample,
+            jobs,
+            explainers,
+            maps=maps,
+            step=step,
+            features=None if features is None else _extractor(engine, features),
+            behaviour=behaviour,
+            kept=evaluation.Kept(None if out is None else out / "turns"),
+            tell=lambda: shown.advance(task),
+        )
+    summary = evaluation.faithfulness(found, distance)
+    if out is not None:
+        write(out, engine, jobs, found, summary)
+    return summary
+
+
+def locate(
+    engine: Engine, texts: Sequence[str], *, seed: int, steps: int, names: Sequence[str], masks: int, samples: int
+) -> list[Any]:
+    """Every method's maps against the true areas: of generated images, and of rendered scenes noised to each step."""
+    from dfengine import Attention
+    from dfengine import evaluate as evaluation
+
+    evaluation.check_world(engine.denoiser.image_shape, texts)
+    explainers = evaluation.methods(names, num_masks=masks, num_samples=samples)
+    drawn = evaluation.scenes(len(texts), seed)
+    generated = evaluation.GeneratedAreas(texts)
+
+    def words(prompt: str) -> Sequence[str]:
+        return Attention().contents(engine.denoiser, engine.job(prompt, num_steps=steps)).words
+
+    jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
+    noised = [
+        engine.job(scene.prompt, image=scene.image, seed=seed + number, num_steps=steps)
+        for number, scene in enumerate(drawn)
+    ]
+    found = []
+    for source, these, areas in (
+        ("generated images", jobs, generated),
+        ("rendered scenes", noised, lambda item, _: drawn[item].areas),
+    ):
+        total = len(these) * (len(explainers) * steps + 2)
+        events = screen.counted(engine.stream(these, explainers), f"explaining {source}", total)
+        prompts = [job.prompt for job in these]
+        found.append(evaluation.localisation(events, areas, prompts, these[0].timesteps, words, source))
+    return found
+
+
+def _map(given: str) -> tuple[str, np.ndarray]:
+    """A name and its maps, from NAME=FILE."""
+    name, equals, path = given.partition("=")
+    if not (name and equals and Path(path).suffix == ".npy"):
+        raise ValueError(f"map {given!r} is not understood: expected NAME=FILE.npy, an array (images, height, width)")
+    array = np.load(path, allow_pickle=False)
+    return name, array[None] if array.ndim == 2 else array
+
+
+def _extractor(engine: Engine, path: Path) -> Any:
+    from dfengine import models
+
+    return models.load_features(path, device=engine.denoiser.device)
+
+
+def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary: Faithfulness) -> None:
+    """The table as Markdown and JSON, Figures 3 and 4 and, of several kinds of DF-RISE, Figure 5."""
+    from dfengine import evaluate as evaluation
+    from dfengine import figures
+    from dfengine.result import heatmap
+
+    (out / "table.md").write_text("\n".join(evaluation.faithfulness_table(summary)) + "\n")
+    (out / "table.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    where = f"step {summary.step + 1} of {summary.num_steps}, t = {summary.timestep}"
+    curves = {name: {game: score.curve for game, score in by.items()} for name, by in summary.methods.items()}
+    title = f"{summary.model}: {summary.num_items} images, {where}, {summary.distance}"
+    for ending in ("png", "pdf"):
+        figures.save(figures.curves(_arrays(curves), title), out / f"curves.{ending}")
+    items = found.shared()[:_SHOWN]
+    images = [path.image.numpy() for path in engine.sample([jobs[item] for item in items])]
+    size = images[0].shape[:2]
+    heat = {
+        name: [heatmap(turns[item].saliency.numpy(), size) for item in items] for name, turns in found.turns.items()
+    }
+    prompts = [jobs[item].prompt for item in items]
+    figures.save(figures.comparison(images, heat, prompts, where), out / "comparison.png")
+    kinds = [name for name in found.turns if name.startswith("rise")]
+    if len(kinds) > 1:
+        distance = "frechet-single" if summary.distance == "frechet-set" else summary.distance
+        rows = {}
+        for name in kinds:
+            (both,) = evaluation.normalised(evaluation.item_curves([found.turns[name][items[0]]], distance))
+            rows[name] = (heat[name][0], *both)
+        figures.save(figures.ablation(images[0], rows, f"{prompts[0]}: {where}, {distance}"), out / "ablation.png")
+
+
+def _arrays(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {game: tuple(map(np.array, band)) for game, band in by.items()} for name, by in curves.items()}

@@ -1,0 +1,338 @@
+"""Tables 1 and 2: areas under the deletion and the insertion curve, of many prompts and methods, with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from dfengine.denoiser import Denoiser, Features
+from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET, OF_FEATURES, frechet_set
+from dfengine.evaluate.games import GAMES, fitted, play, usable
+from dfengine.evaluate.intervals import Interval
+from dfengine.evaluate.kept import Kept, Turn
+from dfengine.evaluate.methods import PAPER
+from dfengine.explain import Explainer, describe, told_whole
+from dfengine.record import item_key
+from dfengine.trajectory import Job, Trajectory
+
+#: A curve: its points, and the low and high end of each point's 95 % interval.
+Band = tuple[list[float], list[float], list[float]]
+
+
+@dataclass(frozen=True)
+class Games:
+    """Every method's map of one step of every item, and both games of it."""
+
+    model: str
+    step: int
+    timesteps: Sequence[int]
+    features: str
+    """what extracted them"""
+    behaviour: str
+    turns: Mapping[str, Sequence[Turn]]
+    """by method, an item each"""
+
+    def left_out(self) -> dict[str, int]:
+        """By method, items whose map does not rank its pixels; a table leaves them out of every method."""
+        counts = {name: sum(turn.played is None for turn in turns) for name, turns in self.turns.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    def shared(self) -> list[int]:
+        """The items that all methods have played."""
+        return [i for i, turns in enumerate(zip(*self.turns.values(), strict=True)) if all(t.played for t in turns)]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One game of one method over all items."""
+
+    auc: Interval
+    """of the mean curve after min–max"""
+    raw: Interval
+    """of the mean curve as it is, in the distance's unit"""
+    curve: Band
+    """the mean curve after min–max"""
+    better_than_random: float | None
+    """the share of resamples in which the area is on the better side of random's: higher in deletion, lower in
+    insertion"""
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """A table's figures; intervals are over items, by bootstrap, with the same resamples for every method."""
+
+    model: str
+    step: int
+    timestep: int
+    num_steps: int
+    distance: str
+    features: str
+    behaviour: str
+    num_items: int
+    left_out: Mapping[str, int]
+    methods: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    """by method and game"""
+
+
+def explained_step(num_steps: int) -> int:
+    """The step that tables are of: index ⌊0.75·l⌋ − 1."""
+    return max(0, int(0.75 * num_steps) - 1)
+
+
+def features_of(denoiser: Denoiser, given: Features | None = None) -> tuple[Features, str]:
+    """What extracts features, and its name. Raises ValueError where there is none."""
+    extract = given or denoiser.features
+    if extract is None:
+        raise ValueError(
+            f"distances compare image features, and {denoiser.name} comes with no extractor: give a folder of a "
+            "transformers vision model, or a file of Inception-v3's weights (--features)"
+        )
+    return extract, getattr(extract, "name", f"{denoiser.name}'s own")
+
+
+def games(
+    denoiser: Denoiser,
+    sample: Callable[[Sequence[Job]], Iterator[Trajectory]],
+    jobs: Sequence[Job],
+    explainers: Sequence[Explainer] = (),
+    *,
+    maps: Mapping[str, Float[ndarray, "items a b"]] | None = None,
+    step: int | None = None,
+    features: Features | None = None,
+    behaviour: str = "paper",
+    kept: Kept | None = None,
+    tell: Callable[[], None] = lambda: None,
+) -> Games:
+    """Explain one step of every job by every method, and play both games with each map.
+
+    `sample` generates (`Engine.sample`). `maps` are another tool's, by its name: one a job, of the latent's or of the
+    image's size. `step` is an index into the time-steps, ⌊0.75·l⌋ − 1 by default. What `kept` has is not done again.
+    `tell` is called once for every method of every job. Jobs must have equally many steps.
+
+    Raises ValueError for what is not possible, before anything is computed.
+    """
+    kept, given = kept or Kept(), {name: torch.from_numpy(np.array(array)) for name, array in (maps or {}).items()}
+    extract, extractor = features_of(denoiser, features)
+    if not jobs:
+        raise ValueError("there is no prompt to play with: give at least one")
+    lengths = {len(job.timesteps) for job in jobs}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"jobs have different numbers of steps ({', '.join(map(str, sorted(lengths)))}): one is needed"
+        )
+    step = explained_step(*lengths) if step is None else step
+    if not 0 <= step < len(jobs[0].timesteps):
+        raise ValueError(f"step {step} is outside [0, {len(jobs[0].timesteps) - 1}]: steps index the time-steps")
+    names = [*(explainer.name for explainer in explainers), *given]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"methods must have a name each, and be at least one: got {', '.join(names) or 'none'}")
+    for name, array in given.items():
+        if array.ndim != 3 or len(array) != len(jobs):
+            raise ValueError(f"maps {name!r} are {tuple(array.shape)}: expected one a prompt, ({len(jobs)}, h, w)")
+        given[name] = fitted(array, denoiser, f"map {name!r}")
+    for explainer in explainers:
+        for job in jobs:
+            explainer.contents(denoiser, job)
+
+    keys = _Keys(denoiser, step, extractor, behaviour)
+    by_name: dict[str, Any] = {explainer.name: explainer for explainer in explainers} | given
+    table = {name: [keys(job, by_name[name], item) for item, job in enumerate(jobs)] for name in names}
+    missing = [i for i in range(len(jobs)) if any(kept.get(table[name][i]) is None for name in names)]
+    for _ in range((len(jobs) - len(missing)) * len(names)):
+        tell()
+    size = max(1, denoiser.batch_size // 4)
+    for group in (missing[start : start + size] for start in range(0, len(missing), size)):
+        wanted = [name for name in names if any(kept.get(table[name][i]) is None for i in group)]
+        paths = [dataclasses.replace(path, steps=(step,)) for path in sample([jobs[i] for i in group])]
+        made: dict[str, Tensor] = {}
+        for name in wanted:
+            if name in given:
+                made[name] = given[name][group]
+            else:
+                step_maps = sorted(by_name[name].explain(denoiser, paths), key=lambda one: one.item)
+                made[name] = torch.stack([one.saliency for one in step_maps])
+            for _ in group:
+                tell()
+        can = {name: [usable(one) for one in made[name]] for name in wanted}
+        # What cannot be ranked is played with any map in its place, so that batches stay full, and not kept.
+        stand_in = torch.arange(float(made[wanted[0]][0].numel())).view_as(made[wanted[0]][0])
+        ranked = {name: torch.stack([one if usable(one) else stand_in for one in made[name]]) for name in wanted}
+        played = play(denoiser, paths, ranked, extract, behaviour=behaviour)
+        for name in wanted:
+            for place, item in enumerate(group):
+                turn = Turn(made[name][place], played[name][place] if can[name][place] else None)
+                kept.put(table[name][item], turn)
+    turns = {name: [_there(kept, key) for key in table[name]] for name in names}
+    return Games(denoiser.name, step, jobs[0].timesteps, extractor, behaviour, turns)
+
+
+def _there(kept: Kept, key: str) -> Turn:
+    turn = kept.get(key)
+    assert turn is not None
+    return turn
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """What a turn is kept under: a map's method or, of another tool's, its values."""
+
+    denoiser: Denoiser
+    step: int
+    features: str
+    behaviour: str
+
+    def __call__(self, job: Job, method: Any, item: int) -> str:
+        if isinstance(method, Tensor):
+            made: dict[str, Any] = {"map": hashlib.sha256(method[item].numpy().tobytes()).hexdigest()}
+        else:
+            made = describe(method)
+            if not told_whole(method):  # a function's name does not say what it computes
+                made["unnamed"] = id(method)
+        item_told = item_key(self.denoiser, job, made)
+        return Kept.key(item=item_told, step=self.step, features=self.features, behaviour=self.behaviour)
+
+
+def faithfulness(found: Games, distance: str = "frechet-set", *, resamples: int = 200) -> Faithfulness:
+    """The areas under the mean curves of what was played.
+
+    Raises ValueError for a distance that is not known, too few items for it, and a curve that is the same everywhere.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance {distance!r} is not known: expected one of {', '.join(DISTANCES)}")
+    items = found.shared()
+    if not items or (distance == "frechet-set" and len(items) < FEWEST_IN_A_SET):
+        raise ValueError(
+            f"{len(items)} images with maps of all methods are too few for {distance}: expected at least "
+            f"{FEWEST_IN_A_SET if distance == 'frechet-set' else 1}"
+            + (", or take frechet-single" if items else f"; maps that rank no pixels: {found.left_out()}")
+        )
+    drawn = np.random.default_rng(0).integers(len(items), size=(resamples if len(items) > 1 else 0, len(items)))
+    whole = np.arange(len(items))
+    curves = {}
+    for name, turns in found.turns.items():
+        of_sample = _mean_curves([turns[i] for i in items], distance)
+        curves[name] = np.stack([of_sample(rows) for rows in (whole, *drawn)])
+    areas = {name: _areas(values, name) for name, values in curves.items()}
+    return Faithfulness(
+        model=found.model,
+        step=found.step,
+        timestep=int(found.timesteps[found.step]),
+        num_steps=len(found.timesteps),
+        distance=distance,
+        features="none" if distance == "mse" else found.features,
+        behaviour=found.behaviour,
+        num_items=len(items),
+        left_out=found.left_out(),
+        methods={
+            name: {
+                game: Score(
+                    auc=_interval(areas[name][:, g], len(items)),
+                    raw=_interval(_area(values[:, g]), len(items)),
+                    curve=_band(normalised(values[:, g])),
+                    better_than_random=_share_better(areas, name, g),
+                )
+                for g, game in enumerate(GAMES)
+            }
+            for name, values in curves.items()
+        },
+    )
+
+
+def _mean_curves(
+    turns: Sequence[Turn], distance: str
+) -> Callable[[Float[ndarray, " rows"]], Float[ndarray, "games points"]]:
+    """The curves of any sample of items: of the sets, or the means of each one's."""
+    played = [turn.played for turn in turns if turn.played is not None]
+    if distance == "frechet-set":
+        features = torch.stack([one.features for one in played]).double()
+
+        def of_sets(rows: Any) -> ndarray:
+            sample = features[torch.from_numpy(rows)]
+            return frechet_set(sample.permute(1, 2, 0, 3), sample[:, 0, 0]).numpy()
+
+        return of_sets
+    each = item_curves(turns, distance)
+    return lambda rows: each[rows].mean(0)
+
+
+def item_curves(turns: Sequence[Turn], distance: str) -> Float[ndarray, "items games points"]:
+    """Every image's own curves, by a distance between two images."""
+    played = [turn.played for turn in turns if turn.played is not None]
+    if distance == "mse":
+        return torch.stack([one.mse for one in played]).double().numpy()
+    features = torch.stack([one.features for one in played])
+    return OF_FEATURES[distance](features, features[:, :1, :1].expand_as(features)).numpy()
+
+
+def normalised(curves: Float[ndarray, "*n points"]) -> Float[ndarray, "*n points"]:
+    """Min–max of each curve, NaN for one that is the same everywhere."""
+    low, high = curves.min(-1, keepdims=True), curves.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return np.where(high > low, (curves - low) / (high - low), np.nan)
+
+
+def _area(curves: Float[ndarray, "*n points"]) -> Float[ndarray, "*n"]:
+    """Under each curve over [0, 1], by trapezoids."""
+    return np.trapezoid(curves, dx=1 / (curves.shape[-1] - 1), axis=-1)
+
+
+def _areas(curves: Float[ndarray, "samples games points"], name: str) -> Float[ndarray, "samples games"]:
+    areas = _area(normalised(curves))
+    for g, game in enumerate(GAMES):
+        if not np.isfinite(areas[0, g]):
+            raise ValueError(
+                f"the {game} curve of {name} is the same everywhere, so that there is no area under it: the step's "
+                "result does not depend on its latent, or the features do not tell images apart"
+            )
+    return areas
+
+
+def _interval(values: Float[ndarray, " samples"], count: int) -> Interval:
+    """The figure of all items, which is first, with the 95 % interval of those of resamples."""
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5]) if len(values) > 1 else values[[0, 0]]
+    return Interval(float(values[0]), float(low), float(high), count)
+
+
+def _band(curves: Float[ndarray, "samples points"]) -> Band:
+    low, high = np.nanpercentile(curves[1:], [2.5, 97.5], axis=0) if len(curves) > 1 else curves[[0, 0]]
+    return curves[0].tolist(), low.tolist(), high.tolist()
+
+
+def _share_better(areas: Mapping[str, Float[ndarray, "samples games"]], name: str, game: int) -> float | None:
+    if name == "random" or "random" not in areas or len(areas[name]) < 2:
+        return None
+    ours, random = areas[name][1:, game], areas["random"][1:, game]
+    return float((ours > random if GAMES[game] == "deletion" else ours < random).mean())
+
+
+def faithfulness_table(found: Faithfulness) -> Iterator[str]:
+    """The table in Markdown, the paper's figures beside it where it has them."""
+    yield "| | deletion ↑ | insertion ↓ | better than random | unnormalised | the paper's deletion, insertion |"
+    yield "|---|---|---|---|---|---|"
+    for name, by_game in found.methods.items():
+        deletion, insertion = (by_game[game] for game in GAMES)
+        shares = [score.better_than_random for score in (deletion, insertion)]
+        better = "–" if None in shares else ", ".join(f"{share:.0%}" for share in shares)
+        raw = f"{deletion.raw.mean:.4g}, {insertion.raw.mean:.4g}"
+        paper = f"{PAPER[name][0]:.4f}, {PAPER[name][1]:.4f}" if name in PAPER else "–"
+        yield f"| {name} | {deletion.auc:.4f} | {insertion.auc:.4f} | {better} | {raw} | {paper} |"
+    yield ""
+    yield (
+        f"{found.num_items} images, step {found.step + 1} of {found.num_steps} (t = {found.timestep}), distance "
+        f"{found.distance}"
+        + (f" on features of {found.features}" if found.features != "none" else "")
+        + (f"; {found.behaviour} behaviour" if found.behaviour != "paper" else "")
+        + ". The distance rises: deletion is better high, insertion better low."
+    )
+    if found.left_out:
+        told = ", ".join(f"{count} by {name}" for name, count in found.left_out.items())
+        yield f"Left out of every method, for maps that rank no pixels: {told}."

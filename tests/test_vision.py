@@ -1,0 +1,424 @@
+"""Feature extractors against transformers' own image processors and models, and Inception-v3 against torchvision's."""
+
+import inspect
+import json
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from dfengine.models import inception, vision
+from dfengine.models.loading import quiet
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+#: PIL rounds to 8 bits after each of its two passes, the second of which can make the first's half a level larger.
+LEVELS = 1.2 / 255
+#: The same network twice, in float32 and in another order.
+NETWORK = {"rtol": 1e-5, "atol": 1e-5}
+
+PROCESSORS = {
+    # A side as one number: CLIP's class takes it for the shorter, ViT's for both.
+    "clip": {"image_processor_type": "CLIPImageProcessor", "size": 24, "crop_size": 20, "resample": 3},
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": 20, "resample": 2},
+    "dinov2": {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 23},
+        "crop_size": {"height": 20, "width": 18},
+        "resample": 3,
+    },
+    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": {"height": 20, "width": 28}, "resample": 2},
+    "not resized": {"image_processor_type": "CLIPImageProcessor", "do_resize": False, "crop_size": 20},
+    "not cropped": {"image_processor_type": "CLIPImageProcessor", "size": 24, "do_center_crop": False, "resample": 2},
+    "not normalised": {"image_processor_type": "ViTImageProcessor", "size": 20, "do_normalize": False},
+    "not rescaled": {"image_processor_type": "ViTImageProcessor", "size": 20, "do_rescale": False},
+}
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SEES = {**TINY, "image_size": 20, "patch_size": 10}
+
+
+def pictures(n: int, height: int, width: int) -> Tensor:
+    """uint8 [n, 3, height, width] noise, so far from black and white that a bicubic filter stays between them."""
+    return torch.randint(64, 192, (n, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def write(folder: Path, model: Any, processor: str = "vit", **settings: Any) -> Path:
+    """A folder as save_pretrained makes it, of a random model and an image processor."""
+    with quiet():
+        model.save_pretrained(folder)
+    known = {"image_mean": MEAN, "image_std": STD, **PROCESSORS[processor], **settings}
+    (folder / "preprocessor_config.json").write_text(json.dumps(known))
+    return folder
+
+
+def make(kind: str, config: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(config).eval()
+        for parameter in model.parameters():  # many of the biases would be zeros, and embeddings
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Path:
+    return write(tmp_path / "tiny-vit", make("ViTModel", transformers.ViTConfig(**SEES)))
+
+
+@pytest.mark.parametrize("size", [(37, 53), (61, 21), (20, 20), (21, 30)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_prepared_as_the_processor_prepares_them(name: str, size: tuple[int, int], vit: Path) -> None:
+    folder = write(vit, make("ViTModel", transformers.ViTConfig(**SEES)), name)
+    images = pictures(2, *size)
+    with quiet():
+        processor = transformers.AutoImageProcessor.from_pretrained(str(folder))
+    expected = processor(list(images), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    std = torch.tensor([1.0]) if name == "not normalised" else torch.tensor(STD)
+    unit = (1 / 255 if name == "not rescaled" else 1.0) * std.view(-1, 1, 1)
+    assert_close(vision._preparation(folder)(images / 255) * unit, expected.float() * unit, atol=LEVELS, rtol=0.0)
+
+
+def test_a_preparation_by_hand() -> None:
+    image = torch.arange(48.0).view(1, 3, 4, 4) / 48
+    prepare = vision.Preparation(None, "bilinear", True, (2, 1), (0.25, 0.5, 0.5), (0.5, 0.25, 1.0))
+    # Rows 1 and 2, column 1 of 0 to 3.
+    by_hand = [[5, 9], [21, 25], [37, 41]]
+    shown = [
+        [(value / 48 - m) / s for value in row]
+        for row, m, s in zip(by_hand, (0.25, 0.5, 0.5), (0.5, 0.25, 1.0), strict=True)
+    ]
+    assert_close(prepare(image), torch.tensor(shown).view(1, 3, 2, 1))
+
+
+def test_a_bicubic_overshoot_is_clamped() -> None:
+    step = torch.zeros(1, 3, 8, 8)
+    step[..., 4:] = 1
+    prepare = vision.Preparation(24, "bicubic", True, None, (0.0,) * 3, (1.0,) * 3)
+    assert F.interpolate(step, 24, mode="bicubic", antialias=True).max() > 1.02
+    assert prepare(step).min() == 0
+    assert prepare(step).max() == 1
+
+
+def test_an_image_smaller_than_the_crop_is_refused() -> None:
+    prepare = vision.Preparation(None, "bilinear", True, (8, 8), (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(ValueError, match=r"images of 9×7 pixels are smaller than the 8×8"):
+        prepare(torch.zeros(1, 3, 9, 7))
+
+
+def clip() -> Any:
+    text = {**TINY, "vocab_size": 50, "max_position_embeddings": 8}
+    return make("CLIPModel", transformers.CLIPConfig(text_config=text, vision_config=SEES, projection_dim=12))
+
+
+def clip_vision(**settings: Any) -> Any:
+    return transformers.CLIPVisionConfig(**SEES, **settings)
+
+
+MODELS = {
+    "vit pooler_output": lambda: make("ViTModel", transformers.ViTConfig(**SEES)),
+    "dinov2 pooler_output": lambda: make("Dinov2Model", transformers.Dinov2Config(**SEES)),
+    "clip_vision_model image_embeds": lambda: make("CLIPVisionModelWithProjection", clip_vision(projection_dim=12)),
+    "clip_vision_model pooler_output": lambda: make("CLIPVisionModel", clip_vision()),
+    # [n, d, 1, 1]
+    "resnet pooler_output": lambda: make(
+        "ResNetModel", transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_are_what_the_model_gives(name: str, tmp_path: Path) -> None:
+    kind, output = name.split()
+    model = MODELS[name]()
+    extractor = vision.load_features(write(tmp_path / "tiny", model))
+    assert extractor.name == f"{kind} ({output}) tiny"
+    images = pictures(3, 37, 53) / 255
+    with torch.no_grad():
+        expected = model(pixel_values=extractor.prepare(images))[output].flatten(1)
+    features = extractor(images)
+    assert features.shape == (3, 12 if output == "image_embeds" else 16)
+    assert_close(features, expected, **NETWORK)
+    assert_close(extractor(images[1:2]), features[1:2], **NETWORK)
+
+
+def test_a_whole_clip_gives_its_image_features(tmp_path: Path) -> None:
+    model = clip()
+    extractor = vision.load_features(write(tmp_path / "tiny", model, "clip"))
+    images = pictures(2, 37, 53) / 255
+    with torch.no_grad():
+        tower = model.vision_model(pixel_values=extractor.prepare(images)).pooler_output
+    assert extractor.name == "clip_vision_model (image_embeds) tiny"
+    assert_close(extractor(images), tower @ model.visual_projection.weight.detach().T, **NETWORK)
+
+
+def test_a_pooler_without_weights_is_not_used(tmp_path: Path) -> None:
+    model = make("ViTForImageClassification", transformers.ViTConfig(**SEES))
+    extractor = vision.load_features(write(tmp_path / "tiny", model))
+    images = pictures(2, 20, 20) / 255
+    with torch.no_grad():
+        hidden = model.vit(pixel_values=extractor.prepare(images)).last_hidden_state
+    assert extractor.name == "vit (last_hidden_state) tiny"
+    assert_close(extractor(images), (hidden[:, 0] + hidden[:, 1:].sum(dim=1)) / 5, **NETWORK)  # 2×2 patches and a class
+
+
+def test_hidden_states_on_a_grid_are_averaged_over_it(tmp_path: Path) -> None:
+    config = transformers.PoolFormerConfig(hidden_sizes=[4, 8, 8, 16], depths=[1, 1, 1, 1])
+    model = make("PoolFormerModel", config)
+    extractor = vision.load_features(write(tmp_path / "tiny", model, size={"height": 64, "width": 64}))
+    images = pictures(2, 20, 20) / 255
+    with torch.no_grad():
+        hidden = model(pixel_values=extractor.prepare(images)).last_hidden_state
+    assert hidden.shape == (2, 16, 2, 2)
+    by_hand = (hidden[..., 0, 0] + hidden[..., 0, 1] + hidden[..., 1, 0] + hidden[..., 1, 1]) / 4
+    assert_close(extractor(images), by_hand, **NETWORK)
+
+
+def test_features_are_float32_without_a_gradient_whatever_the_dtype(vit: Path) -> None:
+    images = (pictures(2, 37, 53) / 255).requires_grad_()
+    whole, half = vision.load_features(vit), vision.load_features(str(vit), dtype=torch.bfloat16)
+    assert next(half.network.args[0].parameters()).dtype == torch.bfloat16
+    for features in (whole(images), half(images), whole(images.half())):
+        assert features.dtype == torch.float32
+        assert not features.requires_grad
+    assert_close(half(images), whole(images), atol=0.05, rtol=0.0)  # bfloat16 has 8 bits, of values below 1
+    assert not torch.equal(half(images), whole(images))
+
+
+def test_nothing_is_asked_of_a_network(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **_: asked.append(host))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    vision.load_features(vit)
+    assert asked == []
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), pictures(1, 8, 8)])
+def test_what_is_no_batch_of_images_is_refused(images: Tensor, vit: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected floats in \[0, 1\] of shape \[n, 3, height, width\]"):
+        inspect.unwrap(vision.Extractor.__call__)(vision.load_features(vit), images)
+
+
+def test_what_is_no_feature_extractor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no feature extractor at '.*nowhere': expected the folder of a transformers"):
+        vision.load_features(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"a folder without config\.json: expected a transformers vision model"):
+        vision.load_features(tmp_path)
+    config = transformers.BertConfig(**TINY, vocab_size=50)
+    with pytest.raises(ValueError, match="model of type 'bert', which does not turn images alone into features"):
+        vision.load_features(write(tmp_path / "text", make("BertModel", config)))
+    config = transformers.ViTMAEConfig(**{**SEES, "patch_size": 2})
+    with pytest.raises(ValueError, match=r"its last_hidden_state of one picture .* differs from row to row"):
+        vision.load_features(write(tmp_path / "masked", make("ViTMAEModel", config)))
+
+
+def test_a_folder_without_its_processor_is_refused(vit: Path) -> None:
+    (vit / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json, which says how images are shown"):
+        vision.load_features(vit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"image_processor_type": "ConvNextImageProcessor"},
+            "is ConvNextImageProcessor, which may do more .* ViTImage",
+        ),
+        ({"do_pad": True}, "is ViTImageProcessor with do_pad, which may do more"),
+        ({"resample": 1}, r"has resample .*1.*: expected 2 \(bilinear\) or 3 \(bicubic\)"),
+        ({"resample": None}, "has resample None: expected 2"),
+        ({"size": {"longest_edge": 20}}, r"has size {'longest_edge': 20}: expected height and width"),
+        (
+            {"do_center_crop": True, "crop_size": {"shortest_edge": 20}},
+            r"has crop_size {'shortest_edge': 20}: expected",
+        ),
+        ({"image_processor_type": "NoSuchProcessor"}, "could not be read: "),
+        ({"size": 30}, r"could not be run: .*size"),
+        ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, r"could not be run: "),
+    ],
+)
+def test_an_unusual_preparation_is_refused(settings: dict[str, Any], message: str, vit: Path) -> None:
+    file = vit / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(ValueError, match=message):
+        vision.load_features(vit)
+
+
+def test_a_model_without_all_its_weights_is_refused(vit: Path) -> None:
+    file = vit / "model.safetensors"
+    weights = load_file(file)
+    gone = next(name for name in weights if name.endswith("layernorm_before.weight"))
+    save_file({name: value for name, value in weights.items() if name != gone}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no fitting weights for .*layernorm_before\.weight of ViTModel"):
+        vision.load_features(vit)
+    save_file({name: value[:-1] if name == gone else value for name, value in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no fitting weights for .*layernorm_before\.weight of ViTModel"):
+        vision.load_features(vit)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"the vision model in '.*' could not be loaded"):
+        vision.load_features(vit)
+
+
+#: What torchvision 0.29.1's inception_v3 makes of `scene` with `numbers` for weights, in float64: features 0, 1000 and
+#: 2047, mean and standard deviation. For "fid" its pools are exchanged, and the image resized, as pytorch-fid does it.
+TORCHVISION = {
+    "torchvision": [51.334700, 0.843064, 0.783174, 19.180301, 27.006818],
+    "fid": [58.958020, 0.545564, 1.190522, 23.415952, 33.032525],
+}
+#: Channels and side of each block's map of 299×299 pixels, as torchvision's source notes them.
+MAPS = {**dict.fromkeys(("5c", "5d"), (288, 35)), **dict.fromkeys(("6a", "6b", "6c", "6d", "6e"), (768, 17))}
+MAPS |= {"5b": (256, 35), "7a": (1280, 8), "7b": (2048, 8), "7c": (2048, 8)}
+
+
+def numbers() -> dict[str, Tensor]:
+    """Weights of noise that is the same everywhere: squares modulo a prime; float16, an output's variance near 1."""
+    with torch.device("meta"):
+        shapes = inception.Inception("fid").state_dict()
+    weights = {}
+    for place, (name, value) in enumerate(shapes.items()):
+        count = torch.arange(value.numel())
+        noise = (((count * count + place) * 7919 % 10007) / 10007 - 0.5).view(value.shape)  # of variance 1/12
+        if value.ndim == 4:
+            noise = noise * (24 / value[0].numel()) ** 0.5
+        elif name.endswith(("bn.weight", "running_var")):
+            noise = noise + 1
+        weights[name] = noise.half() if value.ndim else torch.tensor(0)
+    return weights
+
+
+def scene() -> Tensor:
+    """An image of 420×360 pixels in [0, 1], fine enough that resizing with and without antialiasing differ."""
+    y, x = torch.meshgrid(torch.arange(420), torch.arange(360), indexing="ij")
+    return torch.stack([(x * x + k * y * y + x * y) % 97 / 96 for k in (1, 2, 3)])[None]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A weights file of each variant, with a classifier, and an auxiliary one in torchvision's."""
+    weights = numbers()
+    folder = tmp_path_factory.mktemp("inception")
+    named = {"torchvision": folder / "inception_v3_google-0.pth", "fid": folder / "pt_inception.safetensors"}
+    extra = {
+        "fc.weight": torch.zeros(1000, 2048),
+        "fc.bias": torch.zeros(1000),
+        "AuxLogits.conv0.bn.bias": weights["Conv2d_1a_3x3.bn.bias"],
+    }
+    torch.save({**weights, **extra}, named["torchvision"])
+    save_file({**weights, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, named["fid"])
+    yield named
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("variant", ["torchvision", "fid"])
+def test_inception_gives_the_features_that_torchvision_gives(variant: str, files: dict[str, Path]) -> None:
+    extractor = vision.load_features(files[variant])
+    label = {"torchvision": "torchvision", "fid": "FID"}[variant]
+    assert extractor.name == f"inception-v3 ({label}) {files[variant].name}"
+    assert not any(parameter.requires_grad for parameter in extractor.network.parameters())
+    features = extractor(scene())
+    assert features.shape == (1, 2048)
+    found = [*features[0, [0, 1000, 2047]], features.mean(), features.std()]
+    assert_close(torch.stack(found), torch.tensor(TORCHVISION[variant]), **NETWORK)
+
+
+def test_inception_has_the_parameters_that_torchvision_publishes() -> None:
+    with torch.device("meta"):
+        network = inception.Inception("torchvision")
+    auxiliary = 768 * 128 + 2 * 128 + 128 * 768 * 25 + 2 * 768 + 768 * 1000 + 1000
+    classifier = 2048 * 1000 + 1000
+    assert sum(p.numel() for p in network.parameters()) == 27_161_264 - auxiliary - classifier
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in network.modules()) == 94
+    assert {module.eps for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.001}
+
+
+def test_inceptions_maps_have_the_published_sizes() -> None:
+    found = {}
+    with torch.device("meta"):
+        network = inception.Inception("torchvision")
+        for name, block in network.named_children():
+            block.register_forward_hook(lambda _, __, y, name=name: found.update({name: (*y.shape[1:],)}))
+        assert network(torch.zeros(2, 3, 299, 299)).shape == (2, 2048)
+    assert {name[-2:]: shape for name, shape in found.items() if name.startswith("Mixed")} == {
+        name: (channels, side, side) for name, (channels, side) in MAPS.items()
+    }
+    assert found["Conv2d_2b_3x3"] == (64, 147, 147)
+    assert found["Conv2d_4a_3x3"] == (192, 71, 71)
+
+
+def test_the_pools_by_hand() -> None:
+    corner = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 8.0, 0.0], [0.0, 0.0, -4.0]])[None, None]
+    alone = -torch.ones(1, 1, 1, 1)
+    shown = {name: (pool(corner)[0, 0, 0, 0], pool(alone)) for name, pool in inception.POOLS.items() if name != "halve"}
+    # 1 − 2 − 3 + 8 = 4 over 9 or 4 places; a place alone among zeros, among nothing, and its maximum.
+    assert shown == {"padded average": (torch.tensor(4 / 9), -1 / 9), "average": (1, -1), "maximum": (8, -1)}
+    assert inception.POOLS["halve"](torch.arange(25.0).view(1, 1, 5, 5)).flatten().tolist() == [12, 14, 22, 24]
+
+
+def test_the_fid_variant_differs_in_its_pools() -> None:
+    with torch.device("meta"):
+        networks = {variant: inception.Inception(variant) for variant in ("torchvision", "fid")}
+    names = {id(pool): name for name, pool in inception.POOLS.items()}
+    found = {
+        variant: {key[-2:]: names[id(block.pool)] for key, block in network.named_children() if key[:5] == "Mixed"}
+        for variant, network in networks.items()
+    }
+    halving = {"6a": "halve", "7a": "halve"}
+    assert found["torchvision"] == {**dict.fromkeys(MAPS, "padded average"), **halving}
+    assert found["fid"] == {**dict.fromkeys(MAPS, "average"), **halving, "7c": "maximum"}
+    with pytest.raises(ValueError, match="variant 'tf' is not known: expected one of torchvision, fid"):
+        inception.Inception("tf")
+
+
+def test_how_inception_is_shown_images(files: dict[str, Path]) -> None:
+    # Four times 299: without antialiasing only the middle 2×2 of each 4×4 pixels count.
+    images = torch.rand(1, 3, 1196, 1196, generator=torch.Generator().manual_seed(0))
+    middle = (images[..., 1::4, 1::4] + images[..., 1::4, 2::4] + images[..., 2::4, 1::4] + images[..., 2::4, 2::4]) / 4
+    assert_close(vision.load_features(files["fid"]).prepare(images), 2 * middle - 1, rtol=0.0, atol=1e-6)
+    # With it, a triangle eight pixels wide.
+    ramp = torch.tensor([1.0, 3.0, 5.0, 7.0, 7.0, 5.0, 3.0, 1.0]) / 32
+    rows = F.conv2d(images[..., 2:, 2:].transpose(0, 1), ramp.outer(ramp)[None, None], stride=4).transpose(0, 1)
+    shown = vision.load_features(files["torchvision"]).prepare(images)
+    assert_close(shown[..., 1:-1, 1:-1], 2 * rows - 1, rtol=0.0, atol=1e-6)
+
+
+def saved(folder: Path, found: Any, name: str = "weights.pth") -> Path:
+    torch.save(found, folder / name)
+    return folder / name
+
+
+def test_a_file_of_anything_else_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    whole = load_file(files["fid"])
+    few = {"fc.weight": torch.zeros(1000, 2048), "conv1.weight": torch.zeros(1)}
+    cases = {
+        "has a classifier of 10 classes: expected the weights of Inception-v3": {"fc.weight": torch.zeros(10, 2048)},
+        r"has 6 tensors \(a, b, c, d, …\) and no fc\.weight: expected": dict.fromkeys("abcdef", torch.zeros(1)),
+        "has 0 tensors": {},
+        "has 1000 classes and is not Inception-v3 under torchvision's names: .*Missing key": few,
+        "has 1008 classes and is not Inception-v3 .*Unexpected key.*extra": {**whole, "extra": torch.zeros(1)},
+        "holds a dict of epoch, state_dict: expected a state dict": {"epoch": 1, "state_dict": few},
+        "holds a list: expected a state dict": [torch.zeros(1)],
+        "could not be read as a file of weights alone": torch.nn.Linear(1, 1),
+    }
+    for message, found in cases.items():
+        with pytest.raises(ValueError, match=message):
+            vision.load_features(saved(tmp_path, found))
+    with pytest.raises(ValueError, match=r"is not a weights file: expected one that ends in \.pth, \.pt or \.safe"):
+        vision.load_features(saved(tmp_path, {}, "weights.bin"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, in which such weights are still about
+        torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)).save(tmp_path / "script.pt")
+    with pytest.raises(ValueError, match=r"could not be read as a file of weights alone.*TorchScript"):
+        vision.load_features(tmp_path / "script.pt")
+    (tmp_path / "cut.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match="could not be read as a file of weights alone"):
+        vision.load_features(tmp_path / "cut.safetensors")

@@ -1,0 +1,402 @@
+"""What the released code does otherwise than the paper, each departure against a slow peer or a value by hand."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import dfkernels
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from analytic import Analytic
+from reduced import PROMPT
+from scipy import ndimage
+from tolerance import tolerance
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from dfengine import Engine, Rise
+from dfengine.denoiser import Condition, Denoiser, Layer
+from dfengine.explain import Explainer, describe, rebuild, xdiffusion
+from dfengine.explain.cam import combine
+from dfengine.explain.settings import EXPLAINERS
+from dfengine.explain.xdiffusion import ReleasedCam, ReleasedRise, released_similarity, zero_padded_mean
+from dfengine.models import load
+from dfengine.trajectory import Job, Trajectory, to_bytes, trajectories
+
+SHAPE = (6, 5)
+GUIDANCE = 3.5
+TIMESTEPS = (800, 310, 45)
+#: Scores from float32 statistics, of which N are added up.
+SUMS = {"rtol": 1e-4, "atol": 1e-2}
+#: As in test_cam.py, of the largest value of a map.
+CLOSE = {"rtol": 1e-3, "atol": 5e-4}
+CAPTION = "a red circle above a blue square on a gray background"
+
+
+def answer(x_t: Tensor, number: Tensor) -> Tensor:
+    """Unlike for the prompt "1" and for the negative one, 0, and unlike x_t."""
+    number = number[:, None, None, None]
+    return torch.tanh(x_t.roll(1, 2) + (0.3 + number) * x_t.roll(1, 3)) * (x_t + 0.4 * number)
+
+
+def path_of(denoiser: Analytic, guidance: float = GUIDANCE, seed: int = 0, count: int = 3) -> Trajectory:
+    """Three steps through latents that no sampling visits, so that x_next is not the latent of the next step."""
+    latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(seed))[:count]
+    path = denoiser.trajectory(latents, seed=seed, guidance=guidance)
+    return dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=TIMESTEPS[:count]))
+
+
+def maps_of(explainer: Explainer, denoiser: Denoiser, *paths: Trajectory) -> dict[tuple[int, int], Tensor]:
+    return {(made.item, made.step): made.saliency for made in explainer.explain(denoiser, paths)}
+
+
+# The similarity ------------------------------------------------------------------------------------------------------
+
+
+def blur(x: np.ndarray) -> np.ndarray:
+    """15 × 15, σ 1.5, over [..., h, w]: zeros outside, and the weights not made to sum to 1 there."""
+    return ndimage.gaussian_filter(x, 1.5, mode="constant", cval=0.0, radius=7, axes=(-2, -1))
+
+
+def structure(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    c3 = 0.03**2 / 2
+    mean_a, mean_b = blur(a), blur(b)
+    sigma_a, sigma_b = (np.sqrt(blur(x * x) - mean**2) for x, mean in ((a, mean_a), (b, mean_b)))
+    return ((2 * (blur(a * b) - mean_a * mean_b) + c3) / (sigma_a * sigma_b + c3)).mean(-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 6, 5), (1, 2, 31, 17), (3, 1, 4, 40)])
+def test_the_window_is_of_fifteen_pixels_and_zero_outside(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) + 2 for _ in range(2))
+    assert_close(zero_padded_mean(a), torch.from_numpy(blur(a.numpy())), **tolerance("blur_float64"))
+    expected = torch.from_numpy(structure(a.numpy(), b.numpy()))
+    assert_close(released_similarity(a, b), expected, **tolerance("similarity_float64"))
+
+
+def test_a_latent_is_nearly_two_like_itself_and_its_offset_counts() -> None:
+    """(2σ² + C₃) / (σ² + C₃) of one pixel by hand: of the zeros outside, a constant has a variance too."""
+    single = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
+    weight = 1 / sum(np.exp(-0.5 * (k / 1.5) ** 2) for k in range(-7, 8)) ** 2
+    variance, c3 = 9 * weight - (3 * weight) ** 2, 0.00045
+    assert float(released_similarity(single, single)) == pytest.approx((2 * variance + c3) / (variance + c3))
+
+
+def test_contrast_is_structure_and_cosine_is_over_channels() -> None:
+    a, b = torch.randn(2, 4, 3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(released_similarity(a, b, "contrast"), released_similarity(a, b, "structure"))
+    expected = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+    assert_close(released_similarity(a, b, "cosine"), expected, **tolerance("similarity"))
+
+
+@pytest.mark.parametrize(
+    ("square_a", "square_b", "expected"),
+    [(1.25, 4.25, (2 * 0.1 + 0.00045) / 0.25045), (1 - 1e-6, 4.25, np.nan), (1.25, 3.9, np.nan), (0.5, 3.5, np.nan)],
+)
+def test_a_variance_below_zero_is_not_a_number(
+    monkeypatch: pytest.MonkeyPatch, square_a: float, square_b: float, expected: float
+) -> None:
+    """E[a] = 1, E[b] = 2, E[ab] = 2.1: also where both variances are negative, whose product has a root."""
+    moments = torch.tensor([1.0, 2.0, square_a, square_b, 2.1]).reshape(5, 1, 1, 1, 1)
+    monkeypatch.setattr(xdiffusion, "zero_padded_mean", lambda x: moments)
+    (score,) = released_similarity(*torch.zeros(2, 1, 1, 1, 1)).flatten()
+    assert float(score) == pytest.approx(expected, nan_ok=True, rel=1e-4)
+
+
+def test_rounding_of_a_constant_prediction_leaves_no_number() -> None:
+    """Whatever is masked, ε is the same everywhere, a thousand different numbers: some variances fall below 0."""
+
+    def constant(x_t: Tensor, _: Tensor) -> Tensor:
+        return 1 + x_t.mean((1, 2, 3), keepdim=True).expand_as(x_t).contiguous()
+
+    denoiser = Analytic(constant, (1, 20, 18), batch_size=64)
+    with pytest.warns(UserWarning, match="not finite"):
+        (saliency,) = maps_of(ReleasedRise(200), denoiser, path_of(denoiser, count=1)).values()
+    # Also of what the masks with such a score hide: 0 · NaN is NaN. Towards the border zeros make up a variance.
+    assert saliency[8:12, 8:10].isnan().all()
+    assert saliency[0].isfinite().all()
+
+
+# DF-RISE -------------------------------------------------------------------------------------------------------------
+
+
+def ddim(denoiser: Analytic, x: Tensor, epsilon: Tensor, step: int) -> Tensor:
+    """x_next by Eq. 4, after the last step ᾱ = 1."""
+    alpha_bar = denoiser.schedule.alpha_bar
+    now, after = (float(alpha_bar[t]) if t >= 0 else 1.0 for t in (*TIMESTEPS, -1)[step : step + 2])
+    x0 = (x - (1 - now) ** 0.5 * epsilon) / now**0.5
+    return after**0.5 * x0 + (1 - after) ** 0.5 * epsilon
+
+
+def slow(denoiser: Analytic, path: Trajectory, step: int, num_masks: int) -> tuple[Tensor, Tensor]:
+    """The map and each mask's mean score, a mask at a time."""
+
+    def guided(x: Tensor) -> Tensor:
+        without, given = (answer(x[None], torch.tensor([number]))[0] for number in (0.0, 1.0))
+        return without + path.job.guidance * (given - without)
+
+    latent = path.latents[step].double()
+    b = ddim(denoiser, latent, guided(latent), step)
+    total, means = torch.zeros(latent.shape[1:], dtype=torch.float64), []
+    for mask in dfkernels.masks(path.job.mask_seed, step, 0, num_masks, tuple(latent.shape[1:])):
+        score = torch.from_numpy(structure(guided(latent * mask).numpy(), b.numpy()))
+        total += mask * score
+        means.append(score.mean())
+    return total.float(), torch.stack(means).float()
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 1000])
+@pytest.mark.parametrize("shape", [(2, 6, 5), (1, 9, 16)])
+def test_df_rise_is_what_a_mask_at_a_time_makes(batch_size: int, shape: tuple[int, int, int]) -> None:
+    denoiser = Analytic(answer, shape, batch_size)
+    paths = [path_of(denoiser), path_of(denoiser, guidance=-1.0, seed=5)]
+    made = list(ReleasedRise(21).explain(denoiser, paths))
+    assert [(one.item, one.step) for one in made] == [(i, k) for i in range(2) for k in range(3)]
+    for one in made:
+        saliency, scores = slow(denoiser, paths[one.item], one.step, 21)
+        assert_close(one.saliency, saliency, **SUMS)
+        assert_close(one.scores, scores, **SUMS)
+        assert one.method == "rise"
+        assert one.error is not None
+        assert one.error.isfinite().all()
+
+
+def test_b_is_what_the_sampler_went_on_with(tiny: Denoiser) -> None:
+    """To the next latent of a generation of any spacing, and at its end to what the image is decoded from."""
+    job = Job(CAPTION, TIMESTEPS, guidance=4.0, negative_prompt="a pink star on a black background")
+    (path,) = trajectories(tiny, [job])
+    with torch.no_grad():
+        masking = xdiffusion._ReleasedMasking(ReleasedRise(2).settings, tiny, [path], [(0, 0), (0, 1), (0, 2)], ())
+        assert_close(masking.references[:2], path.latents[1:], rtol=1e-4, atol=1e-4)
+        image = to_bytes(tiny.decode(masking.references[2:3]))[0]
+    assert (image.int() - path.image.int()).abs().max() <= 1
+
+
+def test_some_steps_are_those_among_all_and_what_is_done_is_left_out() -> None:
+    denoiser = Analytic(answer, batch_size=9)
+    path = path_of(denoiser)
+    for explainer in (ReleasedRise(9), ReleasedRise(9, "cosine", "other")):
+        whole = maps_of(explainer, denoiser, path)
+        some = maps_of(explainer, denoiser, dataclasses.replace(path, steps=(0, 2)))
+        made = list(explainer.explain(denoiser, [path], done={(0, 1)}))
+        rest = {one.step: one.saliency for one in made}
+        assert {one.method for one in made} == {explainer.name}
+        assert list(some) == [(0, 0), (0, 2)]
+        assert list(rest) == [0, 2]
+        for (_, step), saliency in some.items():
+            assert_close(saliency, whole[0, step], **SUMS)
+            assert torch.equal(rest[step], whole[0, step])
+        assert list(explainer.explain(denoiser, [path], done=set(whole))) == []
+
+
+def test_cosine_and_contrast_are_asked_for_by_name() -> None:
+    denoiser = Analytic(answer)
+    path = path_of(denoiser)
+    maps = {kind: maps_of(ReleasedRise(9, kind), denoiser, path)[0, 1] for kind in xdiffusion.SIMILARITIES}
+    assert torch.equal(maps["contrast"], maps["structure"])
+    assert (maps["cosine"] - maps["structure"]).abs().max() > 0.1
+    assert maps["cosine"].abs().max() <= 9
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_padding_adds_nothing_whatever_the_network_makes_of_it(count: int) -> None:
+    """Ten masks a step in batches of 8: the last entries are zeros, of which this denoiser makes NaN."""
+
+    def poisoned(x_t: Tensor, number: Tensor) -> Tensor:
+        return torch.where((x_t == 0).all(-1).all(-1).all(-1)[:, None, None, None], torch.nan, answer(x_t, number))
+
+    denoiser, whole = Analytic(poisoned, batch_size=8), Analytic(answer, batch_size=10)
+    maps, expected = (maps_of(ReleasedRise(10), one, path_of(one, count=count)) for one in (denoiser, whole))
+    assert len(maps) == count
+    for row, saliency in maps.items():
+        assert_close(saliency, expected[row], **SUMS)
+
+
+@torch.no_grad()
+def test_no_batch_waits_for_the_device() -> None:
+    """On the meta device, whose tensors have no values to wait for."""
+    meta = torch.device("meta")
+    denoiser = Analytic(lambda x_t, number: x_t * number[:, None, None, None], batch_size=7)
+    denoiser.device = meta
+    told = Condition({"number": torch.zeros(1, device=meta)})
+    path = dataclasses.replace(
+        path_of(Analytic(answer)), latents=torch.zeros(3, 2, *SHAPE, device=meta), prompt=told, negative=told
+    )
+    masking = xdiffusion._ReleasedMasking(ReleasedRise(6).settings, denoiser, [path], [(0, 0), (0, 2)], ())
+    assert [row for rows in masking._round(range(2), 0, 6) for row in rows] == [0, 1]
+
+
+# DF-CAM --------------------------------------------------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """A = (1 + number) · (x_0, x_0 + x_1)."""
+
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
+        return (1 + number[:, None, None, None]) * torch.stack([x[:, 0], x[:, 0] + x[:, 1]], 1)
+
+
+class Halves(Analytic):
+    """ε = (2 + 3 · number) A¹ − A², of a feature map that is another in either half."""
+
+    def __init__(self) -> None:
+        super().__init__(self.told, shape=(2, 2, 2))
+        self.module = Told()
+        self.share = 1.0
+
+    def told(self, x_t: Tensor, number: Tensor) -> Tensor:
+        features = self.module(x_t, number)
+        weights = torch.stack([2 + 3 * number, -torch.ones_like(number)], 1)
+        return (weights[..., None, None] * features * self.share).to(self.dtype)
+
+    def layers(self) -> dict[str, Layer]:
+        return {"told": Layer(self.module, (2, 2, 2))}
+
+
+#: x_0 = (1, 2; 3, 4), x_1 = (0, 20; −20, 0).
+LATENT = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 20.0], [-20.0, 0.0]]]])
+
+
+def test_guidance_is_of_gradients_and_of_activations() -> None:
+    """
+    Number 0 for the negative prompt and 1 for the prompt, guidance w = 2:
+    A = A_n + 2 (A_p − A_n) = 3 (x_0, x_0 + x_1), G = (2, −1) + 2 (3, 0) = (8, −1),
+    L = ReLU(24 x_0 − 3 x_0 − 3 x_1); with w = 1 all of it is the prompt's: ReLU(10 x_0 − 2 x_0 − 2 x_1).
+    """
+    denoiser = Halves()
+    paths = [denoiser.trajectory(LATENT, guidance=guidance) for guidance in (2.0, 1.0)]
+    first, second = ReleasedCam(name="both").explain(denoiser, paths)
+    assert (first.method, first.item, second.item) == ("both", 0, 1)
+    assert_close(first.layers["told"], torch.tensor([[21.0, 0.0], [123.0, 84.0]]))
+    assert_close(second.layers["told"], torch.tensor([[8.0, 0.0], [64.0, 32.0]]))
+    assert_close(first.saliency, torch.tensor([[21.0, 0.0], [123.0, 84.0]]) / 123)
+    assert denoiser.batches == [4]
+
+
+def test_gradients_too_small_for_float16_are_scaled() -> None:
+    denoiser = Halves()
+    denoiser.dtype = torch.float16
+    denoiser.share = 2.0**-26
+    (made,) = ReleasedCam().explain(denoiser, [denoiser.trajectory(LATENT)])
+    assert_close(made.layers["told"] * 2.0**26, torch.tensor([[21.0, 0.0], [123.0, 84.0]]), rtol=1e-2, atol=0)
+
+
+def plain(denoiser: Denoiser, path: Trajectory, step: int, skipped: str) -> dict[str, Tensor]:
+    """The maps of one step by retain_grad on the feature maps of both halves in one batch."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            kept[name] = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+            kept[name].retain_grad()
+
+        return hook
+
+    chosen = {name: layer for name, layer in denoiser.layers().items() if name != skipped}
+    hooks = [layer.module.register_forward_hook(keep(name)) for name, layer in chosen.items()]
+    x = path.latents[[step, step]].clone().requires_grad_()
+    t = torch.tensor([path.job.timesteps[step]] * 2)
+    denoiser.predict(x, t, Condition.cat([path.negative, path.prompt])).sum().backward()
+    for hook in hooks:
+        hook.remove()
+
+    def guided(both: Tensor) -> Tensor:
+        return (1 - path.job.guidance) * both[0] + path.job.guidance * both[1]
+
+    found = {}
+    for name, feature in kept.items():
+        assert feature.grad is not None
+        found[name] = F.relu((guided(feature.grad).mean((1, 2), keepdim=True) * guided(feature)).sum(0)).detach()
+    return found
+
+
+@pytest.mark.parametrize(("name", "count"), [("shapes", 21), ("sd15", 43)])
+def test_all_layers_but_the_mid_blocks_attention(saved: Callable[[str], Path], name: str, count: int) -> None:
+    """Every layer of two steps of two prompts, from batches, against one sample and its own graph at a time."""
+    denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser if name == "shapes" else load(saved(name))
+    assert denoiser.schedule.prediction_type == "epsilon"
+    jobs = [Job(prompt, (700, 310), guidance=guidance) for prompt, guidance in ((PROMPT, 2.0), ("a tree", 7.5))]
+    if name == "shapes":
+        jobs = [dataclasses.replace(job, prompt=CAPTION, seed=seed) for seed, job in enumerate(jobs)]
+    paths: Sequence[Trajectory] = trajectories(denoiser, jobs)
+    made = list(ReleasedCam().explain(denoiser, paths))
+    assert [(one.item, one.step) for one in made] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for one in made:
+        expected = plain(denoiser, paths[one.item], one.step, "mid_block.attentions.0")
+        assert len(expected) == count
+        assert set(one.layers) == set(expected) == set(ReleasedCam().contents(denoiser, jobs[0]).layers)
+        for layer, values in expected.items():
+            scale = values.abs().max().clamp(min=1e-6)
+            assert_close(one.layers[layer] / scale, values / scale, msg=f"{layer} of {name}", **CLOSE)
+        combined = combine({layer: values[None] for layer, values in one.layers.items()}, denoiser.latent_shape[1:])[0]
+        assert_close(one.saliency, combined)
+
+
+def test_some_steps_of_df_cam_are_those_among_all(tiny: Denoiser) -> None:
+    (path,) = trajectories(tiny, [Job(CAPTION, TIMESTEPS)])
+    whole = maps_of(ReleasedCam(), tiny, path)
+    some = maps_of(ReleasedCam(), tiny, dataclasses.replace(path, steps=(0, 2)))
+    assert list(some) == [(0, 0), (0, 2)]
+    assert_close(some, {row: whole[row] for row in some}, rtol=1e-3, atol=1e-3)
+    rest = {one.step: one.saliency for one in ReleasedCam().explain(tiny, [path], done={(0, 0)})}
+    assert list(rest) == [1, 2]
+    assert all(torch.equal(saliency, whole[0, step]) for step, saliency in rest.items())
+
+
+def test_a_map_that_is_not_finite_is_told_of() -> None:
+    denoiser = Halves()
+    denoiser.share = float("inf")
+    with pytest.warns(UserWarning, match="a DF-CAM map of step 0 is not finite"):
+        list(ReleasedCam().explain(denoiser, [denoiser.trajectory(LATENT)]))
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_forwards_as_are_told_of() -> None:
+    denoiser = Analytic(answer, batch_size=1)
+    list(ReleasedRise(5).explain(denoiser, [path_of(denoiser)]))
+    assert sum(denoiser.batches) == ReleasedRise(5).num_forwards(3) == 2 * 3 * 6
+    halves = Halves()
+    list(ReleasedCam().explain(halves, [halves.trajectory(LATENT.expand(3, -1, -1, -1))]))
+    assert 2 * sum(halves.batches) == ReleasedCam().num_forwards(3)
+
+
+@pytest.mark.parametrize(
+    "explainer", [ReleasedRise(), ReleasedRise(7, "cosine", "other"), ReleasedCam(), ReleasedCam(2.0, "deep")]
+)
+def test_settings_are_kept_as_json(explainer: Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPLAINERS, type(explainer).__name__, type(explainer))
+    assert isinstance(explainer, Explainer)
+    assert rebuild(json.loads(json.dumps(describe(explainer)))) == explainer
+
+
+def test_what_a_job_will_hold() -> None:
+    denoiser = Halves()
+    job = Job("1", (3,))
+    contents = ReleasedRise(7).contents(denoiser, job)
+    assert (contents.num_masks, contents.has_error, contents.layers) == (7, True, {})
+    assert ReleasedCam().contents(denoiser, job).layers == {"told": (2, 2)}
+    assert (ReleasedRise().num_masks, ReleasedRise().name, ReleasedCam().name) == (500, "rise", "cam")
+    assert ReleasedRise().settings == Rise(
+        500, similarity="structure", estimator="sum", window=15, sigma=1.5, target="guided"
+    )
+
+
+@pytest.mark.parametrize("similarity", ["luminance", "contrast_structure", "ssim", "frechet", "structure_contrast"])
+def test_similarities_that_are_not_reproduced_are_refused(similarity: str) -> None:
+    with pytest.raises(ValueError, match=f"'{similarity}' is not .* structure, contrast, cosine, or Rise"):
+        ReleasedRise(similarity=similarity)
+
+
+def test_settings_that_are_not_possible() -> None:
+    with pytest.raises(ValueError, match="0 masks are not possible"):
+        ReleasedRise(0)
+    with pytest.raises(ValueError, match="scale inf is not possible"):
+        ReleasedCam(scale=float("inf"))
+    denoiser = Analytic(answer)
+    with pytest.raises(ValueError, match="analytic does not tell its layers"):
+        ReleasedCam().contents(denoiser, Job("1", (3,)))
