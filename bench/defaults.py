@@ -34,9 +34,6 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "window 21": {"window": 21, "sigma": 3.0},
     "keep probability 0.3": {"keep_probability": 0.3},
     "keep probability 0.7": {"keep_probability": 0.7},
-    "estimator contrast": {"estimator": "contrast"},
-    "masks of RISE": {"masks": "rise"},
-    "similarity contrast": {"similarity": "contrast"},
     "100 masks": {"num_masks": 100},
     "600 masks": {"num_masks": 600},
 }

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfengine.engine import Engine
-    from dfengine.explain import Attention, Cam, Lime, Random, Relevance, Rise, StepMap
+    from dfengine.explain import (
+        Attention,
+        Cam,
+        Lime,
+        Random,
+        ReleasedCam,
+        ReleasedLime,
+        ReleasedRise,
+        Relevance,
+        Rise,
+        StepMap,
+    )
     from dfengine.models.scheduler import ExponentialDDIMScheduler
     from dfengine.result import Result
     from dfengine.schedule import exponential_timesteps
@@ -26,6 +37,9 @@ __all__ = [
     "Job",
     "Lime",
     "Random",
+    "ReleasedCam",
+    "ReleasedLime",
+    "ReleasedRise",
     "Relevance",
     "Result",
     "Rise",
@@ -42,6 +56,9 @@ _HOMES = {
     "Job": "trajectory",
     "Lime": "explain",
     "Random": "explain",
+    "ReleasedCam": "explain",
+    "ReleasedLime": "explain",
+    "ReleasedRise": "explain",
     "Relevance": "explain",
     "Result": "result",
     "Rise": "explain",

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from dfengine import models, shapes, store, tuning
 from dfengine.batching import is_out_of_memory
 from dfengine.denoiser import Denoiser
-from dfengine.explain import Explainer, Rise, StepMap, told_whole
+from dfengine.explain import Explainer, Rise, StepMap, as_released, check_behaviour, told_whole
 from dfengine.record import Recorder, contents, device_name, plan
 from dfengine.result import Result
 from dfengine.shapes.judge import Judge
@@ -149,12 +149,17 @@ class Engine:
         sampling: str | Iterable[SupportsIndex] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
+        behaviour: str = "paper",
     ) -> Job:
         """One image to generate and explain: `stream` takes many.
 
         `sampling` is "uniform" (the model's own spacing), "early" or "latter" (exponential, with `gamma`), or a list of
-        time-steps. `image` (uint8 [H, W, 3]) stands in for a generation. Raises ValueError for what is not possible.
+        time-steps; with the behaviour "xdiffusion" a `gamma` of 0 is uniform, as in the released code. `image` (uint8
+        [H, W, 3]) stands in for a generation. Raises ValueError for what is not possible.
         """
+        check_behaviour(behaviour)
+        if isinstance(sampling, str) and sampling in ("early", "latter") and gamma == 0 and behaviour == "xdiffusion":
+            sampling = "uniform"
         given = None if image is None else torch.from_numpy(np.array(image))
         if given is not None:
             check_image(self.denoiser, given)
@@ -273,6 +278,7 @@ class Engine:
         sampling: str | Iterable[SupportsIndex] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
+        behaviour: str = "paper",
         previews: bool = True,
         out: str | Path | None = None,
         overwrite: bool = False,
@@ -287,11 +293,14 @@ class Engine:
         is computed again (except with a similarity of the caller's own, which a file cannot tell from another of its
         name). `previews` keeps the image predicted at each step; `compression` "none" makes a larger file, faster;
         `mantissa_bits` rounds errors, layers' and words' maps in the file, never the saliency. `on_event` is told of
-        progress.
+        progress. `behaviour` "xdiffusion" makes explainers what they are in the authors' released code (`as_released`).
 
         Raises ValueError for input that is not possible, before anything is computed or written.
         """
+        check_behaviour(behaviour)
         explainers = _several(explainers)
+        if behaviour == "xdiffusion":
+            explainers = [as_released(explainer) for explainer in explainers]
         job = self.job(
             prompt,
             image=image,
@@ -301,6 +310,7 @@ class Engine:
             sampling=sampling,
             gamma=gamma,
             guidance=guidance,
+            behaviour=behaviour,
         )
         with torch.no_grad():
             self.denoiser.condition([prompt, negative_prompt])

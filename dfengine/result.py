@@ -69,15 +69,17 @@ class Explanation:
             raise ValueError(f"{name!r} has no layer {layer!r}: expected one of {', '.join(maps)}")
         return maps[layer or COMBINED]
 
-    def concept(self, concept: str) -> Float[ndarray, " steps"]:
-        """The relevance of a word or phrase of the prompt at each step: the mean over its tokens.
+    def concept(self, concept: str, *, summed: bool = False) -> Float[ndarray, " steps"]:
+        """The relevance of a word or phrase of the prompt at each step: the mean over its tokens, or their sum (as in
+        the authors' released code).
 
         Raises ValueError where the prompt does not have it, or no relevance was asked for.
         """
         if self.tokens is None:
             raise ValueError("there is no relevance: explain with Relevance()")
         places = self.tokens.find(concept)
-        return np.asarray(self.relevance)[places].mean(0)
+        rows = np.asarray(self.relevance)[places]
+        return rows.sum(0) if summed else rows.mean(0)
 
 
 @dataclass(frozen=True)

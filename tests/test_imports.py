@@ -126,9 +126,18 @@ def test_every_import_is_allowed(path: Path) -> None:
 
 
 #: What the package offers under its own name, which the command line takes from there.
-PUBLIC = {
-    f"dfengine.{name}" for name in ("Attention", "Cam", "Engine", "Lime", "Random", "Relevance", "Rise", "StepMap")
-}
+EXPLAINERS = (
+    "Attention",
+    "Cam",
+    "Lime",
+    "Random",
+    "ReleasedCam",
+    "ReleasedLime",
+    "ReleasedRise",
+    "Relevance",
+    "Rise",
+)
+PUBLIC = {f"dfengine.{name}" for name in ("Engine", "StepMap", *EXPLAINERS)}
 
 
 def test_the_rules_have_no_circle() -> None:

@@ -80,7 +80,7 @@ def evaluate(
             help="--games: a transformers vision folder, or Inception-v3's weights; the model's own by default"
         ),
     ] = None,
-    behaviour: Annotated[str, typer.Option(help="--games: paper, or xdiffusion for the released code's")] = "paper",
+    behaviour: options.Behaviour = "paper",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="--games: a folder for tables and figures, to go on from, too")
     ] = None,
@@ -93,10 +93,12 @@ def evaluate(
     """Check that maps can be trusted (exit status 1 where they cannot), or say what they tell of many prompts."""
     from dfengine import evaluate as evaluation
     from dfengine import figures
+    from dfengine.explain import check_behaviour
     from dfengine.prompts import Prompt, read
 
     if sanity + concepts + recovery + games + truth != 1:
         raise ValueError("say one thing to evaluate: --sanity, --concepts, --recovery, --games or --truth")
+    check_behaviour(behaviour)
     if min(limit, seeds) < 1:
         raise ValueError(f"{limit} prompts and {seeds} seeds are not possible: expected at least 1")
     if figure is not None:
@@ -146,7 +148,7 @@ def evaluate(
     if not concepts:
         return
     given = evaluation.with_concepts(given) or evaluation.embedded_prompts(limit, seed)
-    _concepts(engine, given, range(seed, seed + seeds), steps, gamma, figure, as_json)
+    _concepts(engine, given, range(seed, seed + seeds), steps, gamma, behaviour, figure, as_json)
 
 
 def _of_table(number: int) -> tuple[str, ...]:
@@ -188,6 +190,7 @@ def _concepts(
     seeds: Iterable[int],
     steps: int,
     gamma: float,
+    behaviour: str,
     figure: Path | None,
     as_json: bool,
 ) -> None:
@@ -199,13 +202,20 @@ def _concepts(
         evaluation.Measured(s, place, seed) for s in schedules for place in range(len(prompts)) for seed in seeds
     ]
     jobs = [
-        engine.job(prompts[one.prompt].text, seed=one.seed, num_steps=steps, sampling=one.schedule, gamma=gamma)
+        engine.job(
+            prompts[one.prompt].text,
+            seed=one.seed,
+            num_steps=steps,
+            sampling=one.schedule,
+            gamma=gamma,
+            behaviour=behaviour,
+        )
         for one in planned
     ]
     for one in prompts:
         engine.denoiser.tokens(one.text)
     events = screen.counted(engine.stream(jobs, Relevance()), "measuring", len(jobs) * (steps + 2))
-    measured = evaluation.measure(events, planned, prompts, engine.denoiser.tokens)
+    measured = evaluation.measure(events, planned, prompts, engine.denoiser.tokens, behaviour)
     timesteps = {one.schedule: job.timesteps for one, job in zip(planned, jobs, strict=True)}
     found = evaluation.summarise(measured, prompts, timesteps)
     lines = [line for part in found for line in (f"{part.title}, {engine.denoiser.name}:", *evaluation.table(part), "")]

@@ -71,6 +71,7 @@ def explain(
         list[str] | None,
         typer.Option(help="attention: a word or phrase to map; repeat for several; every word by default"),
     ] = None,
+    behaviour: options.Behaviour = "paper",
     previews: Annotated[bool, typer.Option(help="keep the image predicted at each step")] = True,
     compression: Annotated[str, typer.Option(help="gzip, or none for a larger file")] = "gzip",
     mantissa_bits: Annotated[
@@ -128,6 +129,7 @@ def explain(
             sampling=sampling,
             gamma=gamma,
             guidance=guidance,
+            behaviour=behaviour,
             previews=previews,
             out=out,
             overwrite=overwrite,

@@ -38,6 +38,7 @@ def play(
 ) -> Faithfulness:
     """Tables 1 and 2, and with a folder their figures."""
     from dfengine import evaluate as evaluation
+    from dfengine.explain import as_released
 
     if distance == "frechet-set" and len(texts) < evaluation.FEWEST_IN_A_SET:
         raise ValueError(
@@ -45,6 +46,8 @@ def play(
             "(--limit), or --distance frechet-single"
         )
     explainers = evaluation.methods(names, num_masks=masks, num_samples=samples)
+    if behaviour == "xdiffusion":
+        explainers = [as_released(explainer) for explainer in explainers]
     jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
     step = evaluation.explained_step(steps) if step is None else step
     others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in range(steps) if k != step}

@@ -30,6 +30,9 @@ AttentionBackend = Annotated[str, typer.Option(help="auto, sdpa, cudnn or xforme
 Compile = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="torch.compile; by default where the job repays it")
 ]
+Behaviour = Annotated[
+    str, typer.Option(help="paper: its equations; xdiffusion: what its released code does (docs/xdiffusion.md)")
+]
 Seed = Annotated[int, typer.Option(help="of the start noise and the masks")]
 Json = Annotated[bool, typer.Option("--json", help="as JSON, for another program")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")]

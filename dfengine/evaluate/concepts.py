@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfengine.evaluate.checks import captions
 from dfengine.evaluate.intervals import Interval, interval, rate
-from dfengine.explain import StepMap
+from dfengine.explain import StepMap, check_behaviour
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
 from dfengine.shapes.judge import ATTRIBUTES, Judge, read
@@ -60,10 +60,12 @@ class Concepts:
     num_seeds: int
 
 
-def lines_of(relevance: Float[ndarray, "tokens steps"], tokens: Tokens, prompt: Prompt) -> dict[str, ndarray]:
-    """Each concept's line: the mean over its tokens of what `normalised` makes."""
-    shares = normalised(relevance, tokens)
-    return {role: shares[tokens.find(concept)].mean(0) for role, concept in prompt.concepts.items()}
+def lines_of(
+    relevance: Float[ndarray, "tokens steps"], tokens: Tokens, prompt: Prompt, behaviour: str = "paper"
+) -> dict[str, ndarray]:
+    """Each concept's line: the mean over its tokens of what `normalised` makes; in the released code, the sum."""
+    shares, over = normalised(relevance, tokens), np.sum if behaviour == "xdiffusion" else np.mean
+    return {role: over(shares[tokens.find(concept)], axis=0) for role, concept in prompt.concepts.items()}
 
 
 class RightOnes:
@@ -113,12 +115,17 @@ class RightOnes:
 
 
 def measure(
-    events: Iterable[Any], planned: Sequence[Measured], prompts: Sequence[Prompt], tokens: Callable[[str], Tokens]
+    events: Iterable[Any],
+    planned: Sequence[Measured],
+    prompts: Sequence[Prompt],
+    tokens: Callable[[str], Tokens],
+    behaviour: str = "paper",
 ) -> list[Measured]:
     """Fill in what was planned, an item each, from the events of an engine's stream with `Relevance` (and no other).
 
-    `tokens` says how a model divides a prompt.
+    `tokens` says how a model divides a prompt. Raises ValueError for a behaviour that is not known.
     """
+    check_behaviour(behaviour)
     judge = RightOnes()
     told: dict[int, Tokens] = {}
     steps: dict[int, dict[int, ndarray]] = {}
@@ -134,7 +141,8 @@ def measure(
         else:
             told[one.prompt] = told.get(one.prompt) or tokens(prompt.text)
             made = steps.pop(event.item)
-            one.lines = lines_of(np.stack([made[step] for step in sorted(made)], axis=1), told[one.prompt], prompt)
+            relevance = np.stack([made[step] for step in sorted(made)], axis=1)
+            one.lines = lines_of(relevance, told[one.prompt], prompt, behaviour)
     return list(planned)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,17 @@ from numpy import ndarray
 from torch import Tensor
 
 from dfengine.denoiser import Denoiser, Features
-from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET, OF_FEATURES, frechet_set
+from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET, OF_FEATURES, frechet_influence, frechet_set
 from dfengine.evaluate.games import GAMES, fitted, play, usable
 from dfengine.evaluate.intervals import Interval
 from dfengine.evaluate.kept import Kept, Turn
 from dfengine.evaluate.methods import PAPER
-from dfengine.explain import Explainer, describe, told_whole
+from dfengine.explain import Explainer, check_behaviour, describe, told_whole
 from dfengine.record import item_key
 from dfengine.trajectory import Job, Trajectory
+
+#: The share of its height by which a curve that is the same everywhere can seem to rise.
+_ROUNDING = 1e-9
 
 #: A curve: its points, and the low and high end of each point's 95 % interval.
 Band = tuple[list[float], list[float], list[float]]
@@ -42,13 +46,13 @@ class Games:
     """by method, an item each"""
 
     def left_out(self) -> dict[str, int]:
-        """By method, items whose map does not rank its pixels; a table leaves them out of every method."""
-        counts = {name: sum(turn.played is None for turn in turns) for name, turns in self.turns.items()}
+        """By method, items of which there is nothing to compare; a table leaves them out of every method."""
+        counts = {name: sum(not turn.counts for turn in turns) for name, turns in self.turns.items()}
         return {name: count for name, count in counts.items() if count}
 
     def shared(self) -> list[int]:
-        """The items that all methods have played."""
-        return [i for i, turns in enumerate(zip(*self.turns.values(), strict=True)) if all(t.played for t in turns)]
+        """The items that are left."""
+        return [i for i, turns in enumerate(zip(*self.turns.values(), strict=True)) if all(t.counts for t in turns)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """A table's figures; intervals are over items, by bootstrap, with the same resamples for every method."""
+    """A table's figures; intervals are over items, by bootstrap, with the same resamples for every method.
+
+    What a resample is worth is exact for means over items and, of a distance between sets, of first order.
+    """
 
     model: str
     step: int
@@ -90,13 +97,14 @@ def explained_step(num_steps: int) -> int:
 
 def features_of(denoiser: Denoiser, given: Features | None = None) -> tuple[Features, str]:
     """What extracts features, and its name. Raises ValueError where there is none."""
-    extract = given or denoiser.features
+    extract = denoiser.features if given is None else given
     if extract is None:
         raise ValueError(
             f"distances compare image features, and {denoiser.name} comes with no extractor: give a folder of a "
             "transformers vision model, or a file of Inception-v3's weights (--features)"
         )
-    return extract, getattr(extract, "name", f"{denoiser.name}'s own")
+    own = f"{denoiser.name}'s own"
+    return extract, getattr(extract, "name", own if given is None else getattr(extract, "__qualname__", "unnamed"))
 
 
 def games(
@@ -120,7 +128,9 @@ def games(
 
     Raises ValueError for what is not possible, before anything is computed.
     """
-    kept, given = kept or Kept(), {name: torch.from_numpy(np.array(array)) for name, array in (maps or {}).items()}
+    check_behaviour(behaviour)
+    kept = Kept() if kept is None else kept
+    given = {name: torch.from_numpy(np.array(array)) for name, array in (maps or {}).items()}
     extract, extractor = features_of(denoiser, features)
     if not jobs:
         raise ValueError("there is no prompt to play with: give at least one")
@@ -138,15 +148,19 @@ def games(
     for name, array in given.items():
         if array.ndim != 3 or len(array) != len(jobs):
             raise ValueError(f"maps {name!r} are {tuple(array.shape)}: expected one a prompt, ({len(jobs)}, h, w)")
-        given[name] = fitted(array, denoiser, f"map {name!r}")
+        given[name] = fitted(array, denoiser, f"map {name!r}", behaviour)
     for explainer in explainers:
         for job in jobs:
             explainer.contents(denoiser, job)
 
-    keys = _Keys(denoiser, step, extractor, behaviour)
+    told = {"name": extractor, "dtype": str(getattr(extract, "dtype", None))}
+    keys = _Keys(denoiser, step, told, behaviour, is_named=features is None or hasattr(features, "name"))
     by_name: dict[str, Any] = {explainer.name: explainer for explainer in explainers} | given
     table = {name: [keys(job, by_name[name], item) for item, job in enumerate(jobs)] for name in names}
     missing = [i for i in range(len(jobs)) if any(kept.get(table[name][i]) is None for name in names)]
+    with torch.no_grad():
+        for text in {text for i in missing for text in (jobs[i].prompt, jobs[i].negative_prompt)}:
+            denoiser.condition([text])
     for _ in range((len(jobs) - len(missing)) * len(names)):
         tell()
     size = max(1, denoiser.batch_size // 4)
@@ -158,19 +172,21 @@ def games(
             if name in given:
                 made[name] = given[name][group]
             else:
-                step_maps = sorted(by_name[name].explain(denoiser, paths), key=lambda one: one.item)
-                made[name] = torch.stack([one.saliency for one in step_maps])
-            for _ in group:
-                tell()
-        can = {name: [usable(one) for one in made[name]] for name in wanted}
+                found = {one.item: one.saliency for one in by_name[name].explain(denoiser, paths)}
+                made[name] = torch.stack([found[place] for place in range(len(group))])
+        can = {name: [usable(one, behaviour) for one in made[name]] for name in wanted}
         # What cannot be ranked is played with any map in its place, so that batches stay full, and not kept.
         stand_in = torch.arange(float(made[wanted[0]][0].numel())).view_as(made[wanted[0]][0])
-        ranked = {name: torch.stack([one if usable(one) else stand_in for one in made[name]]) for name in wanted}
+        ranked = {
+            name: torch.stack([one if usable(one, behaviour) else stand_in for one in made[name]]) for name in wanted
+        }
         played = play(denoiser, paths, ranked, extract, behaviour=behaviour)
         for name in wanted:
             for place, item in enumerate(group):
                 turn = Turn(made[name][place], played[name][place] if can[name][place] else None)
                 kept.put(table[name][item], turn)
+        for _ in range(len(group) * len(names)):
+            tell()
     turns = {name: [_there(kept, key) for key in table[name]] for name in names}
     return Games(denoiser.name, step, jobs[0].timesteps, extractor, behaviour, turns)
 
@@ -187,21 +203,29 @@ class _Keys:
 
     denoiser: Denoiser
     step: int
-    features: str
+    features: Mapping[str, str]
     behaviour: str
+    is_named: bool
+    """whether that tells the features whole"""
+    call: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """told of what is not told whole, as a function by its name is not: it is never taken for another's"""
 
     def __call__(self, job: Job, method: Any, item: int) -> str:
         if isinstance(method, Tensor):
             made: dict[str, Any] = {"map": hashlib.sha256(method[item].numpy().tobytes()).hexdigest()}
         else:
             made = describe(method)
-            if not told_whole(method):  # a function's name does not say what it computes
-                made["unnamed"] = id(method)
-        item_told = item_key(self.denoiser, job, made)
-        return Kept.key(item=item_told, step=self.step, features=self.features, behaviour=self.behaviour)
+        is_whole = self.is_named and (isinstance(method, Tensor) or told_whole(method))
+        return Kept.key(
+            item=item_key(self.denoiser, job, made),
+            step=self.step,
+            features=self.features,
+            behaviour=self.behaviour,
+            call=None if is_whole else self.call,
+        )
 
 
-def faithfulness(found: Games, distance: str = "frechet-set", *, resamples: int = 200) -> Faithfulness:
+def faithfulness(found: Games, distance: str = "frechet-set", *, resamples: int = 2000) -> Faithfulness:
     """The areas under the mean curves of what was played.
 
     Raises ValueError for a distance that is not known, too few items for it, and a curve that is the same everywhere.
@@ -213,14 +237,15 @@ def faithfulness(found: Games, distance: str = "frechet-set", *, resamples: int 
         raise ValueError(
             f"{len(items)} images with maps of all methods are too few for {distance}: expected at least "
             f"{FEWEST_IN_A_SET if distance == 'frechet-set' else 1}"
-            + (", or take frechet-single" if items else f"; maps that rank no pixels: {found.left_out()}")
+            + (", or take frechet-single" if items else f"; of no use: {found.left_out()}")
         )
-    drawn = np.random.default_rng(0).integers(len(items), size=(resamples if len(items) > 1 else 0, len(items)))
-    whole = np.arange(len(items))
+    drawn = np.random.default_rng(0).multinomial(
+        len(items), [1 / len(items)] * len(items), size=resamples if len(items) > 1 else 0
+    )
     curves = {}
     for name, turns in found.turns.items():
-        of_sample = _mean_curves([turns[i] for i in items], distance)
-        curves[name] = np.stack([of_sample(rows) for rows in (whole, *drawn)])
+        mean, influence = _mean_curves([turns[i] for i in items], distance)
+        curves[name] = np.concatenate([mean[None], mean + np.tensordot(drawn / len(items), influence, 1)])
     areas = {name: _areas(values, name) for name, values in curves.items()}
     return Faithfulness(
         model=found.model,
@@ -249,19 +274,20 @@ def faithfulness(found: Games, distance: str = "frechet-set", *, resamples: int 
 
 def _mean_curves(
     turns: Sequence[Turn], distance: str
-) -> Callable[[Float[ndarray, " rows"]], Float[ndarray, "games points"]]:
-    """The curves of any sample of items: of the sets, or the means of each one's."""
-    played = [turn.played for turn in turns if turn.played is not None]
-    if distance == "frechet-set":
-        features = torch.stack([one.features for one in played]).double()
-
-        def of_sets(rows: Any) -> ndarray:
-            sample = features[torch.from_numpy(rows)]
-            return frechet_set(sample.permute(1, 2, 0, 3), sample[:, 0, 0]).numpy()
-
-        return of_sets
-    each = item_curves(turns, distance)
-    return lambda rows: each[rows].mean(0)
+) -> tuple[Float[ndarray, "games points"], Float[ndarray, "items games points"]]:
+    """The curves of all items, of the sets or the means of each one's, and what each item adds to them."""
+    if distance != "frechet-set":
+        each = item_curves(turns, distance)
+        return each.mean(0), each - each.mean(0)
+    features = [turn.played.features for turn in turns if turn.played is not None]
+    size = features[0].shape[:2]
+    mean, influence = np.empty(size), np.empty((len(features), *size))
+    unperturbed = torch.stack([one[0, 0] for one in features])
+    for at in np.ndindex(*size):  # one by one: all points of many items would not fit into memory twice
+        perturbed = torch.stack([one[at] for one in features])
+        mean[at] = frechet_set(perturbed, unperturbed)
+        influence[:, *at] = frechet_influence(perturbed, unperturbed)
+    return mean, influence
 
 
 def item_curves(turns: Sequence[Turn], distance: str) -> Float[ndarray, "items games points"]:
@@ -269,15 +295,15 @@ def item_curves(turns: Sequence[Turn], distance: str) -> Float[ndarray, "items g
     played = [turn.played for turn in turns if turn.played is not None]
     if distance == "mse":
         return torch.stack([one.mse for one in played]).double().numpy()
-    features = torch.stack([one.features for one in played])
-    return OF_FEATURES[distance](features, features[:, :1, :1].expand_as(features)).numpy()
+    of = OF_FEATURES[distance]
+    return torch.stack([of(one.features, one.features[:1, :1].expand_as(one.features)) for one in played]).numpy()
 
 
 def normalised(curves: Float[ndarray, "*n points"]) -> Float[ndarray, "*n points"]:
     """Min–max of each curve, NaN for one that is the same everywhere."""
     low, high = curves.min(-1, keepdims=True), curves.max(-1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        return np.where(high > low, (curves - low) / (high - low), np.nan)
+        return np.where(high - low > _ROUNDING * abs(high), (curves - low) / (high - low), np.nan)
 
 
 def _area(curves: Float[ndarray, "*n points"]) -> Float[ndarray, "*n"]:
@@ -335,4 +361,4 @@ def faithfulness_table(found: Faithfulness) -> Iterator[str]:
     )
     if found.left_out:
         told = ", ".join(f"{count} by {name}" for name, count in found.left_out.items())
-        yield f"Left out of every method, for maps that rank no pixels: {told}."
+        yield f"Left out of every method, for maps that rank no pixels or images that are not finite: {told}."

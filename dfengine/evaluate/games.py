@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dfengine.batching import in_batches
 from dfengine.denoiser import Condition, Denoiser, Features, Guided
+from dfengine.explain import BEHAVIOURS as BEHAVIOURS
+from dfengine.explain import check_behaviour
 from dfengine.trajectory import Trajectory
 
 GAMES = ("deletion", "insertion")
-BEHAVIOURS = ("paper", "xdiffusion")
 
 #: Of the released code's blur: pixels a side, and its width.
 _WINDOW, _SIGMA = 11, 5.0
@@ -37,15 +38,18 @@ class Played:
     """between the decoded images, in [0, 1], and the unperturbed one"""
 
 
-def usable(saliency: Float[Tensor, "h w"]) -> bool:
-    """Whether a map ranks its pixels: it is finite, and not the same everywhere."""
-    return bool(saliency.isfinite().all() and saliency.min() < saliency.max())
+def usable(saliency: Float[Tensor, "h w"], behaviour: str = "paper") -> bool:
+    """Whether a map ranks its pixels: it is finite, and not the same everywhere (in `xdiffusion`, after a ReLU)."""
+    ranked = saliency.relu() if behaviour == "xdiffusion" else saliency
+    return bool(saliency.isfinite().all() and ranked.min() < ranked.max())
 
 
-def fitted(saliency: Float[Tensor, "*n a b"], denoiser: Denoiser, name: str = "the map") -> Float[Tensor, "*n h w"]:
+def fitted(
+    saliency: Float[Tensor, "*n a b"], denoiser: Denoiser, name: str = "the map", behaviour: str = "paper"
+) -> Float[Tensor, "*n h w"]:
     """Maps at the latent's size: those of another tool may have the image's, and are averaged.
 
-    Raises ValueError for another size, values that are not finite, and a map that is the same everywhere.
+    Raises ValueError for another size, values that are not finite, and a map that is not `usable`.
     """
     latent, image, given = denoiser.latent_shape[1:], denoiser.image_shape, tuple(saliency.shape[-2:])
     if given not in (latent, image):
@@ -61,8 +65,9 @@ def fitted(saliency: Float[Tensor, "*n a b"], denoiser: Denoiser, name: str = "t
     resized = F.adaptive_avg_pool2d(flat[:, None], latent)[:, 0]
     for number, one in enumerate(resized):
         which = f"{name} (number {number})" if len(flat) > 1 else name
-        if not usable(one):
-            raise ValueError(f"{which} is the same everywhere: its pixels cannot be ranked")
+        if not usable(one, behaviour):
+            zeroed = ", what is negative being 0 in xdiffusion" if behaviour == "xdiffusion" else ""
+            raise ValueError(f"{which} is the same everywhere{zeroed}: its pixels cannot be ranked")
     return resized.reshape(*saliency.shape[:-2], *latent)
 
 
@@ -80,9 +85,8 @@ def play(
     Whole curves of all maps and items fill batches together; what is the same for all maps of an item (nothing, all
     deleted, all blurred) is computed once. Raises ValueError for a map that does not rank its pixels.
     """
-    if behaviour not in BEHAVIOURS:
-        raise ValueError(f"behaviour {behaviour!r} is not known: expected one of {', '.join(BEHAVIOURS)}")
-    saliency = torch.stack([fitted(maps[name], denoiser, name) for name in maps]).to(denoiser.device)
+    check_behaviour(behaviour)
+    saliency = torch.stack([fitted(maps[name], denoiser, name, behaviour) for name in maps]).to(denoiser.device)
     if behaviour == "xdiffusion":
         saliency = saliency.relu()
     board = _Board(denoiser, paths, saliency, extract, behaviour)
@@ -118,16 +122,17 @@ class _Board:
             torch.tensor([job.guidance for job in jobs], device=device),
         )
         blurred = released_blur(self.latents) if behaviour == "xdiffusion" else dfkernels.blur(self.latents)
-        ends = torch.stack([torch.stack([self.latents, blurred], 1), torch.stack([0 * blurred, self.latents], 1)])
+        ends = torch.stack(
+            [torch.stack([self.latents, blurred], 1), torch.stack([torch.zeros_like(blurred), self.latents], 1)]
+        )
         self.start, self.fill = (end.repeat(num_maps, 1, 1, 1, 1).flatten(0, 1) for end in ends)
         ranks = dfkernels.ranks(saliency.flatten(0, 1))
         self.ranks = ranks.repeat_interleave(len(GAMES), 0)
 
     def play(self) -> tuple[Float[Tensor, "maps items games points d"], Float[Tensor, "maps items games points"]]:
         """Features and squared errors of every point, on the CPU."""
-        unperturbed = torch.arange(self.num_items, device=self.denoiser.device)
         whole = [part for _, part in in_batches(self.num_items, self.denoiser, self._unperturbed) if part is not None]
-        self.images = torch.cat(whole)[: self.num_items]
+        self.images, references = (torch.cat(parts) for parts in zip(*whole, strict=True))
         height = self.latents.shape[-2]
         entries = self._entries(height)
         rows, points, items = (column.to(self.denoiser.device) for column in entries.T)
@@ -144,7 +149,6 @@ class _Board:
 
         made = [part for _, part in in_batches(len(entries), self.denoiser, work) if part is not None]
         features, mse = (torch.cat(parts) for parts in zip(*made, strict=True))
-        references = self.extract(self.images[unperturbed]).float().cpu()
         return self._curves(entries, features, references), self._curves(entries, mse, torch.zeros(self.num_items))
 
     def _entries(self, height: int) -> Tensor:
@@ -171,9 +175,10 @@ class _Board:
         deletion[:, :, 0] = insertion[:, :, -1] = unperturbed
         return curves
 
-    def _unperturbed(self, numbers: Tensor, known: range) -> Float[Tensor, "n 3 H W"]:
+    def _unperturbed(self, numbers: Tensor, known: range) -> tuple[Float[Tensor, "n 3 H W"], Float[Tensor, "n d"]]:
         items = numbers.clamp(min=0)
-        return self._next_image(self.latents[items], items, None)[: len(known)]
+        images = self._next_image(self.latents[items], items, None)
+        return images[: len(known)], self.extract(images).float()[: len(known)].cpu()
 
     def _next_image(self, x: Float[Tensor, "n c h w"], items: Tensor, item: int | None) -> Float[Tensor, "n 3 H W"]:
         """What the trajectory's step makes of latents, decoded; `item` if all are of one item."""

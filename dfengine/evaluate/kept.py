@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ class Turn:
     saliency: Float[Tensor, "h w"]
     played: Played | None
     """None for a map that does not rank its pixels"""
+
+    @cached_property
+    def counts(self) -> bool:
+        """Whether there is something to compare: both games were played, and all that came of them is finite."""
+        played = self.played
+        return played is not None and bool(played.features.isfinite().all() and played.mse.isfinite().all())
 
 
 class Kept:
@@ -50,7 +58,7 @@ class Kept:
             try:
                 with np.load(path) as stored:
                     self._turns[key] = _turn(stored)
-            except (OSError, ValueError, KeyError, EOFError):
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 return None
         return self._turns.get(key)
 

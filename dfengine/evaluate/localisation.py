@@ -76,12 +76,13 @@ class GeneratedAreas:
         self._captions, self._right = [Caption.parse(prompt) for prompt in prompts], RightOnes()
 
     def __call__(self, item: int, image: UInt8[ndarray, "H W 3"]) -> Areas | None:
-        """None for an image that is not what its caption says, or whose shapes have one colour."""
+        """None for an image that is not what its caption says, or whose shapes are not told by their colours."""
         caption = self._captions[item]
         if not told_apart(caption) or not self._right.agrees(image, caption):
             return None
         shapes = [shape for shape in (caption.subject, caption.object) if shape is not None]
-        return _areas(caption, [area(image, colour) for colour, _ in shapes])
+        masks = [area(image, colour) for colour, _ in shapes]
+        return _areas(caption, masks) if all(mask.any() for mask in masks) else None
 
 
 def _areas(caption: Caption, masks: Sequence[Bool[ndarray, "H W"]]) -> Areas:
@@ -112,9 +113,7 @@ def localisation(
         elif isinstance(event, StepMap) and (known := true[event.item]) is not None:
             maps = _by_target(event, prompts[event.item], words)
             rows = {target: measures(maps[target].astype(np.float64), mask) for target, mask in known.items()}
-            unranked[event.method] = unranked.get(event.method, 0) + any(
-                not np.isfinite(r["auroc"]) for r in rows.values()
-            )
+            unranked[event.method] = unranked.get(event.method, 0) + any(not _ranks(maps[target]) for target in known)
             found.setdefault(event.method, {}).setdefault(event.item, {})[event.step] = rows
     kept = [item for item, known in true.items() if known is not None]
     if not kept:
@@ -156,10 +155,15 @@ def localisation(
 
 def measures(saliency: Float[ndarray, "h w"], true: Bool[ndarray, "H W"]) -> dict[str, float]:
     """All of `MEASURES` of one map; NaN for a map that ranks no pixels, and for an area of nothing or everything."""
-    if not np.isfinite(saliency).all() or np.ptp(saliency) == 0 or true.all() or not true.any():
+    if not _ranks(saliency) or true.all() or not true.any():
         return dict.fromkeys(MEASURES, float("nan"))
     heat = heatmap(saliency, true.shape)
     return {"auroc": auroc(heat, true), "pointing": float(pointed_at(heat, true)), "iou": overlap(heat, true)}
+
+
+def _ranks(saliency: Float[ndarray, "h w"]) -> bool:
+    """Whether a map puts any pixel before another."""
+    return bool(np.isfinite(saliency).all() and np.ptp(saliency) > 0)
 
 
 def _by_target(made: StepMap, prompt: str, words: Callable[[str], Sequence[str]]) -> dict[str, ndarray]:
@@ -168,7 +172,7 @@ def _by_target(made: StepMap, prompt: str, words: Callable[[str], Sequence[str]]
     maps = dict.fromkeys(TARGETS, saliency)
     if made.heat is None:
         return maps
-    caption, told = Caption.parse(prompt), list(words(prompt))
+    caption, told = Caption.parse(prompt), [word.casefold() for word in words(prompt)]
     rows = {"subject": told.index(caption.subject[1])}
     if caption.object is not None:
         rows["object"] = len(told) - 1 - told[::-1].index(caption.object[1])
@@ -199,11 +203,12 @@ def localisation_table(found: Localisation) -> Iterator[str]:
         yield ""
         method, step = best(found, target)
         score = found.steps[method][target]
-        yield (
-            f"The {target} is found best by {method} at step {step + 1}: AUROC {score['auroc'][step]}, hit by the "
-            f"hottest pixel {score['pointing'][step]}."
-        )
-        yield ""
+        if score["auroc"][step].count:
+            yield (
+                f"{target}: found best by {method} at step {step + 1}, AUROC {score['auroc'][step]}, hit by the hottest "
+                f"pixel {score['pointing'][step]}."
+            )
+            yield ""
     told = "; ".join(f"{name}: {what}" for name, what in MEASURES.items())
     yield (
         f"{found.num_images} images ({found.left_out} left out), {len(found.timesteps)} steps; without a step: means "

@@ -1,16 +1,17 @@
 """Explainers: each is its settings, and turns finished trajectories into a stream of maps."""
 
 from dfengine.explain.attention import Attention
-from dfengine.explain.base import Contents, Explainer, StepMap
+from dfengine.explain.base import BEHAVIOURS, Contents, Explainer, StepMap, check_behaviour
 from dfengine.explain.cam import Cam
 from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
 from dfengine.explain.settings import describe, rebuild, told_whole
-from dfengine.explain.xdiffusion import ReleasedCam, ReleasedRise
+from dfengine.explain.xdiffusion import ReleasedCam, ReleasedLime, ReleasedRise, as_released
 
 __all__ = [
+    "BEHAVIOURS",
     "Attention",
     "Cam",
     "Contents",
@@ -18,10 +19,13 @@ __all__ = [
     "Lime",
     "Random",
     "ReleasedCam",
+    "ReleasedLime",
     "ReleasedRise",
     "Relevance",
     "Rise",
     "StepMap",
+    "as_released",
+    "check_behaviour",
     "describe",
     "rebuild",
     "told_whole",

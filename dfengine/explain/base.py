@@ -13,6 +13,15 @@ from dfengine.denoiser import Denoiser
 from dfengine.trajectory import Job, Trajectory
 from dfengine.words import Tokens
 
+#: The paper's equations, or what the authors' released code does instead.
+BEHAVIOURS = ("paper", "xdiffusion")
+
+
+def check_behaviour(behaviour: str) -> None:
+    """Raise ValueError for a behaviour that is not known."""
+    if behaviour not in BEHAVIOURS:
+        raise ValueError(f"behaviour {behaviour!r} is not known: expected one of {', '.join(BEHAVIOURS)}")
+
 
 @dataclass(frozen=True)
 class StepMap:

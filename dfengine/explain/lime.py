@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,11 +51,14 @@ class Lime:
     def __post_init__(self) -> None:
         """Raises ValueError for what is not possible."""
         for field in ("kernel_size", "max_distance", "ratio", "width", "alpha"):
+            object.__setattr__(self, field, float(getattr(self, field)))
             if not 0 < getattr(self, field) < float("inf"):
                 raise ValueError(f"{field} {getattr(self, field)} is not possible: expected a number above 0")
+        if self.kernel_size < 1:
+            raise ValueError(f"kernel_size {self.kernel_size} is not possible: quickshift's is at least 1 pixel")
         if self.num_samples < 2:
             raise ValueError(f"{self.num_samples} samples are not possible: expected at least 2")
-        _ = self.masking
+        object.__setattr__(self, "num_samples", self.masking.num_masks)
 
     @property
     def masking(self) -> RiseSettings:
@@ -86,19 +90,32 @@ class Lime:
         while True:
             found = quickshift(image, kernel_size=self.kernel_size, max_dist=distance, ratio=self.ratio)
             carried = carry(found, shape)
-            if carried.max() + 1 >= min(FEWEST, carried.size):
+            # Below a distance of 1 every pixel is a segment by itself.
+            if carried.max() + 1 >= FEWEST or distance < 1:
                 return carried
             distance /= 2
 
     def regress(
         self, kept: Bool[ndarray, "samples segments"], scores: Float[ndarray, " samples"]
     ) -> Float[ndarray, " segments"]:
-        """Each segment's coefficient. The cosine distance of a sample that keeps nothing is 1."""
+        """Each segment's coefficient, NaN of scores that are not finite.
+
+        The cosine distance of a sample that keeps nothing is 1.
+        """
         from sklearn.linear_model import Ridge
 
+        if not np.isfinite(scores).all():
+            warnings.warn("a map is not finite: the samples' scores are not", stacklevel=2)
+            return np.full(kept.shape[1], np.nan)
         distance = 1 - np.sqrt(kept.mean(1))
         weight = np.sqrt(np.exp(-(distance**2) / self.width**2))
         return Ridge(alpha=self.alpha).fit(kept.astype(np.float64), scores, sample_weight=weight).coef_
+
+    def paint(
+        self, coefficients: Float[ndarray, " segments"], segments: Int[ndarray, "h w"], image: UInt8[ndarray, "H W 3"]
+    ) -> Float[ndarray, "h w"]:
+        """The map: each pixel has its segment's coefficient."""
+        return coefficients[segments]
 
 
 class _Samples(Masking):
@@ -114,9 +131,8 @@ class _Samples(Masking):
     ) -> None:
         super().__init__(lime.masking, denoiser, trajectories, rows, done)
         self.lime = lime
-        self.segments = torch.stack(
-            [torch.from_numpy(lime.segments(path.image.numpy(), self.shape)) for path in trajectories]
-        )
+        self.images = [path.image.numpy() for path in trajectories]
+        self.segments = torch.stack([torch.from_numpy(lime.segments(image, self.shape)) for image in self.images])
         self._segments = self.segments.to(denoiser.device)
         self._most = int(self.segments.max()) + 1
 
@@ -143,8 +159,9 @@ class _Samples(Masking):
         seed, at = torch.tensor([self.mask_seeds[row]]), torch.tensor([step])
         indices = torch.arange(self.lime.num_samples)
         kept = drawn(seed.expand_as(indices), at.expand_as(indices), indices, int(segments.max()) + 1)
-        coefficients = torch.from_numpy(self.lime.regress(kept.numpy(), scores.double().numpy()))
-        return StepMap(item, step, self.rise.name, coefficients[segments].float(), scores=scores)
+        coefficients = self.lime.regress(kept.numpy(), scores.double().numpy())
+        painted = self.lime.paint(coefficients, segments.numpy(), self.images[item])
+        return StepMap(item, step, self.rise.name, torch.from_numpy(painted).float(), scores=scores)
 
 
 def drawn(
@@ -155,9 +172,16 @@ def drawn(
 
 
 def carry(segments: Int[ndarray, "H W"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
-    """Segments on a coarser grid, each cell in the one that has most pixels there, numbered anew from 0."""
-    rows, columns = (np.arange(size) * cells // size for size, cells in zip(segments.shape, shape, strict=True))
-    cells = rows[:, None] * shape[1] + columns
-    counts = np.zeros((shape[0] * shape[1], int(segments.max()) + 1), dtype=np.int64)
-    np.add.at(counts, (cells, segments), 1)
-    return np.unique(counts.argmax(1), return_inverse=True)[1].reshape(shape)
+    """Segments on a coarser grid, each cell in the one that has most pixels there, numbered anew from 0.
+
+    A pixel is of the cell that its centre is in; of equal segments the first is taken.
+    """
+    count = int(segments.max()) + 1
+    rows, columns = (
+        (2 * np.arange(size) + 1) * cells // (2 * size) for size, cells in zip(segments.shape, shape, strict=True)
+    )
+    # By pairs that there are: a table of every cell and segment would not fit into memory for large images.
+    pairs, sizes = np.unique((rows[:, None] * shape[1] + columns) * count + segments, return_counts=True)
+    pairs = pairs[np.lexsort((-sizes, pairs // count))]
+    most = pairs[np.unique(pairs // count, return_index=True)[1]] % count
+    return np.unique(most, return_inverse=True)[1].reshape(shape)

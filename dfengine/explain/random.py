@@ -37,4 +37,5 @@ class Random:
                 if (item, step) not in done:
                     seed, at, first = (torch.tensor([value]) for value in (path.job.mask_seed, step, 0))
                     drawn = words(seed, at, first, height * width, RANDOM_STREAM).view(height, width)
-                    yield StepMap(item, step, self.name, (drawn.double() / 2**32).float())
+                    # 24 bits: what float32 holds exactly, so that nothing is rounded up to 1.
+                    yield StepMap(item, step, self.name, (drawn >> 8) / 2**24)

@@ -13,12 +13,12 @@ from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
-from dfengine.explain.xdiffusion import ReleasedCam, ReleasedRise
+from dfengine.explain.xdiffusion import ReleasedCam, ReleasedLime, ReleasedRise
 
 #: Every explainer that a file can name.
 EXPLAINERS: dict[str, type] = {
     explainer.__name__: explainer
-    for explainer in (Rise, Cam, Relevance, Attention, Lime, Random, ReleasedRise, ReleasedCam)
+    for explainer in (Rise, Cam, Relevance, Attention, Lime, Random, ReleasedRise, ReleasedCam, ReleasedLime)
 }
 
 

@@ -1,4 +1,4 @@
-"""DF-RISE and DF-CAM with the departures from the paper's equations that the authors' released code makes.
+"""DF-RISE, DF-CAM and LIME with the departures from the paper's equations that the authors' released code makes.
 
 Each explainer here is the one of the same method elsewhere but for what its docstring says. The sampler, the masks and
 the names of layers are the engine's own, so that the maps of the two can be compared one by one.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import dfkernels
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
+from numpy import ndarray
 from torch import Tensor
 
 from dfengine.denoiser import Condition, Denoiser, Layer
-from dfengine.explain.base import Contents, StepMap
+from dfengine.explain.base import Contents, Explainer, StepMap
 from dfengine.explain.cam import Cam, combine, tapped
+from dfengine.explain.lime import Lime
 from dfengine.explain.masking import Masking
 from dfengine.explain.rise import Rise
 from dfengine.explain.rise_settings import RiseSettings
@@ -30,6 +33,8 @@ from dfengine.trajectory import Job, Trajectory
 SIMILARITIES = ("structure", "contrast", "cosine")
 
 WINDOW, SIGMA = 15, 1.5
+#: Segments of LIME that are painted.
+PAINTED = 5
 #: C₃ = C₂ / 2, C₂ = (0.03 L)², L = 1.
 C3 = 0.03**2 / 2
 
@@ -247,3 +252,62 @@ def _halves(
     }
     with denoiser.differentiable():
         return in_range(denoiser.dtype, scale, maps, lambda found: found.values())
+
+
+# LIME ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReleasedLime(Lime):
+    """LIME as released: segments of the image made as small as the latent, which is painted, and its brightness ranked.
+
+    The segments of the five largest coefficients are painted: their green is the image's brightest value.
+    """
+
+    def segments(self, image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
+        """Quickshift's segments of the small image, numbered from 0."""
+        return super().segments((small(image, shape) * 255).round().astype(np.uint8), shape)
+
+    def paint(
+        self, coefficients: Float[ndarray, " segments"], segments: Int[ndarray, "h w"], image: UInt8[ndarray, "H W 3"]
+    ) -> Float[ndarray, "h w"]:
+        """The mean of the painted image's red, green and blue, each in [0, 1]."""
+        painted = small(image, segments.shape)
+        first = np.argsort(-np.abs(coefficients), kind="stable")[:PAINTED]
+        painted[np.isin(segments, first), 1] = painted.max()
+        return painted.mean(-1)
+
+
+def small(image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Float[ndarray, "h w 3"]:
+    """An image in [0, 1] at the latent's size: bilinear, antialiased."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255
+    return F.interpolate(pixels, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+# Any -----------------------------------------------------------------------------------------------------------------
+
+
+def as_released(explainer: Explainer) -> Explainer:
+    """The explainer of the same method as the released code has it; of another method, the same.
+
+    Raises ValueError for settings that the released code does not have.
+    """
+    if isinstance(explainer, Rise):
+        released = ReleasedRise(explainer.num_masks, explainer.similarity, explainer.name)  # type: ignore[arg-type]
+        _refuse(explainer, Rise(explainer.num_masks, similarity=explainer.similarity, name=explainer.name))
+        return released
+    if isinstance(explainer, Cam):
+        _refuse(explainer, Cam(scale=explainer.scale, name=explainer.name))
+        return ReleasedCam(scale=explainer.scale, name=explainer.name)
+    if isinstance(explainer, Lime):
+        return ReleasedLime(**asdict(explainer))
+    return explainer
+
+
+def _refuse(given: Rise | Cam, possible: Rise | Cam) -> None:
+    """Raise ValueError where settings are not those that can be had."""
+    for name, value in asdict(given).items():
+        if value != asdict(possible)[name]:
+            raise ValueError(
+                f"{name}={value!r} is not what the released code does: leave it out, or take the paper's behaviour"
+            )

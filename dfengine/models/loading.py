@@ -74,10 +74,10 @@ def _build(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
             f"{str(model)!r} cannot have random weights: expected {names} or a diffusers folder, of which the "
             "configuration files are read"
         )
-    with _in_one_line(f"model {str(model)!r} could not be built"):
+    with in_one_line(f"model {str(model)!r} could not be built"):
         kind = json.loads(index.read_text())["_class_name"]
     _family([kind])
-    with _in_one_line(f"model {str(model)!r} could not be built"):
+    with in_one_line(f"model {str(model)!r} could not be built"):
         return architectures.build(folder, device=device, dtype=dtype)
 
 
@@ -85,7 +85,7 @@ def _read(source: str, **options: Any) -> Any:
     """The pipeline of a folder or hub id. Raises ValueError for whatever goes wrong."""
     from diffusers import DiffusionPipeline
 
-    with _in_one_line(f"model {source!r} could not be loaded"):
+    with in_one_line(f"model {source!r} could not be loaded"):
         if Path(source).is_dir():
             return DiffusionPipeline.from_pretrained(source, **options)
         try:
@@ -96,7 +96,7 @@ def _read(source: str, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
+def in_one_line(what: str) -> Iterator[None]:
     """Raise ValueError for whatever goes wrong inside.
 
     The libraries have an exception of its own for each file that is missing, cut short or of another version, and for

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfengine.models import inception
-from dfengine.models.loading import _in_one_line, pick_device, quiet
+from dfengine.models.loading import in_one_line, pick_device, quiet
 
 #: The image processors of transformers that do what `Preparation` does and no more.
 PLAIN = ("BitImageProcessor", "CLIPImageProcessor", "DeiTImageProcessor", "SiglipImageProcessor", "ViTImageProcessor")
@@ -144,7 +144,7 @@ def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Extr
     with quiet():
         kind, config = _kind(given)
         prepare = _preparation(folder)
-        with _in_one_line(f"the vision model in {given!r} could not be loaded"):
+        with in_one_line(f"the vision model in {given!r} could not be loaded"):
             network, loading = kind.from_pretrained(
                 given,
                 config=config,
@@ -162,7 +162,7 @@ def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Extr
                 f"{type(network).__name__}: expected a folder that save_pretrained wrote of the whole vision model"
             )
         network = network.to(device).eval().requires_grad_(False)
-        with _in_one_line(f"the vision model in {given!r} could not be run"):
+        with in_one_line(f"the vision model in {given!r} could not be run"):
             output = _output(network, prepare, pooled=not pooler)
     name = f"{network.config.model_type} ({output}) {folder.resolve().name}"
     return Extractor(name, prepare, partial(_features, network, output), device, dtype)
@@ -172,7 +172,7 @@ def _kind(folder: str) -> tuple[Any, Any]:
     """The class that loads a folder's vision model, and its settings. Raises ValueError for one that sees nothing."""
     import transformers
 
-    with _in_one_line(f"config.json in {folder!r} could not be read"):
+    with in_one_line(f"config.json in {folder!r} could not be read"):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.model_type == "clip":  # whose own width the two projections share
         config.vision_config.projection_dim = config.projection_dim
@@ -199,7 +199,7 @@ def _preparation(folder: Path) -> Preparation:
             "from where the model was published, or save its image processor there"
         )
     given = f"the image processor in {str(folder)!r}"
-    with _in_one_line(f"{given} could not be read"):
+    with in_one_line(f"{given} could not be read"):
         processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     name = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
     if name not in PLAIN or getattr(processor, "do_pad", None):
