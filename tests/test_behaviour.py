@@ -127,7 +127,7 @@ def test_games_on_the_command_line(tmp_path: Path) -> None:
     where = ["-o", str(tmp_path / "games")]
     first = dfengine_command("evaluate", *options, *methods, *where, "--json")
     assert first.returncode == 0, first.stderr
-    found = json.loads(first.stdout)
+    (found,) = json.loads(first.stdout)
     assert list(found["methods"]) == ["random", "rise", "rise-cosine", "theirs"]
     assert found["num_items"] == 2
     names = {path.name for path in (tmp_path / "games").iterdir()}
@@ -138,7 +138,7 @@ def test_games_on_the_command_line(tmp_path: Path) -> None:
     assert again.stdout == (tmp_path / "games/table.md").read_text()
     assert len(list((tmp_path / "games/turns").iterdir())) == 8
     released = dfengine_command("evaluate", *options, "--method", "rise", "--behaviour", "xdiffusion", "--json")
-    other = json.loads(released.stdout)
+    (other,) = json.loads(released.stdout)
     assert other["behaviour"] == "xdiffusion"
     assert other["methods"]["rise"]["deletion"]["raw"] != found["methods"]["rise"]["deletion"]["raw"]
 

@@ -48,7 +48,10 @@ def evaluate(
     seed: options.Seed = 0,
     seeds: Annotated[int, typer.Option(help="--concepts: images a prompt and schedule")] = 1,
     steps: Annotated[int, typer.Option(help="denoising steps, but for --sanity's own")] = 30,
-    step: Annotated[int | None, typer.Option(help="--games: step to explain, from 0; by default 0.75 l - 1")] = None,
+    step: Annotated[
+        list[int] | None,
+        typer.Option(help="--games: step to explain, from 0; repeat for several; by default 0.75 l - 1"),
+    ] = None,
     gamma: Annotated[float, typer.Option(help="--concepts: shift of early and latter sampling")] = 60,
     masks: Annotated[
         int | None,
@@ -126,7 +129,7 @@ def evaluate(
             texts,
             seed=seed,
             steps=steps,
-            step=step,
+            explained=step or [],
             names=names if names or given_maps else evaluation.TABLES[1],
             masks=500 if masks is None else masks,
             samples=samples,
@@ -136,7 +139,8 @@ def evaluate(
             behaviour=behaviour,
             out=out,
         )
-        _tell(dataclasses.asdict(played), evaluation.faithfulness_table(played), as_json)
+        lines = [line for part in played for line in evaluation.faithfulness_table(part)]
+        _tell([dataclasses.asdict(part) for part in played], lines, as_json)
     if truth:
         names = method or ["random", "lime", "rise", "cam", "relevance", "attention"]
         masks = 250 if masks is None else masks

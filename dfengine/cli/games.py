@@ -26,7 +26,7 @@ def play(
     *,
     seed: int,
     steps: int,
-    step: int | None,
+    explained: Sequence[int],
     names: Sequence[str],
     masks: int,
     samples: int,
@@ -35,11 +35,14 @@ def play(
     distance: str,
     behaviour: str,
     out: Path | None,
-) -> Faithfulness:
-    """Tables 1 and 2, and with a folder their figures."""
+) -> list[Faithfulness]:
+    """Tables 1 and 2 of each explained step, and with a folder their figures."""
     from dfengine import evaluate as evaluation
+    from dfengine import models
     from dfengine.explain import as_released
 
+    if distance not in evaluation.DISTANCES:
+        raise ValueError(f"distance {distance!r} is not known: expected one of {', '.join(evaluation.DISTANCES)}")
     if distance == "frechet-set" and len(texts) < evaluation.FEWEST_IN_A_SET:
         raise ValueError(
             f"{len(texts)} images are too few for frechet-set: expected at least {evaluation.FEWEST_IN_A_SET} "
@@ -49,27 +52,35 @@ def play(
     if behaviour == "xdiffusion":
         explainers = [as_released(explainer) for explainer in explainers]
     jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
-    step = evaluation.explained_step(steps) if step is None else step
-    others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in range(steps) if k != step}
-    engine.prepare(jobs, explainers, done=others)
     maps = dict(map(_map, given))
-    with screen.bar("playing", len(jobs) * (len(explainers) + len(maps))) as (shown, task):
-        found = evaluation.games(
-            engine.denoiser,
-            engine.sample,
-            jobs,
-            explainers,
-            maps=maps,
-            step=step,
-            features=None if features is None else _extractor(engine, features),
-            behaviour=behaviour,
-            kept=evaluation.Kept(None if out is None else out / "turns"),
-            tell=lambda: shown.advance(task),
-        )
-    summary = evaluation.faithfulness(found, distance)
-    if out is not None:
-        write(out, engine, jobs, found, summary)
-    return summary
+    extract = None if features is None else models.load_features(features, device=engine.denoiser.device)
+    kept = evaluation.Kept(None if out is None else out / "turns")
+    explained = list(dict.fromkeys(explained)) or [evaluation.explained_step(steps)]
+    if outside := [step for step in explained if not 0 <= step < steps]:
+        raise ValueError(f"step {outside[0]} is outside [0, {steps - 1}]: steps index the time-steps")
+    summaries = []
+    others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in range(1, steps)}
+    engine.prepare(jobs, explainers, done=others)
+    with screen.bar("playing", len(explained) * len(jobs) * (len(explainers) + len(maps))) as (shown, task):
+        for step in explained:
+            found = evaluation.games(
+                engine.denoiser,
+                engine.sample,
+                jobs,
+                explainers,
+                maps=maps,
+                step=step,
+                features=extract,
+                behaviour=behaviour,
+                kept=kept,
+                tell=lambda: shown.advance(task),
+            )
+            summaries.append(evaluation.faithfulness(found, distance))
+            if out is not None:
+                folder = out if len(explained) == 1 else out / f"step-{step + 1:02}"
+                folder.mkdir(exist_ok=True)
+                write(folder, engine, jobs, found, summaries[-1])
+    return summaries
 
 
 def locate(
@@ -111,12 +122,6 @@ def _map(given: str) -> tuple[str, np.ndarray]:
         raise ValueError(f"map {given!r} is not understood: expected NAME=FILE.npy, an array (images, height, width)")
     array = np.load(path, allow_pickle=False)
     return name, array[None] if array.ndim == 2 else array
-
-
-def _extractor(engine: Engine, path: Path) -> Any:
-    from dfengine import models
-
-    return models.load_features(path, device=engine.denoiser.device)
 
 
 def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary: Faithfulness) -> None:
