@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,10 @@ class Trajectory:
     """indices of those that are to be explained; all unless given"""
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            object.__setattr__(self, "steps", range(len(self.latents)))
+        steps = tuple(map(operator.index, self.steps)) or range(len(self.latents))
+        if outside := [step for step in steps if not 0 <= step < len(self.latents)]:
+            raise ValueError(f"step {outside[0]} is outside [0, {len(self.latents) - 1}]: steps index the time-steps")
+        object.__setattr__(self, "steps", steps)
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -167,3 +167,10 @@ def test_mistakes_are_one_line(options: list[str], message: str) -> None:
 
 def test_settings_survive_a_copy() -> None:
     assert replace(ReleasedLime(5), alpha=3.0) == ReleasedLime(5, alpha=3.0)
+
+
+def test_without_coefficients_nothing_is_painted() -> None:
+    """A regression of scores that are not finite has none: the map must say so."""
+    nothing = np.full(2, np.nan)
+    painted = ReleasedLime().paint(nothing, np.array([[0, 1]]), np.zeros((2, 4, 3), np.uint8))
+    assert np.isnan(painted).all()

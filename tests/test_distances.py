@@ -105,9 +105,7 @@ def weighted(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:
     """The distance of sets whose vectors count as much as their weights, by the eigenvalues of Σ_a Σ_b."""
     n = len(a)
     means = [weights @ x for x in (a, b)]
-    covs = [
-        (x - mean).T @ np.diag(weights * n / (n - 1)) @ (x - mean) for x, mean in zip((a, b), means, strict=True)
-    ]
+    covs = [(x - mean).T @ np.diag(weights * n / (n - 1)) @ (x - mean) for x, mean in zip((a, b), means, strict=True)]
     values = np.linalg.eigvals(covs[0] @ covs[1]).real
     # What is 0 but for rounding must not be rooted.
     root = np.sqrt(values[values > 1e-10 * values.max()]).sum()
@@ -134,7 +132,9 @@ def test_influence_is_the_derivative_by_a_pairs_weight(n: int, d: int) -> None:
 def test_influence_tells_how_far_sets_of_other_items_lie() -> None:
     """The spread of 300 sets of 40 new pairs each, against what one of them says of itself."""
     shift = torch.linspace(0, 1, 12, dtype=torch.float64)
-    sets = [(x := drawn(40, 12, seed=seed), 0.6 * x + 0.5 * drawn(40, 12, seed=seed + 1000) + shift) for seed in range(300)]
+    sets = [
+        (x := drawn(40, 12, seed=seed), 0.6 * x + 0.5 * drawn(40, 12, seed=seed + 1000) + shift) for seed in range(300)
+    ]
     spread = float(torch.stack([frechet_set(*pair) for pair in sets]).std())
     own = [float(frechet_influence(*pair).square().sum().sqrt()) / 40 for pair in sets[:50]]
     assert np.mean(own) == pytest.approx(spread, rel=0.15)

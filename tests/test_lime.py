@@ -115,8 +115,8 @@ def lime_literally(
 def test_lime_is_its_literal_peer(target: str) -> None:
     denoiser = Analytic(mixing, (2, *SHAPE), batch_size=7)
     path = path_of(denoiser, 2, guidance=3.0)
-    for found in Lime(40, target=target).explain(denoiser, [path]):
-        saliency, scores = lime_literally(denoiser, path, found.step, 40, target)
+    for found in Lime(25, target=target).explain(denoiser, [path]):
+        saliency, scores = lime_literally(denoiser, path, found.step, 25, target)
         assert found.scores is not None
         assert_close(found.scores.double(), torch.from_numpy(scores), **tolerance("similarity"))
         # Coefficients are weighted means of scores, by sums of weights above 1: no farther off than these.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import dfengine_command
 
 from dfengine import StepMap
+from dfengine.cli import main
 from dfengine.evaluate import GeneratedAreas, Localisation, localisation, localisation_table, scenes
 from dfengine.evaluate.localisation import MEASURES, TARGETS, best, measures
 from dfengine.evaluate.truth import area, auroc, overlap, pointed_at
@@ -190,6 +191,14 @@ def test_attention_to_a_single_shape_is_that_of_its_noun() -> None:
     assert found.unranked == {"attention": 1}
 
 
+def test_attention_to_both_is_the_mean_of_their_maps() -> None:
+    words = np.zeros((len(PAIR.split()), 1, 4))
+    words[2], words[6] = [[1, 0, 0.6, 0]], [[0, 0, 0.6, 0.2]]
+    areas = {target: np.array([[False, False, True, False]]) for target in TARGETS}
+    found = located({"attention": [[words[0]]]}, [areas], [PAIR], heat=[[words]])
+    assert [found.steps["attention"][target]["pointing"][0].mean for target in TARGETS] == [0, 1, 1]
+
+
 def test_no_image_left_is_refused() -> None:
     with pytest.raises(ValueError, match="of 2 images none is left"):
         located({"a": [[LEFT]] * 2}, [None, None])
@@ -306,13 +315,18 @@ def test_a_perfect_map_scores_one_its_negative_none_and_a_random_one_half() -> N
     assert best(found, "both") == ("perfect", 0)
 
 
-def test_truth_on_the_command_line(tmp_path: Path) -> None:
+def test_truth_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "t.png"
     chosen = [word for method in ("random", "lime", "attention") for word in ("--method", method)]
     small = ["--limit", "2", "--steps", "3", "--masks", "4", "--samples", "5"]
-    run = dfengine_command("evaluate", "--truth", *chosen, *small, "--figure", str(picture), "--json")
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    command = ["dfengine", "evaluate", "--truth", *chosen, *small, "--figure", str(picture), "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code in (None, 0)
+    found = json.loads(capsys.readouterr().out)
     assert [part["source"] for part in found] == ["generated images", "rendered scenes"]
     for part in found:
         assert list(part["steps"]) == list(part["overall"]) == ["random", "lime", "attention"]

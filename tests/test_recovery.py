@@ -90,7 +90,7 @@ def test_images_that_are_not_what_they_should_be_are_left_out() -> None:
     shown = recovery(events({"any": maps}, pictures), alone, (9, 5, 1))
     assert shown.num_images == sum(prompt == one for prompt, one in zip(prompts, alone, strict=True))
     for image_shape, texts in (((64, 64), ["a cat"]), ((128, 128), prompts)):
-        with pytest.raises(ValueError, match=r"recovery is measured in the embedded world, of 64×64 pixels"):
+        with pytest.raises(ValueError, match=r"they are in the embedded world alone, of 64×64 pixels"):
             check_world(image_shape, texts)
     check_world((64, 64), ["a cat", *prompts])
     with pytest.raises(ValueError, match="there is no image whose shapes are known"):

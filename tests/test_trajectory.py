@@ -184,3 +184,13 @@ def test_items_do_not_share_masks() -> None:
 def test_bytes_are_rounded_and_clamped() -> None:
     image = torch.tensor([-0.2, 0.0, 0.5, 1.0, 1.3, 100.4 / 255]).expand(1, 3, 1, 6)
     assert to_bytes(image)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 100]
+
+
+def test_steps_to_be_explained_are_of_the_list() -> None:
+    denoiser = Analytic(lambda x, number: x, shape=(1, 2, 2))
+    path = denoiser.trajectory(torch.zeros(3, 1, 2, 2))
+    assert list(path.steps) == [0, 1, 2]
+    assert list(replace(path, steps=[2, 0]).steps) == [2, 0]
+    for outside in (-1, 3):
+        with pytest.raises(ValueError, match=rf"step {outside} is outside \[0, 2\]"):
+            replace(path, steps=(outside,))

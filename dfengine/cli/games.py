@@ -48,6 +48,9 @@ def play(
             f"{len(texts)} images are too few for frechet-set: expected at least {evaluation.FEWEST_IN_A_SET} "
             "(--limit), or --distance frechet-single"
         )
+    explained = list(dict.fromkeys(explained)) or [evaluation.explained_step(steps)]
+    if outside := [step for step in explained if not 0 <= step < steps]:
+        raise ValueError(f"step {outside[0]} is outside [0, {steps - 1}]: steps index the time-steps")
     explainers = evaluation.methods(names, num_masks=masks, num_samples=samples)
     if behaviour == "xdiffusion":
         explainers = [as_released(explainer) for explainer in explainers]
@@ -55,9 +58,6 @@ def play(
     maps = dict(map(_map, given))
     extract = None if features is None else models.load_features(features, device=engine.denoiser.device)
     kept = evaluation.Kept(None if out is None else out / "turns")
-    explained = list(dict.fromkeys(explained)) or [evaluation.explained_step(steps)]
-    if outside := [step for step in explained if not 0 <= step < steps]:
-        raise ValueError(f"step {outside[0]} is outside [0, {steps - 1}]: steps index the time-steps")
     summaries = []
     others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in range(1, steps)}
     engine.prepare(jobs, explainers, done=others)

@@ -56,8 +56,8 @@ class Kept:
         """What is kept under a key. A file that cannot be read counts as absent: it is made again."""
         if key not in self._turns and self._folder is not None and (path := self._path(key)).exists():
             try:
-                with np.load(path) as stored:
-                    self._turns[key] = _turn(stored)
+                with path.open("rb") as file, np.load(file) as stored:
+                    self._turns[key] = _turn(dict(stored))
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 return None
         return self._turns.get(key)

@@ -204,10 +204,8 @@ def localisation_table(found: Localisation) -> Iterator[str]:
         method, step = best(found, target)
         score = found.steps[method][target]
         if score["auroc"][step].count:
-            yield (
-                f"{target}: found best by {method} at step {step + 1}, AUROC {score['auroc'][step]}, hit by the hottest "
-                f"pixel {score['pointing'][step]}."
-            )
+            hit = f"AUROC {score['auroc'][step]}, hit by the hottest pixel {score['pointing'][step]}"
+            yield f"{target}: found best by {method} at step {step + 1}, {hit}."
             yield ""
     told = "; ".join(f"{name}: {what}" for name, what in MEASURES.items())
     yield (

@@ -85,7 +85,7 @@ def check_world(image_shape: tuple[int, int], prompts: Sequence[str]) -> None:
             if image_shape == (SIZE, SIZE) and told_apart(Caption.parse(prompt)):
                 return
     raise ValueError(
-        f"there is no image whose shapes are known: recovery is measured in the embedded world, of {SIZE}×{SIZE} "
+        f"there is no image whose shapes are known: they are in the embedded world alone, of {SIZE}×{SIZE} "
         "pixels and captions such as 'a red circle above a blue square on a gray background'"
     )
 

@@ -271,7 +271,9 @@ class ReleasedLime(Lime):
     def paint(
         self, coefficients: Float[ndarray, " segments"], segments: Int[ndarray, "h w"], image: UInt8[ndarray, "H W 3"]
     ) -> Float[ndarray, "h w"]:
-        """The mean of the painted image's red, green and blue, each in [0, 1]."""
+        """The mean of the painted image's red, green and blue, each in [0, 1]; NaN without coefficients."""
+        if not np.isfinite(coefficients).all():
+            return np.full(segments.shape, np.nan)
         painted = small(image, segments.shape)
         first = np.argsort(-np.abs(coefficients), kind="stable")[:PAINTED]
         painted[np.isin(segments, first), 1] = painted.max()
