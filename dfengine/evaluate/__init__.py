@@ -5,23 +5,27 @@ from dfengine.evaluate.concepts import Concepts, Measured, embedded_prompts, mea
 from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET
 from dfengine.evaluate.faithfulness import (
     Faithfulness,
-    Games,
-    explained_step,
     faithfulness,
     faithfulness_table,
-    features_of,
-    games,
     item_curves,
     normalised,
 )
-from dfengine.evaluate.games import BEHAVIOURS, GAMES
+from dfengine.evaluate.games import GAMES
 from dfengine.evaluate.kept import Kept
-from dfengine.evaluate.localisation import GeneratedAreas, Localisation, Scene, localisation, localisation_table, scenes
+from dfengine.evaluate.localisation import (
+    GeneratedAreas,
+    Localisation,
+    Scene,
+    best,
+    localisation,
+    localisation_table,
+    scenes,
+)
 from dfengine.evaluate.methods import METHODS, TABLES, methods
+from dfengine.evaluate.playing import Games, explained_step, features_of, games
 from dfengine.evaluate.recovery import Recovery, check_world, recovery, recovery_table
 
 __all__ = [
-    "BEHAVIOURS",
     "DISTANCES",
     "FEWEST_IN_A_SET",
     "GAMES",
@@ -38,6 +42,7 @@ __all__ = [
     "Recovery",
     "Sanity",
     "Scene",
+    "best",
     "captions",
     "check_world",
     "embedded_prompts",

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dfengine.batching import in_batches
 from dfengine.denoiser import Condition, Denoiser, Features, Guided
-from dfengine.explain import BEHAVIOURS as BEHAVIOURS
 from dfengine.explain import check_behaviour
 from dfengine.trajectory import Trajectory
 
@@ -145,11 +144,14 @@ class _Board:
             among = set(told[known.start : known.stop])
             images = self._next_image(x, items[real], among.pop() if len(among) == 1 else None)
             error = (images - self.images[items[real]]).square().flatten(1).mean(1)
-            return self.extract(images).float()[: len(known)].cpu(), error[: len(known)].cpu()
+            return self.extract(images).float()[: len(known)], error[: len(known)]
 
         made = [part for _, part in in_batches(len(entries), self.denoiser, work) if part is not None]
-        features, mse = (torch.cat(parts) for parts in zip(*made, strict=True))
-        return self._curves(entries, features, references), self._curves(entries, mse, torch.zeros(self.num_items))
+        # Fetched once: each copy would hold up the next batch.
+        features, mse = (torch.cat(parts).cpu() for parts in zip(*made, strict=True))
+        return self._curves(entries, features, references.cpu()), self._curves(
+            entries, mse, mse.new_zeros(self.num_items)
+        )
 
     def _entries(self, height: int) -> Tensor:
         """(row, point, item) of what is computed, an item's together: a curve's inner points, and each item's two ends
@@ -178,7 +180,7 @@ class _Board:
     def _unperturbed(self, numbers: Tensor, known: range) -> tuple[Float[Tensor, "n 3 H W"], Float[Tensor, "n d"]]:
         items = numbers.clamp(min=0)
         images = self._next_image(self.latents[items], items, None)
-        return images[: len(known)], self.extract(images).float()[: len(known)].cpu()
+        return images[: len(known)], self.extract(images).float()[: len(known)]
 
     def _next_image(self, x: Float[Tensor, "n c h w"], items: Tensor, item: int | None) -> Float[Tensor, "n 3 H W"]:
         """What the trajectory's step makes of latents, decoded; `item` if all are of one item."""

@@ -193,11 +193,7 @@ class Masking:
         Both x0 are read at the unmasked R, so that the images differ by the answers alone.
         """
         extract = self.denoiser.features
-        if extract is None:
-            raise ValueError(
-                f"the Fréchet similarity compares image features, and {self.denoiser.name} comes with no extractor: "
-                "set denoiser.features to one"
-            )
+        assert extract is not None
 
         def look(epsilon: Tensor) -> Tensor:
             alpha_bar = self.denoiser.schedule.at(self.timesteps[rows])

@@ -32,7 +32,8 @@ class Rise(RiseSettings):
         return num_steps * (self.num_masks + 1) * (2 if self.target == "guided" else 1)
 
     def contents(self, denoiser: Denoiser, job: Job) -> Contents:
-        """A score a mask, and errors."""
+        """A score a mask, and errors. Raises ValueError where the similarity needs features, and there are none."""
+        self._check_features(denoiser)
         return Contents(num_masks=self.num_masks, has_error=True)
 
     @torch.no_grad()
@@ -43,6 +44,7 @@ class Rise(RiseSettings):
 
         Raises ValueError where the similarity needs what the model does not come with.
         """
+        self._check_features(denoiser)
         _, height, width = denoiser.latent_shape
         if self.estimates == "ridge" and self.num_masks < 2 * height * width:
             warnings.warn(
@@ -53,3 +55,10 @@ class Rise(RiseSettings):
         rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
         if set(rows) - set(done):
             yield from Masking(self, denoiser, trajectories, rows, done).run()
+
+    def _check_features(self, denoiser: Denoiser) -> None:
+        if self.similarity == "frechet" and denoiser.features is None:
+            raise ValueError(
+                f"the Fréchet similarity compares image features, and {denoiser.name} comes with no extractor: "
+                "set denoiser.features to one"
+            )
