@@ -114,3 +114,11 @@ def test_the_figure_has_a_band_a_method() -> None:
     (axis,) = figure.axes
     assert [line.get_ydata().tolist() for line in axis.lines] == [[0.5, 0.7], [0.1, 0.2]]
     assert axis.get_title() == "area"
+
+
+def test_panels_may_stand_in_rows_with_one_axis() -> None:
+    one = {name: [(0.5, 0.4, 0.6), (0.7, 0.6, 0.8)] for name in "abcde"}
+    figure = figures.recovery({"cam": one}, (900, 1), columns=3, limits=(0, 1))
+    assert [axis.get_title() for axis in figure.axes] == list("abcde")
+    assert {axis.get_ylim() for axis in figure.axes} == {(0, 1)}
+    assert len({round(axis.get_subplotspec().rowspan.start) for axis in figure.axes}) == 2

@@ -148,7 +148,8 @@ def evaluate(
         lines = [line for part in located for line in evaluation.localisation_table(part)]
         _tell([dataclasses.asdict(part) for part in located], lines, as_json)
         if figure is not None:
-            figures.save(figures.recovery(_located(located), located[0].timesteps), figure)
+            panels = figures.recovery(_located(located), located[0].timesteps, columns=3, limits=(0, 1))
+            figures.save(panels, figure)
     if not concepts:
         return
     given = evaluation.with_concepts(given) or evaluation.embedded_prompts(limit, seed)
@@ -170,7 +171,7 @@ def _located(found: list[Any]) -> dict[str, Any]:
         for method, by_target in part.steps.items():
             for target, by_measure in by_target.items():
                 values = [(one.mean, one.low, one.high) for one in by_measure["auroc"]]
-                bands.setdefault(method, {})[f"{target},\n{part.source}"] = values
+                bands.setdefault(method, {})[f"AUROC, {target},\n{part.source}"] = values
     return bands
 
 

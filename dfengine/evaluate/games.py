@@ -149,9 +149,8 @@ class _Board:
         made = [part for _, part in in_batches(len(entries), self.denoiser, work) if part is not None]
         # Fetched once: each copy would hold up the next batch.
         features, mse = (torch.cat(parts).cpu() for parts in zip(*made, strict=True))
-        return self._curves(entries, features, references.cpu()), self._curves(
-            entries, mse, mse.new_zeros(self.num_items)
-        )
+        of_errors = self._curves(entries, mse, mse.new_zeros(self.num_items))
+        return self._curves(entries, features, references.cpu()), of_errors
 
     def _entries(self, height: int) -> Tensor:
         """(row, point, item) of what is computed, an item's together: a curve's inner points, and each item's two ends
