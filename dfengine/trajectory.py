@@ -68,14 +68,19 @@ class Trajectory:
     """on the CPU"""
     prompt: Condition
     negative: Condition
-    steps: Sequence[int] = ()
-    """indices of those that are to be explained; all unless given"""
+    only: Sequence[int] = ()
+    """indices of the steps that are to be explained; all unless given"""
 
     def __post_init__(self) -> None:
-        steps = tuple(map(operator.index, self.steps)) or range(len(self.latents))
-        if outside := [step for step in steps if not 0 <= step < len(self.latents)]:
+        """Raises ValueError for a step that is not there."""
+        object.__setattr__(self, "only", tuple(map(operator.index, self.only)))
+        if outside := [step for step in self.only if not 0 <= step < len(self.latents)]:
             raise ValueError(f"step {outside[0]} is outside [0, {len(self.latents) - 1}]: steps index the time-steps")
-        object.__setattr__(self, "steps", steps)
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """Indices of the steps that are to be explained."""
+        return self.only or range(len(self.latents))
 
     def __len__(self) -> int:
         return len(self.latents)

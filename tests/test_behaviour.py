@@ -155,7 +155,7 @@ def test_games_on_the_command_line(tmp_path: Path) -> None:
         (["--games", "--step", "30"], "step 30 is outside [0, 29]"),
         (["--games", "--behaviour", "code"], "behaviour 'code' is not known"),
         (["--games", "--truth"], "say one thing to evaluate"),
-        (["--truth", "--prompt", "a cat"], "of the embedded world"),
+        (["--truth", "--prompt", "a cat"], "in the embedded world alone"),
     ],
 )
 def test_mistakes_are_one_line(options: list[str], message: str) -> None:

@@ -147,8 +147,8 @@ def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to evaluate was named, or two things: say --sanity, --concepts or --recovery"),
-        (["--sanity", "--concepts"], "say --sanity, --concepts or --recovery"),
+        ([], "say one thing to evaluate: --sanity, --concepts, --recovery, --games or --truth"),
+        (["--sanity", "--concepts"], "say one thing to evaluate: --sanity"),
         (["--recovery", "--model", "none"], "'none' is not known"),
         (["--sanity", "--limit", "0"], "0 prompts and 1 seeds are not possible"),
         (["--concepts", "--prompts", "none.txt"], "'none.txt' cannot be read: No such file"),
@@ -264,7 +264,10 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "-e", "cam", "--target", "guided"], "target 'guided' is not possible with DF-CAM"),
         ([CAPTION, *QUICK, "--layer", "mid*"], "--layer is for cam, which --explainer does not name"),
         ([CAPTION, *QUICK, "-e", "cam", "--word", "red"], "--word is for attention, which --explainer does not name"),
-        ([CAPTION, *QUICK, "-e", "relevance", "--target", "unconditional"], "--target is for rise and cam"),
+        (
+            [CAPTION, *QUICK, "-e", "relevance", "--target", "unconditional"],
+            "--target is for rise or cam or lime, which --explainer does not name",
+        ),
         ([CAPTION, *QUICK, "-e", "attention", "--word", "dog"], "'dog' is not in the prompt 'a red circle above"),
     ],
 )

@@ -70,7 +70,7 @@ def path_of(
     """To be explained at one step."""
     latents = drawn(len(timesteps), *denoiser.latent_shape, seed=seed)
     path = denoiser.trajectory(latents, prompt, guidance=guidance)
-    return dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=timesteps), steps=(step,))
+    return dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=timesteps), only=(step,))
 
 
 # Every point, one latent at a time -----------------------------------------------------------------------------------
@@ -257,8 +257,7 @@ def test_points_of_the_embedded_model_by_diffusers_own_scheduler() -> None:
     timesteps = tuple(denoiser.schedule.timesteps("uniform", 4))
     jobs = [Job("a red circle on a black background", timesteps, 3, guidance=2.5), Job("a pink star", timesteps, 4)]
     paths = [
-        dataclasses.replace(path, steps=(step,))
-        for path, step in zip(trajectories(denoiser, jobs), (1, 3), strict=True)
+        dataclasses.replace(path, only=(step,)) for path, step in zip(trajectories(denoiser, jobs), (1, 3), strict=True)
     ]
     saliency = drawn(2, 16, 16)
     found = play(denoiser, paths, {"it": saliency}, denoiser.features)["it"]
@@ -419,7 +418,7 @@ def assert_turn(turn: Turn, denoiser: Analytic, job: Job, step: int, saliency: t
     (path,) = trajectories(denoiser, [job])
     assert torch.equal(turn.saliency, saliency)
     assert turn.played is not None
-    assert_played(turn.played, peer(denoiser, dataclasses.replace(path, steps=(step,)), saliency, **options))
+    assert_played(turn.played, peer(denoiser, dataclasses.replace(path, only=(step,)), saliency, **options))
 
 
 @pytest.mark.parametrize("behaviour", ["paper", "xdiffusion"])

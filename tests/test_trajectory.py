@@ -190,7 +190,7 @@ def test_steps_to_be_explained_are_of_the_list() -> None:
     denoiser = Analytic(lambda x, number: x, shape=(1, 2, 2))
     path = denoiser.trajectory(torch.zeros(3, 1, 2, 2))
     assert list(path.steps) == [0, 1, 2]
-    assert list(replace(path, steps=[2, 0]).steps) == [2, 0]
+    assert list(replace(path, only=[2, 0]).steps) == [2, 0]
     for outside in (-1, 3):
         with pytest.raises(ValueError, match=rf"step {outside} is outside \[0, 2\]"):
-            replace(path, steps=(outside,))
+            replace(path, only=(outside,))

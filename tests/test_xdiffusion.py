@@ -180,7 +180,7 @@ def test_some_steps_are_those_among_all_and_what_is_done_is_left_out() -> None:
     path = path_of(denoiser)
     for explainer in (ReleasedRise(9), ReleasedRise(9, "cosine", "other")):
         whole = maps_of(explainer, denoiser, path)
-        some = maps_of(explainer, denoiser, dataclasses.replace(path, steps=(0, 2)))
+        some = maps_of(explainer, denoiser, dataclasses.replace(path, only=(0, 2)))
         made = list(explainer.explain(denoiser, [path], done={(0, 1)}))
         rest = {one.step: one.saliency for one in made}
         assert {one.method for one in made} == {explainer.name}
@@ -338,7 +338,7 @@ def test_all_layers_but_the_mid_blocks_attention(saved: Callable[[str], Path], n
 def test_some_steps_of_df_cam_are_those_among_all(tiny: Denoiser) -> None:
     (path,) = trajectories(tiny, [Job(CAPTION, TIMESTEPS)])
     whole = maps_of(ReleasedCam(), tiny, path)
-    some = maps_of(ReleasedCam(), tiny, dataclasses.replace(path, steps=(0, 2)))
+    some = maps_of(ReleasedCam(), tiny, dataclasses.replace(path, only=(0, 2)))
     assert list(some) == [(0, 0), (0, 2)]
     assert_close(some, {row: whole[row] for row in some}, rtol=1e-3, atol=1e-3)
     rest = {one.step: one.saliency for one in ReleasedCam().explain(tiny, [path], done={(0, 0)})}

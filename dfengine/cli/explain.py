@@ -87,7 +87,7 @@ def explain(
         ("--target", None if target == "conditional" else target, ("rise", "cam", "lime")),
     ):
         if value and not set(needs) & set(names):
-            raise ValueError(f"{option} is for {' and '.join(needs)}, which --explainer does not name")
+            raise ValueError(f"{option} is for {' or '.join(needs)}, which --explainer does not name")
     explainers = _explainers(
         names,
         rise={

@@ -57,6 +57,7 @@ def play(
     jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
     maps = dict(map(_map, given))
     extract = None if features is None else models.load_features(features, device=engine.denoiser.device)
+    evaluation.features_of(engine.denoiser, extract)
     engine.denoiser.features = engine.denoiser.features or extract  # of DF-RISE's Fréchet similarity, too
     kept = evaluation.Kept(None if out is None else out / "turns")
     summaries = []

@@ -22,6 +22,10 @@ from dfengine.explain import Explainer, check_behaviour, describe, told_whole
 from dfengine.record import item_key
 from dfengine.trajectory import Job, Trajectory
 
+#: Items in a group, as a share of a batch of latents: masks and points fill batches all the same, and a run that is cut
+#: off loses a group at most.
+_SHARE = 16
+
 
 @dataclass(frozen=True)
 class Games:
@@ -119,10 +123,10 @@ def games(
             denoiser.condition([text])
     for _ in range((len(jobs) - len(missing)) * len(names)):
         tell()
-    size = max(1, denoiser.batch_size // 4)
+    size = max(1, denoiser.batch_size // _SHARE)
     for group in (missing[start : start + size] for start in range(0, len(missing), size)):
         wanted = [name for name in names if any(kept.get(table[name][i]) is None for i in group)]
-        paths = [dataclasses.replace(path, steps=(step,)) for path in sample([jobs[i] for i in group])]
+        paths = [dataclasses.replace(path, only=(step,)) for path in sample([jobs[i] for i in group])]
         made: dict[str, Tensor] = {}
         for name in wanted:
             if name in given:
