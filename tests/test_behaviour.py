@@ -12,6 +12,7 @@ from test_cli import dfengine_command
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Lime, Random, ReleasedCam, ReleasedLime, ReleasedRise, Rise
+from dfengine.evaluate import NoFeatures, faithfulness, games
 from dfengine.evaluate.concepts import lines_of
 from dfengine.explain import as_released
 from dfengine.prompts import Prompt
@@ -149,6 +150,7 @@ def test_games_on_the_command_line(tmp_path: Path) -> None:
         (["--games", "--limit", "3"], "3 images are too few for frechet-set: expected at least 10 (--limit), or"),
         (["--games", "--method", "shap"], "method 'shap' is not known: expected one of lime, random"),
         (["--games", "--table", "3"], "table 3 is not one of the games': expected 1 or 2"),
+        (["--games", "--map", "x=text.npy"], "'text.npy' is not a file of a NumPy array: write it with numpy.save"),
         (["--games", "--map", "theirs"], "map 'theirs' is not understood: expected NAME=FILE.npy"),
         (["--games", "--features", "nowhere"], "no feature extractor at 'nowhere'"),
         (["--games", "--distance", "l1", "--limit", "2"], "distance 'l1' is not known: expected one of frechet-set"),
@@ -158,7 +160,11 @@ def test_games_on_the_command_line(tmp_path: Path) -> None:
         (["--truth", "--prompt", "a cat"], "in the embedded world alone"),
     ],
 )
-def test_mistakes_are_one_line(options: list[str], message: str) -> None:
+def test_mistakes_are_one_line(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.npy").write_text("no array")
     run = dfengine_command("evaluate", *options)
     assert (run.returncode, run.stdout) == (2, "")
     assert message in run.stderr
@@ -174,3 +180,12 @@ def test_without_coefficients_nothing_is_painted() -> None:
     nothing = np.full(2, np.nan)
     painted = ReleasedLime().paint(nothing, np.array([[0, 1]]), np.zeros((2, 4, 3), np.uint8))
     assert np.isnan(painted).all()
+
+
+def test_images_alone_are_compared_without_an_extractor() -> None:
+    engine = Engine.from_pretrained("shapes", device="cpu")
+    jobs = [engine.job("a blue square on a gray background", num_steps=2, seed=seed) for seed in (0, 1)]
+    own = games(engine.denoiser, engine.sample, jobs, [Random()])
+    alone = games(engine.denoiser, engine.sample, jobs, [Random()], features=NoFeatures())
+    assert alone.features == "none"
+    assert faithfulness(alone, "mse").methods == faithfulness(own, "mse").methods

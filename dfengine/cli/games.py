@@ -56,7 +56,9 @@ def play(
         explainers = [as_released(explainer) for explainer in explainers]
     jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
     maps = dict(map(_map, given))
-    extract = None if features is None else models.load_features(features, device=engine.denoiser.device)
+    extract: Any = None if features is None else models.load_features(features, device=engine.denoiser.device)
+    if distance == "mse" and extract is None and engine.denoiser.features is None:
+        extract = evaluation.NoFeatures()
     evaluation.features_of(engine.denoiser, extract)
     engine.denoiser.features = engine.denoiser.features or extract  # of DF-RISE's Fréchet similarity, too
     kept = evaluation.Kept(None if out is None else out / "turns")
@@ -122,7 +124,10 @@ def _map(given: str) -> tuple[str, np.ndarray]:
     name, equals, path = given.partition("=")
     if not (name and equals and Path(path).suffix == ".npy"):
         raise ValueError(f"map {given!r} is not understood: expected NAME=FILE.npy, an array (images, height, width)")
-    array = np.load(path, allow_pickle=False)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except ValueError:
+        raise ValueError(f"{path!r} is not a file of a NumPy array: write it with numpy.save") from None
     return name, array[None] if array.ndim == 2 else array
 
 

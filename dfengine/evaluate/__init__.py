@@ -2,7 +2,7 @@
 
 from dfengine.evaluate.checks import STEPS, Sanity, captions, lines, sanity
 from dfengine.evaluate.concepts import Concepts, Measured, embedded_prompts, measure, summarise, table, with_concepts
-from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET
+from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET, NoFeatures
 from dfengine.evaluate.faithfulness import (
     Faithfulness,
     faithfulness,
@@ -39,6 +39,7 @@ __all__ = [
     "Kept",
     "Localisation",
     "Measured",
+    "NoFeatures",
     "Recovery",
     "Sanity",
     "Scene",

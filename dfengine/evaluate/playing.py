@@ -104,7 +104,7 @@ def games(
         raise ValueError(f"step {step} is outside [0, {len(jobs[0].timesteps) - 1}]: steps index the time-steps")
     names = [*(explainer.name for explainer in explainers), *given]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"methods must have a name each, and be at least one: got {', '.join(names) or 'none'}")
+        raise ValueError(f"methods must have a name each, all different, but are: {', '.join(names) or 'none'}")
     for name, array in given.items():
         if array.ndim != 3 or len(array) != len(jobs):
             raise ValueError(f"maps {name!r} are {tuple(array.shape)}: expected one a prompt, ({len(jobs)}, h, w)")
