@@ -127,28 +127,43 @@ def games(
     for group in (missing[start : start + size] for start in range(0, len(missing), size)):
         wanted = [name for name in names if any(kept.get(table[name][i]) is None for i in group)]
         paths = [dataclasses.replace(path, only=(step,)) for path in sample([jobs[i] for i in group])]
-        made: dict[str, Tensor] = {}
-        for name in wanted:
-            if name in given:
-                made[name] = given[name][group]
-            else:
-                found = {one.item: one.saliency for one in by_name[name].explain(denoiser, paths)}
-                made[name] = torch.stack([found[place] for place in range(len(group))])
-        can = {name: [usable(one, behaviour) for one in made[name]] for name in wanted}
-        # What cannot be ranked is played with any map in its place, so that batches stay full, and not kept.
-        stand_in = torch.arange(float(made[wanted[0]][0].numel())).view_as(made[wanted[0]][0])
-        ranked = {
-            name: torch.stack([one if usable(one, behaviour) else stand_in for one in made[name]]) for name in wanted
-        }
-        played = play(denoiser, paths, ranked, extract, behaviour=behaviour)
-        for name in wanted:
-            for place, item in enumerate(group):
-                turn = Turn(made[name][place], played[name][place] if can[name][place] else None)
+        methods = {name: given[name][group] if name in given else by_name[name] for name in wanted}
+        for name, turns in _turns(denoiser, paths, methods, extract, behaviour).items():
+            for item, turn in zip(group, turns, strict=True):
                 kept.put(table[name][item], turn)
         for _ in range(len(group) * len(names)):
             tell()
-    turns = {name: [_there(kept, key) for key in table[name]] for name in names}
-    return Games(denoiser.name, step, jobs[0].timesteps, extractor, behaviour, turns)
+    every = {name: [_there(kept, key) for key in table[name]] for name in names}
+    return Games(denoiser.name, step, jobs[0].timesteps, extractor, behaviour, every)
+
+
+def _turns(
+    denoiser: Denoiser, paths: Sequence[Trajectory], methods: Mapping[str, Any], extract: Features, behaviour: str
+) -> dict[str, list[Turn]]:
+    """By method, the turn of every trajectory; a method is an explainer, or its maps."""
+    made: dict[str, Tensor] = {}
+    for name, method in methods.items():
+        if isinstance(method, Tensor):
+            made[name] = method
+        else:
+            found = {one.item: one.saliency for one in method.explain(denoiser, paths)}
+            made[name] = torch.stack([found[place] for place in range(len(paths))])
+    can = {name: [usable(one, behaviour) for one in maps] for name, maps in made.items()}
+    # What cannot be ranked is played with any map in its place, so that batches stay full, and not kept.
+    height, width = denoiser.latent_shape[1:]
+    stand_in = torch.arange(float(height * width)).view(height, width)
+    ranked = {
+        name: torch.stack([one if fits else stand_in for one, fits in zip(maps, can[name], strict=True)])
+        for name, maps in made.items()
+    }
+    played = play(denoiser, paths, ranked, extract, behaviour=behaviour)
+    return {
+        name: [
+            Turn(one, game if fits else None)
+            for one, game, fits in zip(made[name], played[name], can[name], strict=True)
+        ]
+        for name in methods
+    }
 
 
 def _there(kept: Kept, key: str) -> Turn:

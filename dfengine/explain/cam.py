@@ -7,7 +7,7 @@ gradient is taken with respect to all δ at once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -87,19 +87,14 @@ class Cam:
 
         Raises ValueError where the network has no such layers.
         """
-        layers, size = self.chosen(denoiser), denoiser.latent_shape[1:]
+        layers = self.chosen(denoiser)
         told = [path.prompt if self.target == "conditional" else path.negative for path in trajectories]
         conditions = Condition.cat(told)
 
         def work(steps: Steps) -> dict[str, Tensor]:
-            maps = self._maps(denoiser, layers, steps, conditions[steps.items])
-            return {COMBINED: combine(maps, size)} | maps
+            return self._maps(denoiser, layers, steps, conditions[steps.items])
 
-        for item, step, maps in by_steps(denoiser, trajectories, done, work):
-            combined = maps.pop(COMBINED)
-            if not all(part.isfinite().all() for part in maps.values()):
-                warnings.warn(f"a DF-CAM map of step {step} is not finite: its features overflow", stacklevel=2)
-            yield StepMap(item, step, self.name, combined, layers=maps)
+        yield from by_layer(self.name, denoiser, trajectories, done, work)
 
     def _maps(
         self, denoiser: Denoiser, layers: Mapping[str, Layer], steps: Steps, condition: Condition
@@ -122,6 +117,26 @@ class Cam:
         }
         with denoiser.differentiable():
             return in_range(denoiser.dtype, self.scale, maps, lambda found: found.values())
+
+
+def by_layer(
+    name: str,
+    denoiser: Denoiser,
+    trajectories: Sequence[Trajectory],
+    done: Collection[tuple[int, int]],
+    maps: Callable[[Steps], dict[str, Tensor]],
+) -> Iterator[StepMap]:
+    """Step maps of what `maps` makes of some steps, layer by layer, with all of them combined."""
+
+    def work(steps: Steps) -> dict[str, Tensor]:
+        found = maps(steps)
+        return {COMBINED: combine(found, denoiser.latent_shape[1:])} | found
+
+    for item, step, made in by_steps(denoiser, trajectories, done, work):
+        combined = made.pop(COMBINED)
+        if not all(part.isfinite().all() for part in made.values()):
+            warnings.warn(f"a DF-CAM map of step {step} is not finite: its features overflow", stacklevel=3)
+        yield StepMap(item, step, name, combined, layers=made)
 
 
 @contextmanager

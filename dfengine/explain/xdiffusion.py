@@ -7,7 +7,6 @@ the names of layers are the engine's own, so that the maps of the two can be com
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,13 +20,12 @@ from torch import Tensor
 
 from dfengine.denoiser import Condition, Denoiser, Layer
 from dfengine.explain.base import Contents, Explainer, StepMap
-from dfengine.explain.cam import Cam, combine, tapped
+from dfengine.explain.cam import Cam, by_layer, tapped
 from dfengine.explain.lime import Lime
 from dfengine.explain.masking import Masking
 from dfengine.explain.rise import Rise
 from dfengine.explain.rise_settings import RiseSettings
-from dfengine.explain.steps import Steps, by_steps, check_scale, in_range
-from dfengine.result import COMBINED
+from dfengine.explain.steps import Steps, check_scale, in_range
 from dfengine.trajectory import Job, Trajectory
 
 SIMILARITIES = ("structure", "contrast", "cosine")
@@ -204,21 +202,16 @@ class ReleasedCam:
 
         Raises ValueError where the network has no layers to look at.
         """
-        layers, size = self.chosen(denoiser), denoiser.latent_shape[1:]
+        layers = self.chosen(denoiser)
         prompts = Condition.cat([path.prompt for path in trajectories])
         negatives = Condition.cat([path.negative for path in trajectories])
         guidance = torch.tensor([path.job.guidance for path in trajectories], device=denoiser.device)
 
         def work(steps: Steps) -> dict[str, Tensor]:
             both = Condition.cat([negatives[steps.items], prompts[steps.items]])
-            maps = _halves(denoiser, layers, steps, both, guidance[steps.items], self.scale)
-            return {COMBINED: combine(maps, size)} | maps
+            return _halves(denoiser, layers, steps, both, guidance[steps.items], self.scale)
 
-        for item, step, maps in by_steps(denoiser, trajectories, done, work):
-            combined = maps.pop(COMBINED)
-            if not all(part.isfinite().all() for part in maps.values()):
-                warnings.warn(f"a DF-CAM map of step {step} is not finite: its features overflow", stacklevel=2)
-            yield StepMap(item, step, self.name, combined, layers=maps)
+        yield from by_layer(self.name, denoiser, trajectories, done, work)
 
 
 def _halves(
