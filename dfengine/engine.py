@@ -195,17 +195,40 @@ class Engine:
         for began, group in self._groups(jobs, restored):
             yield from self._explain_group(group, explainers, done, began)
 
+    def record(
+        self, jobs: Sequence[Job], explainers: Sequence[Explainer], recorders: Sequence[Recorder]
+    ) -> Iterator[Event]:
+        """`stream`, with all of it kept by the jobs' recorders, and what they have already not done again."""
+        for event in self.stream(
+            jobs,
+            explainers,
+            restored={item: one.restored for item, one in enumerate(recorders) if one.restored is not None},
+            done={(item, *done) for item, one in enumerate(recorders) for done in one.done},
+        ):
+            if isinstance(event, Generated):
+                recorders[event.item].begin(event.trajectory)
+            elif isinstance(event, StepMap):
+                recorders[event.item].add(event)
+            else:
+                recorders[event.item].finish(event.seconds)
+            yield event
+
     def sample(self, jobs: Sequence[Job]) -> Iterator[Trajectory]:
         """Generate many images without explaining them, in groups as `stream` does, in the jobs' order."""
         for _, group in self._groups(jobs, {}):
             yield from group.values()
+
+    @property
+    def group_size(self) -> int:
+        """How many images are generated together: a forward has both halves of their guidance."""
+        return max(1, self.denoiser.batch_size // 2)
 
     def _groups(
         self, jobs: Sequence[Job], restored: Mapping[int, Trajectory]
     ) -> Iterator[tuple[float, dict[int, Trajectory]]]:
         """Trajectories by item, of neighbours with equally many steps, and when each group was begun."""
         for _, neighbours in groupby(enumerate(jobs), key=lambda pair: len(pair[1].timesteps)):
-            left, most = list(neighbours), max(1, self.denoiser.batch_size // 2)
+            left, most = list(neighbours), self.group_size
             while left:
                 group = dict(left[:most])
                 began = time.monotonic()
@@ -217,21 +240,33 @@ class Engine:
                 yield began, dict(zip(group, paths, strict=True))
 
     def prepare(
-        self, jobs: Sequence[Job], explainers: Sequence[Explainer], *, done: Collection[tuple[int, str, int]] = ()
+        self,
+        jobs: Sequence[Job],
+        explainers: Sequence[Explainer],
+        *,
+        done: Collection[tuple[int, str, int]] = (),
+        times: int = 1,
     ) -> None:
         """Set up the network for jobs, as `stream` does by itself: find the batch that fits; compile if that repays.
 
+        `times` is how many as large ones are expected.
+
         Raises ValueError where compiling was asked for and is not possible.
         """
-        if self._pace is None:
-            self._pace = tuning.tune(self.denoiser, is_given=self._batch_is_given)
+        pace = self.pace()
         already = Counter((item, name) for item, name, _ in done)
-        num_forwards = sum(
+        num_forwards = times * sum(
             explainer.num_forwards(len(job.timesteps) - already[item, explainer.name])
             for item, job in enumerate(jobs)
             for explainer in explainers
         )
-        tuning.decide(self.denoiser, num_forwards, self._pace, wanted=self._compile)
+        tuning.decide(self.denoiser, num_forwards, pace, wanted=self._compile)
+
+    def pace(self) -> tuning.Pace:
+        """How fast the network is here, found by a few forwards the first time, and with it the batch that fits."""
+        if self._pace is None:
+            self._pace = tuning.tune(self.denoiser, is_given=self._batch_is_given)
+        return self._pace
 
     def _sample(self, group: Mapping[int, Job], restored: Mapping[int, Trajectory]) -> list[Trajectory] | None:
         """The trajectories of a group, those that are not restored sampled together; None if they do not fit."""
@@ -326,13 +361,7 @@ class Engine:
             )
         with file as writer:
             recorder = Recorder(self.denoiser, job, explainers, previews=previews, writer=writer)
-            for event in self.stream([job], explainers, restored=recorder.restored, done=recorder.done):
-                if isinstance(event, Generated):
-                    recorder.begin(event.trajectory)
-                elif isinstance(event, StepMap):
-                    recorder.add(event)
-                else:
-                    recorder.finish(event.seconds)
+            for event in self.record([job], explainers, [recorder]):
                 if on_event is not None:
                     on_event(event)
         return recorder.result

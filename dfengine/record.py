@@ -30,13 +30,14 @@ class Recorder:
         *,
         previews: bool,
         writer: store.Writer | None = None,
+        item: int = 0,
     ) -> None:
-        """The job is item 0 of the writer's plan."""
-        self._denoiser, self._writer, self._previews = denoiser, writer, previews
-        self.done: set[tuple[int, str, int]] = set()
-        """(item, explainer's name, step) of every map that is stored"""
-        self.restored: Mapping[int, Trajectory] = {}
-        """the stored trajectory, by item"""
+        """The job is the given item of the writer's plan."""
+        self._denoiser, self._writer, self._previews, self._item = denoiser, writer, previews, item
+        self.done: set[tuple[str, int]] = set()
+        """(explainer's name, step) of every map that is stored"""
+        self.restored: Trajectory | None = None
+        """the stored trajectory"""
         steps, (height, width) = len(job.timesteps), denoiser.latent_shape[1:]
 
         def empty(*size: int) -> np.ndarray:
@@ -62,18 +63,18 @@ class Recorder:
             heat=empty(len(words), height, width).swapaxes(0, 1) if words else None,
             settings={explainer.name: explainer for explainer in explainers},
         )
-        if writer is not None and writer.has_trajectory(0):
-            self._restore(job, writer.stored(0))
+        if writer is not None and writer.has_trajectory(item):
+            self._restore(job, writer.stored(item))
 
     def _restore(self, job: Job, stored: store.StoredItem) -> None:
         latents, epsilon = (torch.from_numpy(np.asarray(part)) for part in (stored.latents, stored.epsilon))
-        self.restored = {0: restore(self._denoiser, job, latents, epsilon, torch.from_numpy(stored.image))}
+        self.restored = restore(self._denoiser, job, latents, epsilon, torch.from_numpy(stored.image))
         previews = None if stored.previews is None else np.asarray(stored.previews)
         self.result = dataclasses.replace(self.result, previews=previews)
         for name, steps in stored.done.items():
             for step in np.flatnonzero(steps).tolist():
                 if self._writer is not None and self._is_whole(name, step):
-                    self.done.add((0, name, step))
+                    self.done.add((name, step))
                     self._put(self._stored(stored, name, step))
 
     def _is_whole(self, name: str, step: int) -> bool:
@@ -81,9 +82,9 @@ class Recorder:
         made, writer = self._made[name], self._writer
         assert writer is not None
         return (
-            (not made.layers or writer.has_cam(0, step))
-            and (made.tokens is None or writer.has_relevance(0, step))
-            and (not made.words or writer.has_heat(0, step))
+            (not made.layers or writer.has_cam(self._item, step))
+            and (made.tokens is None or writer.has_relevance(self._item, step))
+            and (not made.words or writer.has_heat(self._item, step))
         )
 
     def _stored(self, stored: store.StoredItem, name: str, step: int) -> StepMap:
@@ -91,7 +92,7 @@ class Recorder:
         made = self._made[name]
         tensor = torch.from_numpy
         return StepMap(
-            0,
+            self._item,
             step,
             name,
             saliency=tensor((stored.maps[name][COMBINED] if made.layers else stored.maps[name])[step]),
@@ -115,9 +116,9 @@ class Recorder:
             with torch.no_grad():
                 result = dataclasses.replace(result, previews=to_bytes(self._denoiser.decode(trajectory.x0)).numpy())
         self.result = result
-        if self._writer is not None and not self.restored:
+        if self._writer is not None and self.restored is None:
             self._writer.trajectory(
-                0,
+                self._item,
                 timesteps=result.timesteps,
                 alpha_bar=result.alpha_bar,
                 latents=result.latents,
@@ -133,11 +134,11 @@ class Recorder:
             return
         values = {name: value.numpy() for name, value in self._parts(made).items()}
         if made.layers:
-            self._writer.cam(0, made.step, {name: part.numpy() for name, part in made.layers.items()})
+            self._writer.cam(self._item, made.step, {name: part.numpy() for name, part in made.layers.items()})
         curves = {name: values.pop(name) for name in ("relevance", "heat") if name in values}
-        self._writer.curves(0, made.step, **curves)
+        self._writer.curves(self._item, made.step, **curves)
         # Last, since it is what marks the step as done.
-        self._writer.step(0, made.method, made.step, **values)
+        self._writer.step(self._item, made.method, made.step, **values)
 
     def _parts(self, made: StepMap) -> dict[str, Any]:
         """What there is of a step beside DF-CAM's layers, by name."""
@@ -163,7 +164,7 @@ class Recorder:
     def finish(self, seconds: float) -> None:
         """Nothing more will come."""
         if self._writer is not None:
-            self._writer.finish(0, seconds)
+            self._writer.finish(self._item, seconds)
 
 
 def plan(

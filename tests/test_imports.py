@@ -53,6 +53,7 @@ MAY_IMPORT = {
         "dfkernels",
     },
     "dfengine.profile": {"denoiser", "engine", "explain", "record", "store", "trajectory", "tuning", "dfkernels"},
+    "dfengine.sweep": {"engine", "explain", "prompts", "record", "store", "trajectory"},
     "dfengine.cli": {
         "batching",
         "engine",
@@ -64,6 +65,8 @@ MAY_IMPORT = {
         "prompts",
         "result",
         "store",
+        "sweep",
+        "tuning",
     },
 }
 
@@ -76,9 +79,12 @@ ONLY = {
     "triton": {"dfkernels.fused"},
     "typer": {"dfengine.cli"},
     "rich": {"dfengine.cli"},
+    "pydantic": {"dfengine.sweep"},
+    "ray": {"dfengine.sweep"},
     "scipy": {"dfengine.evaluate"},
     "skimage": {"dfengine.explain"},
     "sklearn": {"dfengine.explain"},
+    "yaml": {"dfengine.sweep"},
 }
 
 SOURCES = sorted([*(ROOT / "dfengine").rglob("*.py"), *(ROOT / "kernels/dfkernels").rglob("*.py")])

@@ -159,8 +159,9 @@ def test_the_prediction_is_of_the_whole_job(found: Profile) -> None:
     assert (job["images"], job["steps"], job["masks"], job["forwards"]) == (3, 5, 64, 3 * 5 * 65)
     masks_alone = 3 * 5 * 64 / found.masks_a_second
     assert masks_alone < job["seconds"] < masks_alone + 3 * 5 * 2
-    # Maps, errors, R_t and ε in float32, scores, and six pictures.
-    assert job["bytes"] == 3 * (5 * 4 * (2 * 256 + 2 * 4 * 256 + 64) + 6 * 3 * 64 * 64)
+    # Maps, errors, R_t and ε in float32, scores, and six pictures; the rest is bookkeeping.
+    values = 3 * (5 * 4 * (2 * 256 + 2 * 4 * 256 + 64) + 6 * 3 * 64 * 64)
+    assert values < job["bytes"] < 1.001 * values
 
 
 def test_guidance_costs_two_forwards(engine: Engine, found: Profile) -> None:

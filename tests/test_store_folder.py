@@ -305,7 +305,7 @@ def test_folders_that_are_not_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(store.StoreError, match="is a folder of something else: name a new or an empty one"):
         store.Folder(tmp_path)
-    with pytest.raises(store.StoreError, match="a part of its path is a file, not a folder"):
+    with pytest.raises(store.StoreError, match="file is a file: name a folder"):
         store.Folder(tmp_path / "file")
     for content, told in {
         "{": "its run.json cannot be read",

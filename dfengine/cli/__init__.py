@@ -11,6 +11,7 @@ from dfengine.cli import files, measure, screen
 from dfengine.cli.evaluate import evaluate
 from dfengine.cli.explain import explain
 from dfengine.cli.sample import sample
+from dfengine.cli.sweep import sweep, worker
 
 app = typer.Typer(
     help="Explain how diffusion models make images.",
@@ -21,6 +22,8 @@ app = typer.Typer(
 for verb in (
     explain,
     sample,
+    sweep,
+    worker,
     measure.profile,
     measure.layers,
     evaluate,

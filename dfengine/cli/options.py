@@ -35,6 +35,7 @@ Behaviour = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="of the start noise and the masks")]
 Json = Annotated[bool, typer.Option("--json", help="as JSON, for another program")]
+JsonLines = Annotated[bool, typer.Option("--json", help="a line of JSON for each event, for another program")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")]
 Prompts = Annotated[
     Path | None,
@@ -50,7 +51,7 @@ def engine(model: str, *, image_size: str | None = None, batch_size: str = "auto
     return Engine.from_pretrained(
         model,
         image_size=None if image_size is None else _sides(image_size),
-        batch_size=_count_or_auto(batch_size),
+        batch_size=count_or_auto(batch_size),
         **options,
     )
 
@@ -70,7 +71,7 @@ def _sides(size: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _count_or_auto(size: str) -> int | None:
+def count_or_auto(size: str) -> int | None:
     """A batch size, None for "auto"."""
     if size == "auto":
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from rich.progress import (
 
 if TYPE_CHECKING:
     from dfengine.engine import Event
+    from dfengine.sweep import Record
 
 T = TypeVar("T")
 
@@ -65,6 +67,75 @@ def counted(things: Iterable[T], what: str, total: int) -> Iterator[T]:
         for thing in things:
             shown.advance(task)
             yield thing
+
+
+@contextmanager
+def sweep_bars() -> Iterator[Callable[[int, Record], None]]:
+    """A bar for a whole sweep, and one for each worker, that follow its records; notes and failures as lines."""
+    from dfengine import sweep
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    said = set()
+    with Progress(
+        *columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=120
+    ) as bars:
+        whole = bars.add_task("starting", total=None, rate="")
+        by_worker: dict[int, TaskID] = {}
+
+        def say(text: str) -> None:
+            if text not in said:
+                said.add(text)
+                err.print(f"dfengine: {text}", markup=False)
+
+        def show(worker: int, record: Record) -> None:
+            if isinstance(record, sweep.Begun):
+                bars.update(whole, description=f"{record.items} items, maps", total=record.maps)
+                share = record.maps / max(1, record.workers)
+                by_worker.update(
+                    {one: bars.add_task(f"worker {one}", total=share, rate="") for one in range(record.workers)}
+                )
+            elif isinstance(record, sweep.Progress):
+                for task in (whole, by_worker[worker]):
+                    bars.advance(task, record.maps)
+                    speed = bars.tasks[task].speed
+                    bars.update(task, rate="" if speed is None else f"{speed:.1f}/s")
+                bars.update(by_worker[worker], description=f"worker {worker}, {record.unit}")
+            elif isinstance(record, sweep.Note):
+                say(f"note: {record.text}")
+            elif isinstance(record, sweep.Failed):
+                for one in record.failures:
+                    if one.errors:
+                        say(
+                            f"{one.described['prompt']!r}, seed {one.described['seed']}: {one.errors[-1]} ({one.state})"
+                        )
+            elif isinstance(record, sweep.Gone):
+                say(f"worker {worker} ended without a word, or stalled: another goes on")
+            elif isinstance(record, sweep.Taken):
+                say(f"{record.unit} is being written by another run: left to it")
+
+        yield show
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """A SIGTERM, as Slurm sends it, stops as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

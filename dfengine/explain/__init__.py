@@ -7,11 +7,12 @@ from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
-from dfengine.explain.settings import describe, rebuild, told_whole
+from dfengine.explain.settings import EXPLAINERS, describe, rebuild, told_whole
 from dfengine.explain.xdiffusion import ReleasedCam, ReleasedLime, ReleasedRise, as_released
 
 __all__ = [
     "BEHAVIOURS",
+    "EXPLAINERS",
     "Attention",
     "Cam",
     "Contents",

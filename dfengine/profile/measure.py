@@ -29,7 +29,7 @@ from dfengine.explain.masking import Masking
 from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling, processor
 from dfengine.profile.operations import flops_by_kind, profiled, time_by_kind
 from dfengine.record import device_name, plan
-from dfengine.store import Writer
+from dfengine.store import Writer, nbytes
 from dfengine.trajectory import Job, Trajectory, trajectories
 from dfengine.tuning import synchronize
 
@@ -97,7 +97,7 @@ def profile(
         "maps": clock.median(stages.maps) / rise.num_masks,
     }
     tell("the whole loop")
-    _resetpeak(denoiser.device)
+    _reset_peak(denoiser.device)
     loop, alone["network"] = _loop_seconds(engine, rise, job, round(seconds / alone["network"]))
     most = peak(denoiser.device)
     rest = {
@@ -136,7 +136,7 @@ def profile(
             "masks": rise.num_masks,
             "forwards": images * rise.num_forwards(steps),
             "seconds": images * (once + (steps - 1) * a_step) + _padded(images * steps * rise.num_masks, batch) * loop,
-            "bytes": images * _bytes_an_item(engine, rise, job),
+            "bytes": images * nbytes(plan(engine.denoiser, [job], [rise], previews=True)),
         },
         missed=_missed(engine),
     )
@@ -270,7 +270,7 @@ def _curve(denoiser: Denoiser, rise: Rise, path: Trajectory, clock: Clock) -> li
     points: list[dict[str, float | None]] = []
     for size in [*sizes, denoiser.batch_size]:
         stages = _Stages(denoiser, rise, path, size)
-        _resetpeak(denoiser.device)
+        _reset_peak(denoiser.device)
         seconds = clock.median(stages.forward)
         # A process's peak never falls, so that a CPU's says nothing of one batch.
         most = peak(denoiser.device) / 2**30 if denoiser.device.type == "cuda" else None
@@ -318,15 +318,7 @@ def _padded(total: int, batch: int) -> int:
     return -(-total // batch) * batch if total > batch else total
 
 
-def _bytes_an_item(engine: Engine, rise: Rise, job: Job) -> int:
-    """Of a file: map, errors, R_t and ε a step in float32, the scores, and the image with its previews."""
-    channels, h, w = engine.denoiser.latent_shape
-    height, width = engine.denoiser.image_shape
-    steps = len(job.timesteps)
-    return steps * 4 * (2 * h * w * (1 + channels) + rise.num_masks) + (steps + 1) * 3 * height * width
-
-
-def _resetpeak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -3,18 +3,22 @@
 It knows plain arrays, strings and settings; models and explainers are the engine's. docs/format.md describes the file.
 """
 
-from dfengine.store.folder import Folder
+from dfengine.store.failures import Failure, Troubles, failures, let_go, units_left
+from dfengine.store.folder import Folder, check_free, is_folder
 from dfengine.store.folder_reader import RunFolder, open
 from dfengine.store.item import LazyArray, StoredItem
 from dfengine.store.merging import merge
-from dfengine.store.plan import Item, Method, Plan, StoreError
+from dfengine.store.plan import Busy, Item, Method, Plan, StoreError
 from dfengine.store.reader import Run
-from dfengine.store.schema import FORMAT_VERSION
+from dfengine.store.schema import FORMAT_VERSION, nbytes
 from dfengine.store.table import lines
+from dfengine.store.units import Unit, plan_units, planned_specs, planned_units
 from dfengine.store.writer import Writer
 
 __all__ = [
     "FORMAT_VERSION",
+    "Busy",
+    "Failure",
     "Folder",
     "Item",
     "LazyArray",
@@ -24,8 +28,19 @@ __all__ = [
     "RunFolder",
     "StoreError",
     "StoredItem",
+    "Troubles",
+    "Unit",
     "Writer",
+    "check_free",
+    "failures",
+    "is_folder",
+    "let_go",
     "lines",
     "merge",
+    "nbytes",
     "open",
+    "plan_units",
+    "planned_specs",
+    "planned_units",
+    "units_left",
 ]

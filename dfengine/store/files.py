@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dfengine.store.plan import StoreError
+from dfengine.store.plan import Busy, StoreError
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full: free some space and run again to go on",
@@ -107,6 +107,27 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file that is never there by half, and is on the disk when this returns."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    fresh.write_text(text)
+    sync(fresh)
+    fresh.replace(path)
+    sync(path.parent)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Adds lines to a file that many processes add to, each call's together; they are on the disk when this returns."""
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        torn = size > 0 and file.read(1) != b"\n"
+        file.write(("\n" * torn + "".join(f"{line}\n" for line in lines)).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def cause(error: Exception) -> str:
     """The error in words; HDF5 gives the system's number in its text only."""
     number = getattr(error, "errno", None)
@@ -149,7 +170,7 @@ class Lock:
             except BlockingIOError:
                 owner = os.read(self._handle, 20).decode() or "unknown"
                 os.close(self._handle)
-                raise StoreError(f"{path} is being written by another run (process {owner})") from None
+                raise Busy(f"{path} is being written by another run (process {owner})") from None
             except OSError:
                 os.close(self._handle)
                 raise

@@ -1,6 +1,7 @@
 """A run folder: results written by many, each a segment of its own, and listed in a manifest.
 
     run/  run.json  manifest.jsonl  segments/<unit>.<attempt>.h5        (.part.h5 while it is written)
+          plan.jsonl  failures/<unit>.json                              (of a sweep)
 
 A unit is some items of one model and one shape. Its segments are its attempts: each goes on from the one before.
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.store.files import Lock, final_name, sync, writing
+from dfengine.store.files import Lock, append_lines, final_name, sync, writing
 from dfengine.store.plan import Plan, StoreError
 from dfengine.store.reader import open_file
 from dfengine.store.schema import FORMAT_VERSION, MARKERS
@@ -80,27 +81,47 @@ class Segment:
 class Folder:
     """The writing side of a run folder; any number of processes may have one. `dfengine.open` reads it."""
 
-    def __init__(self, path: str | os.PathLike[str], *, run_id: str = "") -> None:
-        """Use the folder, or make it. StoreError where something else is there."""
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        run_id: str = "",
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Use the folder, or make it with what all its units share. StoreError where something else is there."""
         self.path = Path(path)
         described = self.path / "run.json"
         with writing(self.path):
             if not described.exists():
-                if self.path.exists() and any(not _is_ours(entry.name) for entry in self.path.iterdir()):
-                    raise StoreError(f"{self.path} is a folder of something else: name a new or an empty one")
+                check_free(self.path)
                 (self.path / "segments").mkdir(parents=True, exist_ok=True)
                 fresh = self.path / f".run.json.{os.getpid()}"
-                fresh.write_text(
-                    json.dumps(
-                        {"format": FOLDER_FORMAT, "format_version": FORMAT_VERSION, "run_id": run_id or self.path.name}
-                    )
-                )
+                described_as = {"format": FOLDER_FORMAT, "format_version": FORMAT_VERSION}
+                named = {"run_id": run_id or self.path.resolve().name, "settings": dict(settings)}
+                fresh.write_text(json.dumps(described_as | named))
                 sync(fresh)
                 with contextlib.suppress(FileExistsError):  # of several processes the first makes it
                     os.link(fresh, described)
                 fresh.unlink()
                 sync(self.path)
-        self.run_id: str = read_description(self.path)["run_id"]
+        told = read_description(self.path)
+        self.run_id: str = told["run_id"]
+        self.settings: dict[str, Any] = told.get("settings", {})
+        """what all its units share, as JSON values"""
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """Held by the one process that plans; others wait for it."""
+        with writing(self.path):
+            lock = (self.path / ".plan.lock").open("w")
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def closed(self) -> set[str]:
+        """The units that are done: those with a segment that is closed. What of them failed is in `failures`."""
+        named = [_named(file.name) for file in _files(self.path)]
+        return {one["unit"] for one in named if one["part"] is None}
 
     def segment(self, unit: str, plan: Plan, *, overwrite: bool = False, **options: Any) -> Writer:
         """A writer of the unit's next attempt, which goes on from what all earlier ones have; listed when it closes.
@@ -144,15 +165,9 @@ class Folder:
 
     def _list(self, path: Path) -> None:
         """Adds a finished segment to the manifest: one write of one line, whoever else is adding one."""
-        line = json.dumps(asdict(Segment.read(path)))
         manifest = self.path / "manifest.jsonl"
-        with writing(manifest), manifest.open("a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            torn = size > 0 and file.read(1) != b"\n"
-            file.write(f"{chr(10) if torn else ''}{line}\n".encode())
-            os.fsync(file.fileno())
+        with writing(manifest):
+            append_lines(manifest, [json.dumps(asdict(Segment.read(path)))])
 
     def _remove(self, old: Path) -> None:
         """Removes a part that has been gone on from, unless its writer is still at it."""
@@ -167,9 +182,17 @@ class Folder:
                 lock.release()
 
 
+def check_free(path: Path) -> None:
+    """StoreError where a run folder cannot be made, as something else is there."""
+    if path.is_dir() and not is_folder(path) and any(not _is_ours(entry.name) for entry in path.iterdir()):
+        raise StoreError(f"{path} is a folder of something else: name a new or an empty one")
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file: name a folder")
+
+
 def _is_ours(name: str) -> bool:
     """Whether an entry of a folder that had no run.json may be of another process, which is just making it."""
-    return name in ("run.json", "manifest.jsonl", "segments") or name.startswith(".run.json")
+    return name in ("run.json", "manifest.jsonl", "segments") or name.startswith((".run.json", ".plan.lock"))
 
 
 def is_folder(path: Path) -> bool:

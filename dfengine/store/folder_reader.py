@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections import OrderedDict
@@ -14,11 +15,13 @@ import numpy as np
 from jaxtyping import Bool
 
 from dfengine.store import schema
+from dfengine.store.failures import failures, units_left
 from dfengine.store.files import final_name
 from dfengine.store.folder import Segment, is_folder, read_description, segments, take_best
 from dfengine.store.item import StoredItem
 from dfengine.store.plan import NoSuchItem, Plan, StoreError
 from dfengine.store.reader import Run, open_file
+from dfengine.store.units import planned_units
 
 if TYPE_CHECKING:
     import xarray
@@ -80,6 +83,11 @@ class RunFolder:
         self.path = path
         self.run_id: str = read_description(path)["run_id"]
         self.segments, self.lost = segments(path)
+        closed = {segment.unit for segment in self.segments if not segment.is_part}
+        self.planned = sum(len(unit) for unit in planned_units(path) if not unit.retry_of)
+        """the items that a sweep has planned, those that are not begun included; 0 where there is no plan"""
+        self.units_left = [unit.name for unit in units_left(path, closed)]
+        self.failures = list(failures(path))
         for file in self.lost:
             warnings.warn(f"{path / 'segments' / file} was finished, and is not there any more", stacklevel=3)
         self._files: OrderedDict[str, Run] = OrderedDict()
@@ -112,9 +120,10 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether every item is finished, and every finished segment still there."""
+        """Whether every item is finished, those of a sweep's plan included, and every finished segment still there."""
         done = all(self.segments[number].finished[place] for number, place in self._places)
-        return done and bool(self._places) and not self.lost
+        missing = self.lost or self.units_left or any(one.state == "aside" for one in self.failures)
+        return done and bool(self._places) and not missing
 
     def opened(self, file: str) -> Run:
         """A segment's file, open; only the latest few are kept open."""
@@ -161,6 +170,9 @@ class RunFolder:
             "finished": self.finished,
             "bytes": size,
             "run_id": self.run_id,
+            "planned": self.planned,
+            "units_left": len(self.units_left),
+            "failures": [dataclasses.asdict(one) for one in self.failures],
             "models": sorted(models),
             "environments": list(environments.values()),
             **total,

@@ -15,6 +15,10 @@ class StoreError(ValueError):
     """A file that cannot be written or read as asked: one line with what was found, and the remedy."""
 
 
+class Busy(StoreError):
+    """A file that another process is writing."""
+
+
 class NoSuchItem(StoreError, IndexError):
     """An item that a file does not have."""
 

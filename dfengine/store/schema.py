@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from dfengine.store.plan import Plan
 
 FORMAT = "dfengine"
@@ -118,6 +120,12 @@ def sizes(plan: Plan) -> dict[str, int]:
         "layers": len(plan.layers),
         "previews": int(plan.previews),
     }
+
+
+def nbytes(plan: Plan) -> int:
+    """Bytes of everything a file of this plan holds, before any compression; texts are left out."""
+    placed = [(row, size) for row, size in layout(plan).values() if row.dtype != "str"]
+    return sum(np.dtype(row.dtype).itemsize * math.prod(size.values()) for row, size in placed)
 
 
 def resolutions(plan: Plan) -> dict[tuple[int, int], list[str]]:

@@ -27,13 +27,18 @@ def lines(opened: Run | RunFolder) -> Iterator[str]:
         yield f"  made with  {model} on {environment['device']}; {versions}"
     each = f", {told['steps']} steps each, {' × '.join(map(str, told['image']))} pixels" if "steps" in told else ""
     took = f", in {told['seconds']:.1f} s" if told["seconds"] else ""
-    yield f"  images     {told['trajectories']} of {told['items']}{each}{took}"
+    planned = max(told["items"], told.get("planned", 0))
+    yield f"  images     {told['trajectories']} of {planned}{each}{took}"
     for name, method in told["methods"].items():
         done = f"{told['maps_done'][name]} of {told['maps_planned'][name]} maps"
         yield f"  {name:<10} {done}: {_shown(method['settings'])}"
     for segment in told.get("segments", [])[:_MOST_LINES]:
         state = "being written, or cut off" if segment["is_part"] else "closed"
         yield f"  segment    {segment['file']}: {segment['finished']} of {segment['items']} images, {state}"
+    aside = [one for one in told.get("failures", []) if one["state"] == "aside"]
+    for one in aside[:_MOST_LINES]:
+        made = f"{one['described']['prompt']!r}, seed {one['described']['seed']}"
+        yield f"  set aside  {made}: {one['errors'][-1]}"
     for number, item in enumerate(islice(opened, _MOST_LINES)):
         yield f"  image {number:<4} {', '.join((repr(item.prompt), f'seed {item.seed}', *_made(item)))}"
     if len(opened) > _MOST_LINES:
