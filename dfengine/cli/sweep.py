@@ -21,6 +21,8 @@ Spec = Annotated[
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", help="the run folder: a new one, or one to go on with")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="try items again that were set aside")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default where there is one")]
+Threads = Annotated[int | None, typer.Option(help="of each worker on a CPU; by default the cores are shared out")]
 Stall = Annotated[float, typer.Option(help="minutes after which a worker that tells nothing is ended")]
 
 
@@ -33,7 +35,8 @@ def sweep(
         str | None, typer.Option(help="of a running Ray ('auto': here), whose machines all see the run folder")
     ] = None,
     retry_failed: Retry = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default where there is one")] = None,
+    device: Device = None,
+    threads: Threads = None,
     batch_size: options.BatchSize = "auto",
     attention: options.AttentionBackend = "auto",
     compile: options.Compile = None,
@@ -47,6 +50,7 @@ def sweep(
     where = sweeping.Where(
         workers=workers,
         device=device,
+        threads=threads,
         ray_address=ray_address,
         batch_size=options.count_or_auto(batch_size),
         attention=attention,
@@ -68,7 +72,8 @@ def worker(
     out: Out,
     shard: Annotated[str, typer.Option(metavar="I/N", help="the part of the sweep to do, from 1/N to N/N")],
     retry_failed: Retry = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default where there is one")] = None,
+    device: Device = None,
+    threads: Threads = None,
     batch_size: options.BatchSize = "auto",
     attention: options.AttentionBackend = "auto",
     compile: options.Compile = None,
@@ -81,6 +86,7 @@ def worker(
     where = sweeping.Where(
         workers=1,
         device=device,
+        threads=threads,
         batch_size=options.count_or_auto(batch_size),
         attention=attention,
         compile=compile,

@@ -37,7 +37,7 @@ class Failure:
 
 
 class Troubles:
-    """The failures of one unit. Whoever writes the unit's segment has it to itself."""
+    """The failures of one unit, which the process has to itself (`Folder.hold`)."""
 
     def __init__(self, folder: Path, unit: Unit) -> None:
         self._unit = unit
@@ -109,9 +109,10 @@ class Troubles:
         return {item for item, one in self._failures.items() if one.state in ("aside", "retried")}
 
     @property
-    def suspects(self) -> set[int]:
-        """Items to be tried alone."""
-        return {item for item, one in self._failures.items() if one.state in ("suspect", "failed")}
+    def suspects(self) -> list[int]:
+        """Items to be tried alone, those that have failed come last."""
+        items = [item for item, one in self._failures.items() if one.state in ("suspect", "failed")]
+        return sorted(items, key=lambda item: len(self._failures[item].errors))
 
 
 def failures(folder: Path) -> Iterator[Failure]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dfengine.store.files import Lock, append_lines, final_name, sync, writing
+from dfengine.store.files import Lock, append_lines, final_name, sync, working_path, writing
 from dfengine.store.plan import Plan, StoreError
 from dfengine.store.reader import open_file
 from dfengine.store.schema import FORMAT_VERSION, MARKERS
@@ -122,6 +122,16 @@ class Folder:
         """The units that are done: those with a segment that is closed. What of them failed is in `failures`."""
         named = [_named(file.name) for file in _files(self.path)]
         return {one["unit"] for one in named if one["part"] is None}
+
+    @contextlib.contextmanager
+    def hold(self, unit: str) -> Iterator[None]:
+        """Has a unit to itself, among the processes of this machine. Raises Busy where another has it."""
+        with writing(self.path):
+            lock = Lock(working_path(self.path / "segments" / f"{unit}.unit"))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def segment(self, unit: str, plan: Plan, *, overwrite: bool = False, **options: Any) -> Writer:
         """A writer of the unit's next attempt, which goes on from what all earlier ones have; listed when it closes.

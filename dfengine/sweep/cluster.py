@@ -17,7 +17,9 @@ _STORE_BYTES = 100 * 2**20
 class Cluster:
     """One actor a worker, each with a GPU or some threads to itself. Ray does not start one again that is lost."""
 
-    def __init__(self, setup: Setup, *, address: str | None = None, workers: int | None = None) -> None:
+    def __init__(
+        self, setup: Setup, *, address: str | None = None, workers: int | None = None, threads: int | None = None
+    ) -> None:
         """Use the Ray at an address ("auto": the one that runs here), or begin one for as long as this lasts.
 
         Raises ValueError where Ray is not installed, or does not answer.
@@ -39,7 +41,8 @@ class Cluster:
         there = ray.cluster_resources()
         self.workers = workers or int(there.get("GPU", 0)) or len(ray.nodes())
         """how many there are room for: one a GPU, or a machine, unless so many were wanted"""
-        self._threads = None if there.get("GPU") else max(1, int(there["CPU"] // self.workers))
+        share = None if there.get("GPU") else max(1, int(there["CPU"] // self.workers))
+        self._threads = threads or share
         needs = {"num_gpus": 1} if there.get("GPU") else {"num_cpus": self._threads}
         self._actor = ray.remote(max_restarts=0, max_task_retries=0, **needs)(Worker)
         self._seats: dict[int, Any] = {}

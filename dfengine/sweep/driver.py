@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dfengine import store
 from dfengine.sweep.records import Closed, Failed, Gone, Idle, Probed, Progress, Record, Refused, Taken
@@ -20,6 +20,7 @@ _MOST_DEATHS = 3
 _LOOK_SECONDS = 1.0
 
 
+@runtime_checkable
 class Crew(Protocol):
     """Workers, by number, on whatever they run."""
 
@@ -111,7 +112,7 @@ class Driver:
             self._deaths += 1
             if self._deaths > _MOST_DEATHS + self._number:
                 raise ValueError(
-                    f"workers ended {self._deaths} times without having done anything: is there enough memory for the "
+                    f"workers ended {self._deaths} times before anything was done: is there enough memory for the "
                     "model? what was done is kept"
                 )
             return self._again(worker, later=False)

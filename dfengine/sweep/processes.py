@@ -8,14 +8,16 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from dfengine.store import let_go
 from dfengine.sweep.records import Gone, Idle, Record
-from dfengine.sweep.worker import Setup, Worker
+from dfengine.sweep.worker import Explain, Setup, Worker
 
 #: Seconds that workers have to put down what they are at, before they are ended.
 GRACE = 15.0
@@ -96,7 +98,10 @@ def serve(pipe: Connection) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         setup, threads = pipe.recv()
         worker, request = Worker(setup, threads=threads), None
+        in_hand: list[str] = []
+        threading.Thread(target=_end_with, args=(os.getppid(), setup, in_hand), daemon=True).start()
         while True:
+            in_hand[:] = [request.unit.name] if isinstance(request, Explain) else []
             with contextlib.closing(worker.answer(request)) as records:
                 for record in records:
                     pipe.send(record)
@@ -104,3 +109,12 @@ def serve(pipe: Connection) -> None:
                     if not isinstance(record, Idle) and pipe.poll():
                         return
             request = pipe.recv()
+
+
+def _end_with(parent: int, setup: Setup, in_hand: list[str]) -> None:
+    """End this process some time after its parent has ended, if it does not see to that itself: it may hang."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(GRACE)
+    let_go(setup.folder, in_hand)
+    os._exit(1)

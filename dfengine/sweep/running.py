@@ -29,6 +29,8 @@ class Where:
     """by default one for each GPU, and one where there is none"""
     device: str | None = None
     """"cpu" or "cuda"; by default a GPU where there is one"""
+    threads: int | None = None
+    """of each worker on a CPU; by default the cores are shared out"""
     ray_address: str | None = None
     """of a running Ray, whose machines all see the run folder"""
     batch_size: int | None = None
@@ -38,8 +40,9 @@ class Where:
     """seconds after which a worker that tells nothing is ended"""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"{self.workers} workers are not possible: expected at least 1")
+        for what, count in (("workers", self.workers), ("threads", self.threads)):
+            if count is not None and count < 1:
+                raise ValueError(f"{count} {what} are not possible: expected at least 1")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"device {self.device!r} is not possible: expected cpu or cuda; each worker has one")
         if not self.stall > 0:
@@ -57,10 +60,10 @@ class Where:
         )
         gpus = [] if self.device == "cpu" else _gpus()
         if self.ray_address is not None or (len(gpus) > 1 and importlib.util.find_spec("ray")):
-            return Cluster(setup, address=self.ray_address, workers=self.workers)
+            return Cluster(setup, address=self.ray_address, workers=self.workers, threads=self.threads)
         workers = self.workers or len(gpus) or 1
-        cores = len(os.sched_getaffinity(0))
-        return Processes(setup, workers=workers, gpus=gpus, threads=None if gpus else max(1, cores // workers))
+        share = None if gpus else max(1, len(os.sched_getaffinity(0)) // workers)
+        return Processes(setup, workers=workers, gpus=gpus, threads=self.threads or share)
 
 
 def run(

@@ -34,8 +34,16 @@ def explain_unit(
 
     What is wrong with an item is recorded, and the others go on: a ValueError sets it aside at once, anything else at
     the second time, in a fresh process (the last record then asks for one). Closing the iterator stops the work, and
-    keeps what is done. Raises StoreError and OSError, which are no item's fault.
+    keeps what is done. Raises Busy where another process is at the unit; StoreError and OSError, which are no item's
+    fault.
     """
+    with folder.hold(unit.name):
+        yield from _explain_held(engine, shared, folder, unit, times)
+
+
+def _explain_held(
+    engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, times: int
+) -> Iterator[Record]:
     troubles = store.Troubles(folder.path, unit)
     jobs, refused = _jobs(engine, shared, unit, troubles)
     if refused:
@@ -109,8 +117,8 @@ class _Work:
             yield Failed(self._unit.name, tuple(found))
         left = [item for item in left if item not in self._troubles.aside]
         self._engine.prepare([self._jobs[item] for item in left], self._shared.explainers, times=times)
-        alone = [item for item in left if item in self._troubles.suspects]
-        together = [item for item in left if item not in self._troubles.suspects]
+        alone = [item for item in self._troubles.suspects if item in left]
+        together = [item for item in left if item not in alone]
         size = self._engine.group_size
         groups = deque([*(together[start : start + size] for start in range(0, len(together), size))])
         # Last, so that what they do to the process costs the others nothing.

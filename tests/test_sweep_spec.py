@@ -1,0 +1,453 @@
+"""What a sweep is: every form that a file may give it in, what is said of those that are none, and what names it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dfengine import Attention, Cam, Lime, Random, Relevance, Rise
+from dfengine.explain import ReleasedCam, ReleasedLime, ReleasedRise
+from dfengine.sweep.spec import Schedule, Shared, Source, Sweep, read
+
+ALL_OF_IT = """
+prompts:
+  - a red circle
+  - a blue square, and “this”
+seeds: [7, 3]
+steps: 20
+gamma: 50
+guidance: 2.5
+schedules:
+  - uniform
+  - early
+  - {sampling: latter, steps: 10, gamma: 8, guidance: 1}
+  - [900, 500, 100]
+models:
+  - shapes
+  - {model: other/one, dtype: float16, variant: fp16, revision: main, random_weights: true, image_size: [64, 32]}
+explainers:
+  - rise
+  - Random
+  - rise: {num_masks: 8, name: few}
+negative_prompt: blurry
+behaviour: paper
+previews: true
+compression: none
+mantissa_bits: 10
+unit_minutes: 2.5
+"""
+
+
+@pytest.fixture
+def told(tmp_path):
+    """Reads what a file of these lines describes; what it needs and does not say is the least."""
+
+    def reading(text):
+        least = {"prompts": "prompts: a cat", "explainers": "explainers: random"}
+        given = [line for key, line in least.items() if f"{key}:" not in text]
+        (tmp_path / "sweep.yaml").write_text("\n".join([*given, text]), encoding="utf-8")
+        return read(tmp_path / "sweep.yaml")
+
+    return reading
+
+
+def swept(**given):
+    return Sweep(**{"prompts": "a cat", "explainers": Random()} | given)
+
+
+def test_a_file_may_say_all_of_it(told):
+    sweep = told(ALL_OF_IT)
+    assert sweep.prompts == ("a red circle", "a blue square, and “this”")
+    assert sweep.seeds == (7, 3)
+    assert sweep.schedules == (
+        Schedule(sampling="uniform", steps=20, gamma=0, guidance=2.5),
+        Schedule(sampling="early", steps=20, gamma=50, guidance=2.5),
+        Schedule(sampling="latter", steps=10, gamma=8, guidance=1),
+        Schedule(sampling=(900, 500, 100), steps=3, gamma=0, guidance=2.5),
+    )
+    other = {"dtype": "float16", "variant": "fp16", "revision": "main", "random_weights": True, "image_size": (64, 32)}
+    assert sweep.models == (Source(model="shapes"), Source(model="other/one", **other))
+    assert sweep.explainers == (Rise(), Random(), Rise(8, name="few"))
+    assert (sweep.negative_prompt, sweep.behaviour, sweep.previews) == ("blurry", "paper", True)
+    assert (sweep.compression, sweep.mantissa_bits, sweep.unit_minutes) == ("none", 10, 2.5)
+
+
+def test_a_file_need_only_have_prompts_and_explainers(told):
+    sweep = told("prompts: a cat\nexplainers: rise")
+    assert (sweep.prompts, sweep.seeds, sweep.explainers) == (("a cat",), (0,), (Rise(),))
+    assert [one.model_dump() for one in sweep.schedules] == [
+        {"sampling": "uniform", "steps": 30, "gamma": 0.0, "guidance": None}
+    ]
+    assert [one.model_dump() for one in sweep.models] == [
+        {"model": "shapes", "dtype": None, "variant": None, "revision": None}
+        | {"random_weights": False, "image_size": None}
+    ]
+    assert (sweep.negative_prompt, sweep.behaviour, sweep.previews) == ("", "paper", False)
+    assert (sweep.compression, sweep.mantissa_bits, sweep.unit_minutes) == ("gzip", 23, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompts: a cat", ("a cat",)),
+        ("prompts: [a cat, a dog]", ("a cat", "a dog")),
+        ("prompts: {file: prompts.txt}", ("one", "two", "three")),
+        ("prompts: {file: prompts.txt, limit: 2}", ("one", "two")),
+        ("prompts: {file: prompts.txt, limit: 9}", ("one", "two", "three")),
+        ("prompts: {file: sub/table.csv}", ("a cat on a mat",)),
+        ("seeds: 3", (0, 1, 2)),
+        ("seeds: 1", (0,)),
+        ("seeds: [5]", (5,)),
+        ("seeds: [5, 0, 2]", (5, 0, 2)),
+        ("seeds: {first: 40, count: 3}", (40, 41, 42)),
+        ("seeds: {count: 2}", (0, 1)),
+        ("seeds: {first: 40}", (40,)),
+        (f"seeds: [{2**63 - 1}]", (2**63 - 1,)),
+        ("schedules: early", (Schedule(sampling="early"),)),
+        ("schedules: {sampling: early}", (Schedule(sampling="early", steps=30, gamma=60),)),
+        ("schedules: {steps: 7}", (Schedule(sampling="uniform", steps=7),)),
+        ("schedules: [early, {sampling: latter}]", (Schedule(sampling="early"), Schedule(sampling="latter"))),
+        ("schedules: [[9, 4]]", (Schedule(sampling=(9, 4), steps=2),)),
+        ("schedules: {sampling: [9, 4]}", (Schedule(sampling=(9, 4), steps=2),)),
+        ("schedules: [[9], [9, 4]]", (Schedule(sampling=(9,), steps=1), Schedule(sampling=(9, 4), steps=2))),
+        ("models: a/b", (Source(model="a/b"),)),
+        ("models: {model: a/b, dtype: bfloat16}", (Source(model="a/b", dtype="bfloat16"),)),
+        ("models: [a/b, {model: c}]", (Source(model="a/b"), Source(model="c"))),
+        ("explainers: rise", (Rise(),)),
+        ("explainers: Rise", (Rise(),)),
+        ("explainers: {rise: {num_masks: 5}}", (Rise(5),)),
+        ("explainers: [{rise: }, cam]", (Rise(), Cam())),
+        ("explainers: [relevance, attention, lime, Random]", (Relevance(), Attention(), Lime(), Random())),
+        ("explainers: [{cam: {layers: [up*, mid*]}}]", (Cam(layers=("up*", "mid*")),)),
+        ("explainers: [{attention: {words: [cat]}}]", (Attention(words=("cat",)),)),
+        ("explainers: [ReleasedRise, releasedcam, ReleasedLime]", (ReleasedRise(), ReleasedCam(), ReleasedLime())),
+    ],
+)
+def test_each_key_has_its_forms(told, tmp_path, text, expected):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n# no prompt\nthree\n")
+    (tmp_path / "sub/table.csv").write_text("prompt\na cat on a mat\n")
+    assert getattr(told(text), text.partition(":")[0]) == expected
+
+
+def test_a_file_of_prompts_is_beside_the_sweep_wherever_it_is_read_from(tmp_path, monkeypatch):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps/prompts.txt").write_text("beside it\n")
+    (tmp_path / "prompts.txt").write_text("here\n")
+    sweep = tmp_path / "sweeps/sweep.yaml"
+    monkeypatch.chdir(tmp_path)
+    sweep.write_text("{prompts: {file: prompts.txt}, explainers: rise}")
+    assert read("sweeps/sweep.yaml").prompts == ("beside it",)
+    sweep.write_text(f"{{prompts: {{file: {tmp_path / 'prompts.txt'}}}, explainers: rise}}")
+    assert read(sweep).prompts == ("here",), "a path from the root is that path"
+    assert swept(prompts={"file": "prompts.txt"}).prompts == ("here",)
+
+
+def test_what_is_said_at_the_top_goes_to_schedules_that_do_not_say():
+    sweep = swept(
+        steps=5, gamma=7, guidance=2, schedules=["early", {"sampling": "latter", "steps": 6, "gamma": 8, "guidance": 3}]
+    )
+    assert sweep.schedules == (
+        Schedule(sampling="early", steps=5, gamma=7, guidance=2),
+        Schedule(sampling="latter", steps=6, gamma=8, guidance=3),
+    )
+    assert swept(steps=5).schedules == (Schedule(steps=5),)
+    assert swept(gamma=5, schedules="latter").schedules == (Schedule(sampling="latter", gamma=5),)
+    assert swept(guidance=0, schedules={"steps": 4}).schedules == (Schedule(steps=4, guidance=0),)
+    assert swept(guidance=2, schedules={"guidance": None}).schedules == (Schedule(),), "which says: the model's own"
+
+
+@pytest.mark.parametrize("sampling", ["uniform", (9, 4)])
+def test_gamma_is_0_where_it_has_no_meaning(sampling):
+    """So that a schedule has one description."""
+    assert Schedule(sampling=sampling, gamma=3) == Schedule(sampling=sampling)
+    assert Schedule(sampling=sampling).gamma == 0
+    assert [Schedule(sampling=stage).gamma for stage in ("early", "latter")] == [60, 60]
+
+
+@pytest.mark.parametrize("steps", [{}, {"steps": 30}, {"steps": 2}])
+def test_a_list_of_time_steps_says_how_many_there_are(steps):
+    assert Schedule(sampling=[9, 4, 2], **steps).steps == 3
+    assert swept(schedules=[[9, 4, 2]], **steps).schedules == (Schedule(sampling=(9, 4, 2)),)
+    assert swept(schedules={"sampling": [9, 4, 2]}, **steps).schedules[0].steps == 3
+
+
+def test_in_python_values_may_be_what_they_become():
+    schedules, models = (Schedule(sampling="early"), Schedule(steps=3)), (Source(model="a/b"),)
+    explainers = (Rise(4), Cam(layers=("up*",)))
+    sweep = swept(prompts=("a", "b"), seeds=range(2), schedules=schedules, models=models, explainers=explainers)
+    assert (sweep.prompts, sweep.seeds) == (("a", "b"), (0, 1))
+    assert (sweep.schedules, sweep.models, sweep.explainers) == (schedules, models, explainers)
+    assert swept(schedules=schedules[0], models=models[0], explainers=explainers[0]).schedules == schedules[:1]
+    assert swept(explainers=[Rise(4), "cam", {"lime": {"num_samples": 9}}]).explainers == (Rise(4), Cam(), Lime(9))
+
+
+def test_what_is_said_twice_is_there_once_where_it_was_first(told):
+    sweep = told("""
+prompts: [b, a, b]
+seeds: [2, 1, 2, 1]
+steps: 4
+schedules: [uniform, early, {sampling: uniform, gamma: 9}, {steps: 4}, [9, 4], {sampling: [9, 4], steps: 7}]
+models: [m, shapes, {model: m}]
+""")
+    assert (sweep.prompts, sweep.seeds) == (("b", "a"), (2, 1))
+    assert [one.sampling for one in sweep.schedules] == ["uniform", "early", (9, 4)]
+    assert [one.model for one in sweep.models] == ["m", "shapes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # Keys: the place, and the nearest that is known.
+        ("prompt: a", "prompt is not known: did you mean 'prompts'?"),
+        ("seed: 3", "seed is not known: did you mean 'seeds'?"),
+        ("schedule: early", "schedule is not known: did you mean 'schedules'?"),
+        ("model: a", "model is not known: did you mean 'models'?"),
+        ("explainer: rise", "explainer is not known: did you mean 'explainers'?"),
+        ("negativeprompt: a", "negativeprompt is not known: did you mean 'negative_prompt'?"),
+        ("behavior: paper", "behavior is not known: did you mean 'behaviour'?"),
+        ("preview: true", "preview is not known: did you mean 'previews'?"),
+        ("compresion: none", "compresion is not known: did you mean 'compression'?"),
+        ("mantisa_bits: 3", "mantisa_bits is not known: did you mean 'mantissa_bits'?"),
+        ("unit_minute: 3", "unit_minute is not known: did you mean 'unit_minutes'?"),
+        ("step: 3", "step is not known: did you mean 'steps'?"),
+        ("gama: 3", "gama is not known: did you mean 'gamma'?"),
+        ("guidence: 3", "guidence is not known: did you mean 'guidance'?"),
+        ("schedules: {sampeling: early}", "schedules.0.sampeling is not known: did you mean 'sampling'?"),
+        ("schedules: [early, {step: 3}]", "schedules.1.step is not known: did you mean 'steps'?"),
+        ("schedules: {zzz: 3}", "schedules.0.zzz is not known: expected one of sampling, steps, gamma, guidance"),
+        ("models: [a, {model: b, dtyp: float16}]", "models.1.dtyp is not known: did you mean 'dtype'?"),
+        ("models: {imagesize: [3, 3]}", "models.0.imagesize is not known: did you mean 'image_size'?"),
+        ("prompts: {fil: a.txt}", "prompts: 'fil' is not known: did you mean 'file'?"),
+        ("prompts: {file: a.txt, limt: 3}", "prompts: 'limt' is not known: did you mean 'limit'?"),
+        ("seeds: {frist: 3}", "seeds: 'frist' is not known: did you mean 'first'?"),
+        ("seeds: {counts: 3}", "seeds: 'counts' is not known: did you mean 'count'?"),
+        ("explainers: [{rise: {num_maks: 3}}]", "'num_maks' of rise is not known: did you mean 'num_masks'?"),
+        # Names.
+        ("explainers: [rise, cma]", "explainers: explainer 'cma' is not known: did you mean 'cam'?"),
+        ("explainers: [{ris: {num_masks: 3}}]", "explainers: explainer 'ris' is not known: did you mean 'rise'?"),
+        ("explainers: zzz", "explainers: explainer 'zzz' is not known: expected one of Rise, rise, Cam, cam"),
+        ("schedules: [uniform, erly]", "schedules.1.sampling: 'erly' is not known: did you mean 'early'?"),
+        ("schedules: zzz", "'zzz' is not known: expected one of uniform, early, latter; or give a list of time-steps"),
+        # Values.
+        ("prompts: []", "prompts: "),
+        ("prompts: [a, 3]", "prompts.1: "),
+        ('prompts: [a, " "]', "prompts: a prompt is empty: say what the image should show"),
+        ("prompts:", "prompts.0: "),
+        ("prompts: {limit: 3}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
+        ("prompts: {file: none.txt}", "none.txt' cannot be read: No such file"),
+        ("prompts: {file: none.xml}", "is no file of prompts: expected .txt, .csv, .jsonl, .json"),
+        ("prompts: {file: prompts.txt, limit: 0}", "prompts: 0 prompts are not possible: expected at least 1"),
+        ("seeds: 0", "seeds: 0 seeds are not possible: expected at least 1"),
+        ("seeds: {count: 0}", "seeds: 0 seeds are not possible: expected at least 1"),
+        ("seeds: -2", "seeds: -2 seeds are not possible: expected at least 1"),
+        ("seeds: [3, -1]", "seeds.1: "),
+        (f"seeds: [{2**63}]", "seeds.0: "),
+        ("seeds: [1.5]", "seeds.0: "),
+        ("seeds: {first: x}", "seeds: "),
+        ("seeds: three", "seeds: "),
+        ("steps: 0", "schedules.0.steps: "),
+        ("schedules: [early, {steps: -1}]", "schedules.1.steps: "),
+        ("schedules: []", "schedules: "),
+        ("schedules: [[]]", "schedules.0.steps: "),
+        ("schedules: [early, 5]", "schedules.1.sampling: 5 is not known: expected one of uniform, early, latter"),
+        ("schedules: [[9, 4.5]]", "schedules.0.sampling: [9, 4.5] is not known"),
+        ("schedules: {sampling: [true]}", "schedules.0.sampling: [True] is not known"),
+        ("schedules: {sampling: early, gamma: x}", "schedules.0.gamma: "),
+        ("schedules: {guidance: x}", "schedules.0.guidance: "),
+        ("models: []", "models: "),
+        ("models: [a, 3]", "models.1: "),
+        ("models: {dtype: float8}", "models.0.dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
+        ("models: {image_size: 64}", "models.0.image_size: "),
+        ("models: {random_weights: perhaps}", "models.0.random_weights: "),
+        ("explainers: []", "explainers: "),
+        ("explainers: [3]", "explainers: explainer 3 is not known"),
+        ("explainers: [{rise: {}, cam: {}}]", "explainers: explainer {'rise': {}, 'cam': {}} is not known"),
+        ("explainers: [{rise: 5}]", "explainers: 5 is no set of settings of rise: expected names and values"),
+        ("explainers: [{rise: {num_masks: x}}]", "num_masks: Input should be a valid integer"),
+        ("explainers: [{rise: {num_masks: 0}}]", "explainers: 0 masks are not possible: expected at least 1"),
+        ("explainers: [{lime: {num_samples: 1}}]", "1 samples are not possible: expected at least 2"),
+        ("explainers: [rise, rise]", "explainers share a name (rise, rise): give each its own, as in - rise: {name: "),
+        ("explainers: [cam, {rise: {name: cam}}]", "explainers share a name (cam, cam)"),
+        ("negative_prompt: [a]", "negative_prompt: "),
+        ("behaviour: released", "behaviour: Input should be 'paper' or 'xdiffusion'"),
+        ("previews: perhaps", "previews: "),
+        ("compression: zip", "compression: Input should be 'gzip' or 'none'"),
+        ("mantissa_bits: 24", "mantissa_bits: "),
+        ("mantissa_bits: 0", "mantissa_bits: "),
+        ("unit_minutes: 0", "unit_minutes: "),
+        ("unit_minutes: .nan", "unit_minutes: "),
+        ("{behaviour: xdiffusion, prompts: a, explainers: [{rise: {grid: 4}}]}", "grid=4 is not what the"),
+        ("{behaviour: xdiffusion, prompts: a, explainers: [{rise: {similarity: ssim}}]}", "similarity 'ssim' is not"),
+    ],
+)
+def test_what_is_not_possible_is_one_line_with_the_place(told, tmp_path, text, said):
+    (tmp_path / "prompts.txt").write_text("one\n")
+    with pytest.raises(ValueError, match=r"sweep\.yaml") as refused:
+        told(text)
+    line = str(refused.value)
+    assert line.startswith(f"{tmp_path / 'sweep.yaml'}: ")
+    assert said in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompts: a", "explainers is missing"),
+        ("explainers: rise", "prompts is missing"),
+        ("seeds: 3", "prompts is missing; explainers is missing"),
+        ("prompts: a\nexplainers: [{rise: {num_masks: x}}]\nsteps: 0", "num_masks: "),
+        ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "schedules.0.steps: "),
+        ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "; models.0.bar is not known"),
+        ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "; foo is not known: expected one of "),
+        ("- prompts", "describes no sweep: expected keys, of which prompts and explainers are needed"),
+        ("", "describes no sweep"),
+        ("prompts: [a\nexplainers: rise", "is not YAML: while parsing a flow sequence"),
+        (b"prompts: \xff", "is not YAML: "),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_that_describes_no_sweep_is_told_of_in_one_line(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "sweep.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"sweep\.yaml") as refused:
+        read(tmp_path / "sweep.yaml")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_function_of_the_callers_own_does_not_reach_other_processes():
+    with pytest.raises(ValueError, match="has a function of the caller's own, which other processes do not have"):
+        swept(explainers=Rise(similarity=lambda a, b: a))
+
+
+def test_explainers_are_named_apart_as_the_behaviour_has_them():
+    assert swept(explainers=[Rise(8), Rise(9, name="few")]).released == [Rise(8), Rise(9, name="few")]
+    both = swept(explainers=[Rise(8), Cam(), Lime(9), Random(), Rise(9, name="few")], behaviour="xdiffusion")
+    assert both.released == [ReleasedRise(8), ReleasedCam(), ReleasedLime(9), Random(), ReleasedRise(9, name="few")]
+    with pytest.raises(ValueError, match=r"explainers share a name \(rise, rise\)"):
+        swept(explainers=[Rise(8), ReleasedRise(8)], behaviour="xdiffusion")
+
+
+EXPLAINERS = (
+    Rise(8, keep_probability=0.3, masks="rise", score="global", similarity="frechet", stop_at_error=0.1, name="r"),
+    Cam(layers=("up*", "mid*"), target="unconditional", scale=2, name="c"),
+    Relevance(self_attention=False, name="v"),
+    Attention(words=("red", "blue square"), name="a"),
+    Lime(9, kernel_size=3, name="l"),
+    Random(name="n"),
+    ReleasedRise(7, "cosine"),
+    ReleasedCam(3.0),
+    ReleasedLime(5),
+)
+
+
+@pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda one: type(one).__name__)
+def test_a_worker_has_the_explainers_that_were_asked_for(explainer):
+    sweep = swept(explainers=explainer)
+    assert json.loads(json.dumps(sweep.shared)) == sweep.shared
+    (rebuilt,) = Shared.of(json.loads(json.dumps(sweep.shared))).explainers
+    assert (type(rebuilt), rebuilt) == (type(explainer), explainer)
+
+
+def test_a_worker_has_what_holds_for_every_item():
+    told = {"negative_prompt": "ugly “x”", "previews": True, "compression": "none", "mantissa_bits": 11}
+    sweep = swept(explainers=EXPLAINERS, prompts=["p", "q"], seeds=2, unit_minutes=3, **told)
+    assert dataclasses.asdict(Shared.of(sweep.shared)) == {
+        "explainers": tuple(map(dataclasses.asdict, EXPLAINERS)),
+        "behaviour": "paper",
+    } | {name: told[name] for name in told}
+    assert set(sweep.shared) == {*told, "behaviour", "explainers"}
+
+
+def test_a_worker_has_the_released_explainers_with_their_behaviour():
+    sweep = swept(explainers=[Rise(8), Cam(scale=2), Lime(9), Attention(("red",))], behaviour="xdiffusion")
+    shared = Shared.of(json.loads(json.dumps(sweep.shared)))
+    assert list(map(type, shared.explainers)) == [ReleasedRise, ReleasedCam, ReleasedLime, Attention]
+    assert list(shared.explainers) == sweep.released
+    assert shared.behaviour == "xdiffusion"
+
+
+BASE = {
+    "prompts": ["a cat", "a dog"],
+    "seeds": [0, 1],
+    "schedules": ["uniform", {"sampling": "early"}],
+    "models": ["shapes"],
+    "explainers": [Rise(8), Cam()],
+}
+
+
+#: Each makes another sweep of it.
+CHANGES = [
+    {"prompts": ["a cat"]},
+    {"prompts": ["a cat", "a dog", "a cow"]},
+    {"prompts": ["a cat", "a Dog"]},
+    {"prompts": ["a dog", "a cat"]},
+    {"seeds": [0]},
+    {"seeds": [0, 2]},
+    {"schedules": ["uniform"]},
+    {"schedules": ["uniform", "latter"]},
+    {"schedules": [[9, 4], "early"]},
+    {"schedules": [[9, 5], "early"]},
+    {"steps": 31},
+    {"gamma": 61},
+    {"guidance": 7},
+    {"models": ["other"]},
+    {"models": [{"model": "shapes", "dtype": "float16"}]},
+    {"models": [{"model": "shapes", "variant": "fp16"}]},
+    {"models": [{"model": "shapes", "revision": "main"}]},
+    {"models": [{"model": "shapes", "random_weights": True}]},
+    {"models": [{"model": "shapes", "image_size": (64, 64)}]},
+    {"models": [{"model": "shapes", "image_size": (64, 32)}]},
+    {"explainers": [Rise(8)]},
+    {"explainers": [Rise(9), Cam()]},
+    {"explainers": [Cam(), Rise(8)]},
+    {"explainers": [Rise(8), Cam(layers=("up*",))]},
+    {"explainers": [Rise(8), Lime(name="cam")]},
+    {"negative_prompt": "blurry"},
+    {"behaviour": "xdiffusion"},
+    {"previews": True},
+    {"compression": "none"},
+    {"mantissa_bits": 10},
+]
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_another_sweep_has_another_digest(changed):
+    assert Sweep(**BASE | changed).digest != Sweep(**BASE).digest
+
+
+def test_all_other_sweeps_have_digests_of_their_own():
+    """No change looks like another."""
+    digests = {Sweep(**BASE | changed).digest for changed in CHANGES}
+    assert len(digests) == len(CHANGES)
+    assert all(len(digest) == 64 and int(digest, 16) for digest in digests)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"unit_minutes": 1},
+        {"prompts": ("a cat", "a dog", "a cat")},
+        {"seeds": 2},
+        {"seeds": {"count": 2}},
+        {"schedules": [{"steps": 30}, Schedule(sampling="early")]},
+        {"schedules": [{"gamma": 5}, {"sampling": "early", "gamma": 60}]},
+        {"steps": 30, "gamma": 60},
+        {"models": Source(model="shapes", random_weights=False)},
+        {"explainers": [{"rise": {"num_masks": 8}}, "cam"]},
+        {"negative_prompt": ""},
+        {"mantissa_bits": 23},
+    ],
+)
+def test_the_same_sweep_in_other_words_has_the_same_digest(same):
+    assert Sweep(**BASE | same).digest == Sweep(**BASE).digest
+
+
+def test_a_sweep_is_not_changed_once_it_is_made():
+    sweep = swept()
+    for one, name in ((sweep, "prompts"), (sweep.schedules[0], "steps"), (sweep.models[0], "model")):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(one, name, "x")
+    assert {sweep.schedules: 1, sweep.models: 2} == {(Schedule(),): 1, (Source(),): 2}, "they are keys"

@@ -1,0 +1,252 @@
+"""One unit of a sweep, done in this process: what is written, and what becomes of items that fail."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from analytic import Analytic
+
+from dfengine import Engine, Random, Rise, store
+from dfengine.sweep.records import Closed, Failed, Progress
+from dfengine.sweep.spec import Schedule, Shared
+from dfengine.sweep.unit import explain_unit
+
+STEPS = 3
+
+
+def harmful(**errors):
+    """Random maps, but for prompts that there is an error for; it notes who was explained together."""
+
+    class Harmful(Random):
+        seen = []  # noqa: RUF012  # no setting: what a file keeps of an explainer are its fields
+
+        def explain(self, denoiser, trajectories, done=()):
+            prompts = [one.job.prompt for one in trajectories]
+            self.seen.append(prompts)
+            for name, error in errors.items():
+                if name.removeprefix("of_") in prompts:
+                    raise error
+            yield from Random().explain(denoiser, trajectories, done)
+
+    return Harmful()
+
+
+def shared(*explainers, **changed):
+    settings = {"negative_prompt": "", "behaviour": "paper", "previews": False, "compression": "none"}
+    return Shared(explainers, **settings | {"mantissa_bits": 23} | changed)
+
+
+def unit_of(*prompts, seeds=(0,), schedules=("uniform",)):
+    how = tuple(Schedule(sampling=one, steps=STEPS).model_dump(mode="json") for one in schedules)
+    items = [(p, h, s) for p in range(len(prompts)) for h in range(len(how)) for s in seeds]
+    return store.Unit("u-00000", {"model": "analytic"}, how, prompts, tuple(items))
+
+
+@pytest.fixture
+def engine():
+    """Groups of two; prompts are numbers, and others are a ValueError."""
+    return Engine(Analytic(lambda x, number: 0.1 * x * number[:, None, None, None], batch_size=4), batch_size=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return store.Folder(tmp_path / "run")
+
+
+def do(engine, common, folder, unit):
+    return list(explain_unit(engine, common, folder, unit))
+
+
+def maps_by_item(folder):
+    with store.open(folder.path) as run:
+        return {
+            (item.prompt, item.seed, tuple(item.timesteps.tolist())): np.asarray(item.maps["rise"])
+            for item in run
+            if item.has_trajectory
+        }
+
+
+def test_its_maps_are_those_of_explain(engine, folder):
+    rise = Rise(7)
+    unit = unit_of("1", "2", "3", seeds=(0, 5), schedules=("uniform", "early"))
+    records = do(engine, shared(rise, Random(), negative_prompt="4"), folder, unit)
+    assert records[-1] == Closed("u-00000")
+    told = [record for record in records if isinstance(record, Progress)]
+    assert sum(record.maps for record in told) == 12 * 2 * STEPS
+    assert sorted(item for record in told for item, _ in record.items) == list(range(12))
+    stored = maps_by_item(folder)
+    assert len(stored) == 12
+    for prompt, how, seed in unit.items:
+        sampling = ("uniform", "early")[how]
+        alone = engine.explain(
+            unit.prompts[prompt], rise, seed=seed, num_steps=STEPS, sampling=sampling, negative_prompt="4"
+        )
+        key = unit.prompts[prompt], seed, tuple(alone.timesteps.tolist())
+        np.testing.assert_array_equal(stored[key], alone.maps["rise"])
+    with store.open(folder.path) as run:
+        assert run.finished
+        assert run[0].previews is None
+        assert not list(store.failures(folder.path))
+
+
+def test_what_the_settings_say_reaches_the_file(engine, folder):
+    do(engine, shared(Random(), previews=True, compression="gzip", mantissa_bits=9), folder, unit_of("1"))
+    with store.open(folder.path) as run:
+        part = run.opened("u-00000.1.h5")
+        assert part.plan.previews
+        assert part.plan.mantissa_bits == 9
+        assert part.dataset("maps/saliency").compression == "gzip"
+        assert run[0].previews.shape == (STEPS, *engine.denoiser.image_shape, 3)
+
+
+def test_an_impossible_item_is_set_aside_and_the_others_are_done(engine, folder):
+    explainer = harmful()
+    records = do(engine, shared(explainer, Rise(4)), folder, unit_of("1", "x", "2", "3"))
+    failed = [one for record in records if isinstance(record, Failed) for one in record.failures]
+    # First the two that were tried together, then the one alone.
+    assert [(one.item, one.state) for one in failed] == [(0, "suspect"), (1, "suspect"), (1, "aside")]
+    assert not any(record.fresh for record in records if isinstance(record, Failed))
+    assert records[-1] == Closed("u-00000")
+    assert len(maps_by_item(folder)) == 3
+    (aside,) = store.failures(folder.path)
+    assert (aside.item, aside.state, aside.described["prompt"]) == (1, "aside", "x")
+    assert "could not convert string to float: 'x'" in aside.errors[0]
+    # The third and fourth were explained before the suspects, which were explained alone.
+    assert explainer.seen == [["2", "3"], ["1"]]
+    with store.open(folder.path) as run:
+        assert not run.finished
+
+
+def test_what_is_known_to_be_impossible_beforehand_has_no_place_in_the_file(engine, folder):
+    class Choosy(Random):
+        def contents(self, denoiser, job):
+            if job.prompt == "2":
+                raise ValueError("not this one")
+            return Random().contents(denoiser, job)
+
+    records = do(engine, shared(Choosy()), folder, unit_of("1", "2", "3"))
+    assert [one.errors for record in records if isinstance(record, Failed) for one in record.failures] == [
+        ("not this one",)
+    ]
+    with store.open(folder.path) as run:
+        assert [item.prompt for item in run] == ["1", "3"]
+    # The same again: nothing is recorded twice, and the places are the same.
+    again = store.Folder(folder.path.with_name("again"))
+    assert [type(record) for record in do(engine, shared(Choosy()), again, unit_of("2"))] == [Failed, Closed]
+    assert [type(record) for record in do(engine, shared(Choosy()), again, unit_of("2"))] == [Closed]
+    assert not list((again.path / "segments").iterdir())
+
+
+def test_another_error_asks_for_a_fresh_process_and_is_set_aside_the_second_time(engine, folder):
+    explainer = harmful(of_3=RuntimeError("no such kernel"))
+    common, unit = shared(explainer), unit_of("1", "2", "3", "4", "5")
+    first = do(engine, common, folder, unit)
+    assert isinstance(first[-1], Failed)
+    assert first[-1].fresh
+    assert [(one.item, one.state, one.errors) for one in first[-1].failures] == [(2, "suspect", ()), (3, "suspect", ())]
+    second = do(engine, common, folder, unit)
+    told = "RuntimeError: no such kernel"
+    assert second[-1].fresh
+    assert [(one.item, one.state, one.errors) for one in second[-1].failures] == [(2, "failed", (told,))]
+    third = do(engine, common, folder, unit)
+    assert third[-1].fresh
+    assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "aside", (told, told))]
+    assert do(engine, common, folder, unit)[-1] == Closed("u-00000")
+    # Whoever was done is not done again, and suspects come alone, after the others.
+    assert explainer.seen == [["1", "2"], ["3", "4"], ["5"], ["3"], ["4"], ["3"]]
+    with store.open(folder.path) as run:
+        done = {item.prompt: bool(item.done["random"].all()) for item in run}
+    assert done == {"1": True, "2": True, "3": False, "4": True, "5": True}
+    assert [one.state for one in store.failures(folder.path)] == ["aside"]
+
+
+def test_what_worked_the_second_time_leaves_no_trace(engine, folder):
+    unit = unit_of("1", "2")
+    assert do(engine, shared(harmful(of_2=RuntimeError("once"))), folder, unit)[-1].fresh
+    assert (folder.path / "failures/u-00000.json").exists()
+    assert do(engine, shared(harmful()), folder, unit)[-1] == Closed("u-00000")
+    assert not list((folder.path / "failures").iterdir())
+    with store.open(folder.path) as run:
+        assert run.finished
+
+
+@pytest.mark.parametrize("error", [store.StoreError("the disk is full"), OSError(28, "No space left on device")])
+def test_a_full_disk_is_no_items_fault(engine, folder, error):
+    with pytest.raises(type(error)):
+        do(engine, shared(harmful(of_2=error)), folder, unit_of("1", "2"))
+    assert not list((folder.path / "failures").iterdir())
+
+
+def test_what_is_in_hand_is_known_on_the_disk_and_forgotten_when_it_is_let_go(engine, folder, monkeypatch):
+    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+    in_hand = folder.path / "failures/.u-00000.json"
+    records = explain_unit(engine, shared(Rise(4)), folder, unit_of("1", "2", "3"))
+    hands = []
+    for record in records:
+        assert isinstance(record, Progress)
+        hands.append(json.loads(in_hand.read_text()))
+        if hands[-1] == [2]:
+            break
+    records.close()
+    assert hands[0] == [0, 1]
+    assert not in_hand.exists()
+    with store.open(folder.path) as run:
+        assert [item.seconds > 0 for item in run] == [True, True, False]
+        assert run.segments[0].is_part
+
+
+def test_work_that_was_cut_off_goes_on_where_it_was(engine, folder, monkeypatch):
+    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+    common, unit = shared(Rise(6)), unit_of("1", "2", "3", "4", "5")
+    records = explain_unit(engine, common, folder, unit)
+    made = 0
+    while made < 2 * STEPS + 1:  # one group, and a step of the second
+        made += next(records).maps
+    records.close()
+    rest = do(engine, common, folder, unit)
+    assert sum(record.maps for record in rest if isinstance(record, Progress)) == 5 * STEPS - made
+    whole = store.Folder(folder.path.with_name("whole"))
+    do(engine, common, whole, unit)
+    expected, found = maps_by_item(whole), maps_by_item(folder)
+    assert expected.keys() == found.keys()
+    for key, saliency in expected.items():
+        np.testing.assert_array_equal(found[key], saliency)
+
+
+@pytest.mark.parametrize(("hand", "states"), [([1], {1: "failed"}), ([1, 2], {1: "suspect", 2: "suspect"}), ([0], {})])
+def test_a_crash_is_blamed_on_what_was_in_hand(engine, folder, monkeypatch, hand, states):
+    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+    unit = unit_of("1", "2", "3")
+    records = explain_unit(engine, shared(Rise(4), Random()), folder, unit)
+    for record in records:  # until the first is done, and then the process is gone
+        if any(item == 0 for item, _ in record.items):
+            break
+    records.close()
+    (folder.path / "failures/.u-00000.json").write_text(json.dumps(hand))
+    rest = do(engine, shared(Rise(4), Random()), folder, unit)
+    told = [one for record in rest if isinstance(record, Failed) for one in record.failures]
+    assert {one.item: one.state for one in told} == states
+    assert all("without a word" in error for one in told for error in one.errors)
+    assert rest[-1] == Closed("u-00000")
+    with store.open(folder.path) as run:
+        assert run.finished
+
+
+def test_an_item_that_was_set_aside_is_left_alone(engine, folder):
+    unit = unit_of("1", "2", "3")
+    store.Troubles(folder.path, unit).failed([1], "no", for_good=True)
+    explainer = harmful()
+    assert do(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
+    assert Counter(prompt for group in explainer.seen for prompt in group) == {"1": 1, "3": 1}
+
+
+def test_a_unit_of_another_writer_is_busy(engine, folder, monkeypatch):
+    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+    unit = unit_of("1", "2")
+    records = explain_unit(engine, shared(Rise(4)), folder, unit)
+    next(records)
+    with pytest.raises(store.Busy, match="is being written by another run"):
+        do(engine, shared(Rise(4)), folder, unit)
+    records.close()
+    assert do(engine, shared(Rise(4)), folder, unit)[-1] == Closed("u-00000")
