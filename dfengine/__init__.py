@@ -9,8 +9,10 @@ result = engine.explain("a red circle above a blue square on a gray background",
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
-    from dfengine.engine import Engine
+    from dfengine.engine import Engine, Finished, Generated
     from dfengine.explain import (
         Attention,
         Cam,
@@ -34,6 +36,8 @@ __all__ = [
     "Cam",
     "Engine",
     "ExponentialDDIMScheduler",
+    "Finished",
+    "Generated",
     "Job",
     "Lime",
     "Random",
@@ -44,6 +48,7 @@ __all__ = [
     "Result",
     "Rise",
     "StepMap",
+    "__version__",
     "exponential_timesteps",
     "open",
 ]
@@ -53,6 +58,8 @@ _HOMES = {
     "Cam": "explain",
     "Engine": "engine",
     "ExponentialDDIMScheduler": "models.scheduler",
+    "Finished": "engine",
+    "Generated": "engine",
     "Job": "trajectory",
     "Lime": "explain",
     "Random": "explain",

@@ -35,19 +35,34 @@ SOME = {axis: values[:2] for axis, values in AXES.items()}
 PLAN_AT_ONCE = """
 import multiprocessing
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, "tests")
+from dfengine import store
 from dfengine.sweep.planning import prepare
-from test_sweep_planning import SOME, Probe, swept
+from test_sweep_planning import SOME, Probe, set_aside, swept
+
+PATH, SWEEP = Path(sys.argv[1]), swept(**SOME)
+
+
+def slowly(*arguments, plan_units=store.plan_units, **options):
+    time.sleep(0.1)
+    plan_units(*arguments, **options)
+
+
+def probe(source):
+    together.wait(60)
+    return Probe(SWEEP)(source)
 
 
 def plan():
-    probe = Probe(swept(**SOME))
-    def ask(source):
-        together.wait(60)
-        return probe(source)
-    names = [unit.name for unit in prepare(swept(**SOME), Path(sys.argv[1]), ask)]
+    store.plan_units = slowly
+    names = [unit.name for unit in prepare(SWEEP, PATH, probe)]
+    together.wait(60)
+    set_aside(PATH, next(store.planned_units(PATH)), 0)
+    together.wait(60)
+    names += [unit.name for unit in prepare(SWEEP, PATH, probe, retry_failed=True)]
     print(" ".join(names) + "\\n", end="", flush=True)
 
 
@@ -197,7 +212,8 @@ def test_a_plan_grows_by_what_is_new(first, more):
         (640, 60, 0.5, [1] * 640),
         (10, 60, 1.5, [1] * 10),  # a 32nd is less than an item
         (64, 60, 5, [2] * 32),  # a 32nd is less than five minutes
-        (63, 60, 60, [2] * 31 + [1]),
+        (63, 60, 60, [1] * 63),  # with two in each there were 32, but of 62 no more than 31
+        (66, 60, 60, [2] * 33),
         (8, 1, 5, [8]),  # a 32nd is less than ten seconds
         (100, 1, 5, [10] * 10),
         (105, 1, 5, [10] * 10 + [5]),
@@ -341,7 +357,10 @@ def test_new_items_fill_units_of_their_own(path):
         ("prompts", 'has the prompt "a dog\\n“barks”", which the sweep has no more'),
         ("seeds", "has the seed 0, which the sweep has no more"),
         ("schedules", 'has the schedule {"sampling": "early", "steps": 5, "gamma": 60.0, "guidance": 2.0}, which'),
-        ("models", 'has the model {"model": "one/x.y", "dtype": "float16", "variant": null, "revision": null, '),
+        (
+            "models",
+            'has the model {"model": "one/x.y", "dtype": "float16", "variant": null, "revision": null, "ra…, which',
+        ),
     ],
 )
 def test_a_sweep_does_not_shrink(path, axis, said):
@@ -461,15 +480,16 @@ def test_a_grown_plan_that_was_cut_off_is_completed(path):
         assert there(prepare(small, path, unprobed)) <= wanted(large)
 
 
-def test_several_processes_plan_a_new_folder_once(path):
-    """All of them have measured the models before the first of them plans."""
+def test_several_processes_plan_once(path):
+    """All of them have measured the models before the first of them plans; all then try again what was set aside."""
     run = subprocess.run([sys.executable, "-c", PLAN_AT_ONCE, path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    names = [unit.name for unit in planned_units(path)]
-    assert run.stdout.splitlines() == [" ".join(names)] * 3
-    assert there(planned_units(path)) == wanted(swept(**SOME))
-    assert prepare(swept(**SOME), path, unprobed) == list(planned_units(path)), "whoever plans elsewhere means the same"
-    assert len((path / "plan.jsonl").read_bytes().splitlines()) == len(names) + 1
+    *first, again = planned_units(path)
+    assert (again.retry_of, len(again)) == (first[0].name, 1)
+    assert there(first) == wanted(swept(**SOME))
+    names = [unit.name for unit in first]
+    assert run.stdout.splitlines() == [" ".join([*names, *names[1:], again.name])] * 3
+    assert prepare(swept(**SOME), path, unprobed) == [*first[1:], again], "whoever plans elsewhere means the same"
 
 
 def test_who_plans_is_alone(path):
@@ -609,6 +629,15 @@ def test_growing_and_trying_again_go_together(path, five):
     assert [len(unit) for unit in found if unit.retry_of] == [2]
 
 
+def test_what_was_set_aside_later_is_tried_again_apart(path, five):
+    *_, again = prepare(five, path, unprobed, retry_failed=True)
+    set_aside(path, again, 0)
+    set_aside(path, next(planned_units(path)), 4)
+    *_, third, fourth = prepare(five, path, unprobed, retry_failed=True)
+    assert [third.name, fourth.name] == ["shapes-00000-again2", "shapes-00000-again3"]
+    assert {third.describe(0)["prompt"], fourth.describe(0)["prompt"]} == {"b", "c"}
+
+
 @pytest.mark.parametrize("step", ["plan_units", "hand_on"])
 def test_what_was_set_aside_is_not_lost_to_a_kill(path, five, monkeypatch, step):
     """Before the new unit is planned, or before its items are marked: they are then planned twice."""
@@ -723,6 +752,7 @@ def test_where_nothing_can_be_written_a_line_says_so(tmp_path):
     (tmp_path / "failures").write_text("")
     with pytest.raises(store.StoreError, match=r"cannot write .*failures"):
         Troubles(tmp_path, UNIT)
+    let_go(tmp_path, ["u"])  # whatever ends a run is not hidden by this
 
 
 # Troubles: of each process its own, from the disk ---------------------------------------------------------------------
@@ -814,6 +844,14 @@ def test_nobody_is_to_blame_for_what_was_put_down(tmp_path):
     assert [one.unit for one in failures(tmp_path)] == ["v"]
 
 
+def test_nobody_is_to_blame_where_it_is_not_known(tmp_path):
+    troubles = Troubles(tmp_path, UNIT)
+    troubles.take([0])
+    (in_hand,) = (tmp_path / "failures").iterdir()
+    in_hand.write_text("[0, ")
+    assert troubles.after_crash([0, 1]) == []
+
+
 def test_what_is_in_hand_is_no_failure(tmp_path):
     Troubles(tmp_path, UNIT).take([0])
     assert list(failures(tmp_path)) == []
@@ -823,7 +861,7 @@ def test_what_is_in_hand_is_no_failure(tmp_path):
 def test_what_is_not_set_aside_has_worked_after_all(tmp_path):
     troubles = Troubles(tmp_path, UNIT)
     troubles.failed([0], "for good", for_good=True)
-    troubles.hand_on()
+    troubles.hand_on([0])
     troubles.failed([1], "once")
     troubles.failed([2, 3], "who knows")
     troubles.failed([3], "for good", for_good=True)
@@ -839,7 +877,7 @@ def test_no_failures_leave_nothing_behind(tmp_path):
     troubles.settle()
     assert list((tmp_path / "failures").iterdir()) == []
     troubles.settle()
-    troubles.hand_on()
+    troubles.hand_on([])
     assert list((tmp_path / "failures").iterdir()) == []
 
 
@@ -847,7 +885,7 @@ def test_what_is_tried_again_elsewhere_is_not_tried_here(tmp_path):
     troubles = Troubles(tmp_path, UNIT)
     troubles.failed([0], "for good", for_good=True)
     troubles.failed([1], "once")
-    troubles.hand_on()
+    troubles.hand_on([0])
     assert seen(tmp_path) == {0: ("retried", "for good"), 1: ("failed", "once")}
     for known in (troubles, Troubles(tmp_path, UNIT)):
         assert (known.aside, list(known.suspects)) == ({0}, [1])
@@ -861,3 +899,40 @@ def test_failures_are_told_by_unit(tmp_path):
     assert [(one.unit, one.item) for one in failures(tmp_path)] == [
         (name, item) for name in ("u", "v", "w-again1") for item in (3, 1)
     ]
+
+
+def test_what_a_worker_is_at_is_tried_again_another_time(path, five):
+    """It may be just about to record another failure."""
+    first = next(planned_units(path))
+    before = states(path)
+    with store.Folder(path).hold(first.name):
+        assert not any(unit.retry_of for unit in prepare(five, path, unprobed, retry_failed=True))
+    assert states(path) == before
+    assert any(unit.retry_of for unit in prepare(five, path, unprobed, retry_failed=True))
+
+
+def test_that_all_is_planned_is_written_when_all_is_on_the_disk(path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("dfengine.store.units.append_lines", lambda path, lines: calls.append(list(lines)))
+    planned(swept(seeds=3, models=["m"]), path)
+    assert [len(lines) for lines in calls] == [3, 1]
+    assert "planned" in calls[1][0]
+
+
+def test_lines_that_are_no_units_are_passed_over(path):
+    sweep = swept(seeds=3, models=["m"])
+    units = planned(sweep, path)
+    with (path / "plan.jsonl").open("a") as file:
+        file.write('3\nnull\n{"name": "x"}\n[]\n{"name": "y", "items": 4, "schedules": [], "prompts": []}\n')
+    assert prepare(sweep, path, unprobed) == units
+
+
+def test_a_folder_that_another_process_just_makes_is_free(tmp_path):
+    for name in ("plan.jsonl", "manifest.jsonl"):
+        (tmp_path / name).touch()
+    for name in ("segments", "failures"):
+        (tmp_path / name).mkdir()
+    store.check_free(tmp_path)
+    (tmp_path / "mine").touch()
+    with pytest.raises(store.StoreError, match="is a folder of something else"):
+        store.check_free(tmp_path)

@@ -119,6 +119,8 @@ def test_a_file_need_only_have_prompts_and_explainers(told):
         ("explainers: [{rise: }, cam]", (Rise(), Cam())),
         ("explainers: [relevance, attention, lime, Random]", (Relevance(), Attention(), Lime(), Random())),
         ("explainers: [{cam: {layers: [up*, mid*]}}]", (Cam(layers=("up*", "mid*")),)),
+        ("explainers: [{cam: {layers: mid*}}]", (Cam(layers=("mid*",)),)),
+        ("explainers: [{attention: {words: cat}}]", (Attention(words=("cat",)),)),
         ("explainers: [{attention: {words: [cat]}}]", (Attention(words=("cat",)),)),
         ("explainers: [ReleasedRise, releasedcam, ReleasedLime]", (ReleasedRise(), ReleasedCam(), ReleasedLime())),
     ],
@@ -224,9 +226,9 @@ models: [m, shapes, {model: m}]
         ("seeds: {counts: 3}", "seeds: 'counts' is not known: did you mean 'count'?"),
         ("explainers: [{rise: {num_maks: 3}}]", "'num_maks' of rise is not known: did you mean 'num_masks'?"),
         # Names.
-        ("explainers: [rise, cma]", "explainers: explainer 'cma' is not known: did you mean 'cam'?"),
-        ("explainers: [{ris: {num_masks: 3}}]", "explainers: explainer 'ris' is not known: did you mean 'rise'?"),
-        ("explainers: zzz", "explainers: explainer 'zzz' is not known: expected one of Rise, rise, Cam, cam"),
+        ("explainers: [rise, cma]", "explainers.1: explainer 'cma' is not known: did you mean 'cam'?"),
+        ("explainers: [{ris: {num_masks: 3}}]", "explainers.0: explainer 'ris' is not known: did you mean 'rise'?"),
+        ("explainers: zzz", "explainers.0: explainer 'zzz' is not known: expected one of rise, cam, relevance"),
         ("schedules: [uniform, erly]", "schedules.1.sampling: 'erly' is not known: did you mean 'early'?"),
         ("schedules: zzz", "'zzz' is not known: expected one of uniform, early, latter; or give a list of time-steps"),
         # Values.
@@ -255,17 +257,32 @@ models: [m, shapes, {model: m}]
         ("schedules: {sampling: [true]}", "schedules.0.sampling: [True] is not known"),
         ("schedules: {sampling: early, gamma: x}", "schedules.0.gamma: "),
         ("schedules: {guidance: x}", "schedules.0.guidance: "),
+        ("schedules: {guidance: .nan}", "schedules.0.guidance: Input should be a finite number"),
+        ("gamma: .inf\nschedules: early", "schedules.0.gamma: Input should be a finite number"),
+        ("seeds: []", "seeds: "),
+        ("seeds: true", "seeds: True is not understood: expected a number, a list, or {first: 100, count: 8}"),
+        ("seeds: {count: null}", "seeds: {'count': None} is not understood"),
+        ("seeds: {first: [1]}", "seeds: {'first': [1]} is not understood"),
+        ("seeds: {count: 2.7}", "seeds: {'count': 2.7} is not understood"),
+        ("prompts: {file: 3}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
+        ("prompts: {file: p.txt, limit: x}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
+        ("prompts: {file: p.txt, limit: 2.5}", "prompts: expected a list of prompts"),
+        ('prompts: "half \\ud83d a letter"', "has half a character: it is no text"),
+        ("unit-minutes: 3", "unit-minutes is not known: did you mean 'unit_minutes'?"),
+        ("schedules: {guidance-scale: 3}", "schedules.0.guidance-scale is not known: did you mean 'guidance'?"),
+        ("explainers: [rise, {cam: {scale: x}}]", "explainers.1: cam.scale: Input should be a valid number"),
+        ("explainers: [{rise: {similarity: 3}}]", "explainers.0: rise.similarity: Input should be a valid string"),
         ("models: []", "models: "),
         ("models: [a, 3]", "models.1: "),
         ("models: {dtype: float8}", "models.0.dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
         ("models: {image_size: 64}", "models.0.image_size: "),
         ("models: {random_weights: perhaps}", "models.0.random_weights: "),
         ("explainers: []", "explainers: "),
-        ("explainers: [3]", "explainers: explainer 3 is not known"),
-        ("explainers: [{rise: {}, cam: {}}]", "explainers: explainer {'rise': {}, 'cam': {}} is not known"),
-        ("explainers: [{rise: 5}]", "explainers: 5 is no set of settings of rise: expected names and values"),
-        ("explainers: [{rise: {num_masks: x}}]", "num_masks: Input should be a valid integer"),
-        ("explainers: [{rise: {num_masks: 0}}]", "explainers: 0 masks are not possible: expected at least 1"),
+        ("explainers: [3]", "explainers.0: explainer 3 is not known"),
+        ("explainers: [{rise: {}, cam: {}}]", "explainers.0: explainer {'rise': {}, 'cam': {}} is not known"),
+        ("explainers: [{rise: 5}]", "explainers.0: 5 is no set of settings of rise: expected names and values"),
+        ("explainers: [{rise: {num_masks: x}}]", "explainers.0: rise.num_masks: Input should be a valid integer"),
+        ("explainers: [{rise: {num_masks: 0}}]", "explainers.0: rise: 0 masks are not possible: expected at least 1"),
         ("explainers: [{lime: {num_samples: 1}}]", "1 samples are not possible: expected at least 2"),
         ("explainers: [rise, rise]", "explainers share a name (rise, rise): give each its own, as in - rise: {name: "),
         ("explainers: [cam, {rise: {name: cam}}]", "explainers share a name (cam, cam)"),
@@ -318,8 +335,13 @@ def test_a_file_that_describes_no_sweep_is_told_of_in_one_line(tmp_path, text, s
 
 
 def test_a_function_of_the_callers_own_does_not_reach_other_processes():
-    with pytest.raises(ValueError, match="has a function of the caller's own, which other processes do not have"):
-        swept(explainers=Rise(similarity=lambda a, b: a))
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Random):
+        """An explainer that no other process can import."""
+
+    for explainer in (Rise(similarity=lambda a, b: a), Mine()):
+        with pytest.raises(ValueError, match="has code of the caller's own, which other processes do not have"):
+            swept(explainers=explainer)
 
 
 def test_explainers_are_named_apart_as_the_behaviour_has_them():
@@ -451,3 +473,13 @@ def test_a_sweep_is_not_changed_once_it_is_made():
         with pytest.raises(ValueError, match="frozen"):
             setattr(one, name, "x")
     assert {sweep.schedules: 1, sweep.models: 2} == {(Schedule(),): 1, (Source(),): 2}, "they are keys"
+
+
+def test_numbers_alone_are_the_time_steps_of_one_schedule(told):
+    sweep = told("prompts: a cat\nexplainers: rise\nschedules: [901, 401, 1]\nguidance: 3")
+    assert sweep.schedules == (Schedule(sampling=(901, 401, 1), steps=3, gamma=0, guidance=3),)
+
+
+def test_a_schedule_that_is_one_already_is_left_as_it_is():
+    both = swept(schedules=[Schedule(sampling="early"), "early"], steps=5, gamma=7)
+    assert both.schedules == (Schedule(sampling="early"), Schedule(sampling="early", steps=5, gamma=7))

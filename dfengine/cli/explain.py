@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from dfengine.cli import options, screen
 
 if TYPE_CHECKING:
+    from dfengine.engine import Event
     from dfengine.explain import Explainer
 
 
@@ -78,6 +80,7 @@ def explain(
         int, typer.Option(help="of errors, layers' and words' maps, 1 to 23; saliency is always exact")
     ] = 23,
     overwrite: options.Overwrite = False,
+    as_json: options.JsonLines = False,
 ) -> None:
     """Generate an image and explain every step of it: by DF-RISE, or by what --explainer names."""
     names = explainer or ["rise"]
@@ -135,12 +138,25 @@ def explain(
             overwrite=overwrite,
             compression=compression,
             mantissa_bits=mantissa_bits,
-            on_event=on_event,
+            on_event=_told_as_lines if as_json else on_event,
         )
+    if as_json:
+        print(json.dumps({"event": "Outcome", "file": str(out), "seconds": time.monotonic() - began}))
+        return
     told = ", ".join(
         f"{name} ({masks} masks)" if name == "rise" else name for name in dict.fromkeys(explainer or ["rise"])
     )
     print(f"{out}: {steps} steps explained by {told}, in {time.monotonic() - began:.0f} s")
+
+
+def _told_as_lines(event: Event) -> None:
+    """An event as a line of JSON, without its arrays: those are in the file."""
+    from dfengine import StepMap
+
+    told: dict[str, Any] = {"event": type(event).__name__}
+    if isinstance(event, StepMap):
+        told |= {"method": event.method, "step": event.step}
+    print(json.dumps(told), flush=True)
 
 
 def _explainers(names: list[str], **settings: dict[str, Any]) -> list[Explainer]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_STATES = {"failed": "it is tried again", "aside": "set aside"}
+
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -97,7 +99,7 @@ def sweep_bars() -> Iterator[Callable[[int, Record], None]]:
 
         def show(worker: int, record: Record) -> None:
             if isinstance(record, sweep.Begun):
-                bars.update(whole, description=f"{record.items} items, maps", total=record.maps)
+                bars.update(whole, description=f"{record.items} items", total=record.maps)
                 share = record.maps / max(1, record.workers)
                 by_worker.update(
                     {one: bars.add_task(f"worker {one}", total=share, rate="") for one in range(record.workers)}
@@ -113,9 +115,8 @@ def sweep_bars() -> Iterator[Callable[[int, Record], None]]:
             elif isinstance(record, sweep.Failed):
                 for one in record.failures:
                     if one.errors:
-                        say(
-                            f"{one.described['prompt']!r}, seed {one.described['seed']}: {one.errors[-1]} ({one.state})"
-                        )
+                        made = f"{one.described['prompt']!r}, seed {one.described['seed']}"
+                        say(f"{made}: {one.errors[-1]}; {_STATES[one.state]}")
             elif isinstance(record, sweep.Gone):
                 say(f"worker {worker} ended without a word, or stalled: another goes on")
             elif isinstance(record, sweep.Taken):

@@ -16,6 +16,9 @@ from dfengine.cli import options, screen
 if TYPE_CHECKING:
     from dfengine.sweep import Estimate, Outcome, Record
 
+#: Of items that were set aside.
+_MOST_LINES = 20
+
 Spec = Annotated[
     Path, typer.Argument(help="a YAML file: prompts, seeds, schedules, models, explainers (docs/sweeps.md)")
 ]
@@ -64,7 +67,7 @@ def sweep(
         found, notes = sweeping.dry_run(described, out, where)
     for note in notes:
         screen.err.print(f"dfengine: note: {note}", markup=False)
-    print(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(_expected(found)))
+    print(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(_expected(found, out)))
 
 
 def worker(
@@ -128,7 +131,8 @@ def _line(worker: int, record: Record) -> dict[str, Any]:
     return {"event": type(record).__name__, "worker": worker} | dataclasses.asdict(record)
 
 
-def _expected(found: Estimate) -> Iterator[str]:
+def _expected(found: Estimate, out: Path) -> Iterator[str]:
+    from dfengine import store
     from dfengine.tuning import duration
 
     yield f"  items      {found.items:,} in {found.units:,} units"
@@ -136,12 +140,18 @@ def _expected(found: Estimate) -> Iterator[str]:
     workers = f"{found.workers} worker{'s' * (found.workers != 1)} ({', '.join(found.devices)})"
     yield f"  predicted  {found.hours:.2f} hours ({duration(3600 * found.hours)}) on {workers}"
     yield f"  files      {found.nbytes / 1e9:,.3f} GB before compression"
+    if store.is_folder(out):
+        left = sum(map(len, store.units_left(out, store.Folder(out).closed())))
+        planned = sum(len(unit) for unit in store.planned_units(out) if not unit.retry_of)
+        yield f"  already    {planned - left:,} items of {out} are done, or set aside"
 
 
 def _told(found: Outcome, out: Path) -> Iterator[str]:
-    for one in found.aside:
+    for one in found.aside[:_MOST_LINES]:
         what = one.described
         yield f"set aside: {what['prompt']!r}, seed {what['seed']}, {what['schedule']['sampling']}: {one.errors[-1]}"
+    if len(found.aside) > _MOST_LINES:
+        yield f"and {len(found.aside) - _MOST_LINES} more: dfengine info {out} --json"
     if found.finished:
         yield f"{out}: all {found.items} items are done"
         return

@@ -89,10 +89,9 @@ class Troubles:
         self._write()
         return [self._failures[item] for item in items]
 
-    def hand_on(self) -> None:
-        """Marks those set aside as planned again, in another unit."""
-        aside = {item: one for item, one in self._failures.items() if one.state == "aside"}
-        self._failures |= {item: replace(one, state="retried") for item, one in aside.items()}
+    def hand_on(self, items: Iterable[int]) -> None:
+        """Marks items that were set aside as planned again, in another unit."""
+        self._failures |= {item: replace(self._failures[item], state="retried") for item in items}
         self._write()
 
     def _write(self) -> None:

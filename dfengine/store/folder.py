@@ -202,7 +202,9 @@ def check_free(path: Path) -> None:
 
 def _is_ours(name: str) -> bool:
     """Whether an entry of a folder that had no run.json may be of another process, which is just making it."""
-    return name in ("run.json", "manifest.jsonl", "segments") or name.startswith((".run.json", ".plan.lock"))
+    return name in ("run.json", "manifest.jsonl", "segments", "plan.jsonl", "failures") or name.startswith(
+        (".run.json", ".plan.lock")
+    )
 
 
 def is_folder(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -50,7 +50,9 @@ def plan_units(folder: Path, units: Iterable[Unit], *, spec: str = "") -> None:
     path = folder / "plan.jsonl"
     lines = (json.dumps(_plain(unit), ensure_ascii=False) for unit in units)
     with writing(path):
-        append_lines(path, itertools.chain(lines, [json.dumps({"planned": spec})] if spec else []))
+        append_lines(path, lines)
+        if spec:  # not until the units are on the disk
+            append_lines(path, [json.dumps({"planned": spec})])
 
 
 def planned_specs(folder: Path) -> set[str]:
@@ -60,18 +62,20 @@ def planned_specs(folder: Path) -> set[str]:
 
 def planned_units(folder: Path) -> Iterator[Unit]:
     """The units of a run folder's plan, in its order; none where it has no plan."""
-    return (Unit.from_json(line) for line in _lines(folder) if "name" in line)
+    for line in _lines(folder):
+        # What is no unit was cut off by a kill, or is a sweep's digest: whoever plans again adds what is missing.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            yield Unit.from_json(line)
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         with (folder / "plan.jsonl").open(encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
+                with contextlib.suppress(json.JSONDecodeError):
                     values = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # cut off by a kill: whoever plans again adds what is missing
-                yield values
+                    if isinstance(values, dict):
+                        yield values
     except FileNotFoundError:
         return
 

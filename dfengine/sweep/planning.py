@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -117,7 +118,7 @@ def units(
     """The units of all items that are not known: model by model, and within it a prompt's items together."""
     slugs: dict[str, int] = {}
     for source in sweep.models:
-        slug = re.sub(r"\W+", "-", Path(source.model).name).strip("-") or "model"
+        slug = re.sub(r"\W+", "-", Path(source.model).name).strip("-")[:60] or "model"
         model = _json(source)
         for schedules in _shapes(sweep):
             items = (
@@ -160,7 +161,7 @@ def _unit_size(sweep: Sweep, probed: Probed, schedules: list[Schedule]) -> int:
     seconds = probed.seconds * sum(kind.forwards for kind in kinds) / len(kinds)
     share = seconds * len(sweep.prompts) * len(sweep.seeds) * len(schedules) / FEWEST_UNITS
     wanted = min(60 * sweep.unit_minutes, max(share, SHORTEST_SECONDS))
-    return max(1, min(MOST_ITEMS, round(wanted / max(seconds, 1e-6))))
+    return max(1, min(MOST_ITEMS, int(wanted / max(seconds, 1e-6) + 1e-6)))
 
 
 def _retry(folder: store.Folder) -> None:
@@ -178,8 +179,9 @@ def _retry(folder: store.Folder) -> None:
         name = next(name for number in itertools.count(1) if (name := f"{first}-again{number}") not in names)
         names.add(name)
         again = replace(unit, name=name, items=tuple(unit.items[item] for item in aside[unit.name]), retry_of=first)
-        store.plan_units(folder.path, [again])
-        store.Troubles(folder.path, unit).hand_on()
+        with contextlib.suppress(store.Busy), folder.hold(unit.name):  # what a worker is at may fail again just now
+            store.plan_units(folder.path, [again])
+            store.Troubles(folder.path, unit).hand_on(aside[unit.name])
 
 
 def _first(folder: store.Folder) -> Iterator[store.Unit]:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,9 +49,9 @@ class Schedule(_Settings):
     sampling: Annotated[Any, BeforeValidator(_sampling)] = "uniform"
     """as of `Engine.job`; a list of time-steps, too"""
     steps: Annotated[int, Field(ge=1)] = 30
-    gamma: float = 60.0
+    gamma: Annotated[float, Field(allow_inf_nan=False)] = 60.0
     """shift of early and latter sampling; of no meaning to others, which have 0"""
-    guidance: float | None = None
+    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """guidance scale; the model's own by default"""
 
     @model_validator(mode="before")
@@ -87,46 +87,60 @@ def _several(given: Any) -> Any:
     return given if isinstance(given, list | tuple) else [given]
 
 
+def _schedules(given: Any) -> Any:
+    """A single schedule stands for a list of it; numbers alone are the time-steps of one."""
+    several = _several(given)
+    return [several] if several and all(type(one) is int for one in several) else several
+
+
 def _prompts(given: Any) -> Any:
     """A prompt, a list of them, or {file: ..., limit: ...}."""
     if not isinstance(given, Mapping):
         return _several(given)
     _check_keys(given, ("file", "limit"))
-    if "file" not in given:
+    file, limit = given.get("file"), given.get("limit")
+    if not isinstance(file, str | Path) or not (limit is None or type(limit) is int):
         raise ValueError("expected a list of prompts, or {file: prompts.txt, limit: 100}")
-    return [prompt.text for prompt in read_prompts(given["file"], given.get("limit"))]
+    return [prompt.text for prompt in read_prompts(file, limit)]
 
 
 def _seeds(given: Any) -> Any:
     """How many there are, from 0; a list; or {first: ..., count: ...}."""
     if isinstance(given, Mapping):
         _check_keys(given, ("first", "count"))
-        first, count = int(given.get("first", 0)), int(given.get("count", 1))
-    elif isinstance(given, int):
-        first, count = 0, given
+        first, count = given.get("first", 0), given.get("count", 1)
     else:
-        return given
+        first, count = 0, given
+    if isinstance(given, list | tuple | range):
+        return tuple(given)
+    if type(first) is not int or type(count) is not int:
+        raise ValueError(f"{given!r} is not understood: expected a number, a list, or {{first: 100, count: 8}}")
     if count < 1:
         raise ValueError(f"{count} seeds are not possible: expected at least 1")
     return tuple(range(first, first + count))
 
 
-def _explainers(given: Any) -> tuple[Explainer, ...]:
-    """Each a name, {name: settings}, or an explainer."""
-    return tuple(map(_explainer, _several(given)))
-
-
 def _explainer(given: Any) -> Explainer:
+    """A name, {name: settings}, or an explainer."""
     if isinstance(given, Explainer):
-        if not told_whole(given):
-            raise ValueError(f"{given!r} has a function of the caller's own, which other processes do not have")
+        if type(given) not in EXPLAINERS.values() or not told_whole(given):
+            raise ValueError(f"{given!r} has code of the caller's own, which other processes do not have")
         return given
     name, settings = next(iter(given.items())) if isinstance(given, Mapping) and len(given) == 1 else (given, None)
     if not isinstance(name, str) or name not in _BY_NAME:
-        raise ValueError(f"explainer {name!r} is not known{_nearest(name, _BY_NAME)}")
+        raise ValueError(f"explainer {name!r} is not known{_nearest(name, [key for key in _BY_NAME if key.islower()])}")
     kind, settings = _BY_NAME[name], settings or {}
-    _check_keys(settings, [field.name for field in dataclasses.fields(kind)], f"of {name}")
-    return TypeAdapter(kind).validate_python(settings)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    _check_keys(settings, fields, f"of {name}")
+    lists = {key for key, value in settings.items() if isinstance(value, str) and "Sequence" in str(fields[key].type)}
+    try:
+        return TypeAdapter(kind).validate_python(
+            {key: [value] if key in lists else value for key, value in settings.items()}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]  # of a value that is of none of several kinds there is one for each
+        place = f"{name}.{first['loc'][0]}" if first["loc"] else name
+        raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 class Sweep(_Settings):
@@ -136,10 +150,14 @@ class Sweep(_Settings):
     """
 
     prompts: Annotated[tuple[str, ...], BeforeValidator(_prompts), Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], BeforeValidator(_seeds)] = (0,)
-    schedules: Annotated[tuple[Schedule, ...], BeforeValidator(_several), Field(min_length=1)] = (Schedule(),)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], BeforeValidator(_seeds), Field(min_length=1)
+    ] = (0,)
+    schedules: Annotated[tuple[Schedule, ...], BeforeValidator(_schedules), Field(min_length=1)] = (Schedule(),)
     models: Annotated[tuple[Source, ...], BeforeValidator(_several), Field(min_length=1)] = (Source(),)
-    explainers: Annotated[tuple[Any, ...], BeforeValidator(_explainers), Field(min_length=1)]
+    explainers: Annotated[
+        tuple[Annotated[Any, BeforeValidator(_explainer)], ...], BeforeValidator(_several), Field(min_length=1)
+    ]
     negative_prompt: str = ""
     behaviour: Literal["paper", "xdiffusion"] = "paper"
     previews: bool = False
@@ -158,16 +176,19 @@ class Sweep(_Settings):
         if not shared:
             return given
         schedules = [
-            {**shared, **(one if isinstance(one, Mapping) else {"sampling": one})}
-            for one in _several(given.get("schedules", "uniform"))
+            one if isinstance(one, Schedule) else {**shared, **(one if isinstance(one, Mapping) else {"sampling": one})}
+            for one in _schedules(given.get("schedules", "uniform"))
         ]
         return {name: value for name, value in given.items() if name not in shared} | {"schedules": schedules}
 
     @field_validator("prompts", "seeds", "schedules", "models")
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if any(isinstance(value, str) and not value.strip() for value in values):
-            raise ValueError("a prompt is empty: say what the image should show")
+        for text in (value for value in values if isinstance(value, str)):
+            if not text.strip():
+                raise ValueError("a prompt is empty: say what the image should show")
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{text!r} has half a character: it is no text")
         return tuple(dict.fromkeys(values))
 
     @model_validator(mode="after")
@@ -241,13 +262,13 @@ def read(path: str | Path) -> Sweep:
     try:
         return Sweep.model_validate(given)
     except ValidationError as error:
-        told = "; ".join(_told(one) for one in _without_branches(error.errors()))
+        told = "; ".join(map(_told, error.errors()))
         raise ValueError(f"{path}: {told}") from error
 
 
 def _told(error: Any) -> str:
     """One of pydantic's errors in the words of the file."""
-    place = [str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
+    place = list(map(str, error["loc"]))
     *parents, last = place or [""]
     where = ".".join(place)
     if error["type"] == "extra_forbidden":
@@ -259,16 +280,6 @@ def _told(error: Any) -> str:
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
-
-
-def _without_branches(errors: Sequence[Any]) -> list[Any]:
-    """Of a value that fits none of several kinds, one error instead of one a kind."""
-    found: dict[tuple[Any, ...], Any] = {}
-    for error in errors:
-        branches = [part for part in error["loc"] if isinstance(part, str) and not part.isidentifier()]
-        place = error["loc"][: error["loc"].index(branches[0])] if branches else error["loc"]
-        found.setdefault(tuple(place), error)
-    return list(found.values())
 
 
 def _check_keys(given: Any, known: Iterable[str], what: str = "") -> None:
