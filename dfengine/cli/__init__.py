@@ -29,6 +29,7 @@ for verb in (
     evaluate,
     files.info,
     files.merge,
+    files.export,
     files.figures,
 ):
     app.command()(verb)

@@ -1,4 +1,4 @@
-"""The verbs that work on files: info, merge, figures."""
+"""The verbs that work on files: info, merge, export, figures."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def merge(
 
     with store.open(store.merge(runs, out, overwrite=overwrite)) as merged:
         print(f"{out}: {len(merged)} image{'s' * (len(merged) != 1)}")
+
+
+def export(
+    run: options.Run,
+    zarr: Annotated[Path, typer.Option("--zarr", help="Zarr group to write: what xarray sees of the run")],
+) -> None:
+    """Write maps, scores, images and schedules in another format, as tools on object stores read it."""
+    from dfengine import store
+
+    print(store.export_zarr(run, zarr))
 
 
 def figures(

@@ -3,6 +3,7 @@
 It knows plain arrays, strings and settings; models and explainers are the engine's. docs/format.md describes the file.
 """
 
+from dfengine.store.exporting import export_zarr
 from dfengine.store.failures import Failure, Troubles, failures, let_go, units_left
 from dfengine.store.folder import Folder, check_free, is_folder
 from dfengine.store.folder_reader import RunFolder, open
@@ -32,6 +33,7 @@ __all__ = [
     "Unit",
     "Writer",
     "check_free",
+    "export_zarr",
     "failures",
     "is_folder",
     "let_go",

@@ -184,22 +184,36 @@ class RunFolder:
     def to_xarray(self) -> xarray.Dataset:
         """The items' maps, errors, scores, images and schedule in memory, as of a single file (`Run.to_xarray`).
 
-        StoreError where segments differ in shape: steps, latents, images and scores.
+        StoreError where segments differ in shape: steps, latents, images, methods and scores.
         """
-        tables = [
-            self.opened(segment.file).to_xarray().isel(item=places) for segment, places in self._chosen() if places
-        ]
-        if not tables:
-            raise StoreError(f"{self.path} has no items yet")
+        tables = list(self.tables())
         import xarray
 
-        for axis in ("token", "word"):  # prompts differ in length, and in one file the shorter ones end in NaN
-            longest = max(table.sizes.get(axis, 0) for table in tables)
-            tables = [
-                table.pad({axis: (0, longest - table.sizes[axis])}) if axis in table.sizes else table
-                for table in tables
-            ]
-        try:
-            return xarray.concat(tables, dim="item", join="exact", combine_attrs="drop_conflicts")
-        except ValueError as error:
-            raise StoreError(f"the segments of {self.path} differ in shape: open them one by one ({error})") from None
+        return xarray.concat(tables, dim="item", join="exact", combine_attrs="drop_conflicts")
+
+    def tables(self) -> Iterator[xarray.Dataset]:
+        """`to_xarray` a segment at a time; tokens and words of the shorter prompts end in NaN."""
+        chosen = [(segment.file, places) for segment, places in self._chosen() if places]
+        if not chosen:
+            raise StoreError(f"{self.path} has no items yet")
+        shapes = [_shape(self.opened(file).plan) for file, _ in chosen]
+        longest = {axis: max(shape.pop(axis) for shape in shapes) for axis in ("token", "word")}
+        for shape in shapes:
+            if apart := [
+                f"{axis} ({shapes[0][axis]}, {shape[axis]})" for axis in shape if shape[axis] != shapes[0][axis]
+            ]:
+                raise StoreError(
+                    f"the segments of {self.path} differ in shape: {', '.join(apart)}; open them one by one"
+                )
+        for file, places in chosen:
+            table = self.opened(file).to_xarray().isel(item=places)
+            yield table.pad(
+                {axis: (0, most - table.sizes[axis]) for axis, most in longest.items() if axis in table.sizes}
+            )
+
+
+def _shape(plan: Plan) -> dict[str, Any]:
+    """The lengths of the axes of a file's table, and its methods."""
+    size = schema.sizes(plan)
+    axes = ("step", "y", "x", "height", "width", "mask", "errors", "token", "word")
+    return {axis: size[axis] for axis in axes} | {"methods": [method.name for method in plan.methods]}
