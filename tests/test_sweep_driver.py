@@ -46,6 +46,8 @@ class Played:
                 "gone later": [Progress(name, 1), Gone()],
                 "fresh": [Failed(name, (), fresh=True), Idle()],
                 "taken": [Taken(name), Idle()],
+                "done and gone": [Progress(name, 1), Closed(name), Gone()],
+                "slow": [*[Progress(name, 1)] * 20, Closed(name), Idle()],
                 "silent": [Progress(name, 1)],
                 "refused": [Note("looking"), Refused("there is no such model"), Idle()],
             }[answer]
@@ -124,11 +126,39 @@ def test_the_last_unit_gets_a_worker_even_where_the_others_are_gone(tmp_path):
     assert closed(drive(crew, tmp_path, 3, workers=2)) == ["u0", "u1", "u2"]
 
 
-def test_a_worker_that_stalls_is_ended_and_its_unit_runs_again(tmp_path, monkeypatch):
-    clock = iter(range(10**6))
-    monkeypatch.setattr(driving.time, "monotonic", lambda: next(clock))
+def test_what_a_worker_has_closed_is_not_done_again_when_it_dies(tmp_path):
+    crew = Played(["done and gone"])
+    assert closed(drive(crew, tmp_path, 2, workers=1)) == ["u0", "u1"]
+    assert [name for _, name, _ in crew.asked] == ["u0", "u1"]
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Ten seconds pass with each look at the workers."""
+    seen = []
+    receive = Played.receive
+
+    def look(self, timeout):
+        seen.append(timeout)
+        yield from receive(self, timeout)
+
+    monkeypatch.setattr(Played, "receive", look)
+    monkeypatch.setattr(driving.time, "monotonic", lambda: 10 * len(seen))
+    return seen
+
+
+def test_a_worker_that_tells_something_now_and_then_does_not_stall(tmp_path, looks):
+    crew = Played(["slow"])
+    assert closed(drive(crew, tmp_path, 1, workers=1, stall=15)) == ["u0"]
+    assert crew.started == [0]
+    assert len(looks) > 20
+
+
+def test_a_worker_that_stalls_is_ended_and_its_unit_runs_again(tmp_path, looks):
     crew = Played(["silent"])
     records = drive(crew, tmp_path, 2, workers=1, stall=50)
+    # Idle and its last word, six looks until more than 50 s have passed, and then what another does.
+    assert len(looks) == 2 + 6 + 7
     assert closed(records) == ["u0", "u1"]
     assert crew.ended == [0, 0]
     assert [name for _, name, _ in crew.asked] == ["u0", "u0", "u1"]

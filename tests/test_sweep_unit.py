@@ -1,5 +1,6 @@
 """One unit of a sweep, done in this process: what is written, and what becomes of items that fail."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -37,8 +38,8 @@ def shared(*explainers, **changed):
     return Shared(explainers, **settings | {"mantissa_bits": 23} | changed)
 
 
-def unit_of(*prompts, seeds=(0,), schedules=("uniform",)):
-    how = tuple(Schedule(sampling=one, steps=STEPS).model_dump(mode="json") for one in schedules)
+def unit_of(*prompts, seeds=(0,), schedules=("uniform",), **settings):
+    how = tuple(Schedule(sampling=one, steps=STEPS, **settings).model_dump(mode="json") for one in schedules)
     items = [(p, h, s) for p in range(len(prompts)) for h in range(len(how)) for s in seeds]
     return store.Unit("u-00000", {"model": "analytic"}, how, prompts, tuple(items))
 
@@ -69,7 +70,7 @@ def maps_by_item(folder):
 
 def test_its_maps_are_those_of_explain(engine, folder):
     rise = Rise(7)
-    unit = unit_of("1", "2", "3", seeds=(0, 5), schedules=("uniform", "early"))
+    unit = unit_of("1", "2", "3", seeds=(0, 5), schedules=("uniform", "early"), guidance=3.5)
     records = do(engine, shared(rise, Random(), negative_prompt="4"), folder, unit)
     assert records[-1] == Closed("u-00000")
     told = [record for record in records if isinstance(record, Progress)]
@@ -80,7 +81,13 @@ def test_its_maps_are_those_of_explain(engine, folder):
     for prompt, how, seed in unit.items:
         sampling = ("uniform", "early")[how]
         alone = engine.explain(
-            unit.prompts[prompt], rise, seed=seed, num_steps=STEPS, sampling=sampling, negative_prompt="4"
+            unit.prompts[prompt],
+            rise,
+            seed=seed,
+            num_steps=STEPS,
+            sampling=sampling,
+            guidance=3.5,
+            negative_prompt="4",
         )
         key = unit.prompts[prompt], seed, tuple(alone.timesteps.tolist())
         np.testing.assert_array_equal(stored[key], alone.maps["rise"])
@@ -131,6 +138,7 @@ def test_what_is_known_to_be_impossible_beforehand_has_no_place_in_the_file(engi
     ]
     with store.open(folder.path) as run:
         assert [item.prompt for item in run] == ["1", "3"]
+        assert not run.finished
     # The same again: nothing is recorded twice, and the places are the same.
     again = store.Folder(folder.path.with_name("again"))
     assert [type(record) for record in do(engine, shared(Choosy()), again, unit_of("2"))] == [Failed, Closed]
@@ -250,3 +258,30 @@ def test_a_unit_of_another_writer_is_busy(engine, folder, monkeypatch):
         do(engine, shared(Rise(4)), folder, unit)
     records.close()
     assert do(engine, shared(Rise(4)), folder, unit)[-1] == Closed("u-00000")
+
+
+def test_a_folder_is_not_finished_before_its_plan_is(engine, folder):
+    first, second = unit_of("1"), dataclasses.replace(unit_of("2"), name="u-00001")
+    store.plan_units(folder.path, [first, second])
+    for unit, finished in ((first, False), (second, True)):
+        do(engine, shared(Random()), folder, unit)
+        with store.open(folder.path) as run:
+            assert (run.finished, run.planned) == (finished, 2)
+            assert run.units_left == ([] if finished else ["u-00001"])
+
+
+def test_the_released_behaviour_is_the_jobs_too(engine, folder):
+    """There a shift of 0 is the uniform schedule."""
+    unit = unit_of("1", schedules=("early",), gamma=0)
+    do(engine, shared(Random(), behaviour="xdiffusion"), folder, unit)
+    with store.open(folder.path) as run:
+        expected = engine.job("1", num_steps=STEPS, sampling="uniform").timesteps
+        assert tuple(run[0].timesteps) == expected
+        assert engine.job("1", num_steps=STEPS, sampling="early", gamma=0).timesteps != expected
+
+
+def test_what_is_still_to_come_decides_whether_to_compile(engine, folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(engine, "prepare", lambda jobs, explainers, done=(), times=1: told.append((len(jobs), times)))
+    list(explain_unit(engine, shared(Random()), folder, unit_of("1", "2", "3"), times=40))
+    assert told[0] == (3, 40)
