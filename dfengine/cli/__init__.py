@@ -12,6 +12,7 @@ from dfengine.cli.evaluate import evaluate
 from dfengine.cli.explain import explain
 from dfengine.cli.sample import sample
 from dfengine.cli.sweep import sweep, worker
+from dfengine.cli.watch import watch
 
 app = typer.Typer(
     help="Explain how diffusion models make images.",
@@ -27,6 +28,7 @@ for verb in (
     measure.profile,
     measure.layers,
     evaluate,
+    watch,
     files.info,
     files.merge,
     files.export,

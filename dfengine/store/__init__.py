@@ -14,6 +14,7 @@ from dfengine.store.reader import Run
 from dfengine.store.schema import FORMAT_VERSION, nbytes
 from dfengine.store.table import lines
 from dfengine.store.units import Unit, plan_units, planned_specs, planned_units
+from dfengine.store.watching import Latest, Look, Part, look
 from dfengine.store.writer import Writer
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "Failure",
     "Folder",
     "Item",
+    "Latest",
     "LazyArray",
+    "Look",
     "Method",
+    "Part",
     "Plan",
     "Run",
     "RunFolder",
@@ -38,6 +42,7 @@ __all__ = [
     "is_folder",
     "let_go",
     "lines",
+    "look",
     "merge",
     "nbytes",
     "open",

@@ -119,9 +119,14 @@ class RunFolder:
         return (self[index] for index in range(len(self)))
 
     @property
+    def num_finished(self) -> int:
+        """How many items are finished."""
+        return sum(self.segments[number].finished[place] for number, place in self._places)
+
+    @property
     def finished(self) -> bool:
         """Whether every item is finished, those of a sweep's plan included, and every finished segment still there."""
-        done = all(self.segments[number].finished[place] for number, place in self._places)
+        done = self.num_finished == len(self)
         missing = self.lost or self.units_left or any(one.state == "aside" for one in self.failures)
         return done and bool(self._places) and not missing
 
