@@ -40,6 +40,7 @@ bench: $(VENV)/.dev-ready
 	$(BIN)/python bench/concepts.py
 	$(BIN)/python bench/games.py
 	$(BIN)/python bench/estimators.py
+	$(BIN)/python bench/sweeps.py
 
 # On a machine with a GPU, with the packages of its own (torch, triton, jaxtyping, pytest, scipy; from gpu-shapes on also
 # diffusers, transformers, accelerate, h5py): nothing is installed or downloaded. Each takes less than eight minutes,

@@ -1,13 +1,15 @@
 """The driver against workers that are only played: whatever becomes of them, every unit is done, and once."""
 
+import inspect
 from collections import deque
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfengine import store
+from dfengine import store, sweep
 from dfengine.sweep import driver as driving
+from dfengine.sweep import running
 from dfengine.sweep.driver import Driver
 from dfengine.sweep.records import Closed, Failed, Gone, Idle, Note, Progress, Refused, Taken
 from dfengine.sweep.worker import Explain
@@ -204,3 +206,29 @@ def test_whatever_becomes_of_workers_every_unit_is_done_once(tmp_path_factory, a
     records = drive(crew, tmp_path_factory.getbasetemp(), count, workers)
     assert closed(records) == sorted(f"u{number}" for number in range(count))
     assert not crew.waiting
+
+
+@pytest.mark.parametrize(
+    ("gpus", "where", "expected"),
+    [
+        ([], {}, ("processes", 1, [], 6)),
+        ([], {"workers": 4}, ("processes", 4, [], 1)),
+        ([], {"workers": 4, "threads": 2}, ("processes", 4, [], 2)),
+        (["0"], {}, ("processes", 1, ["0"], None)),
+        (["0", "5"], {}, ("ray", None, None)),
+        (["0", "5"], {"workers": 2}, ("ray", 2, None)),
+        (["0", "5"], {"workers": 1}, ("processes", 1, ["0", "5"], None)),
+        (["0", "5"], {"device": "cpu"}, ("processes", 1, [], 6)),
+        ([], {"ray_address": "auto", "workers": 1}, ("ray", 1, "auto")),
+    ],
+)
+def test_where_workers_run(monkeypatch, tmp_path, gpus, where, expected):
+    monkeypatch.setattr(running, "_gpus", lambda: gpus)
+    monkeypatch.setattr(running.os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(running.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(
+        running, "Processes", lambda setup, *, workers, gpus, threads: ("processes", workers, gpus, threads)
+    )
+    monkeypatch.setattr(running, "Cluster", lambda setup, *, address, workers, threads: ("ray", workers, address))
+    crew = inspect.unwrap(running.Where.crew)  # what it returns here is no crew
+    assert crew(running.Where(**where), sweep.Sweep(prompts="a", explainers="random"), tmp_path) == expected

@@ -59,9 +59,9 @@ class Where:
             compile=self.compile,
         )
         gpus = [] if self.device == "cpu" else _gpus()
-        if self.ray_address is not None or (len(gpus) > 1 and importlib.util.find_spec("ray")):
-            return Cluster(setup, address=self.ray_address, workers=self.workers, threads=self.threads)
         workers = self.workers or len(gpus) or 1
+        if self.ray_address is not None or (min(workers, len(gpus)) > 1 and importlib.util.find_spec("ray")):
+            return Cluster(setup, address=self.ray_address, workers=self.workers, threads=self.threads)
         share = None if gpus else max(1, len(os.sched_getaffinity(0)) // workers)
         return Processes(setup, workers=workers, gpus=gpus, threads=self.threads or share)
 
