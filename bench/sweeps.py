@@ -34,7 +34,7 @@ from dfengine.sweep.records import Kind, Probed
 from dfengine.sweep.spec import Shared
 from dfengine.sweep.unit import explain_unit
 
-ROUNDS = 3
+ROUNDS = 2
 MILLION = 10**6
 STAGES = ("plan", "plan again", "grow", "segments", "resume", "open", "read")
 
@@ -100,7 +100,7 @@ def overhead(folder: Path) -> dict[str, Any]:
 def efficiency(folder: Path) -> dict[str, Any]:
     """Items a minute of one and of two workers, of one thread each, on two cores; between the first item that is done
     and the last of which both are still at work. Rounds in turn."""
-    described = sweep_of(16, [Rise(200), Cam()], 4, 1e-9)
+    described = sweep_of(8, [Rise(200), Cam()], 4, 1e-9)
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(ROUNDS):
         for workers in rates:
@@ -137,7 +137,7 @@ def efficiency(folder: Path) -> dict[str, Any]:
 def recovery(folder: Path) -> dict[str, Any]:
     """Seconds from a worker's death by SIGKILL, in the middle of an item, to the first map that another adds to it; and
     the share of the maps made until then that were made again."""
-    described = sweep_of(2, [Rise(400)], 12, 1e-9)
+    described = sweep_of(2, [Rise(200)], 12, 1e-9)
     found, again = [], []
     for number in range(ROUNDS):
         out, killed, begun, total = folder / f"killed {number}", 0.0, 0.0, 0

@@ -156,6 +156,15 @@ def test_a_worker_that_tells_something_now_and_then_does_not_stall(tmp_path, loo
     assert len(looks) > 20
 
 
+def test_what_the_consumer_takes_its_time_for_is_no_stalling(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(driving.time, "monotonic", lambda: clock[0])
+    crew = Played(["slow", "slow"])
+    for _ in Driver(crew, tmp_path, units(2), workers=2, stall=50).run():
+        clock[0] += 1000
+    assert crew.started == [0, 1]
+
+
 def test_a_worker_that_stalls_is_ended_and_its_unit_runs_again(tmp_path, looks):
     crew = Played(["silent"])
     records = drive(crew, tmp_path, 2, workers=1, stall=50)
@@ -169,7 +178,10 @@ def test_a_worker_that_stalls_is_ended_and_its_unit_runs_again(tmp_path, looks):
 
 def test_what_another_run_is_at_is_left_to_it(tmp_path):
     crew = Played(["taken"])
-    assert closed(drive(crew, tmp_path, 3, workers=1)) == ["u1", "u2"]
+    assert closed(drive(crew, tmp_path, 3, workers=1)) == ["u0", "u1", "u2"], "which may have died meanwhile"
+    assert [name for _, name, _ in crew.asked] == ["u0", "u1", "u2", "u0"]
+    crew = Played(["done", "done", *["taken"] * 100])
+    assert closed(drive(crew, tmp_path, 3, workers=1)) == ["u0", "u1"]
 
 
 def test_what_is_refused_ends_the_sweep(tmp_path):
@@ -191,7 +203,7 @@ def test_workers_that_never_do_anything_end_the_sweep(tmp_path):
 def test_closing_lets_go_of_what_was_in_hand(tmp_path):
     (tmp_path / "failures").mkdir()
     for unit in units(3):
-        (tmp_path / f"failures/.{unit.name}.json").write_text("[0]")
+        (tmp_path / f"failures/.{unit.name}.json").write_text('{"driver": "", "items": [0]}')
     crew = Played(["silent", "silent"])
     records = Driver(crew, tmp_path, units(3), workers=2, stall=1e9).run()
     assert [next(records)[0], next(records)[0]] == [0, 1]

@@ -193,7 +193,7 @@ def test_what_is_in_hand_is_known_on_the_disk_and_forgotten_when_it_is_let_go(en
     hands = []
     for record in records:
         assert isinstance(record, Progress)
-        hands.append(json.loads(in_hand.read_text()))
+        hands.append(json.loads(in_hand.read_text())["items"])
         if hands[-1] == [2]:
             break
     records.close()
@@ -231,7 +231,7 @@ def test_a_crash_is_blamed_on_what_was_in_hand(engine, folder, monkeypatch, hand
         if any(item == 0 for item, _ in record.items):
             break
     records.close()
-    (folder.path / "failures/.u-00000.json").write_text(json.dumps(hand))
+    (folder.path / "failures/.u-00000.json").write_text(json.dumps({"driver": "", "items": hand}))
     rest = do(engine, shared(Rise(4), Random()), folder, unit)
     told = [one for record in rest if isinstance(record, Failed) for one in record.failures]
     assert {one.item: one.state for one in told} == states
@@ -285,3 +285,34 @@ def test_what_is_still_to_come_decides_whether_to_compile(engine, folder, monkey
     monkeypatch.setattr(engine, "prepare", lambda jobs, explainers, done=(), times=1: told.append((len(jobs), times)))
     list(explain_unit(engine, shared(Random()), folder, unit_of("1", "2", "3"), times=40))
     assert told[0] == (3, 40)
+
+
+def test_a_unit_that_is_closed_already_is_done(engine, folder):
+    """By another driver, or by a worker that died before it could say so."""
+    explainer, unit = harmful(), unit_of("1")
+    assert do(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
+    assert do(engine, shared(explainer), folder, unit) == [Closed("u-00000")]
+    assert explainer.seen == [["1"]]
+    assert len(list((folder.path / "segments").iterdir())) == 1
+
+
+def test_nobody_is_blamed_for_the_end_of_a_driver(engine, folder):
+    """A kill of everything, or a power cut, which may come again and again."""
+    unit = unit_of("1", "2")
+    for driver in "abc":
+        store.Troubles(folder.path, unit, driver=driver).take([1])
+        troubles = store.Troubles(folder.path, unit, driver="now")
+        assert [(one.item, one.state, one.errors) for one in troubles.after_crash([0, 1])] == [(1, "suspect", ())]
+    store.Troubles(folder.path, unit, driver="now").take([1])
+    (blamed,) = store.Troubles(folder.path, unit, driver="now").after_crash([0, 1])
+    assert (blamed.state, len(blamed.errors)) == ("failed", 1)
+
+
+def test_a_driver_lets_go_of_its_own_only(folder):
+    unit = unit_of("1", "2")
+    store.Troubles(folder.path, unit, driver="a").take([1])
+    marker = folder.path / "failures/.u-00000.json"
+    store.let_go(folder.path, [unit.name], driver="b")
+    assert marker.exists()
+    store.let_go(folder.path, [unit.name], driver="a")
+    assert not marker.exists()

@@ -113,9 +113,8 @@ def _run(records: Iterator[tuple[int, Record]], out: Path, as_json: bool, *, who
                     if as_json:
                         print(json.dumps(_line(worker, record), ensure_ascii=False), flush=True)
         except KeyboardInterrupt:
-            screen.err.print(
-                f"dfengine: interrupted; what was done is in {out}, the same command goes on", markup=False
-            )
+            done = f"what was done is in {out}" if out.exists() else "nothing was written"
+            screen.err.print(f"dfengine: interrupted; {done}, the same command goes on", markup=False)
             raise typer.Exit(130) from None
     found = sweeping.outcome(out)
     if as_json:
@@ -124,7 +123,8 @@ def _run(records: Iterator[tuple[int, Record]], out: Path, as_json: bool, *, who
         )
     else:
         print("\n".join(_told(found, out)))
-    raise typer.Exit(int(bool(failed or found.aside or (whole and found.units_left))))
+    left = failed or found.aside or (whole and found.units_left)
+    raise typer.Exit(int(bool(left and not found.finished)))
 
 
 def _line(worker: int, record: Record) -> dict[str, Any]:

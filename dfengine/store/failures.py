@@ -1,7 +1,8 @@
 """What went wrong with single items of a sweep: failures/<unit>.json, and which items a worker is at just now.
 
-A crash tells nobody what caused it. So a worker says on the disk which items it begins, and the next one to take the
-unit knows which were in its hands: one alone is to blame, several are each tried alone.
+A crash tells nobody what caused it. So a worker says on the disk which items it begins, and for which driver; the next
+one to take the unit knows which were in its hands. Where its driver outlived it, one alone is to blame, and several are
+each tried alone. Where the driver is gone, too (a kill, a power cut), none is to blame.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Failure:
 class Troubles:
     """The failures of one unit, which the process has to itself (`Folder.hold`)."""
 
-    def __init__(self, folder: Path, unit: Unit) -> None:
-        self._unit = unit
+    def __init__(self, folder: Path, unit: Unit, *, driver: str = "") -> None:
+        """`driver` tells the driver from any other, those of earlier times included."""
+        self._unit, self._driver = unit, driver
         self._folder = folder / "failures"
         self._in_hand = self._folder / f".{unit.name}.json"
         with writing(self._folder):
@@ -49,19 +51,19 @@ class Troubles:
 
     def after_crash(self, left: Collection[int]) -> list[Failure]:
         """Of the items that are left, those that a process had in its hands when it ended without a word; recorded."""
-        try:
-            items = json.loads(self._in_hand.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return []
-        in_hand = [item for item in items if item in left]
-        found = self.failed(in_hand, "its process ended without a word") if in_hand else []
+        in_hand = _in_hand(self._in_hand)
+        items = [item for item in in_hand["items"] if item in left]
+        if items and in_hand["driver"] == self._driver:
+            found = self.failed(items, "its process ended without a word, or was ended as it told nothing any more")
+        else:
+            found = [self._suspect(item) for item in items]
         self.put_down()
         return found
 
     def take(self, items: Sequence[int]) -> None:
         """Items are begun: known on the disk before this returns."""
         with writing(self._in_hand):
-            write_whole(self._in_hand, json.dumps(list(items)))
+            write_whole(self._in_hand, json.dumps({"driver": self._driver, "items": list(items)}))
 
     def put_down(self) -> None:
         """The items begun last are finished, or let go of without anybody's fault."""
@@ -80,7 +82,7 @@ class Troubles:
         """Records that items failed together; one alone is set aside at its second time, or at once `for_good`."""
         alone = len(items) == 1
         for item in items:
-            known = self._failures.get(item) or Failure(self._unit.name, item, self._unit.describe(item), "suspect")
+            known = self._suspect(item)
             if alone:
                 errors = (*known.errors, error)
                 aside = for_good or len(errors) >= MOST_FAILURES
@@ -88,6 +90,10 @@ class Troubles:
             self._failures[item] = known
         self._write()
         return [self._failures[item] for item in items]
+
+    def _suspect(self, item: int) -> Failure:
+        """What is known of an item, now at least that it is to be tried alone; recorded with the next that fails."""
+        return self._failures.setdefault(item, Failure(self._unit.name, item, self._unit.describe(item), "suspect"))
 
     def hand_on(self, items: Iterable[int]) -> None:
         """Marks items that were set aside as planned again, in another unit."""
@@ -126,11 +132,20 @@ def units_left(folder: Path, closed: Collection[str]) -> Iterator[Unit]:
     return (unit for unit in planned_units(folder) if unit.name not in closed and aside[unit.name] < len(unit))
 
 
-def let_go(folder: Path, units: Iterable[str]) -> None:
-    """Clears what workers of these units had in their hands: they were stopped, and did not crash."""
+def let_go(folder: Path, units: Iterable[str], *, driver: str = "") -> None:
+    """Clears what a driver's workers of these units had in their hands: they were stopped, and did not crash."""
     for unit in units:
+        path = folder / "failures" / f".{unit}.json"
         with contextlib.suppress(OSError):
-            (folder / "failures" / f".{unit}.json").unlink(missing_ok=True)
+            if _in_hand(path)["driver"] == driver:
+                path.unlink(missing_ok=True)
+
+
+def _in_hand(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {"driver": None, "items": []}
 
 
 def _read(path: Path) -> list[Failure]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +32,7 @@ class Cluster:
         except ImportError:
             raise ValueError("Ray is not installed: pip install 'dfengine[ray]'") from None
         self._ray, self._setup = ray, setup
+        on_terminate = signal.getsignal(signal.SIGTERM)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address is None:
@@ -38,12 +42,21 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"Ray at {address!r} cannot be used: {reason}") from error
-        there = ray.cluster_resources()
-        self.workers = workers or int(there.get("GPU", 0)) or len(ray.nodes())
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray sets its own
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = int(sum(one.get("GPU", 0) for one in machines))
+        self.workers = workers or gpus or len(machines)
         """how many there are room for: one a GPU, or a machine, unless so many were wanted"""
-        share = None if there.get("GPU") else max(1, int(there["CPU"] // self.workers))
+        cores = [int(one.get("CPU", 0)) for one in machines]
+        share = None if gpus else max(1, min(cores) // math.ceil(self.workers / len(machines)))
         self._threads = threads or share
-        needs = {"num_gpus": 1} if there.get("GPU") else {"num_cpus": self._threads}
+        needs = {"num_gpus": 1} if gpus else {"num_cpus": self._threads}
+        room = gpus if gpus else sum(one // self._threads for one in cores) if self._threads else 0
+        if self.workers > room:
+            ray.shutdown()
+            each = "a GPU" if gpus else f"{self._threads} threads"
+            raise ValueError(f"Ray has no room for {self.workers} workers of {each}: it has room for {room}")
         self._actor = ray.remote(max_restarts=0, max_task_retries=0, **needs)(Worker)
         self._seats: dict[int, Any] = {}
         self._answers: dict[Any, int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,8 @@ from dfengine.sweep.worker import Explain, Probe
 _MOST_DEATHS = 3
 #: Seconds that are waited for a worker to tell something, before looking whether one stalls.
 _LOOK_SECONDS = 1.0
+#: A unit that another process is at is looked at so often, after the others.
+_MOST_LOOKS = 6
 
 
 @runtime_checkable
@@ -64,8 +66,21 @@ def probe(crew: Crew, sweep: Sweep, source: Source) -> Iterator[tuple[int, Recor
 class Driver:
     """One run of the units that are left, by some workers."""
 
-    def __init__(self, crew: Crew, folder: Path, units: Sequence[store.Unit], *, workers: int, stall: float) -> None:
-        """A worker that has told nothing for `stall` seconds is ended, and its unit begun again."""
+    def __init__(
+        self,
+        crew: Crew,
+        folder: Path,
+        units: Sequence[store.Unit],
+        *,
+        workers: int,
+        stall: float,
+        driver: str = "",
+    ) -> None:
+        """A worker that has told nothing for `stall` seconds is ended, and its unit begun again. `driver` is what the
+        workers know this driver by.
+        """
+        self._driver = driver
+        self._looks: Counter[str] = Counter()
         self._crew, self._folder, self._stall = crew, folder, stall
         self._left = deque(units)
         self._number = min(workers, len(units))
@@ -86,7 +101,9 @@ class Driver:
             while working:
                 for worker, record in self._crew.receive(_LOOK_SECONDS):
                     if not isinstance(record, Idle):
+                        before = time.monotonic()
                         yield worker, record
+                        self._excuse(time.monotonic() - before)
                     working -= self._heed(worker, record)
                 for worker in self._stalled():
                     self._crew.end(worker)
@@ -94,7 +111,7 @@ class Driver:
                     working -= self._heed(worker, Gone())
         finally:
             self._crew.close()
-            store.let_go(self._folder, (unit.name for unit in self._in_hand.values()))
+            store.let_go(self._folder, (unit.name for unit in self._in_hand.values()), driver=self._driver)
 
     def _heed(self, worker: int, record: Record) -> bool:
         """Act on a record; true where the worker was the last's, and is ended."""
@@ -104,7 +121,10 @@ class Driver:
         if isinstance(record, Progress | Closed | Taken | Failed):
             self._deaths = 0
         if isinstance(record, Closed | Taken):
-            self._in_hand.pop(worker, None)
+            unit = self._in_hand.pop(worker)
+            self._looks[unit.name] += 1
+            if isinstance(record, Taken) and self._looks[unit.name] < _MOST_LOOKS:
+                self._left.append(unit)
         if isinstance(record, Failed) and record.fresh:
             self._crew.end(worker)
             return self._again(worker, later=True)
@@ -113,7 +133,7 @@ class Driver:
             if self._deaths > _MOST_DEATHS + self._number:
                 raise ValueError(
                     f"workers ended {self._deaths} times before anything was done: is there enough memory for the "
-                    "model? what was done is kept"
+                    "model, and time to load it (--stall-minutes)? what was done is kept"
                 )
             return self._again(worker, later=False)
         if isinstance(record, Idle):
@@ -139,6 +159,10 @@ class Driver:
         self._in_hand[worker] = unit
         self._crew.ask(worker, Explain(unit, times=1 + math.ceil(len(self._left) / self._number)))
         return False
+
+    def _excuse(self, seconds: float) -> None:
+        """What the consumer took its time for is no worker's stalling."""
+        self._heard = {worker: heard + seconds for worker, heard in self._heard.items()}
 
     def _stalled(self) -> list[int]:
         """Workers that have a unit, and have told nothing for too long."""

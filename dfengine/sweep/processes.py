@@ -44,7 +44,7 @@ class Processes:
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[worker % len(self._gpus)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "dfengine.sweep", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "dfengine.sweep", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -94,7 +94,8 @@ class Processes:
 
 def serve(pipe: Connection) -> None:
     """Be a worker, until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # which may be sent to all processes: the driver stops its workers
+        signal.signal(stop, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         setup, threads = pipe.recv()
         worker, request = Worker(setup, threads=threads), None
@@ -116,5 +117,5 @@ def _end_with(parent: int, setup: Setup, in_hand: list[str]) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(GRACE)
-    let_go(setup.folder, in_hand)
+    let_go(setup.folder, in_hand, driver=setup.driver)
     os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -48,11 +49,12 @@ class Where:
         if not self.stall > 0:
             raise ValueError(f"{self.stall} seconds are not possible: expected more than 0")
 
-    def crew(self, sweep: Sweep, folder: Path) -> Processes | Cluster:
+    def crew(self, sweep: Sweep, folder: Path, driver: str = "") -> Processes | Cluster:
         """The workers, none of which has begun yet."""
         setup = Setup(
             folder.absolute(),
             Shared.of(sweep.shared),
+            driver=driver,
             device=self.device,
             batch_size=self.batch_size,
             attention=self.attention,
@@ -84,7 +86,8 @@ def run(
     part, parts = shard
     if not 1 <= part <= parts:
         raise ValueError(f"shard {part}/{parts} is not possible: expected 1/{parts} to {parts}/{parts}")
-    with closing(where.crew(sweep, out)) as crew:
+    driver = uuid.uuid4().hex
+    with closing(where.crew(sweep, out, driver)) as crew:
         told: list[tuple[int, Record]] = []
         units = prepare(sweep, out, lambda source: _probe(crew, sweep, source, told), retry_failed=retry_failed)
         yield from told
@@ -94,7 +97,7 @@ def run(
         steps = [len(unit) * unit.schedules[0]["steps"] for unit in units]
         workers = min(crew.workers, len(units))
         yield 0, Begun(sum(map(len, units)), sum(steps) * len(sweep.explainers), len(units), workers)
-        yield from Driver(crew, out, units, workers=workers, stall=where.stall).run()
+        yield from Driver(crew, out, units, workers=workers, stall=where.stall, driver=driver).run()
 
 
 def dry_run(sweep: Sweep, out: str | Path, where: Where = Where()) -> tuple[Estimate, list[str]]:
@@ -129,8 +132,10 @@ class Outcome:
 
 
 def outcome(out: str | Path) -> Outcome:
-    """How much of a run folder's plan is done."""
+    """How much of a run folder's plan is done. Raises StoreError where there is none."""
     path = Path(out)
+    if not store.is_folder(path):
+        raise store.StoreError(f"{path} is no run folder")
     folder = store.Folder(path)
     return Outcome(
         items=sum(len(unit) for unit in store.planned_units(path) if not unit.retry_of),

@@ -28,9 +28,10 @@ class _Broken(Exception):
 
 
 def explain_unit(
-    engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, *, times: int = 1
+    engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, *, times: int = 1, driver: str = ""
 ) -> Iterator[Record]:
-    """Do what is left of a unit, telling of it; `times` is how many such units are expected of this engine.
+    """Do what is left of a unit, telling of it; `times` is how many such units are expected of this engine, `driver`
+    who asked for it.
 
     What is wrong with an item is recorded, and the others go on: a ValueError sets it aside at once, anything else at
     the second time, in a fresh process (the last record then asks for one). Closing the iterator stops the work, and
@@ -38,13 +39,16 @@ def explain_unit(
     fault.
     """
     with folder.hold(unit.name):
-        yield from _explain_held(engine, shared, folder, unit, times)
+        if unit.name in folder.closed():  # meanwhile, by another driver's worker, or by one that could not say so
+            yield Closed(unit.name)
+            return
+        yield from _explain_held(engine, shared, folder, unit, times, driver)
 
 
 def _explain_held(
-    engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, times: int
+    engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, times: int, driver: str
 ) -> Iterator[Record]:
-    troubles = store.Troubles(folder.path, unit)
+    troubles = store.Troubles(folder.path, unit, driver=driver)
     jobs, refused = _jobs(engine, shared, unit, troubles)
     if refused:
         yield Failed(unit.name, tuple(refused))

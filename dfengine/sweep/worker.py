@@ -34,6 +34,8 @@ class Setup:
 
     folder: Path
     shared: Shared
+    driver: str = ""
+    """tells the sweep's driver from any other"""
     device: str | None = None
     batch_size: int | None = None
     attention: str = "auto"
@@ -111,7 +113,14 @@ class Worker:
         folder = store.Folder(self._setup.folder)
         for _ in range(_LOOKS):
             try:
-                yield from explain_unit(engine, self._setup.shared, folder, request.unit, times=request.times)
+                yield from explain_unit(
+                    engine,
+                    self._setup.shared,
+                    folder,
+                    request.unit,
+                    times=request.times,
+                    driver=self._setup.driver,
+                )
                 return
             except store.Busy:
                 time.sleep(1)
