@@ -103,12 +103,15 @@ def _run(records: Iterator[tuple[int, Record]], out: Path, as_json: bool, *, who
     """Follow a sweep, and end with the exit status that tells whether everything is done."""
     from dfengine import sweep as sweeping
 
-    failed = False
+    taken = set()  # by another run, and not given back
     with screen.terminated_as_interrupted():
         try:
             with closing(records), screen.sweep_bars() as show:  # type: ignore[type-var]  # it is a generator
                 for worker, record in records:
-                    failed |= isinstance(record, sweeping.Taken)
+                    if isinstance(record, sweeping.Taken):
+                        taken.add(record.unit)
+                    elif isinstance(record, sweeping.Closed):
+                        taken.discard(record.unit)
                     show(worker, record)
                     if as_json:
                         print(json.dumps(_line(worker, record), ensure_ascii=False), flush=True)
@@ -123,7 +126,7 @@ def _run(records: Iterator[tuple[int, Record]], out: Path, as_json: bool, *, who
         )
     else:
         print("\n".join(_told(found, out)))
-    left = failed or found.aside or (whole and found.units_left)
+    left = taken or found.aside or (whole and found.units_left)
     raise typer.Exit(int(bool(left and not found.finished)))
 
 
