@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, NamedTuple, SupportsIndex
@@ -215,6 +215,22 @@ def exponential_timesteps(
         below = steps[i + 1] + 1 if i + 1 < num_steps else 0
         steps[i] = max(steps[i], below, num_steps - 1 - i)
     return steps
+
+
+def schedule_name(timesteps: Sequence[int], num_train_timesteps: int = 1000) -> str:
+    """What a list of time-steps is called: "uniform", "early, γ = 60", or its ends where it is neither or too short.
+
+    Uniform is what falls by the same number, give or take one; γ is looked for among the whole numbers to 300.
+    """
+    steps = [int(t) for t in timesteps]
+    if len(steps) > 2:
+        gaps = {before - after for before, after in itertools.pairwise(steps)}
+        if max(gaps) - min(gaps) <= 1:
+            return "uniform"
+        for stage, gamma in itertools.product(("early", "latter"), range(301)):
+            if exponential_timesteps(len(steps), gamma, stage, num_train_timesteps) == steps:
+                return f"{stage}, γ = {gamma}"
+    return " … ".join(["t = {}", "{}"][: len(steps)]).format(steps[0], steps[-1])
 
 
 def _check_num_steps(num_steps: int, total: int) -> None:

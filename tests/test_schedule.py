@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from dfengine.schedule import NoiseSchedule, exponential_timesteps
+from dfengine.schedule import NoiseSchedule, exponential_timesteps, schedule_name
 
 PROPERTY = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 STAGES = st.sampled_from(["early", "latter"])
@@ -321,3 +321,21 @@ def test_add_noise_is_diffusers() -> None:
     x0, noise, t = start(), start().flip(0), torch.tensor([999, 17])
     ours = NoiseSchedule.from_config(SD).add_noise(x0, noise, t)
     assert_close(ours, DDIMScheduler(**SD).add_noise(x0, noise, t), **TABLE | {"atol": 1e-5})
+
+
+@pytest.mark.parametrize("stage", ["early", "latter"])
+@pytest.mark.parametrize("num_steps", [10, 30, 50])
+def test_a_schedule_is_called_by_its_name(stage: str, num_steps: int) -> None:
+    for gamma in (0, 30, 60, 300):
+        assert schedule_name(exponential_timesteps(num_steps, gamma, stage)) == f"{stage}, γ = {gamma}"
+    for spacing in ("leading", "trailing", "linspace"):
+        scheduler = DDIMScheduler(**SD | {"timestep_spacing": spacing})
+        scheduler.set_timesteps(num_steps)
+        assert schedule_name(scheduler.timesteps.tolist()) == "uniform"
+
+
+def test_another_list_is_called_by_its_ends() -> None:
+    assert schedule_name([900, 500, 7]) == "t = 900 … 7"
+    assert schedule_name(exponential_timesteps(30, 60.5)) == "t = 999 … 74"
+    assert schedule_name([900, 500]) == "t = 900 … 500"
+    assert schedule_name([12]) == "t = 12"
