@@ -25,6 +25,10 @@ MAY_IMPORT = {
     "dfengine.explain": {"batching", "denoiser", "result", "schedule", "trajectory", "words", "dfkernels"},
     "dfengine.store": {"explain", "result", "trajectory", "words"},
     "dfengine.figures": {"result", "words"},
+    "dfengine.report": {"figures", "result", "schedule", "store", "words"},
+    "dfengine.dataset": {"explain", "result", "store"},
+    "dfengine.notebook": {"explain", "figures", "result"},
+    "dfengine.progress": {"explain"},
     "dfengine.shapes": {"models"},
     "dfengine.record": {"denoiser", "explain", "result", "store", "trajectory", "words"},
     "dfengine.engine": {
@@ -33,6 +37,7 @@ MAY_IMPORT = {
         "denoiser",
         "explain",
         "models",
+        "progress",
         "result",
         "schedule",
         "shapes",
@@ -63,6 +68,7 @@ MAY_IMPORT = {
         "models",
         "profile",
         "prompts",
+        "report",
         "result",
         "store",
         "sweep",
@@ -73,7 +79,7 @@ MAY_IMPORT = {
 #: The only places that may import each of these libraries.
 ONLY = {
     "h5py": {"dfengine.store"},
-    "matplotlib": {"dfengine.figures"},
+    "matplotlib": {"dfengine.figures", "dfengine.report"},
     "diffusers": {"dfengine.models", "dfengine.shapes"},
     "transformers": {"dfengine.models", "dfengine.shapes"},
     "triton": {"dfkernels.fused"},

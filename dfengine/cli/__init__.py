@@ -10,6 +10,7 @@ import typer
 from dfengine.cli import files, measure, screen
 from dfengine.cli.evaluate import evaluate
 from dfengine.cli.explain import explain
+from dfengine.cli.report import report
 from dfengine.cli.sample import sample
 from dfengine.cli.sweep import sweep, worker
 from dfengine.cli.watch import watch
@@ -33,6 +34,7 @@ for verb in (
     files.merge,
     files.export,
     files.figures,
+    report,
 ):
     app.command()(verb)
 

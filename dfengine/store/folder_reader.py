@@ -57,6 +57,10 @@ class _Part:
         return self._run.plan
 
     @property
+    def environment(self) -> dict[str, str]:
+        return self._run.environment
+
+    @property
     def layout(self) -> dict[str, tuple[schema.Dataset, dict[str, int]]]:
         return self._run.layout
 

@@ -29,6 +29,9 @@ class Source(Protocol):
     def plan(self) -> Plan: ...
 
     @property
+    def environment(self) -> dict[str, str]: ...
+
+    @property
     def layout(self) -> dict[str, tuple[schema.Dataset, dict[str, int]]]: ...
 
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
@@ -130,6 +133,7 @@ class StoredItem(Explanation):
     seed = property(lambda self: self.item.seed)
     model = property(lambda self: self._run.plan.model)
     words = property(lambda self: self.item.words)
+    environment = property(lambda self: self._run.environment)
 
     @property
     def settings(self) -> dict[str, Any]:

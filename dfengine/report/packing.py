@@ -1,0 +1,161 @@
+"""What the page shows of an image: a description as JSON values, and the bytes that it points into."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from PIL import Image
+
+from dfengine.figures.choosing import leading
+from dfengine.result import COMBINED, Explanation, normalised
+from dfengine.schedule import schedule_name
+from dfengine.store import StoredItem
+from dfengine.words import content_words
+from dfengine.words import words as spans_of
+
+#: Sides in pixels up to which images are kept as they are; larger ones are WebP, of this quality.
+_LOSSLESS_SIDE, _QUALITY = 256, 85
+#: Words whose curves are drawn at first, at most.
+_SHOWN_LINES = 8
+#: What a map says, by its explainer.
+_ABOUT = {
+    "Rise": "DF-RISE: where the prediction keeps its structure if the pixel is seen",
+    "Cam": "DF-CAM: what a layer's features add to the predicted noise",
+    "Relevance": "relevance: where the influence of the prompt's own words lies",
+    "Attention": "cross-attention: where a word is attended to",
+    "Lime": "LIME: which segments the prediction's structure needs",
+    "Random": "random numbers, to compare with",
+}
+
+#: A place in the bytes, with what is there.
+Reference = dict[str, Any]
+
+
+class Bytes:
+    """Arrays and pictures, one behind the other; each addition returns where it is."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def _add(self, data: bytes, **what: Any) -> Reference:
+        place = len(self.data)
+        self.data += data
+        return {"at": place, "bytes": len(data), **what}
+
+    def exact(self, maps: Float[ndarray, "steps h w"]) -> Reference:
+        """Float32, the four bytes of the numbers apart (they deflate better so)."""
+        apart = np.ascontiguousarray(maps, dtype="<f4").view(np.uint8).reshape(-1, 4).T
+        return self._add(zlib.compress(apart.tobytes(), 6), type="f4", shape=list(maps.shape))
+
+    def rounded(self, maps: Float[ndarray, "steps h w"]) -> Reference:
+        """To 1/255 of the range of each step's map; a step with a value that is not finite counts as not computed."""
+        flat = np.asarray(maps, dtype=np.float32).reshape(len(maps), -1)
+        there = np.asarray(np.isfinite(flat).all(1))
+        flat = np.where(there[:, None], flat, 0)
+        low, high = flat.min(1), flat.max(1)
+        span = np.where(high > low, high - low, 1)
+        levels = np.rint((flat - low[:, None]) / span[:, None] * 255).astype(np.uint8)
+        ends = [[_short(a), _short(b)] if known else None for a, b, known in zip(low, high, there, strict=True)]
+        return self._add(zlib.compress(levels.tobytes(), 6), type="u1", shape=list(maps.shape), ends=ends)
+
+    def picture(self, image: UInt8[ndarray, "H W 3"]) -> Reference:
+        """PNG of small images, WebP of others."""
+        file, small = io.BytesIO(), max(image.shape[:2]) <= _LOSSLESS_SIDE
+        Image.fromarray(image).save(file, "PNG" if small else "WEBP", quality=_QUALITY)
+        return self._add(file.getvalue(), type="image/png" if small else "image/webp")
+
+
+def pack(item: Explanation, number: int) -> tuple[dict[str, Any], bytes]:
+    """The description of an image, and its bytes. ValueError where its trajectory is not stored yet."""
+    kept, timesteps = Bytes(), [int(t) for t in item.timesteps]
+    described = {
+        "number": number,
+        "prompt": item.prompt,
+        "seed": str(item.seed),
+        "model": item.model,
+        "schedule": schedule_name(timesteps),
+        "timesteps": timesteps,
+        "size": list(item.image.shape[:2]),
+        "image": kept.picture(item.image),
+        "previews": [] if item.previews is None else [kept.picture(image) for image in np.asarray(item.previews)],
+        "methods": [_method(item, name, kept) for name in item.maps],
+        "lines": _lines(item),
+        "facts": _facts(item, timesteps),
+    }
+    return described, bytes(kept.data)
+
+
+def _method(item: Explanation, name: str, kept: Bytes) -> dict[str, Any]:
+    """A method with its variants: DF-CAM's layers, attention's words, or the one map there is."""
+    settings: Mapping[str, Any] = {}
+    with suppress(ValueError):  # of a file whose explainers are not all known here
+        settings = item.settings
+    kind = type(settings.get(name)).__name__
+    maps = item.maps[name]
+    layers = maps if isinstance(maps, Mapping) else {COMBINED: maps}
+    variants: list[dict[str, Any]] = [{"name": "", "label": "all layers" if len(layers) > 1 else "the map"}]
+    variants[0] |= kept.exact(np.asarray(layers[COMBINED]))
+    if name in item.errors:
+        variants[0]["error"] = kept.rounded(np.asarray(item.errors[name]))
+    variants += [
+        {"name": layer, "label": layer, **kept.rounded(np.asarray(layers[layer]))}
+        for layer in layers
+        if layer != COMBINED
+    ]
+    if kind == "Attention" and item.words:
+        variants[0]["label"] = "all words"
+        seen: list[str] = []
+        for word, heat in zip(item.words, np.asarray(item.heat), strict=True):
+            seen.append(word)
+            label = word if seen.count(word) == 1 else f"{word} ({seen.count(word)})"
+            variants.append({"name": label, "label": label, **kept.rounded(heat)})
+    return {"name": name, "about": _ABOUT.get(kind.removeprefix("Released"), ""), "variants": variants}
+
+
+def _lines(item: Explanation) -> list[dict[str, Any]]:
+    """The relevance of each word of the prompt at each step, raw and min–max over the prompt's own tokens."""
+    if item.tokens is None or not item.tokens.own:
+        return []
+    raw = np.asarray(item.relevance, dtype=np.float64)
+    scales = {"raw": raw, "normalised": normalised(raw, item.tokens)}
+    distinct: dict[str, str] = {}
+    for span in spans_of(item.prompt):
+        word = item.prompt[slice(*span)]
+        distinct.setdefault(word.casefold(), word)
+    places = {word: found for word in distinct.values() if (found := item.tokens.find(word))}
+    telling = {word: raw[places[word]].mean(0) for word in content_words(distinct.values()) if word in places}
+    shown = leading({word: line for word, line in telling.items() if np.isfinite(line).any()}, _SHOWN_LINES)
+    return [
+        {"word": word, "shown": word in shown}
+        | {scale: [_short(value) for value in lines[rows].mean(0)] for scale, lines in scales.items()}
+        for word, rows in places.items()
+    ]
+
+
+def _facts(item: Explanation, timesteps: Sequence[int]) -> list[tuple[str, str]]:
+    """Settings and versions, as rows of a table."""
+    facts: dict[str, Any] = {"prompt": item.prompt, "negative prompt": getattr(item, "negative_prompt", "")}
+    facts |= {"seed": item.seed, "model": item.model, "steps": len(timesteps)}
+    facts["time-steps"] = ", ".join(map(str, timesteps))
+    if isinstance(item, StoredItem):
+        facts |= {"guidance": item.item.settings.get("guidance"), "key": item.key}
+    with suppress(ValueError):
+        for name, explainer in item.settings.items():
+            fields = {field.name: getattr(explainer, field.name) for field in dataclasses.fields(explainer)}
+            facts[name] = ", ".join(f"{field} = {value!r}" for field, value in fields.items() if field != "name")
+    if isinstance(item, StoredItem):
+        facts |= item.environment
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _short(value: float) -> float | None:
+    """Seven digits, as float32 has; None for what is not a number."""
+    return float(f"{value:.7g}") if np.isfinite(value) else None
