@@ -3,8 +3,8 @@
     python bench/profiles.py                                  # the embedded model
     python bench/profiles.py shapes sd15 sdxl                 # with the published architectures, random weights
 
-Rows of this device are replaced in bench/results/profiles.json, and the table in bench/README.md is made anew. To add
-those of your own card, run it there and send the two files.
+Rows of this device are replaced in bench/results/profiles.json, and the tables in bench/README.md and
+docs/performance.md are made anew. To add those of your own card, run it there and send the three files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from dfengine import Engine, Rise
 from dfengine.models.architectures import ARCHITECTURES
-from dfengine.profile import lines, profile
+from dfengine.profile import Profile, lines, profile
 
 
 def measure(model: str, compiled: bool, seconds: float) -> dict[str, Any]:
@@ -44,6 +44,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(shown) + "\n"
 
 
+def curves(rows: list[dict[str, Any]]) -> str:
+    """The network alone, masks a second by latents a forward, a recorded profile in a line."""
+    sizes = sorted({point["batch"] for row in rows for point in row["curve"]})
+    shown = ["| latents a forward | " + " | ".join(map(str, sizes)) + " |", "|---" * (1 + len(sizes)) + "|"]
+    for row in rows:
+        made = {point["batch"]: f"{point['masks_a_second']:.3g}" for point in row["curve"]}
+        name = f"{row['model']}, {row['dtype']}{', compiled' * row['compiled']}, {row['device']}"
+        shown.append(f"| {name} | {' | '.join(made.get(size, '') for size in sizes)} |")
+    return "\n".join(shown) + "\n"
+
+
+def printed(row: dict[str, Any]) -> str:
+    """What `dfengine profile` says of a recorded profile."""
+    found = Profile(**{field.name: row[field.name] for field in dataclasses.fields(Profile)})
+    if ", threads: " in found.device:  # a CPU's, whose peak says nothing of one batch; rows once had it
+        found = dataclasses.replace(found, curve=[point | {"peak_gib": None} for point in found.curve])
+    return "\n".join(["```", *lines(found), "```", ""])
+
+
 def main() -> None:
     """Measure, record and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,6 +75,8 @@ def main() -> None:
             row = measure(model, compiled, options.seconds)
             every = record.replace("profiles", [row], ("device", "model", "dtype", "compiled"))
             record.place(table(every), "bench/README.md", "profiles")
+            record.place(curves(every), "docs/performance.md", "curves")
+            record.place(printed(every[0]), "docs/performance.md", "profile")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     print(table([row for row in every if row["device"] == record.environment(torch_device())["device"]]), end="")

@@ -146,6 +146,13 @@ def test_a_pipeline_of_ones_own_is_wrapped(engine: Engine) -> None:
     np.testing.assert_allclose(one.maps["rise"], other.maps["rise"], rtol=1e-3, atol=1e-4)
 
 
+def test_a_guidance_told_as_a_whole_number_is_the_same_job(engine: Engine) -> None:
+    whole, real = (Engine(engine.denoiser.pipeline, guidance=scale) for scale in (2, 2.0))  # type: ignore[attr-defined]
+    jobs = [one.job(CAPTION, num_steps=2) for one in (whole, real)]
+    assert item_key(whole.denoiser, jobs[0], {}) == item_key(real.denoiser, jobs[1], {})
+    assert whole.explain(CAPTION, Rise(4, target="guided"), num_steps=1).maps["rise"].shape == (1, 16, 16)
+
+
 def test_a_denoiser_of_ones_own_is_explained() -> None:
     engine = Engine(Analytic(lambda x_t, _: x_t, shape=(1, 4, 4)))
     result = engine.explain("1", Rise(3, estimator="sum"), num_steps=2)
