@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dfengine import dataset as dataset
+    from dfengine import evaluate as evaluate
+    from dfengine import figures as figures
+    from dfengine import notebook as notebook
+    from dfengine import prompts as prompts
+    from dfengine import report as report
+    from dfengine import store as store
+    from dfengine import sweep as sweep
     from dfengine.engine import Engine, Finished, Generated
     from dfengine.explain import (
         Attention,
@@ -75,8 +83,18 @@ _HOMES = {
 }
 
 
+#: Parts that the package has under its own name.
+_ROOMS = ("dataset", "evaluate", "figures", "notebook", "prompts", "report", "store", "sweep")
+
+
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `dfengine --help` need not wait for torch."""
+    """Import a public name when it is first asked for: `dfengine --help` need not wait for torch or matplotlib."""
+    if name in _ROOMS:
+        return import_module(f"dfengine.{name}")
     if name in _HOMES:
         return getattr(import_module(f"dfengine.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'dfengine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

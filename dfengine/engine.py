@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from dfengine.progress import bar  # before diffusers, which has tqdm warn where a notebook has no ipywidgets
+
+# isort: split
 from dfengine import models, shapes, store, tuning
 from dfengine.batching import is_out_of_memory
 from dfengine.denoiser import Denoiser
@@ -98,7 +101,7 @@ class Engine:
         self._pace: tuning.Pace | None = None
         if self.denoiser.device.type == "cpu":
             tuning.keep_freed_memory()
-        self.guidance = GUIDANCE if guidance is None else guidance
+        self.guidance = float(GUIDANCE if guidance is None else guidance)
 
     @classmethod
     def from_pretrained(
@@ -320,6 +323,7 @@ class Engine:
         compression: str = "gzip",
         mantissa_bits: int = 23,
         on_event: Callable[[Event], None] | None = None,
+        progress: bool | None = None,
     ) -> Result:
         """Generate an image (or take the given one) and explain every step of it.
 
@@ -328,7 +332,8 @@ class Engine:
         is computed again (except with a similarity of the caller's own, which a file cannot tell from another of its
         name). `previews` keeps the image predicted at each step; `compression` "none" makes a larger file, faster;
         `mantissa_bits` rounds errors, layers' and words' maps in the file, never the saliency. `on_event` is told of
-        progress. `behaviour` "xdiffusion" makes explainers what they are in the authors' released code (`as_released`).
+        progress; a bar shows it in a notebook, with `progress` True everywhere, with False nowhere. `behaviour`
+        "xdiffusion" makes explainers what they are in the authors' released code (`as_released`).
 
         Raises ValueError for input that is not possible, before anything is computed or written.
         """
@@ -361,9 +366,11 @@ class Engine:
             )
         with file as writer:
             recorder = Recorder(self.denoiser, job, explainers, previews=previews, writer=writer)
-            for event in self.record([job], explainers, [recorder]):
-                if on_event is not None:
-                    on_event(event)
+            with bar(len(job.timesteps) * len(explainers), progress, len(recorder.done)) as follow:
+                for event in self.record([job], explainers, [recorder]):
+                    follow(event)
+                    if on_event is not None:
+                        on_event(event)
         return recorder.result
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +15,11 @@ from numpy import ndarray
 from torch.nn import functional as F
 
 from dfengine.words import Tokens
+
+if TYPE_CHECKING:
+    import xarray
+
+    import dfengine
 
 #: DF-CAM's map of all layers together.
 COMBINED = "combined"
@@ -26,8 +33,12 @@ class Explanation:
     model: Any
     image: Any
     timesteps: Any
+    alpha_bar: Any
+    latents: Any
+    epsilon: Any
     previews: Any
     maps: Any
+    errors: Any
     scores: Any
     settings: Any
     tokens: Any
@@ -81,8 +92,74 @@ class Explanation:
         rows = np.asarray(self.relevance)[places]
         return rows.sum(0) if summed else rows.mean(0)
 
+    def plot(
+        self,
+        method: str | None = None,
+        steps: Sequence[int] | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        concepts: Sequence[str] | None = None,
+        words: Sequence[str] | None = None,
+    ) -> dfengine.figures.Figure:
+        """The figure of a method's maps in the form that suits it (`dfengine.figures`), which a notebook shows.
 
-@dataclass(frozen=True)
+        Without `method`, of the first that has what is named: `layers` of DF-CAM, `concepts` of relevance, `words` of
+        attention. Raises ValueError for what the result does not have, or has not finished.
+        """
+        import dfengine  # figures are made of results, which may not import them: the package has them by name
+
+        figures, named = dfengine.figures, {"layers": layers, "concepts": concepts, "words": words}
+        given = {name for name, values in named.items() if values is not None}
+        fitting = [name for name in self.maps if given <= {self._takes(name)}]
+        chosen = method or next(iter(fitting or self.maps), "")
+        if given and chosen not in fitting:
+            raise ValueError(
+                f"the figure of {chosen!r} has no {' or '.join(sorted(given))} to choose: layers are for DF-CAM, "
+                "concepts for relevance, words for attention"
+            )
+        if layers is not None:
+            return figures.layers(self, chosen, steps, [layers] if isinstance(layers, str) else layers)
+        if concepts is not None:
+            return figures.relevance(self, concepts, steps)
+        if words is not None:
+            return figures.attention(self, words, steps)
+        return figures.draw(self, chosen, steps)
+
+    def _takes(self, method: str) -> str | None:
+        """What can be named for a method's figure beside the steps."""
+        if isinstance(self.maps[method], Mapping):
+            return "layers"
+        with suppress(ValueError):  # of a file whose explainers are not all known here
+            return {"Relevance": "concepts", "Attention": "words"}.get(type(self.settings.get(method)).__name__)
+        return None
+
+    def to_xarray(self) -> xarray.Dataset:
+        """All arrays in memory with named axes and coordinates, as `dfengine.store.Run.to_xarray` names them.
+
+        Beside those: `preview`, `latent`, `epsilon`, and of each resolution of DF-CAM's layers `cam_{u}x{v}` with the
+        axes (layer_{u}x{v}, step, u_{u}x{v}, v_{u}x{v}). Prompts, seed, model and settings (JSON) are attributes.
+        Raises ValueError where xarray is missing, or the image is not generated yet.
+        """
+        import dfengine  # as in `plot`
+
+        return dfengine.dataset.dataset(self)
+
+    def _repr_html_(self) -> str:
+        import dfengine  # as in `plot`
+
+        return dfengine.notebook.html(self)
+
+    def __repr__(self) -> str:
+        counts = {name: len(maps) - 1 for name, maps in self.maps.items() if isinstance(maps, Mapping)}
+        maps = [f"{name} ({counts[name]} layers)" if name in counts else name for name in self.maps]
+        prompt = textwrap.shorten(self.prompt, 80, placeholder=" …")
+        return (
+            f"{type(self).__name__}({prompt!r}, seed {self.seed}, {self.model}: "
+            f"{len(self.latents)} steps; {', '.join(maps) or 'no maps'})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
 class Result(Explanation):
     """The explanation of one image. Maps are raw: float32, before any normalisation, NaN where not computed."""
 

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 DOCUMENT = Path(__file__).parent.parent / "docs/api.md"
-MODULES = ("dfengine", "dfengine.store", "dfengine.sweep", "dfengine.evaluate", "dfengine.figures", "dfkernels")
+MODULES = (
+    "dfengine",
+    "dfengine.store",
+    "dfengine.sweep",
+    "dfengine.evaluate",
+    "dfengine.figures",
+    "dfengine.report",
+    "dfkernels",
+)
 
 
 def signature(function) -> str:

@@ -132,7 +132,8 @@ def test_games_on_the_command_line(tmp_path: Path) -> None:
     assert list(found["methods"]) == ["random", "rise", "rise-cosine", "theirs"]
     assert found["num_items"] == 2
     names = {path.name for path in (tmp_path / "games").iterdir()}
-    assert names == {"turns", "table.md", "table.json", "curves.png", "curves.pdf", "comparison.png", "ablation.png"}
+    pictures = {f"{name}.{ending}" for name in ("curves", "comparison", "ablation") for ending in ("png", "pdf")}
+    assert names == {"turns", "table.md", "table.json", *pictures}
     assert len(list((tmp_path / "games/turns").iterdir())) == 8
     assert json.loads((tmp_path / "games/table.json").read_text()) == found
     again = dfengine_command("evaluate", *options, *methods, *where)

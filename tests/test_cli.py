@@ -91,7 +91,8 @@ def test_merge_makes_one_file_of_several(made: Path, tmp_path: Path, refused: Ca
 
 def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "rise.png"
-    assert dfengine_command("figures", str(made), "-o", str(out)).returncode == 0
+    run = dfengine_command("figures", str(made), "-o", str(out))
+    assert (run.returncode, run.stdout) == (0, f"{out}\n")
     assert out.read_bytes().startswith(b"\x89PNG")
 
 

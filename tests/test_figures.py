@@ -12,12 +12,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from scipy.ndimage import map_coordinates
 from test_result import result
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, figures
 from dfengine.figures import choosing, chosen_steps, overlay, save, strip
-from dfengine.figures.parts import COLOUR_MAP
+from dfengine.figures.parts import COLOUR_MAP, ERROR_MAP
 from dfengine.result import COMBINED, Result, heatmap
 from dfengine.words import Tokens, content_words, words
 
@@ -95,6 +96,20 @@ def texts(figure: Figure) -> list[Text]:
     return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
 
 
+def check_texts(figure: Figure) -> None:
+    """Asserts that all texts are inside, and none over another."""
+    figure.draw_without_rendering()
+    boxes = {text: text.get_window_extent() for text in texts(figure)}
+    width, height = figure.bbox.size
+    for text, box in boxes.items():
+        assert min(box.x0, box.y0) > -1, text
+        assert (box.x1, box.y1) < (width + 1, height + 1), text
+    for (one, first), (other, second) in combinations(boxes.items(), 2):
+        across = min(first.x1, second.x1) - max(first.x0, second.x0)
+        down = min(first.y1, second.y1) - max(first.y0, second.y0)
+        assert min(across, down) < 1, (one, other)
+
+
 def test_steps_are_spread_from_first_to_last() -> None:
     assert chosen_steps(30) == [0, 6, 12, 17, 23, 29]
     assert chosen_steps(3) == [0, 1, 2]
@@ -140,6 +155,54 @@ def test_a_long_prompt_has_lines_enough() -> None:
     assert " ".join(prompt) == f"“{LONG}”"
     assert len(prompt) == 2
     assert about == "shapes, seed 0"
+
+
+def test_standard_errors_are_a_row_of_shares_of_the_maps_range() -> None:
+    maps, errors = np.zeros((2, 2, 2, 3), np.float32)
+    maps[0, 0, 0], maps[0, 1, 1] = 2, -2  # the range is 4 at the first step; the second map is constant
+    errors[0] = [[1, 0.4, 0], [0.2, np.inf, 2]]
+    made = dataclasses.replace(explained("a cat", steps=2, size=(2, 3)), maps={"rise": maps}, errors={"rise": errors})
+    figure = strip(made, steps=[0, 1])
+    assert labels(figure) == ["predicted $x_0$", "rise,\n7 masks", "standard error,\nshare of range"]
+    share, none = (np.ma.filled(axis.images[0].get_array(), np.nan) for axis in error_axes(figure))
+    np.testing.assert_allclose(share, [[0.25, 0.1, 0], [0.05, np.nan, 0.5]], rtol=1e-6)
+    assert np.isnan(none).all()
+    drawn = error_axes(figure)[0].images[0]
+    assert (drawn.get_cmap().name, drawn.get_clim()) == (ERROR_MAP, (0, 0.5))
+    bars = [[text.get_text() for text in axis.get_yticklabels()] for axis in figure.axes if not axis.images]
+    assert [texts for texts in bars if texts] == [["least", "most"], ["0", "0.5"]]
+
+
+def test_methods_without_errors_have_no_such_row() -> None:
+    made = explained("a cat", errors={"lime": MAPS[:5]})
+    assert labels(strip(made, steps=[0])) == ["predicted $x_0$", "rise,\n7 masks"]
+    constant = dataclasses.replace(made, maps={"rise": np.ones((5, 2, 3), np.float32)}, errors={"rise": MAPS[:5]})
+    assert labels(strip(constant, steps=[0])) == ["predicted $x_0$", "rise,\n7 masks"]
+
+
+def test_errors_are_drawn_at_the_size_of_the_image() -> None:
+    """As heat maps are: bilinear, which is linear in what is drawn."""
+    made = explained("a cat", errors={"rise": np.abs(MAPS[:5])})
+    (share,) = (np.asarray(axis.images[0].get_array()) for axis in error_axes(strip(made, steps=[3])))
+    error, spread = np.abs(MAPS[3]), np.ptp(made.maps["rise"][3])
+    rows, columns = np.clip((np.arange(8) + 0.5) / 4 - 0.5, 0, 1), np.clip((np.arange(12) + 0.5) / 4 - 0.5, 0, 2)
+    expected = map_coordinates(error / spread, np.meshgrid(rows, columns, indexing="ij"), order=1)
+    np.testing.assert_allclose(share, expected, rtol=1e-4, atol=1e-6)
+
+
+def error_axes(figure: Figure) -> list[Axes]:
+    """Where numbers are drawn, all others being pictures in colour."""
+    return [axis for axis in figure.axes if axis.images and np.ndim(axis.images[0].get_array()) == 2]
+
+
+@pytest.mark.parametrize("steps", [1, 6, 12])
+@pytest.mark.parametrize("size", [(64, 64), (48, 84), (96, 64)])
+def test_a_strip_is_readable_across_a_page(steps: int, size: tuple[int, int]) -> None:
+    made = explained(LONG, steps=12, size=size, errors={"rise": np.ones((12, 2, 3), np.float32)})
+    made = dataclasses.replace(made, timesteps=np.arange(12)[::-1] * 90)
+    figure = strip(made, steps=range(steps))
+    check_texts(figure)
+    assert min(text.get_fontsize() for text in texts(figure)) * 7.2 / max(figure.get_figwidth(), 7.2) >= 5.5
 
 
 def test_layers_are_rows_and_steps_columns() -> None:
@@ -385,17 +448,8 @@ def test_texts_are_inside_apart_and_readable_in_a_column(form: Callable[..., Fig
     level = np.random.default_rng(2).random((22, 30)).astype(np.float32) / 20
     level[10, 3:] = 1  # all the others have their names in one place
     figure = form(explained(LONG, steps=30, size=size, relevance=level))
-    figure.draw_without_rendering()
-    boxes = {text: text.get_window_extent() for text in texts(figure)}
-    width, height = figure.bbox.size
-    for text, box in boxes.items():
-        assert min(box.x0, box.y0) > -1, text
-        assert (box.x1, box.y1) < (width + 1, height + 1), text
-    for (one, first), (other, second) in combinations(boxes.items(), 2):
-        across = min(first.x1, second.x1) - max(first.x0, second.x0)
-        down = min(first.y1, second.y1) - max(first.y0, second.y0)
-        assert min(across, down) < 1, (one, other)
-    assert min(text.get_fontsize() for text in boxes) * 3.25 / figure.get_figwidth() >= 6
+    check_texts(figure)
+    assert min(text.get_fontsize() for text in texts(figure)) * 3.25 / figure.get_figwidth() >= 6
 
 
 def test_memory_and_file_draw_the_same(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ def test_points_may_differ_and_a_curve_have_gaps() -> None:
 def test_a_row_an_image_a_column_a_method() -> None:
     images = [photo(4, 6, seed) for seed in (0, 1)]
     maps = {name: [heat(4, 6, 10 * k + seed) for seed in (0, 1)] for k, name in enumerate(("cam", METHOD))}
+    named = comparison(images, maps, ["a cat", PROMPT], column="predicted x0")
+    assert named.axes[0].get_title() == "predicted\nx0"
     figure = comparison(images, maps, ["a cat", PROMPT], "step 3")
     assert figure.get_suptitle() == "step 3"
     *cells, bar = figure.axes

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "dfengine.trajectory": {"denoiser", "schedule"},
     "dfengine.explain": {"batching", "denoiser", "result", "schedule", "trajectory", "words", "dfkernels"},
     "dfengine.store": {"explain", "result", "trajectory", "words"},
-    "dfengine.figures": {"result", "words"},
+    "dfengine.figures": {"result", "schedule", "words"},
     "dfengine.report": {"figures", "result", "schedule", "store", "words"},
     "dfengine.dataset": {"explain", "result", "store"},
     "dfengine.notebook": {"explain", "figures", "result"},

@@ -1,10 +1,24 @@
-"""Heat maps from raw maps, against SciPy and by hand."""
+"""Heat maps from raw maps, against SciPy and by hand; what a result shows, draws and hands on of itself."""
 
+import base64
+import dataclasses
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
+import xarray
+from PIL import Image
 from scipy.ndimage import map_coordinates
+from store_example import PLAN, fill, trajectory
 
-from dfengine.result import Result, heatmap
+from dfengine import Attention, Cam, Relevance, Rise, figures, store
+from dfengine.result import COMBINED, Result, heatmap
+from dfengine.words import Tokens
 
 
 def result(maps: np.ndarray) -> Result:
@@ -49,3 +63,235 @@ def test_what_is_not_there_is_named() -> None:
         result(maps).heatmap("rise", 3)
     with pytest.raises(ValueError, match="step 1 of 'rise' is not computed yet"):
         result(maps).heatmap("rise", 1)
+
+
+def whole() -> Result:
+    """A result of every kind of map, three steps of 4×6 latents and 8×12 images, with values of their own."""
+    random = np.random.default_rng(0)
+
+    def values(*shape: int) -> np.ndarray:
+        return random.random(shape, np.float32)
+
+    prompt = "a <b> & 'c'"
+    return Result(
+        prompt=prompt,
+        seed=7,
+        model="shapes",
+        image=random.integers(256, size=(8, 12, 3), dtype=np.uint8),
+        timesteps=np.array([900, 500, 100]),
+        alpha_bar=values(3),
+        latents=values(3, 2, 4, 6),
+        epsilon=values(3, 2, 4, 6),
+        previews=random.integers(256, size=(3, 8, 12, 3), dtype=np.uint8),
+        maps={
+            "rise": values(3, 4, 6),
+            "cam": {
+                COMBINED: values(3, 4, 6),
+                "down.0": values(3, 4, 6),
+                "mid": values(3, 2, 3),
+                "up.0": values(3, 4, 6),
+            },
+            "relevance": values(3, 4, 6),
+            "attention": values(3, 4, 6),
+        },
+        errors={"rise": values(3, 4, 6)},
+        scores={"rise": values(3, 5)},
+        tokens=Tokens(prompt, ("<s>", "a", "b", "c", "</s>"), ((0, 0), (0, 1), (3, 4), (9, 10), (0, 0))),
+        relevance=values(5, 3),
+        words=("a", "b", "c"),
+        heat=values(3, 3, 4, 6),
+        settings={"rise": Rise(num_masks=5), "cam": Cam(), "relevance": Relevance(), "attention": Attention()},
+    )
+
+
+def pictures(html: str) -> dict[str, np.ndarray]:
+    """The pictures in the text, by what they are called."""
+    found = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)"[^>]*? alt="([^"]+)"', html)
+    return {name: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, name in found}
+
+
+def test_it_tells_of_itself_in_a_line() -> None:
+    told = "Result(\"a <b> & 'c'\", seed 7, shapes: 3 steps; rise, cam (3 layers), relevance, attention)"
+    assert repr(whole()) == told
+    long = dataclasses.replace(whole(), prompt="word " * 100, maps={})
+    assert repr(long) == f"Result('{'word ' * 15}…', seed 7, shapes: 3 steps; no maps)"
+
+
+def test_html_has_the_pictures_as_they_are() -> None:
+    shown, made = pictures(whole()._repr_html_()), whole()
+    steps = ("step 1", "step 2", "step 3")
+    names = [f"{row}, {step}" for row in ("predicted x0", *made.maps) for step in steps]
+    assert list(shown) == ["image", *names]
+    np.testing.assert_array_equal(shown["image"], made.image)
+    np.testing.assert_array_equal(shown["predicted x0, step 2"], made.previews[1])
+    grey = (made.previews[2] / 255 @ [0.299, 0.587, 0.114])[..., None]
+    colour = matplotlib.colormaps["inferno"](heatmap(made.maps["cam"][COMBINED][2], (8, 12)))[..., :3]
+    np.testing.assert_allclose(shown["cam, step 3"], (0.4 * grey + 0.6 * colour) * 255, atol=0.51)
+
+
+def test_html_tells_what_it_is_of() -> None:
+    html = whole()._repr_html_()
+    rows = dict(re.findall(r"<tr><th[^>]*>(.*?)</th><td[^>]*>(.*?)</td></tr>", html.partition("</table>")[0]))
+    assert rows["prompt"] == "a &lt;b&gt; &amp; &#x27;c&#x27;"
+    assert (rows["seed"], rows["model"], rows["steps"]) == ("7", "shapes", "3: t = 900 … 100")
+    assert rows["size"] == "image 8×12, latent 2×4×6"
+    assert rows["rise"].startswith("3 of 3 maps, 4×6; Rise(num_masks=5, keep_probability=0.5, ")
+    assert (
+        rows["cam"]
+        == "3 of 3 maps, 4×6, 3 layers; Cam(layers=(&#x27;*&#x27;,), target=&#x27;conditional&#x27;, scale=256.0)"
+    )
+    assert "<b>" not in html
+    assert not re.search(r"(?<!-)(color|background)\s*:", html)
+
+
+def test_html_has_five_steps_that_are_computed() -> None:
+    maps = np.random.default_rng(0).random((12, 2, 3), np.float32)
+    maps[9:] = np.nan
+    html = result(maps)._repr_html_()
+    assert list(pictures(html)) == ["image", *(f"rise, step {step}" for step in (1, 3, 5, 7, 9))]
+    assert "9 of 12 maps" in html
+
+
+def test_html_of_what_is_not_all_there() -> None:
+    maps = {"rise": np.full((3, 4, 6), np.nan, np.float32), "lime": whole().maps["rise"].copy()}
+    maps["lime"][1:] = np.nan
+    maps["lime"][0, 0, 0] = np.nan
+    some = dataclasses.replace(whole(), maps=maps, previews=None, settings={"lime": "a function"})._repr_html_()
+    assert list(pictures(some)) == ["image", "lime, step 1"]
+    assert some.count("not computed") == 1
+    none = dataclasses.replace(whole(), maps={}, settings={})
+    assert list(pictures(none._repr_html_())) == ["image", *(f"predicted x0, step {step}" for step in (1, 2, 3))]
+    assert list(pictures(dataclasses.replace(none, previews=None)._repr_html_())) == ["image"]
+
+
+def test_html_shrinks_large_pictures_and_magnifies_small_ones() -> None:
+    large = dataclasses.replace(whole(), image=np.zeros((600, 900, 3), np.uint8), previews=None)._repr_html_()
+    assert {picture.shape for picture in pictures(large).values()} == {(128, 192, 3), (85, 128, 3)}
+    assert "pixelated" not in large
+    assert whole()._repr_html_().count('width="120" height="80"') == 15
+
+
+def test_an_item_of_a_file_shows_itself_as_far_as_it_is(tmp_path: Path) -> None:
+    with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
+        with store.open(tmp_path / "run.part.h5") as run:
+            assert "not generated yet" in run[0]._repr_html_()
+            assert list(pictures(run[0]._repr_html_())) == []
+        fill(writer)
+    with store.open(tmp_path / "run.h5") as run:
+        assert repr(run) == f"Run('{tmp_path / 'run.h5'}': 2 items of shapes, 3 steps; rise, random)"
+        item = run[1]
+        assert repr(item) == f"StoredItem('ein Würfel', seed {2**64 - 1}, shapes: 3 steps; rise, random)"
+        html = item._repr_html_()
+    assert "blurry" in html
+    np.testing.assert_array_equal(pictures(html)["predicted x0, step 2"], trajectory(PLAN, 1)["previews"][1])
+    assert repr(run).endswith("; rise, random, closed)")
+    assert "not readable" in item._repr_html_()
+
+
+def test_a_run_folder_tells_of_itself_in_a_line(tmp_path: Path) -> None:
+    with store.Folder(tmp_path / "run").segment("u0", PLAN) as writer:
+        fill(writer)
+    with store.open(tmp_path / "run") as run:
+        assert repr(run) == f"RunFolder('{tmp_path / 'run'}': 2 items, 2 finished)"
+        assert len(pictures(run[0]._repr_html_())) == 1 + 3 * 3
+
+
+def drawn(figure: matplotlib.figure.Figure) -> np.ndarray:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return np.asarray(Image.open(file))
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        ({}, lambda one: figures.strip(one, "rise")),
+        ({"method": "rise", "steps": [0, 2]}, lambda one: figures.strip(one, "rise", [0, 2])),
+        ({"method": "cam"}, figures.layers),
+        ({"method": "cam", "layers": "mid"}, lambda one: figures.layers(one, names=["mid"])),
+        ({"layers": ["mid"], "steps": [1]}, lambda one: figures.layers(one, "cam", [1], ["mid"])),
+        ({"method": "relevance"}, figures.relevance),
+        ({"concepts": ["c"]}, lambda one: figures.relevance(one, ["c"])),
+        ({"method": "attention", "words": ["c"]}, lambda one: figures.attention(one, ["c"])),
+        ({"method": "attention"}, figures.attention),
+    ],
+)
+def test_a_plot_is_the_figure_of_its_form(given, form) -> None:
+    shown = np.asarray(Image.open(io.BytesIO(whole().plot(**given)._repr_png_())))
+    np.testing.assert_array_equal(shown, drawn(form(whole())))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "lime"}, "there is no map 'lime': expected one of rise, cam"),
+        ({"method": "rise", "words": ["c"]}, "the figure of 'rise' has no words to choose"),
+        ({"layers": ["mid"], "words": ["c"]}, "no layers or words to choose: layers are for DF-CAM"),
+        ({"words": ["d"]}, "no attention map of 'd'"),
+        ({"steps": [3]}, "step 3 is outside"),
+    ],
+)
+def test_a_plot_that_is_not_possible(given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        whole().plot(**given)
+
+
+def test_a_plot_of_nothing() -> None:
+    with pytest.raises(ValueError, match="there is no map '': expected one of none"):
+        dataclasses.replace(whole(), maps={}).plot()
+
+
+def test_to_xarray_has_every_array_by_name(tmp_path: Path) -> None:
+    made, held = whole(), whole().to_xarray()
+    np.testing.assert_array_equal(held.saliency.sel({"method": "cam"}).isel(step=1), made.maps["cam"][COMBINED][1])
+    np.testing.assert_array_equal(held.error.sel({"method": "rise"}), made.errors["rise"])
+    assert np.isnan(held.error.sel({"method": "attention"})).all()
+    np.testing.assert_array_equal(held.score.sel({"method": "rise"}), made.scores["rise"])
+    np.testing.assert_array_equal(held.relevance.sel(token="b"), made.relevance[2])
+    np.testing.assert_array_equal(held.heat.sel(word="c"), made.heat[2])
+    np.testing.assert_array_equal(held.cam_4x6.sel({"layer_4x6": "up.0"}), made.maps["cam"]["up.0"])
+    np.testing.assert_array_equal(held.cam_2x3.sel({"layer_2x3": "mid"}), made.maps["cam"]["mid"])
+    assert held.cam_2x3.dims == ("layer_2x3", "step", "u_2x3", "v_2x3")
+    np.testing.assert_array_equal(held.preview.isel(step=2), made.previews[2])
+    np.testing.assert_array_equal(held.latent, made.latents)
+    np.testing.assert_array_equal(held.epsilon, made.epsilon)
+    assert held.epsilon.dims == ("step", "channel", "y", "x")
+    assert (held.attrs["prompt"], held.attrs["seed"], held.attrs["model"]) == (made.prompt, 7, "shapes")
+    settings = json.loads(held.attrs["settings"])
+    assert (settings["rise"]["explainer"], settings["rise"]["num_masks"]) == ("Rise", 5)
+    held.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
+    with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as read:
+        assert read.load().identical(held)
+
+
+def test_to_xarray_names_what_a_file_names(tmp_path: Path) -> None:
+    methods = (*PLAN.methods, store.Method("cam", {"explainer": "Cam"}, has_layers=True))
+    with store.Writer.create(tmp_path / "run.h5", dataclasses.replace(PLAN, methods=methods)) as writer:
+        fill(writer)
+    with store.open(tmp_path / "run.h5") as run:
+        of_all, of_one, cam = run.to_xarray().isel(item=0), run[0].to_xarray(), run[0].cam["mid"][...]
+    for name, values in of_all.drop_vars("done").data_vars.items():
+        assert of_one[name].dims == values.dims
+        np.testing.assert_array_equal(of_one[name], values)
+        assert of_one[name].attrs == values.attrs
+    assert set(of_one.data_vars) - set(of_all.data_vars) == {"preview", "latent", "epsilon", "cam_5x6", "cam_3x3"}
+    assert of_one.method.values.tolist() == ["rise", "random", "cam"]
+    np.testing.assert_array_equal(of_one.cam_3x3[0], cam)
+    one = of_one.attrs
+    assert (one["prompt"], one["seed"]) == ("a red circle", 1)
+    assert "negative_prompt" not in one
+
+
+def test_to_xarray_of_the_least_there_is(tmp_path: Path) -> None:
+    least = result(np.zeros((2, 2, 3), np.float32))
+    assert set(least.to_xarray()) == {"rgb", "timestep", "alpha_bar", "latent", "epsilon", "saliency"}
+    assert "saliency" not in dataclasses.replace(least, maps={}).to_xarray()
+    writer, part = store.Writer.create(tmp_path / "run.h5", PLAN), tmp_path / "run.part.h5"
+    with writer, store.open(part) as run, pytest.raises(store.StoreError, match="item 1 has no trajectory yet"):
+        run[1].to_xarray()
+
+
+def test_to_xarray_without_xarray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(ValueError, match=r"pip install 'dfengine\[xarray\]'"):
+        whole().to_xarray()

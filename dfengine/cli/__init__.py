@@ -10,6 +10,7 @@ import typer
 from dfengine.cli import files, measure, screen
 from dfengine.cli.evaluate import evaluate
 from dfengine.cli.explain import explain
+from dfengine.cli.figures import figures
 from dfengine.cli.report import report
 from dfengine.cli.sample import sample
 from dfengine.cli.sweep import sweep, worker
@@ -33,7 +34,7 @@ for verb in (
     files.info,
     files.merge,
     files.export,
-    files.figures,
+    figures,
     report,
 ):
     app.command()(verb)

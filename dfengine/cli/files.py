@@ -1,4 +1,4 @@
-"""The verbs that work on files: info, merge, export, figures."""
+"""The verbs that work on files: info, merge, export."""
 
 from __future__ import annotations
 
@@ -40,18 +40,3 @@ def export(
     from dfengine import store
 
     print(store.export_zarr(run, zarr))
-
-
-def figures(
-    run: options.Run,
-    out: Annotated[Path, typer.Option("-o", "--out", help="picture to write: .png, .pdf or .svg")],
-    method: Annotated[str | None, typer.Option(help="whose maps to draw; the file's first by default")] = None,
-    step: Annotated[list[int] | None, typer.Option(help="step to show, from 0; repeat for several")] = None,
-    item: Annotated[int, typer.Option(help="which image of the file, from 0")] = 0,
-) -> None:
-    """Draw an image's maps at a row of steps: of DF-CAM by layer, of relevance beneath its curves, of words."""
-    from dfengine import figures, store
-
-    with store.open(run) as opened:
-        shown = opened[item]
-        print(figures.save(figures.draw(shown, method or next(iter(shown.maps), "rise"), step), out))

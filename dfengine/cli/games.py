@@ -142,8 +142,7 @@ def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary:
     where = f"step {summary.step + 1} of {summary.num_steps}, t = {summary.timestep}"
     curves = {name: {game: score.curve for game, score in by.items()} for name, by in summary.methods.items()}
     title = f"{summary.model}: {summary.num_items} images, {where}, {summary.distance}"
-    for ending in ("png", "pdf"):
-        figures.save(figures.curves(_arrays(curves), title), out / f"curves.{ending}")
+    figures.save_both(figures.curves(_arrays(curves), title), out / "curves")
     items = found.shared()[:_SHOWN]
     images = [path.image.numpy() for path in engine.sample([jobs[item] for item in items])]
     size = images[0].shape[:2]
@@ -151,7 +150,7 @@ def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary:
         name: [heatmap(turns[item].saliency.numpy(), size) for item in items] for name, turns in found.turns.items()
     }
     prompts = [jobs[item].prompt for item in items]
-    figures.save(figures.comparison(images, heat, prompts, where), out / "comparison.png")
+    figures.save_both(figures.comparison(images, heat, prompts, where), out / "comparison")
     kinds = [name for name in found.turns if name.startswith("rise")]
     if len(kinds) > 1:
         distance = "frechet-single" if summary.distance == "frechet-set" else summary.distance
@@ -159,7 +158,7 @@ def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary:
         for name in kinds:
             (both,) = evaluation.normalised(evaluation.item_curves([found.turns[name][items[0]]], distance))
             rows[name] = (heat[name][0], *both)
-        figures.save(figures.ablation(images[0], rows, f"{prompts[0]}: {where}, {distance}"), out / "ablation.png")
+        figures.save_both(figures.ablation(images[0], rows, f"{prompts[0]}: {where}, {distance}"), out / "ablation")
 
 
 def _arrays(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

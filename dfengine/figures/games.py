@@ -9,12 +9,11 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from numpy import ndarray
 
-from dfengine.figures.parts import CELL, COLOUR_MAP, COLOURS, DASHES, FONT_SIZE, GAP, LINE, bare, overlay
+from dfengine.figures.parts import CELL, COLOUR_MAP, COLOURS, DASHES, FONT_SIZE, GAP, LINE, Figure, bare, overlay
 
 #: What happens to pixels in each game, and which end of the distance is the better one: deletion should raise it soon,
 #: insertion lower it soon.
@@ -82,11 +81,13 @@ def comparison(
     maps: Mapping[str, Sequence[Float[ndarray, "H W"]]],
     prompts: Sequence[str],
     subtitle: str = "",
+    column: str = "image",
 ) -> Figure:
     """Figure 3: a row an image with its prompt beside it, a column a method with its map in [0, 1] over the image.
 
-    Images are of one size; a map with a NaN is not computed. Four methods with short names fit a column of text,
-    twelve a page. Raises ValueError for no image, no method, or not as many maps or prompts as images.
+    `column` is the title of the images' own. Images are of one size; a map with a NaN is not computed. Four methods
+    with short names fit a column of text, twelve a page. Raises ValueError for no image, no method, or not as many maps
+    or prompts as images.
     """
     if not len(images) or not maps:
         raise ValueError(f"got {len(images)} images and {len(maps)} methods: give at least one of each")
@@ -94,7 +95,7 @@ def comparison(
     for name, count in counts.items():
         if count != len(images):
             raise ValueError(f"got {count} {name}, expected {len(images)}: give one for each image")
-    titles = _wrapped(["image", *maps], _TITLE_LETTERS)
+    titles = _wrapped([column, *maps], _TITLE_LETTERS)
     shape = images[0].shape[:2]
     width = max(CELL * max(1, 0.75 * shape[1] / shape[0]), *map(_inches, titles))
     height = width * shape[0] / shape[1]
@@ -106,8 +107,8 @@ def comparison(
     for row, image, label in zip(axes, images, labels, strict=True):
         row[0].imshow(image)
         row[0].set_ylabel(label, fontsize=FONT_SIZE, rotation=0, ha="right", va="center", parse_math=False)
-    for column, heats in zip(axes.T[1:], maps.values(), strict=True):
-        for axis, image, heat in zip(column, images, heats, strict=True):
+    for axes_of, heats in zip(axes.T[1:], maps.values(), strict=True):
+        for axis, image, heat in zip(axes_of, images, heats, strict=True):
             _draw_heat(axis, image, heat)
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=FONT_SIZE, parse_math=False)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import cycle
 from typing import Any
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
+from matplotlib import figure as plain
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy import ndarray
 
-from dfengine.figures.choosing import chosen_steps
-from dfengine.result import Explanation
+from dfengine.figures.choosing import chosen_steps, kind
+from dfengine.result import COMBINED, Explanation
 
 #: Perceptually uniform, and readable without colour.
 COLOUR_MAP = "inferno"
+#: Of standard errors, which nobody shall take for a heat map.
+ERROR_MAP = "viridis"
 #: How much of the heat map covers the picture beneath it.
 OPACITY = 0.6
 #: Points, of which 6 are left where five columns of pictures are as wide as one of two columns of text; and inches.
@@ -35,6 +39,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 #: By its label, a row of heat maps, one for each step.
 Rows = Mapping[str, Sequence[ndarray]]
+
+
+class Figure(plain.Figure):
+    """A figure that a notebook shows as a cell's last value; by itself it shows those of pyplot only."""
+
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -139,19 +152,43 @@ def bare(axes: ndarray) -> None:
         axis.spines[:].set_visible(False)
 
 
-def colour_bar(figure: Figure | SubFigure, axes: ndarray, fontsize: float) -> None:
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOUR_MAP)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, ticks=[0, 1])
-    bar.ax.set_yticklabels(["least", "most"], fontsize=fontsize)
+def colour_bar(
+    figure: Figure | SubFigure,
+    axes: ndarray,
+    fontsize: float,
+    colours: str = COLOUR_MAP,
+    most: float = 1,
+    ends: tuple[str, str] = ("least", "most"),
+) -> None:
+    """What the colours of a row or grid of maps stand for, from 0 to `most`."""
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, most), colours)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, ticks=[0, most])
+    bar.ax.set_yticklabels(ends, fontsize=fontsize)
 
 
 def title(result: Explanation, width: float, fontsize: float) -> str:
     """Prompt, model and seed, on as many lines of so many inches as they need."""
-    model = result.model if len(result.model) <= 40 else "…" + result.model[-39:]
-    about = f"{model}, seed {result.seed}"
-    whole, letters = f"“{result.prompt}”  ·  {about}", int(width * 72 / (0.55 * fontsize))
-    lines = [whole] if len(whole) <= letters else [textwrap.fill(part, letters) for part in whole.split("  ·  ")]
-    return "\n".join(lines)
+    return heading(result.prompt, f"{shortened(result.model)}, seed {result.seed}", width, fontsize)
+
+
+def shortened(model: str) -> str:
+    """A model's name, of a long path the end."""
+    return model if len(model) <= 40 else "…" + model[-39:]
+
+
+def heading(prompt: str, about: str, width: float, fontsize: float) -> str:
+    """A prompt and what else is told, on as many lines of so many inches as they need."""
+    letters = int(width * 72 / (0.55 * fontsize))
+    if len(prompt) + len(about) + 7 <= letters:
+        return f"“{prompt}”  ·  {about}"
+    return "\n".join(textwrap.fill(part, letters) for part in (f"“{prompt}”", about))
+
+
+def label_of(result: Explanation, method: str) -> str:
+    """A method's name, and what its map is of."""
+    if kind(result, method) == "Cam":
+        return f"{method}, {COMBINED}"
+    return f"{method}, {result.scores[method].shape[-1]} masks" if method in result.scores else method
 
 
 def layer_label(name: str, *size: int) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dfengine.figures.choosing import chosen_steps
-from dfengine.figures.parts import COLOURS, DASHES, FONT_SIZE
+from dfengine.figures.parts import COLOURS, DASHES, FONT_SIZE, Figure
 
 #: By method and measure, the mean with the ends of its interval at each step.
 Bands = Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]]

@@ -110,6 +110,9 @@ class RunFolder:
         while self._files:
             self._files.popitem()[1].close()
 
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r}: {len(self)} items, {self.num_finished} finished)"
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -49,6 +49,13 @@ class Run:
         """Closes the file; arrays not read yet can no longer be."""
         self._h5.close()
 
+    def __repr__(self) -> str:
+        plan = self.plan
+        methods = ", ".join(method.name for method in plan.methods) or "no maps"
+        state = "" if self._h5 else ", closed"
+        count = f"{len(self)} item{'s' if len(self) != 1 else ''}"
+        return f"Run({str(self.path)!r}: {count} of {plan.model}, {plan.num_steps} steps; {methods}{state})"
+
     def __len__(self) -> int:
         return len(self.plan.items)
 

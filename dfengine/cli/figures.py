@@ -1,0 +1,94 @@
+"""`dfengine figures`: pictures of what a file or run folder has."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dfengine.cli import options
+
+if TYPE_CHECKING:
+    from dfengine.store import Run, RunFolder
+
+#: What the name of a single picture ends in, those included that are refused; any other name is a folder's.
+_PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".eps", ".ps")
+
+
+def figures(
+    run: options.Run,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="a folder, beside the run by default; or one picture: .png, .pdf or .svg"),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="whose maps to draw, all by default; repeat for several")
+    ] = None,
+    step: Annotated[list[int] | None, typer.Option(help="step to show, from 0; repeat for several")] = None,
+    item: Annotated[list[int] | None, typer.Option(help="which image of the file, from 0; repeat for several")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="without --item, images that have figures of their own")] = 8,
+    gif: Annotated[
+        bool, typer.Option("--gif", help="each method's maps through all steps, too, as an animation")
+    ] = False,
+) -> None:
+    """Draw every figure that a file allows, as PNG and PDF in a folder; or one picture of an image's maps."""
+    from dfengine import store
+
+    with store.open(run) as opened:
+        if out is not None and out.suffix.lower() in _PICTURES and not out.is_dir():
+            _draw_one(opened, out, method or [], step, item or [0], gif)
+        else:
+            _draw_all(opened, _folder(run, out), method, step, item, limit, gif)
+
+
+def _draw_one(
+    opened: Run | RunFolder, out: Path, methods: list[str], steps: list[int] | None, items: list[int], gif: bool
+) -> None:
+    from dfengine import figures
+
+    if len(methods) > 1 or len(items) > 1 or gif:
+        raise ValueError(f"{out} is one picture: name one --method and one --item, or a folder for several")
+    shown = opened[items[0]]
+    method = methods[0] if methods else next(iter(shown.maps), "rise")
+    print(figures.save(figures.draw(shown, method, steps), out))
+
+
+def _draw_all(
+    opened: Run | RunFolder,
+    folder: Path,
+    methods: list[str] | None,
+    steps: list[int] | None,
+    items: list[int] | None,
+    limit: int,
+    gif: bool,
+) -> None:
+    from dfengine import figures
+
+    drawn = 0
+    for name, figure in figures.every(opened, only=items, methods=methods, steps=steps, limit=limit):
+        folder.mkdir(exist_ok=True)
+        print(*figures.save_both(figure, folder / name), sep="\n", flush=True)
+        drawn += 1
+    if not drawn:
+        raise ValueError(f"there is nothing to draw in {opened.path} yet: expected an image with a finished step")
+    if gif:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # how many are left out is told already
+            chosen = figures.drawings(opened, only=items, methods=methods, steps=steps, limit=limit)
+        for one in chosen:
+            path = folder / f"{one.name}.gif"
+            print(figures.animate(one.result, one.method, path, steps=one.steps), flush=True)
+
+
+def _folder(run: Path, out: Path | None) -> Path:
+    """Where the figures go. Raises ValueError where that can be no folder."""
+    if out is None:
+        run = run if run.name else run.resolve()
+        out = run.with_name(f"{run.name.removesuffix('.h5').removesuffix('.part')}.figures")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder for the figures (-o)")
+    if not out.parent.is_dir():
+        raise ValueError(f"the folder {str(out.parent)!r} does not exist: make it first")
+    return out

@@ -1,0 +1,513 @@
+"""Which figures results and files allow, what they are named, and what stands together in them."""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
+from store_example import PLAN, half, step, trajectory
+from test_figures import LONG, explained, labels, lines, pictures, texts, titles
+
+import dfengine
+from dfengine import Attention, Cam, Engine, Relevance, Rise, exponential_timesteps, figures, store
+from dfengine.cli import main
+from dfengine.figures import animation, grouping, overlay
+from dfengine.result import Result
+from dfengine.words import Tokens
+
+METHODS = ["rise", "relevance", "cam", "attention"]
+LISTS = {
+    "uniform": [40, 30, 20, 10, 0],
+    "early, γ = 60": exponential_timesteps(5, 60, "early"),
+    "latter, γ = 0": exponential_timesteps(5, 0, "latter"),
+}
+
+
+def with_methods(result: Result, *methods: str, **changes: Any) -> Result:
+    return dataclasses.replace(result, maps={name: result.maps[name] for name in methods}, **changes)
+
+
+def unfinished(maps: np.ndarray, *finished: int) -> np.ndarray:
+    """Maps of which only these steps are computed."""
+    return np.where(np.isin(np.arange(len(maps)), finished)[:, None, None], maps, np.float32(np.nan))
+
+
+def sweep(prompts: Sequence[str] = ("a red cat",), seeds: Sequence[int] = (0, 1), names: Sequence[str] = tuple(LISTS)):
+    """A result for each, with relevance alone; no two images are the same."""
+    made = []
+    for number, (prompt, name, seed) in enumerate(itertools.product(prompts, names, seeds)):
+        image = np.full((8, 12, 3), number, np.uint8)
+        one = explained(prompt, seed=seed, image=image, timesteps=np.array(LISTS[name]))
+        made.append(with_methods(one, "relevance"))
+    return made
+
+
+def names(results: Sequence[Any], **options: Any) -> list[str]:
+    return [name for name, _ in figures.every(results, **options)]
+
+
+def test_one_result_has_every_method_in_its_form_and_a_comparison() -> None:
+    made = explained("a red cat")
+    drawn = dict(figures.every([made]))
+    assert list(drawn) == [*METHODS, "comparison"]
+    for method in METHODS:
+        alone = figures.draw(made, method)
+        assert (titles(drawn[method]), labels(drawn[method])) == (titles(alone), labels(alone))
+    assert list(lines(drawn["relevance"])) == ["red", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("made", "drawn"),
+    [
+        (with_methods(explained("a red cat"), "rise"), ["rise"]),
+        (with_methods(explained("a red cat")), []),
+        (explained(""), ["rise", "cam", "comparison"]),
+        (explained("a red cat", maps={"rise": unfinished(np.ones((5, 2, 3), np.float32))}), []),
+        (with_methods(explained("a red cat", relevance=np.full((5, 5), np.nan, np.float32)), "relevance"), []),
+        (with_methods(explained("a red cat"), "attention", heat=np.full((3, 5, 2, 3), np.nan, np.float32)), []),
+    ],
+)
+def test_what_is_not_there_is_not_drawn(made: Result, drawn: list[str]) -> None:
+    assert names([made]) == drawn
+
+
+def test_a_method_that_is_half_done_is_drawn_as_far_as_it_is() -> None:
+    made = explained("a red cat")
+    rise, cam = np.asarray(made.maps["rise"]), dict(made.maps["cam"])
+    cam["mid_block.resnets.1"] = unfinished(cam["mid_block.resnets.1"], 0, 4)
+    heat = np.stack([unfinished(word, 2) for word in np.asarray(made.heat)])
+    made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(rise, 1, 3), "cam": cam}, heat=heat)
+    drawn = dict(figures.every([made]))
+    assert titles(drawn["rise"])[:3] == ["image", "step 2, t = 30", "step 4, t = 10"]
+    assert titles(drawn["cam"]) == ["step 1\nt = 40", "step 5\nt = 0"]
+    assert titles(drawn["attention"]) == ["step 3\nt = 20"]
+    # Rows of the steps at which most maps are there: of rise and the three others' own.
+    assert [label.replace("\n", " ").replace("\u00a0", " ") for label in labels(drawn["comparison"])] == [
+        "step 2, t = 30",
+        "step 4, t = 10",
+    ]
+
+
+def test_relevance_stands_above_a_map_that_is_there() -> None:
+    made = explained("a red cat", steps=6)
+    cam = {name: unfinished(maps, 0, 3) for name, maps in made.maps["cam"].items()}
+    (_, drawn), *_ = figures.every([dataclasses.replace(made, maps=made.maps | {"cam": cam})], methods=["relevance"])
+    assert labels(drawn)[1] == "cam,\ncombined"
+    assert titles(drawn) == ["step 1\nt = 50", "step 4\nt = 20"]
+    none = {name: unfinished(maps) for name, maps in made.maps["cam"].items()}
+    (_, drawn), *_ = figures.every([dataclasses.replace(made, maps=made.maps | {"cam": none})], methods=["relevance"])
+    assert labels(drawn)[1] == "rise,\n7 masks"
+
+
+def test_methods_and_steps_restrict_what_is_drawn() -> None:
+    made = explained("a red cat")
+    rise = unfinished(np.asarray(made.maps["rise"]), 0, 4)
+    made = dataclasses.replace(made, maps=made.maps | {"rise": rise})
+    drawn = dict(figures.every([made], methods=["rise", "cam"], steps=[-1, 1]))
+    assert list(drawn) == ["rise", "cam", "comparison"]
+    assert titles(drawn["rise"])[:2] == ["image", "step 5, t = 0"]
+    assert titles(drawn["cam"]) == ["step 5\nt = 0", "step 2\nt = 30"]
+    assert names([made], steps=[2]) == [*METHODS[1:], "comparison"], "rise has not finished step 2"
+    assert names([made], methods=["rise"], steps=[2]) == []
+
+
+def test_several_images_are_numbered_and_compared_in_rows() -> None:
+    made = [with_methods(explained(prompt, seed=seed), "rise", "cam") for seed, prompt in enumerate(("a cat", "a dog"))]
+    drawn = dict(figures.every(made))
+    assert list(drawn) == ["item-000-rise", "item-000-cam", "item-001-rise", "item-001-cam", "comparison"]
+    compared = drawn["comparison"]
+    # Of five steps, the one at three quarters.
+    assert compared.get_suptitle() == "shapes, step 3 of 5: an image a row"
+    assert titles(compared) == ["image", "rise", "cam"]
+    assert [label.replace("\n", " ").replace("\u00a0", " ") for label in labels(compared)] == [
+        "a cat, seed 0, t = 20",
+        "a dog, seed 1, t = 20",
+    ]
+    expected = [[one.image, *(overlay(one.image, one.heatmap(name, 2)) for name in ("rise", "cam"))] for one in made]
+    for picture, wanted in zip(pictures(compared), itertools.chain(*expected), strict=False):
+        np.testing.assert_array_equal(picture, wanted)
+    several = names(made, methods=["rise", "cam"], steps=[0, 3])
+    assert several[-2:] == ["comparison-step-001", "comparison-step-004"]
+
+
+def test_of_one_image_a_row_is_a_step_and_what_is_missing_is_said() -> None:
+    made = with_methods(explained("a cat"), "rise", "cam")
+    made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(np.asarray(made.maps["rise"]), 4)})
+    compared = dict(figures.every([made], steps=[0, 4]))["comparison"]
+    assert compared.get_suptitle().replace("\n", " ") == "“a cat”, shapes, seed 0: a step a row"
+    drawn, previews = pictures(compared), np.asarray(made.previews)
+    np.testing.assert_array_equal(drawn[0], previews[0])
+    np.testing.assert_array_equal(drawn[1], overlay(previews[0], made.heatmap("cam", 0)))
+    np.testing.assert_array_equal(drawn[3], overlay(previews[4], made.heatmap("rise", 4)))
+    assert [text.get_text() for axis in compared.axes for text in axis.texts] == ["not\ncomputed"]
+
+
+def test_images_of_different_sizes_are_not_in_one_comparison() -> None:
+    sizes = [(8, 12), (8, 12), (12, 8), (12, 8), (4, 4)]
+    made = [with_methods(explained("a cat", size=size), "rise", "attention") for size in sizes]
+    assert [name for name in names(made) if "comparison" in name] == [
+        "item-004-comparison",
+        "comparison-0",
+        "comparison-1",
+    ]
+
+
+def test_of_many_images_the_first_are_drawn_or_those_that_are_named() -> None:
+    made = [with_methods(explained("a cat", seed=seed), "rise") for seed in range(5)]
+    with pytest.warns(UserWarning, match="the first 2 of 5 images are drawn, 3 left out"):
+        assert names(made, limit=2) == ["item-000-rise", "item-001-rise"]
+    assert names(made, limit=5) == [f"item-00{place}-rise" for place in range(5)]
+    assert names(made, only=[3, -1, 3], limit=1) == ["item-003-rise", "item-004-rise"]
+    with pytest.warns(UserWarning, match="3 left out"):
+        drawn = list(figures.drawings(made, limit=2, steps=[1]))
+    assert [(one.name, one.result, one.method, one.steps) for one in drawn] == [
+        ("item-000-rise", made[0], "rise", [1]),
+        ("item-001-rise", made[1], "rise", [1]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": [2]}, "item 2 is not there: expected one of 0 to 1"),
+        ({"only": [-3]}, "item -3 is not there"),
+        ({"methods": ["rise", "lime"]}, "no map 'lime': expected one of rise, relevance, cam, attention"),
+        ({"steps": [0, 7]}, r"step 7 is outside \[0, 6\]"),
+        ({"steps": [-8]}, r"step -8 is outside \[0, 6\]"),
+    ],
+)
+@pytest.mark.parametrize("draws", [figures.every, figures.drawings])
+def test_what_none_of_the_images_has_is_refused_at_once(
+    draws: Callable[..., Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        draws([explained("a cat"), explained("a cat", steps=7)], **options)
+
+
+def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None:
+    made = sweep()
+    drawn = dict(figures.every(made))
+    assert list(drawn)[-2:] == ["samples", "concepts"]
+    samples = drawn["samples"]
+    *axes, schedule = samples.axes
+    assert [axis.get_title() for axis in axes[:3]] == [*LISTS]
+    assert [axis.get_ylabel() for axis in axes[::3]] == ["seed 0", "seed 1"]
+    # Images are numbered by schedule, then by seed.
+    assert [int(picture[0, 0, 0]) for picture in pictures(samples)] == [0, 2, 4, 1, 3, 5]
+    assert [line.get_xdata().tolist() for line in schedule.lines if line.get_marker() == "|"] == [*LISTS.values()]
+    assert samples.get_suptitle() == "“a red cat”  ·  shapes"
+
+
+def test_only_what_belongs_together_is_in_one_group() -> None:
+    def grouped(results: Sequence[Any]) -> list[tuple[str, str, list[int], list[str]]]:
+        return [(one.prompt, one.about, list(one.rows), list(one.timesteps)) for one in grouping.groups(results)]
+
+    made = sweep(("a red cat", "a dog"), (0, 1, 2))
+    every = [*LISTS]
+    assert grouped(made) == [(prompt, "shapes", [0, 1, 2], every) for prompt in ("a red cat", "a dog")]
+    # Seed 1 of the cat has no latter yet; of seed 2 there is one schedule only.
+    some = [one for number, one in enumerate(made[:9]) if number not in (5, 7, 8)]
+    assert grouped(some) == [("a red cat", "shapes", [0], every), ("a red cat", "shapes", [1], every[:2])]
+    other = [dataclasses.replace(one, model="sd15") for one in made[:3]]
+    assert grouped(made[:3] + other) == []
+    assert grouped(made[:4] + made[:4]) == [("a red cat", "shapes", [0], every[:2])]
+    assert [name for name in names(made[:6], only=[0, 1]) if "item" not in name] == []
+    both = sweep(("a red cat", "a dog"), (0,), every[:2])
+    assert [name for name in names(both, methods=["relevance"]) if "item" not in name] == [
+        "prompt-000-concepts",
+        "prompt-001-concepts",
+    ]
+
+
+def test_schedules_of_one_name_are_told_apart() -> None:
+    lists = [(40, 30, 20), (9, 6, 3, 0), tuple(exponential_timesteps(5, 7, "early")), (50, 40, 30), (900, 20, 1)]
+    assert grouping.schedule_names(lists) == [
+        "uniform, 3 steps (1)",
+        "uniform, 4 steps",
+        "early, γ = 7",
+        "uniform, 3 steps (2)",
+        "t = 900 … 1",
+    ]
+
+
+def test_stored_images_of_other_guidance_or_negative_prompt_are_apart(tmp_path: Path) -> None:
+    asked = [("", 2.0), ("blurry", 2.0), ("", 7.5)]
+    items = tuple(
+        store.Item(f"k{number}", "a cat", negative, settings={"guidance": guidance, "timesteps": timesteps})
+        for number, ((negative, guidance), timesteps) in enumerate(
+            itertools.product(asked, ([900, 500, 100], [3, 2, 1]))
+        )
+    )
+    plan = dataclasses.replace(PLAN, items=items, layers=())
+    with store.Writer.create(tmp_path / "run.h5", plan) as writer:
+        for number, item in enumerate(items):
+            writer.trajectory(number, **trajectory(plan, number) | {"timesteps": np.array(item.settings["timesteps"])})
+        writer.close(publish=False)
+    with store.open(tmp_path / "run.part.h5") as run:
+        assert [one.about for one in grouping.groups(run)] == [
+            "shapes, guidance 2",
+            "shapes, guidance 2, without “blurry”",
+            "shapes, guidance 7.5",
+        ]
+
+
+def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
+    """Of the tokens a, red and cat the first is 0 and the last 4, so red is its own relevance over 4."""
+    tokens = Tokens("a red cat", ("<s>", "a", "red", "cat", "</s>"), ((0, 0), (0, 1), (2, 5), (6, 9), (0, 0)))
+
+    def relevance(*red: float) -> np.ndarray:
+        return np.array([[9] * 3, [0] * 3, red, [4] * 3, [9] * 3], np.float32)
+
+    red = {("uniform", 0): (1, 2, 3), ("uniform", 1): (3, 2, 1), ("early", 0): (4, 4, 0), ("early", 1): (0, 0, 0)}
+    lists = {"uniform": [20, 10, 0], "early": exponential_timesteps(3, 60, "early")}
+    made = [
+        with_methods(
+            explained(
+                "a red cat",
+                steps=3,
+                seed=seed,
+                tokens=tokens,
+                relevance=relevance(*values),
+                timesteps=np.array(lists[name]),
+            ),
+            "relevance",
+        )
+        for (name, seed), values in red.items()
+    ]
+    drawn = dict(figures.every(made))["concepts"]
+    uniform, early, bars = drawn.axes
+    assert [uniform.get_title(), early.get_title()] == ["uniform", "early, γ = 60"]
+    np.testing.assert_allclose([line.get_ydata() for line in uniform.lines], [[0.5] * 3, [1] * 3])
+    np.testing.assert_allclose([line.get_ydata() for line in early.lines], [[0.5, 0.5, 0], [1] * 3])
+    # s/√2 of 1/4 and 3/4 is 1/4, of 0 and 1 it is 1/2.
+    ends = np.asarray(uniform.collections[0].get_paths()[0].vertices)
+    assert {(float(x), round(float(y), 6)) for x, y in ends} == {(1, 0.25), (1, 0.75), (2, 0.5), (3, 0.25), (3, 0.75)}
+    heights = [bar.get_height() for bar in bars.patches]
+    np.testing.assert_allclose(heights, [1.5, 3, 1, 3])
+    # Sums of uniform are 1.5 and 1.5, of early 2 and 0: an error of 0 and of 1.
+    reaches = [np.asarray(lines.get_segments())[:, :, 1] for lines in bars.collections]
+    np.testing.assert_allclose(reaches, [[[1.5, 1.5], [3, 3]], [[0, 2], [3, 3]]], atol=1e-6)
+    (title,) = {part.get_suptitle() for part in drawn.subfigs}
+    assert title.replace("\n", "  ·  ") == "“a red cat”  ·  shapes, mean of 2 seeds (0, 1) ± standard error"
+    single = dict(figures.every([one for one in made if one.seed == 0]))["concepts"]
+    assert single.subfigs[0].get_suptitle() == "“a red cat”  ·  shapes, seed 0"
+    assert [len(axis.collections) for axis in single.axes[:2]] == [0, 0]
+
+
+def test_a_seed_whose_relevance_has_a_gap_is_not_in_the_means() -> None:
+    made = sweep()
+    gap = np.asarray(made[3].relevance).copy()
+    gap[:, 2] = np.nan
+    made[3] = dataclasses.replace(made[3], relevance=gap)
+    (group,) = grouping.groups(made)
+    drawn = group.concepts()
+    assert drawn is not None
+    assert drawn.subfigs[0].get_suptitle().endswith("seed 0")
+    (rest,) = grouping.groups([one for one in made if one.seed == 1])
+    assert rest.concepts() is None
+    (without,) = grouping.groups([dataclasses.replace(one, tokens=None) for one in made])
+    assert without.concepts() is None
+
+
+def test_figures_of_schedules_are_readable_across_a_page() -> None:
+    (group,) = grouping.groups(sweep((LONG,)))
+    for drawn in (group.samples(), group.concepts()):
+        assert drawn is not None
+        assert min(text.get_fontsize() for text in texts(drawn)) * 7.2 / max(drawn.get_figwidth(), 7.2) >= 5.5
+
+
+def frames(path: Path) -> tuple[list[np.ndarray], list[int], int]:
+    """The frames of a GIF, how long each stays in milliseconds, and how often it is shown (0 for ever)."""
+    with Image.open(path) as image:
+        shown = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(image)]
+        durations = []
+        for number in range(len(shown)):
+            image.seek(number)
+            durations.append(image.info["duration"])
+        return shown, durations, image.info["loop"]
+
+
+def box(axis: Any, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """The pixels of an axis in a picture of this shape, from the top."""
+    x0, y0, x1, y1 = axis.get_window_extent().extents
+    return slice(round(shape[0] - y1) - 1, round(shape[0] - y0) + 2), slice(round(x0) - 1, round(x1) + 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: str) -> None:
+    colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [200, 200, 30], [0, 0, 0]], np.uint8)
+    made = explained("a red cat", previews=np.broadcast_to(colours[:, None, None], (5, 8, 12, 3)).copy())
+    maps = made.maps[method]
+    kept = (
+        {name: unfinished(one, 0, 1, 3) for name, one in maps.items()} if method == "cam" else unfinished(maps, 0, 1, 3)
+    )
+    made = dataclasses.replace(made, maps=made.maps | {method: kept})
+    path = figures.animate(made, method, tmp_path / "moving.gif", seconds_per_step=0.2)
+    shown, durations, loop = frames(path)
+    assert (durations, loop) == ([200, 200, 2000], 0)
+    figure, line, axes = animation._layout(made)
+    assert figure.get_figwidth() * figure.dpi == pytest.approx(shown[0].shape[1], abs=1)
+    line.set_text("step 5 of 5, t = 40")
+    figure.canvas.draw()
+    left, right, told = (box(artist, shown[0].shape) for artist in (*axes, line))
+    for frame, colour in zip(shown, colours[[0, 1, 3]].astype(int), strict=True):
+        assert np.abs(frame[left][10:-10, 10:-10] - colour).max() <= 12
+    for before, after in itertools.pairwise(shown):
+        changed = (before != after).any(-1)
+        assert all(changed[place].any() for place in (left, right, told))
+        for place in (left, right, told):
+            changed[place] = False
+        assert not changed.any()
+
+
+def test_an_animation_may_show_some_steps_or_one(tmp_path: Path) -> None:
+    made = explained("a red cat", previews=None)
+    assert len(frames(figures.animate(made, "rise", tmp_path / "some.gif", steps=[0, 2, -1]))[0]) == 3
+    shown, _, _ = frames(figures.animate(made, "rise", tmp_path / "one.gif", steps=[1]))
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "name", "options"),
+    [
+        ("ends in '.png': expected .gif", "a.png", {}),
+        ("does not exist: make it first", "no/a.gif", {}),
+        ("no map 'lime': expected one of rise", "a.gif", {"method": "lime"}),
+        ("no step of 'rise' is computed yet", "a.gif", {"steps": [9]}),
+        ("-1 seconds a step are not possible", "a.gif", {"seconds_per_step": -1}),
+    ],
+)
+def test_what_cannot_be_animated_is_named(tmp_path: Path, message: str, name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        figures.animate(explained("a cat"), **{"method": "rise", "path": tmp_path / name} | options)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`dfengine figures` in this process: exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dfengine", "figures", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capfd.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.mark.filterwarnings("default:the first 1 of 2:UserWarning")
+def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    engine = Engine.from_pretrained("shapes", device="cpu")
+    explainers = [Rise(8), Cam(), Relevance(), Attention()]
+    for name in ("uniform", "early"):
+        engine.explain("a red star", explainers, num_steps=2, sampling=name, out=tmp_path / f"{name}.h5")
+    store.merge([tmp_path / "uniform.h5", tmp_path / "early.h5"], tmp_path / "run.h5")
+    status, said, noted = command(tmp_path / "run.h5", "--gif", "--limit", 1)
+    assert (status, noted) == (0, "dfengine: note: the first 1 of 2 images are drawn, 1 left out: raise the limit\n")
+    stems = [f"item-000-{name}" for name in ("rise", "cam", "relevance", "attention", "comparison")]
+    written = [f"{stem}.{ending}" for stem in (*stems, "samples", "concepts") for ending in ("png", "pdf")]
+    written += [f"{stem}.gif" for stem in stems[:-1]]
+    assert said.splitlines() == [str(tmp_path / "run.figures" / name) for name in written]
+    assert sorted(path.name for path in (tmp_path / "run.figures").iterdir()) == sorted(written)
+    heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".gif": b"GIF89a"}
+    for path in (tmp_path / "run.figures").iterdir():
+        assert path.read_bytes().startswith(heads[path.suffix])
+    with dfengine.open(tmp_path / "run.h5") as opened:
+        stored = dict(figures.every(opened, only=[0]))
+        assert titles(stored["item-000-rise"])[:2] == ["image", "step 1, t = 501"]
+        assert "standard error,\nshare of range" in labels(stored["item-000-rise"])
+        (group,) = grouping.groups(opened)
+        assert group.about == "shapes, guidance 2"
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A part of two items: of the first two maps of random and one of rise, of the second nothing."""
+    with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
+        writer.trajectory(0, **trajectory(PLAN, 0))
+        for place, at in ((0, 1), (1, 1), (1, 2)):
+            writer.step(0, PLAN.methods[place].name, at, **step(PLAN, 0, place, at))
+        writer.close(publish=False)
+    return tmp_path / "run.part.h5"
+
+
+def test_a_part_is_drawn_as_far_as_it_is(begun: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    status, said, noted = command(begun, "--gif")
+    assert (status, noted) == (0, "")
+    folder = begun.parent / "run.figures"
+    stems = [folder / f"item-000-{name}" for name in ("rise", "random", "comparison")]
+    assert said.splitlines() == [
+        *(f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")),
+        *(f"{stem}.gif" for stem in stems[:2]),
+    ]
+    assert len(frames(folder / "item-000-random.gif")[0]) == 2
+    with store.open(begun) as run:
+        drawn = dict(figures.every(run))
+    assert titles(drawn["item-000-random"])[:3] == ["image", "step 2, t = 600", "step 3, t = 300"]
+    assert titles(drawn["item-000-rise"])[:2] == ["image", "step 2, t = 600"]
+
+
+def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder, plan = store.Folder(tmp_path / "run"), half(PLAN, 0)
+    (tmp_path / "out").mkdir()
+    assert command(tmp_path / "run", "-o", tmp_path / "out")[0] == 2
+    with folder.segment("u1", plan) as writer:
+        writer.trajectory(0, **trajectory(plan, 0))
+        writer.step(0, "rise", 1, **step(plan, 0, 0, 1))
+        writer.close(publish=False)
+    assert command(tmp_path / "run", "-o", tmp_path / "out")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rise.pdf", "rise.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--item", "2"], "item 2 is not there: expected one of 0 to 1"),
+        (["--item", "1"], "nothing to draw in "),
+        (["--method", "cat"], "there is no map 'cat': expected one of rise, random"),
+        (["--step", "3"], "step 3 is outside [0, 2]"),
+        (["--step", "0"], "nothing to draw in "),
+        (["--limit", "0"], "'--limit'"),
+        (["-o", "{}/run.part.h5"], "is a file: name a folder"),
+        (["-o", "{}/no/folder"], "does not exist: make it first"),
+        (["-o", "{}/x.png", "--gif"], "is one picture: name one --method and one --item"),
+        (["-o", "{}/x.png", "--item", "0", "--item", "1"], "is one picture"),
+        (["-o", "{}/x.png", "--method", "rise", "--method", "random"], "is one picture"),
+        (["-o", "{}/x.gif"], "expected .png, .pdf or .svg"),
+        (["-o", "{}/x.png", "--item", "1"], "no trajectory yet"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_folder(
+    begun: Path, command: Callable[..., tuple[int, str, str]], arguments: list[str], said: str
+) -> None:
+    status, out, noted = command(begun, *(part.format(begun.parent) for part in arguments))
+    assert (status, out) == (2, "")
+    (line,) = noted.splitlines()
+    assert line.startswith("dfengine: ")
+    assert said in line
+    assert [path.name for path in begun.parent.iterdir()] == [begun.name]
+
+
+@pytest.mark.parametrize("forbidden", [(Path, "mkdir"), (Figure, "savefig")])
+def test_a_folder_that_may_not_be_written_is_one_line(
+    begun: Path,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    forbidden: tuple[type, str],
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "run.figures")
+
+    monkeypatch.setattr(*forbidden, refuse)
+    status, out, noted = command(begun)
+    assert (status, out) == (2, "")
+    assert noted == "dfengine: [Errno 13] Permission denied: 'run.figures'\n"
