@@ -28,12 +28,12 @@ def report(
         there = [place for place in item or range(len(opened)) if opened[place].has_trajectory]
         if item and len(there) < len(item):
             raise ValueError(f"an image that is named is not generated yet: watch it with dfengine watch {run}")
-        numbers = there if item else there[:limit]
+        numbers = [place % len(opened) for place in there] if item else there[:limit]
         if len(numbers) < len(there):
             screen.err.print(f"dfengine: note: the first {limit} of {len(there)} images; --limit or --item for others")
         page = report.write(
             screen.counted((opened[place] for place in numbers), "packing", len(numbers)),
-            out or run.with_name(f"{run.resolve().stem}.html"),
+            out or run.parent / f"{run.resolve().name.removesuffix('.h5')}.html",
             title=title,
             source=str(run),
             numbers=numbers,

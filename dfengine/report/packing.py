@@ -63,7 +63,8 @@ class Bytes:
         low, high = flat.min(1), flat.max(1)
         span = np.where(high > low, high - low, 1)
         levels = np.rint((flat - low[:, None]) / span[:, None] * 255).astype(np.uint8)
-        ends = [[_short(a), _short(b)] if known else None for a, b, known in zip(low, high, there, strict=True)]
+        pairs = zip(low.tolist(), high.tolist(), strict=True)
+        ends = [[_short(a), _short(b)] if known else None for (a, b), known in zip(pairs, there, strict=True)]
         return self._add(zlib.compress(levels.tobytes(), 6), type="u1", shape=list(maps.shape), ends=ends)
 
     def picture(self, image: UInt8[ndarray, "H W 3"]) -> Reference:
@@ -104,7 +105,7 @@ def _method(item: Explanation, name: str, kept: Bytes) -> dict[str, Any]:
     variants: list[dict[str, Any]] = [{"name": "", "label": "all layers" if len(layers) > 1 else "the map"}]
     variants[0] |= kept.exact(np.asarray(layers[COMBINED]))
     if name in item.errors:
-        variants[0]["error"] = kept.rounded(np.asarray(item.errors[name]))
+        variants[0]["error"] = kept.exact(np.asarray(item.errors[name]))
     variants += [
         {"name": layer, "label": layer, **kept.rounded(np.asarray(layers[layer]))}
         for layer in layers
@@ -113,10 +114,13 @@ def _method(item: Explanation, name: str, kept: Bytes) -> dict[str, Any]:
     if kind == "Attention" and item.words:
         variants[0]["label"] = "all words"
         seen: list[str] = []
-        for word, heat in zip(item.words, np.asarray(item.heat), strict=True):
+        names = [word.casefold() for word in item.words]
+        for row, (word, heat) in enumerate(zip(item.words, np.asarray(item.heat), strict=True)):
             seen.append(word)
             label = word if seen.count(word) == 1 else f"{word} ({seen.count(word)})"
-            variants.append({"name": label, "label": label, **kept.rounded(heat)})
+            # What `heatmap` has another map of under this name is called by its row.
+            alone = names.count(word.casefold()) == 1 and word not in item.maps
+            variants.append({"name": label, "label": label, **kept.rounded(heat), **({} if alone else {"row": row})})
     return {"name": name, "about": _ABOUT.get(kind.removeprefix("Released"), ""), "variants": variants}
 
 

@@ -33,9 +33,9 @@ def write(
     """Write one page (.html) of images, in memory or of files, with every step's maps; returns its path.
 
     `title` is by default the first image's prompt; `source` is the file that the page's lines of Python open, `numbers`
-    the images' places in it. The page holds
-    methods' maps exactly, layers', words' and error maps to 1/255 of each one's range, images above 256 pixels as WebP:
-    a few MB for 30 steps of Stable Diffusion with all layers. The page is there once it is whole.
+    the images' places in it. The page holds methods' maps and errors exactly, layers' and words' maps to 1/255 of each
+    one's range, images above 256 pixels as WebP: a few MB for 30 steps of Stable Diffusion with all layers. It is there
+    once it is whole.
 
     Raises ValueError for another ending, a folder that is not there, or no image.
     """

@@ -42,7 +42,7 @@ function Picture(item, place) {
 function Maps(reference, bytes) {
   const [steps, height, width] = reference.shape;
   const size = height * width;
-  const ranges = [];
+  const ranges = [], peaks = [];
   let values;
   if (reference.type === "f4") {
     const total = steps * size;
@@ -59,18 +59,21 @@ function Maps(reference, bytes) {
     });
   }
   for (let step = 0; step < steps; step++) {
-    let [low, high] = [Infinity, -Infinity];
-    for (const value of values.subarray(step * size, (step + 1) * size)) {
-      if (!Number.isFinite(value)) { [low, high] = [NaN, NaN]; break; }
-      if (value < low) low = value;
-      if (value > high) high = value;
+    let [low, high, peak] = [Infinity, -Infinity, 0];
+    const here = values.subarray(step * size, (step + 1) * size);
+    for (let i = 0; i < size; i++) {
+      if (!Number.isFinite(here[i])) { [low, high] = [NaN, NaN]; break; }
+      if (here[i] < low) low = here[i];
+      if (here[i] > high) [high, peak] = [here[i], i];
     }
     ranges.push([low, high]);
+    peaks.push(peak);
   }
   const whole = ranges.filter(([low]) => Number.isFinite(low));
 
   Object.assign(this, { steps, height, width });
   this.at = (step) => values.subarray(step * size, (step + 1) * size);
+  this.peak = (step) => peaks[step];
   this.computed = (step) => Number.isFinite(ranges[step][0]);
   /** The ends of the colours: of one step's map, or of all that are computed. */
   this.range = (step, all) =>
@@ -127,5 +130,9 @@ function pixels(picture, width, height) {
   return context.getImageData(0, 0, width, height);
 }
 
-/** Three significant digits, and no more zeros than needed. */
-const told = (value) => (Number.isFinite(value) ? String(Number(value.toPrecision(3))) : "not computed");
+/** Three significant digits, and no more zeros than needed; a dash for what is not computed. */
+function told(value) {
+  if (!Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  return value && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(3)));
+}

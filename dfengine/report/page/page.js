@@ -20,6 +20,7 @@ const state = {
 
 const panes = ["first", "second"].map((name) => new Pane(state, `${name} image`, changed, choose));
 const shown = () => ($("compare").checked ? panes : panes.slice(0, 1));
+const ready = () => shown().filter((pane) => pane.item);
 
 /** The step that a pane shows: the first pane's, or the one of its own that comes nearest in t. */
 function stepOf(pane) {
@@ -32,34 +33,49 @@ function nearest(timesteps, t) {
   return apart.indexOf(Math.min(...apart));
 }
 
-/** Go to a step of a pane's image. */
+/** How many steps there are to go through: of the longest image, where others follow the step. */
+function stepCount() {
+  const counts = ready().map((pane) => pane.item.timesteps.length);
+  return state.follow === "step" ? Math.max(1, ...counts) : counts[0];
+}
+
+/** Go to a step of a pane's image, once there is one. */
 function choose(step, pane = panes[0]) {
+  if (!panes[0].item) return;
   const first = panes[0].item.timesteps;
   const wanted = pane === panes[0] || state.follow === "step" ? step : nearest(first, pane.item.timesteps[step]);
-  state.step = Math.max(0, Math.min(first.length - 1, wanted));
+  state.step = Math.max(0, Math.min(stepCount() - 1, wanted));
   draw();
+}
+
+/** The step that is shown, in words; an image with fewer steps stays at its last. */
+function stepText() {
+  const { timesteps } = panes[0].item;
+  const step = Math.min(state.step, timesteps.length - 1);
+  return `step ${step + 1} of ${timesteps.length}, t = ${timesteps[step]}`;
 }
 
 let waiting = false;
 function draw() {
-  if (waiting) return;
+  if (waiting || !panes[0].item) return;
   waiting = true;
   requestAnimationFrame(() => {
     waiting = false;
-    const { timesteps } = panes[0].item;
-    state.step = Math.min(state.step, timesteps.length - 1);
-    $("step").max = timesteps.length;
+    state.step = Math.min(state.step, stepCount() - 1);
+    $("step").max = stepCount();
     $("step").value = state.step + 1;
-    const text = `step ${state.step + 1} of ${timesteps.length}, t = ${timesteps[state.step]}`;
-    $("step").setAttribute("aria-valuetext", text);
-    $("step-text").textContent = text;
-    shown().forEach((pane) => pane.draw(stepOf(pane)));
+    $("step").setAttribute("aria-valuetext", stepText());
+    $("step-text").textContent = stepText();
+    const preview = $("beneath").options[0];
+    preview.disabled = !ready().some((pane) => pane.item.previews.length);
+    $("beneath").value = preview.disabled ? "image" : state.beneath;
+    ready().forEach((pane) => pane.draw(stepOf(pane)));
     writeAddress();
   });
 }
 
 function drawAll() {
-  shown().forEach((pane) => pane.drawStrip());
+  ready().forEach((pane) => pane.drawStrip());
   draw();
 }
 
@@ -72,9 +88,18 @@ async function changed(...which) {
 
 // The address: what is not as it is by itself.
 
+let due = 0;
+/** The address follows what is shown within half a second: browsers refuse more than 100 changes in 30 seconds. */
 function writeAddress() {
+  due ||= setTimeout(() => {
+    due = 0;
+    if (location.protocol !== "about:") history.replaceState(null, "", `#${address()}`); // a frame may have none
+  }, 400);
+}
+
+function address() {
   const said = new URLSearchParams({ step: state.step + 1 });
-  shown().forEach((pane, place) => {
+  ready().forEach((pane, place) => {
     const { item, method, variant } = pane.chosen;
     const before = place ? "other-" : "";
     if (item || place) said.set(`${before}item`, pane.item.number);
@@ -82,11 +107,11 @@ function writeAddress() {
     if (variant) said.set(`${before}map`, variant);
   });
   if (state.follow === "t") said.set("follow", "t");
-  history.replaceState(null, "", `#${said}`);
+  return said;
 }
 
-async function readAddress() {
-  const said = new URLSearchParams(location.hash.slice(1));
+async function readAddress(whole) {
+  const said = new URLSearchParams(new URL(whole).hash.slice(1));
   panes.forEach((pane, place) => {
     const before = place ? "other-" : "";
     const item = data.items.findIndex((one) => String(one.number) === said.get(`${before}item`));
@@ -99,8 +124,8 @@ async function readAddress() {
   $("compare").checked = said.has("other-item");
   $("follow").value = state.follow = said.get("follow") === "t" ? "t" : "step";
   compare();
-  const step = Number(said.get("step"));
-  if (step >= 1) state.step = Math.round(step) - 1;
+  const step = Number(said.get("step") ?? NaN);
+  if (!Number.isNaN(step)) state.step = Math.max(0, Math.round(step) - 1);
   await changed(...shown());
 }
 
@@ -126,26 +151,25 @@ $("compare").onchange = () => {
 let playing = 0;
 function play() {
   clearInterval(playing);
-  playing = playing ? 0 : setInterval(() => choose((state.step + 1) % panes[0].item.timesteps.length), 300);
-  $("play").setAttribute("aria-pressed", Boolean(playing));
+  playing = playing ? 0 : setInterval(() => choose((state.step + 1) % stepCount()), 300);
   $("play").textContent = playing ? "Stop" : "Play";
 }
 $("play").onclick = play;
 
 document.onkeydown = (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey) return;
-  if (event.target.closest("input, select, button, summary, pre, canvas")) return;
-  const last = panes[0].item.timesteps.length - 1;
-  const to = { ArrowLeft: state.step - 1, ArrowRight: state.step + 1, Home: 0, End: last }[event.key];
+  if (event.target.closest("input, select, button, summary, pre, canvas, .scroll")) return;
+  const to = { ArrowLeft: state.step - 1, ArrowRight: state.step + 1, Home: 0, End: stepCount() - 1 }[event.key];
   if (to === undefined && event.key !== " ") return;
   event.preventDefault();
   if (event.key === " ") play();
   else choose(to);
+  if (panes[0].item) state.say(stepText());
 };
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const theme = () => document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light");
-const nameTheme = () => { $("theme").textContent = theme() === "dark" ? "Light" : "Dark"; };
+const nameTheme = () => { $("theme").textContent = theme() === "dark" ? "Light page" : "Dark page"; };
 $("theme").onclick = () => {
   document.documentElement.dataset.theme = theme() === "dark" ? "light" : "dark";
   nameTheme();
@@ -154,6 +178,6 @@ dark.onchange = nameTheme;
 nameTheme();
 
 $("opacity").value = 100 * state.opacity;
-onhashchange = readAddress;
-await readAddress();
+onhashchange = (event) => readAddress(event.newURL);
+await readAddress(location.href);
 document.documentElement.dataset.ready = "yes";

@@ -15,6 +15,9 @@ function filled(select, options) {
   }
 }
 
+/** The block that a layer is in, as in "down_blocks.0"; nothing of a word. */
+const block = (name) => name.match(/^(?:\w+_blocks\.\d+|mid_block)(?=\.)/)?.[0] ?? "";
+
 const named = (item) => `${item.number}: ${item.schedule}, seed ${item.seed}, ${item.model}: ${item.prompt || "an image"}`;
 
 /** `state` is the page's; `change(what)` draws it again, `choose(step, pane)` goes to a step of this pane's image. */
@@ -23,7 +26,9 @@ function Pane(state, name, change, choose) {
   root.setAttribute("aria-label", name);
   const part = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((element) => [element.dataset.part, element]));
   const canvas = part.canvas;
-  let item, image, method, variant, maps, error, pictures, chart, step, words;
+  let pictured; // the method whose maps the gallery has buttons of
+  let item, image, method, variant, maps, error, pictures, chart, words;
+  let step = 0;
   let turn = 0; // of several choices made quickly, the last one is shown
 
   Object.assign(this, { root, item: null, chosen: { item: 0, method: "", variant: "" } });
@@ -69,6 +74,7 @@ function Pane(state, name, change, choose) {
     canvas.getContext("2d").putImageData(there ? over(under, maps, step) : under, 0, 0);
     const ends = there ? maps.range(step, state.span === "all") : [NaN, NaN];
     [part.low.textContent, part.high.textContent] = state.values === "raw" ? ends.map(told) : ["0", "1"];
+    part.scale.style.visibility = there ? "" : "hidden";
     canvas.setAttribute("aria-label", `${there ? `Heat map of ${title()}` : "No map is computed"} at step ${step + 1} of ${item.timesteps.length}, t = ${item.timesteps[step]}${there ? `; highest ${highest()}` : ""}. Arrows read out its cells.`);
     part.python.textContent = python();
     drawChart();
@@ -91,7 +97,7 @@ function Pane(state, name, change, choose) {
   /** Mark the cell at a place in [0, 1)², or none, and tell its value; returns what it told. */
   this.point = (pointer) => {
     part.cell.hidden = !pointer || !maps;
-    part.value.textContent = "";
+    part.value.textContent = !maps ? "" : maps.computed(step) ? "Point at the map to read its values." : "The map of this step is not computed.";
     if (part.cell.hidden) return "";
     const column = Math.floor(pointer.x * maps.width), row = Math.floor(pointer.y * maps.height);
     const side = (count) => `${100 / count}%`;
@@ -107,7 +113,9 @@ function Pane(state, name, change, choose) {
     const inside = (at, size) => Math.max(0, Math.min(0.999999, at / size));
     state.point({ x: inside(event.clientX - box.left, box.width), y: inside(event.clientY - box.top, box.height) });
   };
-  canvas.onpointerleave = () => { if (document.activeElement !== canvas) state.point(null); };
+  canvas.onpointerleave = (event) => {
+    if (event.pointerType === "mouse" && document.activeElement !== canvas) state.point(null);
+  };
   canvas.onblur = () => state.point(null);
   canvas.onkeydown = (event) => {
     if (event.key === "Escape") { state.point(null); return; }
@@ -132,7 +140,7 @@ function Pane(state, name, change, choose) {
     if (!maps.computed(step)) return "not computed";
     const at = row * maps.width + column;
     const range = maps.range(step, state.span === "all");
-    const spread = error?.computed(step) ? error.at(step)[at] : NaN;
+    const spread = error ? error.at(step)[at] : NaN;
     const scaled = state.values === "normalised";
     const value = scaled ? normalised(maps.at(step)[at], range) : maps.at(step)[at];
     const around = scaled ? spread / (range[1] - range[0]) : spread;
@@ -140,17 +148,18 @@ function Pane(state, name, change, choose) {
   }
 
   function highest() {
-    const values = maps.at(step);
-    const at = values.indexOf(Math.max(...values));
+    const at = maps.peak(step);
     return `at row ${Math.floor(at / maps.width)}, column ${at % maps.width} of ${maps.height}×${maps.width}`;
   }
 
   function python() {
-    const opened = data.source ? `dfengine.open(${JSON.stringify(data.source)})[${item.number}]` : "result";
-    if (!method) return `${opened}.image`;
+    const [name, opened] = data.source ? ["item", `item = dfengine.open(${JSON.stringify(data.source)})[${item.number}]\n`] : ["result", ""];
+    if (!method) return `${opened}${name}.image`;
+    const about = `   # t = ${item.timesteps[step]}`;
+    if (variant.row !== undefined) return `${opened}dfengine.result.heatmap(${name}.heat[${variant.row}, ${step}], ${name}.image.shape[:2])${about}`;
     const word = method.variants[0].label === "all words" && variant.name;
     const layer = variant.name && !word ? `, layer=${JSON.stringify(variant.name)}` : "";
-    return `${opened}.heatmap(${JSON.stringify(word ? variant.name.replace(/ \(\d+\)$/, "") : method.name)}, step=${step}${layer})   # t = ${item.timesteps[step]}`;
+    return `${opened}${name}.heatmap(${JSON.stringify(word || method.name)}, step=${step}${layer})${about}`;
   }
 
   function thumb(under, shown, place) {
@@ -172,14 +181,21 @@ function Pane(state, name, change, choose) {
     const all = await Promise.all(shown.variants.map((one) => image.maps(one)));
     if (mine !== turn || place !== step) return;
     const under = pixels(beneath(step), 96, Math.round((96 * item.size[0]) / item.size[1]));
-    part.thumbs.replaceChildren(...shown.variants.map((one, index) => {
-      const button = Object.assign(document.createElement("button"), { type: "button" });
-      button.append(thumb(under, all[index], step), one.label.replaceAll(".", ".\u200b"));
+    if (pictured !== shown) {
+      pictured = shown;
+      part.thumbs.replaceChildren(...shown.variants.map((one) => {
+        const button = Object.assign(document.createElement("button"), { type: "button" });
+        button.append(document.createElement("canvas"), one.label.replaceAll(".", ".\u200b"));
+        button.onclick = () => { part.variant.value = one.name; part.variant.onchange(); };
+        return button;
+      }));
+    }
+    shown.variants.forEach((one, index) => {
+      const button = part.thumbs.children[index];
+      button.firstChild.replaceWith(thumb(under, all[index], step));
       button.setAttribute("aria-pressed", one === variant);
       button.classList.toggle("current", one === variant);
-      button.onclick = () => { part.variant.value = one.name; part.variant.onchange(); };
-      return button;
-    }));
+    });
   }
 
   function showChoices() {
@@ -187,11 +203,12 @@ function Pane(state, name, change, choose) {
     filled(part.method, item.methods.map((one) => ({ value: one.name, label: one.name })));
     part.method.value = method?.name ?? "";
     const several = (method?.variants.length ?? 0) > 1;
-    filled(part.variant, several ? method.variants.map((one) => ({ value: one.name, label: one.label, group: one.name.includes(".") ? one.name.split(".").slice(0, one.name.startsWith("mid") ? 1 : 2).join(".") : "" })) : []);
+    filled(part.variant, several ? method.variants.map((one) => ({ value: one.name, label: one.label, group: block(one.name) })) : []);
     part.variant.value = variant?.name ?? "";
+    root.querySelector(".method").hidden = !method;
     root.querySelector(".variant").hidden = part.gallery.hidden = !several;
     part["gallery-name"].textContent = several ? `All ${method.variants.length} maps of ${method.name} at this step` : "";
-    part.about.textContent = method?.about ?? "";
+    part.about.textContent = method?.about ?? "no maps";
   }
 
   /** What follows from the image alone. */
@@ -199,7 +216,10 @@ function Pane(state, name, change, choose) {
     const [height, width] = item.size;
     const times = Math.max(1, Math.ceil(LEAST_SIDE / Math.max(height, width)));
     Object.assign(canvas, { width: width * times, height: height * times });
-    part.summary.textContent = `${item.model}, seed ${item.seed}, ${item.schedule}, ${item.timesteps.length} steps`;
+    root.style.setProperty("--ratio", width / height);
+    const count = item.timesteps.length;
+    const prompt = item.prompt && item.prompt !== document.querySelector("h1").textContent ? `: “${item.prompt}”` : "";
+    part.summary.textContent = `${item.model}, seed ${item.seed}, ${item.schedule}, ${count} step${count > 1 ? "s" : ""}${prompt}`;
     part.facts.replaceChildren(...item.facts.map(([fact, value]) => row([fact, value])));
     part.curves.hidden = part.table.hidden = !item.lines.length;
     if (!item.lines.length) return;
@@ -219,8 +239,7 @@ function Pane(state, name, change, choose) {
   function drawChart() {
     if (!item.lines.length) return;
     const scale = part.shares.checked ? "normalised" : "raw";
-    chart.draw(scale, words);
-    chart.at(step);
+    chart.draw(scale, words, step);
     item.lines.forEach((line, place) => {
       part.words.children[place].lastElementChild.textContent = told(line[scale][step] ?? NaN);
     });
@@ -231,6 +250,7 @@ function Pane(state, name, change, choose) {
     );
   }
   part.table.ontoggle = part.shares.onchange = drawChart;
+  new ResizeObserver(() => { if (item) drawChart(); }).observe(part.chart);
 
   function row(cells, kind = "td") {
     const made = document.createElement("tr");

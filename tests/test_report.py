@@ -1,0 +1,1139 @@
+"""The page of a run: what its bytes decode to, what its files refuse, and what a browser shows of it."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from scipy.ndimage import map_coordinates
+from store_example import PLAN, fill, trajectory
+from test_cli import refused as refused  # a fixture
+from test_figures import LONG, explained
+
+import dfengine
+from dfengine import Attention, Cam, Engine, Relevance, Rise, figures, report, store
+from dfengine.result import COMBINED, Result, heatmap
+
+#: With a word that stands twice.
+PROMPT = "a red circle and a red square"
+CAPTION = "a red circle above a blue square on a gray background"
+NASTY = """</script><b>bold</b> & "one" 'two' {{style}} <!-- {{images}} \\u003c"""
+LAYER = "down_blocks.1.attentions.0"
+#: By its name, the address of a page's own parts.
+SVG = "http://www.w3.org/2000/svg"
+
+
+def one(steps: int = 6, size: tuple[int, int] = (8, 12), **changes: Any) -> Result:
+    """Of random numbers, with errors of DF-RISE's maps."""
+    errors = np.random.default_rng(2).random(size=(steps, 2, 3)).astype(np.float32)
+    return explained(PROMPT, steps, size, **{"errors": {"rise": errors}, **changes})
+
+
+def plain(steps: int = 5, **changes: Any) -> dict[str, Any]:
+    """What changes a result to one of DF-RISE alone: no relevance, no words, no previews."""
+    maps = {"rise": one(steps).maps["rise"]}
+    without = {"maps": maps, "tokens": None, "relevance": None, "words": (), "heat": None, "previews": None}
+    return {**without, "settings": {"rise": Rise()}, **changes}
+
+
+def interrupted(result: Result) -> Result:
+    """The same, of which only the first two steps are computed."""
+
+    def cut(maps: np.ndarray) -> np.ndarray:
+        maps = maps.copy()
+        maps[2:] = np.nan
+        return maps
+
+    assert result.relevance is not None
+    maps = {name: cut(maps) for name, maps in result.maps.items() if name != "cam"}
+    layers = {layer: cut(maps) for layer, maps in result.maps["cam"].items()}
+    errors = {name: cut(maps) for name, maps in result.errors.items()}
+    relevance = cut(result.relevance.T).T
+    return dataclasses.replace(result, maps={**maps, "cam": layers}, errors=errors, relevance=relevance)
+
+
+def described(page: Path) -> tuple[dict[str, Any], list[bytes]]:
+    """The page's data, and each image's bytes."""
+    text = page.read_text(encoding="utf-8")
+    data = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    kept = re.findall(r'<script type="text/plain" id="bytes-\d+">(.*?)</script>', text)
+    return json.loads(data[0]), [base64.b64decode(one, validate=True) for one in kept]
+
+
+def part(reference: dict[str, Any], kept: bytes) -> bytes:
+    return kept[reference["at"] :][: reference["bytes"]]
+
+
+def decoded(reference: dict[str, Any], kept: bytes) -> np.ndarray:
+    """Maps of the page, float32 [steps, h, w]; a step that it calls not computed is NaN."""
+    raw, shape = zlib.decompress(part(reference, kept)), reference["shape"]
+    if reference["type"] == "f4":
+        return np.frombuffer(raw, np.uint8).reshape(4, -1).T.copy().view("<f4").reshape(shape)
+    ends = np.array([pair or [np.nan, np.nan] for pair in reference["ends"]])[..., None, None]
+    levels = np.frombuffer(raw, np.uint8).reshape(shape)
+    return ends[:, 0] + (ends[:, 1] - ends[:, 0]) * levels / 255
+
+
+def variants(page: Path, method: str) -> dict[str, np.ndarray]:
+    """By the name of each of a method's maps on a page of one image, its numbers."""
+    data, (kept,) = described(page)
+    (found,) = (one for one in data["items"][0]["methods"] if one["name"] == method)
+    return {one["name"]: decoded(one, kept) for one in found["variants"]}
+
+
+def test_maps_of_methods_are_kept_exactly(tmp_path: Path) -> None:
+    result = interrupted(one())
+    page = report.write([result], tmp_path / "page.html")
+    for method in ("rise", "relevance", "attention"):
+        np.testing.assert_array_equal(variants(page, method)[""], result.maps[method])
+    np.testing.assert_array_equal(variants(page, "cam")[""], result.maps["cam"][COMBINED])
+    data, (kept,) = described(page)
+    error = data["items"][0]["methods"][0]["variants"][0]["error"]
+    np.testing.assert_array_equal(decoded(error, kept), result.errors["rise"])
+
+
+def test_layers_and_words_are_kept_to_a_255th(tmp_path: Path) -> None:
+    result = interrupted(one())
+    assert result.heat is not None
+    page = report.write([result], tmp_path / "page.html")
+    layers, words = variants(page, "cam"), variants(page, "attention")
+    assert list(layers) == ["", *(name for name in result.maps["cam"] if name != COMBINED)]
+    assert list(words) == ["", "a", "red", "circle", "and", "a (2)", "red (2)", "square"]
+    pairs = [(layers[name], result.maps["cam"][name]) for name in layers if name]
+    pairs += zip(list(words.values())[1:], result.heat, strict=True)
+    for found, given in pairs:
+        span = np.ptp(given, axis=(1, 2), keepdims=True)
+        assert (np.isnan(found) == np.isnan(given)).all()
+        assert (np.isnan(given) | (abs(found - given) <= 0.501 * span / 255)).all()
+        np.testing.assert_allclose(found[:2].min((1, 2)), given[:2].min((1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(found[:2].max((1, 2)), given[:2].max((1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "form"), [((256, 40), "PNG"), ((40, 260), "WEBP")])
+def test_images_are_kept_as_they_are_up_to_256_pixels(tmp_path: Path, size: tuple[int, int], form: str) -> None:
+    slope = np.add.outer(np.arange(size[0]), np.arange(size[1]))[..., None] * np.array([0.5, 0.3, 0.8])
+    previews = np.stack([slope, slope[::-1]]).astype(np.uint8)
+    result = explained(PROMPT, 2, size, image=previews[1], previews=previews)
+    data, (kept,) = described(report.write([result], tmp_path / "page.html"))
+    told = data["items"][0]
+    assert told["size"] == [*size]
+    for reference, given in zip([told["image"], *told["previews"]], [previews[1], *previews], strict=True):
+        with Image.open(io.BytesIO(part(reference, kept))) as picture:
+            assert (picture.format, f"image/{form.lower()}") == (form, reference["type"])
+            apart = abs(np.asarray(picture.convert("RGB")).astype(int) - given)
+        assert apart.max() == 0 if form == "PNG" else 0 < apart.mean() < 3
+
+
+def test_lines_are_concepts(tmp_path: Path) -> None:
+    result = interrupted(one())
+    assert result.relevance is not None
+    result.relevance[2, 1] = np.inf  # min–max over the tokens has no such step
+    data, _ = described(report.write([result], tmp_path / "page.html"))
+    lines = {line["word"]: line for line in data["items"][0]["lines"]}
+    assert list(lines) == ["a", "red", "circle", "and", "square"]
+    shares = figures.concept_lines(result, list(lines))
+    for word, line in lines.items():
+        raw = [None if not np.isfinite(value) else pytest.approx(value, rel=1e-6) for value in result.concept(word)]
+        assert line["raw"] == raw
+        assert line["normalised"] == [pytest.approx(shares[word][0], rel=1e-6), *[None] * 5]
+    assert [word for word, line in lines.items() if line["shown"]] == ["red", "circle", "square"]
+
+
+def test_eight_lines_are_drawn_at_first(tmp_path: Path) -> None:
+    result = explained(LONG)
+    data, _ = described(report.write([result], tmp_path / "page.html"))
+    means = {word: line.mean() for word in figures.concept_lines(result) for line in [result.concept(word)]}
+    shown = {line["word"] for line in data["items"][0]["lines"] if line["shown"]}
+    assert shown == set(sorted(means, key=lambda word: -means[word])[:8])
+
+
+class Tags(HTMLParser):
+    """The tags of a page with their attributes, and the text of each."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = [("", {})]
+        self.texts: dict[str, str] = {}
+        self.feed(page.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts[self.tags[-1][0]] = self.texts.get(self.tags[-1][0], "") + data
+
+
+def test_markup_in_prompt_title_and_model_is_text(tmp_path: Path) -> None:
+    harmless, harmful = (
+        report.write([explained(text, model=text)], tmp_path / "page.html", title=text, source=text).read_text("utf-8")
+        for text in ("a circle", NASTY)
+    )
+    (tmp_path / "harmless.html").write_text(harmless, encoding="utf-8")
+    (tmp_path / "page.html").write_text(harmful, encoding="utf-8")
+    seen, wanted = Tags(tmp_path / "page.html"), Tags(tmp_path / "harmless.html")
+    assert [tag for tag, _ in seen.tags] == [tag for tag, _ in wanted.tags]
+    assert seen.texts["title"].strip() == seen.texts["h1"].strip() == NASTY
+    data, _ = described(tmp_path / "page.html")
+    assert (data["items"][0]["prompt"], data["items"][0]["model"], data["source"]) == (NASTY,) * 3
+
+
+def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
+    page = report.write([one()], tmp_path / "page.html", source="run.h5")
+    seen = Tags(page)
+    assert set(re.findall(r"\w+://[^\s\"'`]+", page.read_text(encoding="utf-8"))) == {SVG}
+    loading = {"src", "href", "srcset", "data", "action", "poster", "background"}
+    assert not [tag for tag, attributes in seen.tags if tag == "link" or loading & set(attributes)]
+    assert not re.search(r"url\(|@import|\bimport\b|fetch\(|XMLHttp|WebSocket", page.read_text(encoding="utf-8"))
+    (policy,) = (a["content"] for tag, a in seen.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+
+
+@pytest.mark.parametrize(
+    ("items", "name", "message"),
+    [
+        (1, "page.png", r"page.png' ends in '.png': expected .html"),
+        (1, "page", "ends in ''"),
+        (1, "nowhere/page.html", "nowhere' does not exist: make it first"),
+        (0, "page.html", "no image to show"),
+    ],
+)
+def test_what_cannot_be_written_is_told(tmp_path: Path, items: int, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        report.write([one(1)] * items, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_is_replaced_once_the_new_one_is_whole(tmp_path: Path) -> None:
+    page = report.write([one(1)], tmp_path / "page.html", title="the first")
+    before = page.read_bytes()
+
+    def failing() -> Iterator[Result]:
+        yield one(2)
+        raise OSError("the disk is gone")
+
+    for items, message in ((failing(), "the disk is gone"), (iter([]), "no image")):
+        with pytest.raises((OSError, ValueError), match=message):
+            report.write(items, page)
+        assert (page.read_bytes(), list(tmp_path.iterdir())) == (before, [page])
+    report.write([one(1)], page, title="the second")
+    assert (page.read_bytes() == before, list(tmp_path.iterdir())) == (False, [page])
+
+
+# The command line.
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """What `dfengine report` says on stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["dfengine", "report", *arguments])
+        with pytest.raises(SystemExit) as left:
+            dfengine.cli.main()
+        said = capfd.readouterr()
+        assert not left.value.code, said.err
+        return said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def half_done(tmp_path: Path) -> Path:
+    """A file of two images, of which the second is not generated yet."""
+    writer = store.Writer.create(tmp_path / "half.h5", PLAN)
+    writer.trajectory(0, **trajectory(PLAN, 0))
+    writer.close(publish=False)
+    return tmp_path / "half.part.h5"
+
+
+def test_the_verb_writes_beside_the_run(tmp_path: Path, told: Callable[..., tuple[str, str]]) -> None:
+    with store.Writer.create(tmp_path / "run.v2.h5", PLAN) as writer:
+        fill(writer)
+    size = r", 0\.\d MB\n"
+    out, err = told(str(tmp_path / "run.v2.h5"))
+    page = tmp_path / "run.v2.html"
+    assert (re.fullmatch(re.escape(f"{page}: 2 images") + size, out) is not None, err) == (True, "")
+    data, kept = described(page)
+    assert ([item["number"] for item in data["items"]], len(kept)) == ([0, 1], 2)
+    assert data["source"] == str(tmp_path / "run.v2.h5")
+    facts = dict(data["items"][1]["facts"])
+    assert (facts["negative prompt"], facts["seed"], facts["key"]) == ("blurry", str(2**64 - 1), "k1")
+    assert {"torch", "dfengine", "device"} < set(facts)
+    _, err = told(str(tmp_path / "run.v2.h5"), "--limit", "1")
+    assert err == "dfengine: note: the first 1 of 2 images; --limit or --item for others\n"
+    out, err = told(str(tmp_path / "run.v2.h5"), "--item", "1", "-o", str(tmp_path / "b.html"), "--title", "<i>")
+    assert (out.startswith(f"{tmp_path / 'b.html'}: 1 image, "), err) == (True, "")
+    assert [item["number"] for item in described(tmp_path / "b.html")[0]["items"]] == [1]
+    assert Tags(tmp_path / "b.html").texts["title"].strip() == "<i>"
+
+
+def test_mistakes_on_the_command_line_are_one_line(half_done: Path, refused: Callable[..., str]) -> None:
+    run = str(half_done)
+    assert "item 2 is not in" in refused("report", run, "--item", "2")
+    assert "an image that is named is not generated yet" in refused("report", run, "--item", "0", "--item", "1")
+    assert "0 images are not possible" in refused("report", run, "--limit", "0")
+    assert "expected .html" in refused("report", run, "-o", "page.pdf")
+    assert "does not exist: make it first" in refused("report", run, "-o", "nowhere/page.html")
+    assert "does not exist" in refused("report", str(half_done.parent / "none.h5"))
+    assert [path.name for path in half_done.parent.iterdir()] == ["half.part.h5"]
+
+
+def test_an_image_that_is_not_generated_yet_is_left_out(half_done: Path, told: Callable[..., tuple[str, str]]) -> None:
+    assert told(str(half_done))[0].startswith(f"{half_done.with_suffix('.html')}: 1 image, ")
+
+
+def test_a_run_of_which_nothing_is_generated_is_told(tmp_path: Path, refused: Callable[..., str]) -> None:
+    with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
+        assert "there is no image to show" in refused("report", str(tmp_path / "run.part.h5"))
+        assert not list(tmp_path.glob("*.html*"))
+        fill(writer)
+
+
+# In a browser.
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+#: How to open a page: its file, its address from "#", and options of the browser's.
+Visit = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=found[0], args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visit]:
+    """Open a page in the browser; in the end none may have told of an error, or asked for anything but itself."""
+    opened: list[Page] = []
+    said: list[str] = []
+
+    def visit(page: Path, address: str = "", **options: Any) -> Page:
+        seen = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+        opened.append(seen)
+        seen.on("console", lambda message: said.append(message.text))
+        seen.on("pageerror", lambda error: said.append(str(error)))
+        own = (page.as_uri(), "blob:null/")
+        seen.on("request", lambda request: None if request.url.startswith(own) else said.append(request.url))
+        seen.goto(page.as_uri() + address)
+        seen.wait_for_selector("html[data-ready]")
+        settle(seen)
+        return seen
+
+    yield visit
+    for page in opened:
+        page.close()
+    assert said == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return one()
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path, result: Result) -> Path:
+    """A page of one image."""
+    return report.write([result], folder / "single.html")
+
+
+@pytest.fixture(scope="module")
+def other() -> Result:
+    """Of more steps than `result`, at other t, and with an image of another size."""
+    return explained("a blue square on it", 9, (20, 12), timesteps=np.arange(9)[::-1] * 8)
+
+
+@pytest.fixture(scope="module")
+def double(folder: Path, result: Result, other: Result) -> Path:
+    return report.write([result, other], folder / "double.html")
+
+
+def settle(page: Page) -> None:
+    """Until what was asked for is drawn."""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def pane(page: Page, name: str, place: int = 0) -> Locator:
+    """A part of the first or second image's pane."""
+    return page.locator(".pane").nth(place).locator(f"[data-part={name}]")
+
+
+def step_to(page: Page, step: int) -> None:
+    """By the slider; steps are counted from 1."""
+    page.locator("#step").fill(str(step))
+    settle(page)
+
+
+def pixels(canvas: Locator) -> np.ndarray:
+    url = canvas.evaluate("(canvas) => canvas.toDataURL()")
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """By whole pixels, as a picture of at most 384 is."""
+    times = -(-384 // max(image.shape[:2]))
+    return image.repeat(times, 0).repeat(times, 1)
+
+
+def covered(image: np.ndarray, saliency: np.ndarray, ends: tuple[float, float] | None = None) -> np.ndarray:
+    """The overlay of a map on an image at the canvas's size, by SciPy and the figures; `ends` are the colours'."""
+    low, high = ends or (saliency.min(), saliency.max())
+    scaled = (saliency.astype(np.float64) - low) / (high - low)
+    under = enlarged(image)
+    at = [(np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(under.shape, scaled.shape, strict=False)]
+    places = np.meshgrid(*(np.clip(a, 0, m - 1) for a, m in zip(at, scaled.shape, strict=True)), indexing="ij")
+    return 255 * figures.overlay(under, map_coordinates(scaled, places, order=1))
+
+
+def assert_drawn(canvas: Locator, wanted: np.ndarray) -> None:
+    """To rounding: of a pixel, or of the place among 256 colours, which are up to 4 levels apart."""
+    drawn = pixels(canvas)
+    assert drawn.shape == wanted.shape
+    apart = abs(drawn - wanted)
+    assert apart.max() < 3
+    assert apart.mean() < 0.5
+
+
+def test_the_canvas_is_the_overlay_of_the_figures(visit: Visit, single: Path, result: Result) -> None:
+    assert result.previews is not None
+    page, rise = visit(single, "#step=3"), result.maps["rise"]
+    canvas = pane(page, "canvas")
+    assert_drawn(canvas, covered(result.previews[2], rise[2]))
+    page.select_option("#span", "all")
+    settle(page)
+    assert_drawn(canvas, covered(result.previews[2], rise[2], (rise.min(), rise.max())))
+    page.select_option("#beneath", "image")
+    settle(page)
+    assert_drawn(canvas, covered(result.image, rise[2], (rise.min(), rise.max())))
+    page.select_option("#span", "step")
+    page.uncheck("#smooth")
+    settle(page)
+    cells = np.kron((rise[2] - rise[2].min()) / np.ptp(rise[2]), np.ones((128, 128)))
+    assert_drawn(canvas, 255 * figures.overlay(enlarged(result.image), cells))
+    page.locator("#opacity").fill("0")
+    settle(page)
+    np.testing.assert_array_equal(pixels(canvas), enlarged(result.image))
+    page.locator("#opacity").fill("100")
+    settle(page)
+    alone = figures.overlay(np.zeros_like(enlarged(result.image)), cells) / 0.6
+    assert_drawn(canvas, 255 * alone)
+
+
+def test_every_map_is_drawn(visit: Visit, single: Path, result: Result) -> None:
+    assert result.previews is not None
+    assert result.heat is not None
+    page = visit(single, "#step=5")
+    wanted = {("cam", LAYER): result.maps["cam"][LAYER], ("cam", ""): result.maps["cam"][COMBINED]}
+    wanted |= {("attention", "red (2)"): result.heat[5], ("attention", "circle"): result.heat[2]}
+    wanted |= {("attention", ""): result.maps["attention"], ("relevance", ""): result.maps["relevance"]}
+    for (method, name), maps in wanted.items():
+        pane(page, "method").select_option(method)
+        if method in ("cam", "attention"):
+            pane(page, "variant").select_option(name)
+        told = f"Heat map of {method}{f', {name}' if name else ''} at step 5 of 6, t = 10; highest at row"
+        expect(pane(page, "canvas")).to_have_attribute("aria-label", re.compile(re.escape(told)))
+        shown = covered(result.previews[4], maps[4])
+        if name:  # to 1/255 of the range: a colour up or down
+            assert abs(pixels(pane(page, "canvas")) - shown).max() < 6
+        else:
+            assert_drawn(pane(page, "canvas"), shown)
+        assert pane(page, "variant").is_visible() == (method in ("cam", "attention"))
+
+
+def test_the_address_says_what_is_shown(visit: Visit, single: Path) -> None:
+    page = visit(single)
+    pane(page, "method").select_option("cam")
+    pane(page, "variant").select_option(LAYER)
+    step_to(page, 4)
+    page.wait_for_url(f"**#step=4&method=cam&map={LAYER}")
+    pane(page, "method").select_option("rise")
+    page.wait_for_url("**#step=4")
+
+
+def cursor(page: Page, place: int = 0) -> float:
+    """Where the chart's cursor stands, from 0 at the first step to 1 at the last."""
+    now = pane(page, "chart", place).locator(".now")
+    axis = pane(page, "chart", place).locator(".axis").first
+    at, left, right = (float(one.get_attribute(x) or "nan") for one, x in ((now, "x1"), (axis, "x1"), (axis, "x2")))
+    return (at - left) / (right - left)
+
+
+def assert_at(page: Page, step: int, t: int) -> None:
+    """All that follows the slider has followed to a step of six."""
+    settle(page)
+    text = f"step {step} of 6, t = {t}"
+    assert page.locator("#step-text").text_content() == text
+    assert page.locator("#step").get_attribute("aria-valuetext") == text
+    assert page.locator("#step").input_value() == str(step)
+    assert text in (pane(page, "canvas").get_attribute("aria-label") or "")
+    assert f"at step {step}: " in (pane(page, "chart").get_attribute("aria-label") or "")
+    assert cursor(page) == pytest.approx((step - 1) / 5, abs=0.002)
+    assert pane(page, "strip").locator("canvas").nth(step - 1).get_attribute("class") == "current"
+    assert pane(page, "strip").locator(".current").count() == 1
+
+
+def test_the_slider_leads(visit: Visit, single: Path) -> None:
+    page = visit(single)
+    assert_at(page, 1, 50)
+    box = page.locator("#step").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 8, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 8 + 0.6 * (box["width"] - 16), box["y"] + box["height"] / 2, steps=5)
+    assert_at(page, 4, 20)
+    page.mouse.up()
+    for key, step in (("ArrowRight", 5), ("End", 6), ("ArrowRight", 6), ("ArrowLeft", 5), ("Home", 1)):
+        page.locator("#step").press(key)
+        assert_at(page, step, 60 - 10 * step)
+    page.wait_for_url("**#step=1")
+
+
+def test_the_chart_and_the_strip_lead(visit: Visit, single: Path) -> None:
+    page = visit(single)
+    axis = pane(page, "chart").locator(".axis").last.bounding_box()
+    assert axis is not None
+    at = [axis["x"] + axis["width"] * step / 5 for step in range(6)]
+    page.mouse.click(at[3] + 9, axis["y"] + 60)
+    assert_at(page, 4, 20)
+    page.mouse.move(at[1], axis["y"] + 60)
+    assert_at(page, 4, 20)
+    page.mouse.down()
+    page.mouse.move(at[1] - 9, axis["y"] + 90, steps=4)
+    assert_at(page, 2, 40)
+    page.mouse.move(at[5] + 300, axis["y"] + 60, steps=4)
+    assert_at(page, 6, 0)
+    page.mouse.up()
+    pane(page, "strip").locator("canvas").nth(2).click()
+    assert_at(page, 3, 30)
+    page.wait_for_url("**#step=3")
+
+
+def test_keys_lead_wherever_nothing_else_takes_them(visit: Visit, single: Path) -> None:
+    page = visit(single, "#step=3")
+    for key, step in (("ArrowRight", 4), ("ArrowLeft", 3), ("Home", 1), ("ArrowLeft", 1), ("End", 6)):
+        page.keyboard.press(key)
+        assert_at(page, step, 60 - 10 * step)
+        assert page.locator("#said").text_content() == f"step {step} of 6, t = {60 - 10 * step}"
+    page.keyboard.press("Control+Home")
+    assert_at(page, 6, 0)
+    pane(page, "table").locator("summary").click()
+    for taken in ("[data-part=method]", ".scroll >> nth=0", "#theme"):
+        page.locator(taken).focus()
+        page.keyboard.press("Home")
+    assert_at(page, 6, 0)
+    page.locator("body").click(position={"x": 2, "y": 2})
+    page.keyboard.press("Space")
+    expect(page.locator("#play")).to_have_text("Stop")
+    expect(page.locator("#step-text")).to_have_text("step 3 of 6, t = 30")  # round from the last to the first
+    page.locator("#play").click()
+    expect(page.locator("#play")).to_have_text("Play")
+    stopped = page.locator("#step").input_value()
+    page.wait_for_timeout(450)
+    assert page.locator("#step").input_value() == stopped
+
+
+def point_at(page: Page, row: int, column: int, place: int = 0, of: tuple[int, int] = (2, 3)) -> None:
+    box = pane(page, "canvas", place).bounding_box()
+    assert box is not None
+    x, y = ((at + 0.7) / count for at, count in ((column, of[1]), (row, of[0])))
+    page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+
+
+def value(page: Page, place: int = 0) -> tuple[str, list[float]]:
+    """Where the page says that the pointer is, and the numbers there: the value, and how far it may be off."""
+    told = pane(page, "value", place).text_content() or ""
+    where, _, numbers = told.partition(": ")
+    return where, [float(number) for number in numbers.split(" ± ")]
+
+
+def digits(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+def test_a_pixel_without_a_finite_error_hides_no_other_ones(visit: Visit, tmp_path: Path, result: Result) -> None:
+    errors = result.errors["rise"].copy()
+    errors[:, 0, 0] = np.inf
+    page = visit(report.write([dataclasses.replace(result, errors={"rise": errors})], tmp_path / "page.html"))
+    for (row, column), around in (((0, 0), []), ((1, 2), [digits(errors[0, 1, 2])])):
+        point_at(page, row, column)
+        assert value(page)[1] == [digits(result.maps["rise"][0, row, column]), *around]
+
+
+def test_the_value_under_the_pointer(visit: Visit, single: Path, result: Result) -> None:
+    page, rise, error = visit(single, "#step=4"), result.maps["rise"], result.errors["rise"]
+    for row, column in np.ndindex(2, 3):
+        point_at(page, row, column)
+        where, (number, around) = value(page)
+        assert where == f"row {row}, column {column} of 2×3"
+        assert number == digits(rise[3, row, column])
+        assert around == digits(error[3, row, column])
+        cell, canvas = (pane(page, name).bounding_box() for name in ("cell", "canvas"))
+        assert cell is not None
+        assert canvas is not None
+        assert cell["x"] - canvas["x"] == pytest.approx(column * canvas["width"] / 3, abs=1)
+        assert cell["y"] - canvas["y"] == pytest.approx(row * canvas["height"] / 2, abs=1)
+        assert (cell["width"], cell["height"]) == pytest.approx((canvas["width"] / 3, canvas["height"] / 2), abs=1)
+    page.select_option("#values", "normalised")
+    point_at(page, 1, 2)
+    share = (rise[3] - rise[3].min()) / np.ptp(rise[3])
+    settle(page)
+    assert value(page)[1][0] == digits(share[1, 2])
+    assert value(page)[1][1] == digits(error[3, 1, 2] / np.ptp(rise[3]))
+    assert [pane(page, end).text_content() for end in ("low", "high")] == ["0", "1"]
+    page.select_option("#span", "all")
+    page.select_option("#values", "raw")
+    settle(page)
+    ends = [float(pane(page, end).text_content() or "nan") for end in ("low", "high")]
+    assert ends == [digits(rise.min()), digits(rise.max())]
+    step_to(page, 1)
+    point_at(page, 1, 2)
+    assert value(page)[1][0] == digits(rise[0, 1, 2])
+    page.mouse.move(5, 5)
+    assert pane(page, "cell").is_hidden()
+    assert pane(page, "value").text_content() == "Point at the map to read its values."
+    pane(page, "method").select_option("cam")
+    pane(page, "variant").select_option(LAYER)
+    expect(pane(page, "canvas")).to_have_attribute("aria-label", re.compile(LAYER))
+    point_at(page, 31, 5, of=(32, 32))
+    where, (number,) = value(page)
+    assert where == "row 31, column 5 of 32×32"
+    layer = result.maps["cam"][LAYER][0]
+    assert number == pytest.approx(layer[31, 5], abs=float(np.ptp(layer)) / 250)
+
+
+def test_the_cells_of_the_canvas_are_read_out_by_keys(visit: Visit, single: Path, result: Result) -> None:
+    page, said = visit(single, "#step=2"), result.maps["rise"][1]
+    pane(page, "canvas").focus()
+    keys = ("ArrowDown", "ArrowRight", "ArrowRight", "ArrowUp", "ArrowLeft")
+    for key, (row, column) in zip(keys, ((1, 1), (1, 2), (1, 2), (0, 2), (0, 1)), strict=True):
+        page.keyboard.press(key)
+        told = page.locator("#said").text_content() or ""
+        assert told.startswith(f"row {row}, column {column} of 2×3: {digits(said[row, column]):g} ± ")
+        assert told == pane(page, "value").text_content()
+        assert pane(page, "cell").is_visible()
+    assert page.locator("#step").input_value() == "2"
+    page.keyboard.press("Escape")
+    assert pane(page, "cell").is_hidden()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Tab")
+    assert pane(page, "cell").is_hidden()
+
+
+def test_the_gallery_shows_and_chooses(visit: Visit, single: Path, result: Result) -> None:
+    assert result.previews is not None
+    page = visit(single, "#step=2&method=cam")
+    pane(page, "gallery-name").click()
+    buttons = pane(page, "thumbs").get_by_role("button")
+    expect(buttons).to_have_count(len(result.maps["cam"]))
+    chosen = list(result.maps["cam"]).index(LAYER)
+    before = pixels(buttons.nth(chosen).locator("canvas"))
+    buttons.nth(chosen).press("Enter")
+    expect(pane(page, "canvas")).to_have_attribute("aria-label", re.compile(LAYER))
+    expect(buttons.nth(chosen)).to_have_attribute("aria-pressed", "true")
+    assert pane(page, "thumbs").locator("[aria-pressed=true]").count() == 1
+    assert buttons.nth(chosen).evaluate("(one) => document.activeElement === one")
+    assert pane(page, "variant").input_value() == LAYER
+    step_to(page, 3)
+    settle(page)
+    assert (pixels(buttons.nth(chosen).locator("canvas")) != before).any()
+    pane(page, "method").select_option("attention")
+    expect(buttons).to_have_text(["all words", "a", "red", "circle", "and", "a (2)", "red (2)", "square"])
+    pane(page, "method").select_option("rise")
+    expect(pane(page, "gallery")).to_be_hidden()
+
+
+def drawn_lines(page: Page) -> dict[str, np.ndarray]:
+    """By word, the points of its line: step from 0 to 1, and value in the chart from 0 below to 1 above."""
+    axes = pane(page, "chart").locator(".axis")
+    left, right = (float(axes.first.get_attribute(x) or "nan") for x in ("x1", "x2"))
+    below, above = (float(axes.nth(place).get_attribute("y1") or "nan") for place in (0, 2))
+    found = {}
+    for line in pane(page, "chart").locator("path").all():
+        points = re.findall(r"([\d.-]+),([\d.-]+)", line.get_attribute("d") or "")
+        places = np.array(points, dtype=float) - (left, below)
+        found[line.text_content() or ""] = places / (right - left, above - below)
+    return found
+
+
+def test_lines_are_drawn_and_told(visit: Visit, single: Path, result: Result) -> None:
+    page = visit(single, "#step=2")
+    words = ["a", "red", "circle", "and", "square"]
+    shares = figures.concept_lines(result, words)
+    assert list(drawn_lines(page)) == ["red", "circle", "square"]
+    pane(page, "words").get_by_role("checkbox", name="and").check()
+    pane(page, "words").get_by_role("checkbox", name="circle").uncheck()
+    lines = drawn_lines(page)
+    assert list(lines) == ["red", "and", "square"]
+    for word, points in lines.items():
+        wanted = [[step / 5, share] for step, share in enumerate(shares[word])]
+        np.testing.assert_allclose(points, wanted, atol=1e-3)
+    told = (pane(page, "words").locator("label").all_text_contents(), pane(page, "chart").get_attribute("aria-label"))
+    assert told[0] == [f"{word} {digits(shares[word][1]):g}" for word in words]
+    assert f"at step 2: red {digits(shares['red'][1]):g}, and " in (told[1] or "")
+    pane(page, "table").locator("summary").click()
+    rows = pane(page, "numbers").locator("tr")
+    expect(rows.first.locator("th")).to_have_text(["step", "t", *words])
+    fourth = rows.nth(4).locator("th, td")
+    assert fourth.all_text_contents() == ["4", "20", *(f"{digits(shares[word][3]):g}" for word in words)]
+    pane(page, "shares").uncheck()
+    raw = {word: result.concept(word) for word in words}
+    assert fourth.all_text_contents()[2:] == [f"{digits(raw[word][3]):g}" for word in words]
+    high = max(raw[word].max() for word in lines)
+    for word, points in drawn_lines(page).items():
+        np.testing.assert_allclose(points[:, 1], raw[word] / high, atol=1e-3)
+
+
+def test_two_images_side_by_side(visit: Visit, double: Path, result: Result, other: Result) -> None:
+    assert result.previews is not None
+    assert other.previews is not None
+    page = visit(double, "#step=2")
+    assert page.locator(".pane").count() == 1
+    page.check("#compare")
+    expect(page.locator(".pane")).to_have_count(2)
+    expect(pane(page, "canvas", 1)).to_have_attribute("aria-label", re.compile("step 2 of 9, t = 56"))
+    assert pane(page, "item", 1).input_value() == "1"
+    assert "“a blue square on it”" in (pane(page, "summary", 1).text_content() or "")
+    assert_drawn(pane(page, "canvas", 0), covered(result.previews[1], result.maps["rise"][1]))
+    assert_drawn(pane(page, "canvas", 1), covered(other.previews[1], other.maps["rise"][1]))
+    page.wait_for_url("**#step=2&other-item=1")
+    tops = [one.bounding_box() for one in (pane(page, "canvas"), pane(page, "canvas", 1))]
+    assert tops[0] is not None
+    assert tops[1] is not None
+    assert tops[0]["y"] == tops[1]["y"]
+    page.select_option("#follow", "t")
+    settle(page)
+    for step, followed in ((1, 3), (3, 5), (4, 6), (6, 9)):  # 50 → 48, 30 → 32, 20 → 24 rather than 16, 0 → 0
+        step_to(page, step)
+        assert f"step {followed} of 9" in (pane(page, "canvas", 1).get_attribute("aria-label") or "")
+        assert cursor(page, 1) == pytest.approx((followed - 1) / 8, abs=0.002)
+    pane(page, "strip", 1).locator("canvas").nth(1).click()  # t = 56, next to 50
+    settle(page)
+    assert page.locator("#step").input_value() == "1"
+    page.select_option("#follow", "step")
+    pane(page, "strip", 1).locator("canvas").nth(7).click()  # of which the first image has none
+    settle(page)
+    assert page.locator("#step").input_value() == "8"
+    expect(page.locator("#step-text")).to_have_text("step 6 of 6, t = 0")
+    point_at(page, 1, 0, place=1)
+    for place, shown in enumerate((result.maps["rise"][5], other.maps["rise"][7])):
+        assert value(page, place)[0] == "row 1, column 0 of 2×3"
+        assert value(page, place)[1][0] == digits(shown[1, 0])
+        assert pane(page, "cell", place).is_visible()
+    pane(page, "item", 0).select_option("1")
+    expect(page.locator("#step-text")).to_have_text("step 8 of 9, t = 8")
+    pane(page, "item", 0).select_option("0")
+    expect(page.locator("#step-text")).to_have_text("step 6 of 6, t = 0")
+    page.uncheck("#compare")
+    expect(page.locator(".pane")).to_have_count(1)
+
+
+ADDRESSES = {
+    "": ("step 1 of 6, t = 50", "rise"),
+    "#step=4": ("step 4 of 6, t = 20", "rise"),
+    f"#step=3&method=cam&map={LAYER}": ("step 3 of 6, t = 30", f"cam, {LAYER}"),
+    "#step=3&item=1&method=attention&map=square": ("step 3 of 9, t = 48", "attention, square"),
+    "#step=0": ("step 1 of 6, t = 50", "rise"),
+    "#step=-3": ("step 1 of 6, t = 50", "rise"),
+    "#step=999": ("step 6 of 6, t = 0", "rise"),
+    "#step=1e999&follow=x": ("step 6 of 6, t = 0", "rise"),
+    "#step=x&method=unknown&map=unknown": ("step 1 of 6, t = 50", "rise"),
+    "#step=2&method=cam&map=unknown": ("step 2 of 6, t = 40", "cam"),
+    "#item=7&other-item=9&other-method=<b>": ("step 1 of 6, t = 50", "rise"),
+    "#%E0%A4%A&&==&step": ("step 1 of 6, t = 50", "rise"),
+}
+
+
+def assert_shown(page: Page, text: str, title: str) -> None:
+    expect(page.locator("#step-text")).to_have_text(text)
+    told = re.compile(re.escape(f"Heat map of {title} at {text}"))
+    expect(pane(page, "canvas")).to_have_attribute("aria-label", told)
+
+
+def test_an_address_is_followed_and_nonsense_in_it_ignored(visit: Visit, double: Path) -> None:
+    page = visit(double)
+    for address, shown in ADDRESSES.items():
+        page.goto("about:blank")
+        page.goto(double.as_uri() + address)
+        assert_shown(page, *shown)
+    for address in list(ADDRESSES)[1:7]:
+        page.evaluate("(address) => { location.hash = address; }", address)
+        assert_shown(page, *ADDRESSES[address])
+    page.evaluate("location.hash = '#step=2&item=0&other-item=1&follow=t'")
+    expect(page.locator(".pane")).to_have_count(2)
+    assert_shown(page, "step 2 of 6, t = 40", "rise")
+    expect(pane(page, "canvas", 1)).to_have_attribute("aria-label", re.compile("step 4 of 9, t = 40"))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """A small run of the embedded model."""
+    explainers = [Rise(num_masks=8), Cam(), Relevance(), Attention()]
+    engine = Engine.from_pretrained("shapes", device="cpu", batch_size=8)
+    engine.explain(CAPTION, explainers, num_steps=4, out=folder / "run.h5")
+    return folder / "run.h5"
+
+
+def shown_python(page: Page, given: Result | None = None) -> Any:
+    """What the page's lines of Python give."""
+    *lines, last = (pane(page, "python").text_content() or "").splitlines()
+    seen = {"dfengine": dfengine, "result": given}
+    exec("\n".join(lines), seen)
+    return eval(last, seen)
+
+
+#: By what its canvas is called, a method and one of its maps.
+SHOWN = {
+    "rise": ("rise", ""),
+    "relevance": ("relevance", ""),
+    "cam": ("cam", ""),
+    "cam, mid_block.resnets.1": ("cam", "mid_block.resnets.1"),
+    "attention, circle": ("attention", "circle"),
+    "attention, a (2)": ("attention", "a (2)"),
+}
+
+
+def test_python_gets_the_map_that_is_shown(visit: Visit, run: Path, told: Callable[..., tuple[str, str]]) -> None:
+    told(str(run))
+    page = run.with_suffix(".html")
+    seen = visit(page, "#step=3")
+    for title, (method, name) in SHOWN.items():
+        pane(seen, "method").select_option(method)
+        if name:
+            pane(seen, "variant").select_option(name)
+        expect(pane(seen, "canvas")).to_have_attribute("aria-label", re.compile(rf"^Heat map of {re.escape(title)} at"))
+        wanted = heatmap(variants(page, method)[name][2].astype(np.float32), (64, 64))
+        np.testing.assert_allclose(shown_python(seen), wanted, atol=(1 / 255 if name else 1e-6))
+
+
+def test_a_run_is_shown_with_its_settings_and_versions(
+    visit: Visit, run: Path, told: Callable[..., tuple[str, str]]
+) -> None:
+    told(str(run), "-o", str(run.with_name("settings.html")))
+    page = visit(run.with_name("settings.html"), "#step=4&method=cam")
+    pane(page, "facts").locator("xpath=../summary").click()
+    facts = dict(row.locator("th, td").all_inner_texts() for row in pane(page, "facts").locator("tr").all())
+    with dfengine.open(run) as opened:
+        (item,) = opened
+        assert_drawn(pane(page, "canvas"), covered(item.previews[3], item.maps["cam"][COMBINED][3]))
+        assert facts["time-steps"] == ", ".join(map(str, item.timesteps))
+        assert facts["rise"].startswith("num_masks = 8, ")
+        assert (facts["prompt"], facts["guidance"], facts["seed"]) == (CAPTION, "2.0", "0")
+        assert {name: facts[name] for name in opened.environment} == opened.environment
+
+
+def test_python_of_a_result_in_memory(visit: Visit, single: Path, result: Result) -> None:
+    page = visit(single, "#step=2&method=attention&map=red+(2)")
+    assert result.heat is not None
+    np.testing.assert_array_equal(shown_python(page, result), heatmap(result.heat[5][1], (8, 12)))
+
+
+def test_a_word_that_is_called_as_a_method(visit: Visit, tmp_path: Path) -> None:
+    result = explained("cam and rise")
+    assert result.heat is not None
+    page = visit(report.write([result], tmp_path / "page.html"), "#step=2&method=attention&map=rise")
+    np.testing.assert_array_equal(shown_python(page, result), heatmap(result.heat[2][1], (8, 12)))
+
+
+FOCUSABLE = """[...document.querySelectorAll("button, input, select, summary, a, [tabindex='0']")]
+  .filter((one) => one.checkVisibility() && !one.disabled)"""
+FOCUSED = """() => {
+  const one = document.activeElement, box = one.getBoundingClientRect(), bar = document.getElementById("controls");
+  const style = getComputedStyle(one);
+  return {
+    place: all.indexOf(one),
+    outline: style.outlineStyle === "none" ? 0 : parseFloat(style.outlineWidth),
+    covered: !bar.contains(one) && bar.getBoundingClientRect().top === 0 && box.height < 500
+      && box.bottom > 0 && box.top < bar.getBoundingClientRect().bottom - 1,
+    away: box.bottom < 0 || box.top > innerHeight,
+  };
+}"""
+
+
+def test_tab_reaches_every_control_in_order_and_shows_where_it_is(visit: Visit, double: Path) -> None:
+    page = visit(double, "#method=cam&other-item=1")
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    expect(pane(page, "thumbs").get_by_role("button")).not_to_have_count(0)
+    count = page.evaluate(f"window.all = {FOCUSABLE}; all.length")
+    assert count > 50
+    for key, order in (("Tab", range(count)), ("Shift+Tab", range(count - 2, -1, -1))):
+        for place in order:
+            page.keyboard.press(key)
+            found = page.evaluate(FOCUSED)
+            assert found["outline"] >= 1, (key, found)
+            assert {**found, "outline": 0} == {"place": place, "outline": 0, "covered": False, "away": False}
+
+
+#: What a screen reader can act on or stop at.
+ACTED_ON = {"button", "slider", "combobox", "checkbox", "application", "image", "DisclosureTriangle", "region"}
+
+
+def test_everything_has_a_name_for_a_screen_reader(visit: Visit, double: Path) -> None:
+    page = visit(double, "#method=cam&other-item=1")
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    expect(pane(page, "thumbs").get_by_role("button")).not_to_have_count(0)
+    session = page.context.new_cdp_session(page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    told = [(node["role"]["value"], node["name"]["value"]) for node in nodes if not node["ignored"]]
+    named = [(role, name) for role, name in told if role in ACTED_ON]
+    assert {"button", "slider", "combobox", "checkbox", "application"} <= {role for role, _ in named}
+    assert [role for role, name in named if not name.strip()] == []
+    assert {name for role, name in named if role == "combobox"} >= {"Image", "Method", "Map of", "Beneath it", "Values"}
+    assert {("slider", "Step"), ("region", "first image"), ("region", "second image")} <= set(named)
+    assert page.locator("#said").get_attribute("aria-live") == "polite"
+
+
+#: Of each text, and of controls' edges, the contrast against what is behind it, as a share of what it should be.
+CONTRAST = r"""() => {
+  const parsed = (colour) => (colour.match(/[\d.]+/g) ?? []).map(Number);
+  const linear = (c) => (c <= 10 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) + 0.05;
+  const between = (a, b) => Math.max(light(parsed(a)) / light(b), light(b) / light(parsed(a)));
+  const behind = (one) => {
+    for (let at = one; at; at = at.parentElement) {
+      const colour = parsed(getComputedStyle(at).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+  };
+  const found = [];
+  for (const one of document.querySelectorAll("body *:not(option, optgroup, canvas, noscript, script, template)")) {
+    const style = getComputedStyle(one), name = one.className || one.tagName;
+    if (!one.checkVisibility() || style.visibility === "hidden") continue;
+    const says = one.matches("select") || [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    if (says) found.push([name, between(one instanceof SVGElement ? style.fill : style.color, behind(one)) / 4.5]);
+    if (one.matches("button, select")) found.push([name, between(style.borderTopColor, behind(one.parentElement)) / 3]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_on_light_and_dark_pages(visit: Visit, double: Path, scheme: str) -> None:
+    page = visit(double, "#method=cam&other-item=1", color_scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    expect(pane(page, "thumbs").get_by_role("button")).not_to_have_count(0)
+    papers = []
+    for shown in (scheme, "dark" if scheme == "light" else "light"):
+        found = page.evaluate(CONTRAST)
+        assert len(found) > 100
+        assert [(name, share) for name, share in found if share < 1] == []
+        papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert (sum(map(int, re.findall(r"\d+", papers[-1]))) > 384) == (shown == "light")
+        expect(page.locator("#theme")).to_have_text("Dark page" if shown == "light" else "Light page")
+        page.locator("#theme").click()
+
+
+def of_rise(*shape: int, value: float | None = None) -> Result:
+    """DF-RISE's maps alone, of one value or of random ones."""
+    maps = np.random.default_rng(0).random(shape).astype(np.float32)
+    return one(shape[0], maps={"rise": maps if value is None else np.full_like(maps, value)}, errors={})
+
+
+ODD: dict[str, Callable[[], list[Result]]] = {
+    "a long prompt and 100 steps": lambda: [explained(", ".join([LONG] * 6), 100, (20, 12))],
+    "one step": lambda: [one(1)],
+    "two steps": lambda: [one(2)],
+    "no relevance, no previews": lambda: [one(5, **plain())],
+    "no maps": lambda: [explained("", 5, **plain(maps={}, settings={}))],
+    "not computed": lambda: [interrupted(one())],
+    "nothing computed": lambda: [of_rise(2, 2, 3, value=np.nan)],
+    "constant": lambda: [of_rise(3, 2, 3, value=1)],
+    "large maps": lambda: [of_rise(2, 400, 400)],
+    "portrait": lambda: [one(3, (600, 200))],
+    "landscape": lambda: [one(3, (200, 600))],
+    "eight images": lambda: [explained(f"a red circle {n}", 3 + n) for n in range(8)],
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_results_are_shown(visit: Visit, tmp_path: Path, odd: str) -> None:
+    results = ODD[odd]()
+    page = visit(report.write(results, tmp_path / "page.html"), "#step=2", viewport={"width": 480, "height": 900})
+    steps = len(results[0].timesteps)
+    for wide in (480, 1280):
+        page.set_viewport_size({"width": wide, "height": 900})
+        page.check("#compare")
+        expect(page.locator(".pane")).to_have_count(2)
+        for step in sorted({1, 2, steps} & set(range(1, steps + 1))):
+            step_to(page, step)
+            assert (page.locator("#step-text").text_content() or "").startswith(f"step {step} of {steps}, t = ")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        box = pane(page, "canvas").bounding_box()
+        assert box is not None
+        assert box["height"] <= 0.9 * 900
+        height, width, _ = results[0].image.shape
+        assert box["width"] / box["height"] == pytest.approx(width / height, rel=0.02)
+        page.uncheck("#compare")
+    assert len(page.locator("[data-part=item] option").all()) == len(results)
+
+
+def test_what_is_not_computed_is_told(visit: Visit, tmp_path: Path, result: Result) -> None:
+    assert result.previews is not None
+    page = visit(report.write([interrupted(result)], tmp_path / "page.html"), "#step=2")
+    assert_drawn(pane(page, "canvas"), covered(result.previews[1], result.maps["rise"][1]))
+    assert drawn_lines(page)["red"][-1][0] == pytest.approx(0.2, abs=0.01)
+    step_to(page, 3)
+    np.testing.assert_array_equal(pixels(pane(page, "canvas")), enlarged(result.previews[2]))
+    assert pane(page, "value").text_content() == "The map of this step is not computed."
+    assert pane(page, "scale").evaluate("(one) => getComputedStyle(one).visibility") == "hidden"
+    assert "No map is computed at step 3 of 6" in (pane(page, "canvas").get_attribute("aria-label") or "")
+    assert "at step 3: red not computed" in (pane(page, "chart").get_attribute("aria-label") or "")
+    assert pane(page, "words").locator("label").first.text_content() == "a –"
+    point_at(page, 0, 0)
+    assert pane(page, "value").text_content() == "row 0, column 0 of 2×3: not computed"
+
+
+def test_a_step_alone_has_its_mark_in_the_chart(visit: Visit, tmp_path: Path) -> None:
+    result = one(4)
+    assert result.relevance is not None
+    result.relevance[:, [1, 3]] = np.nan
+    page = visit(report.write([result], tmp_path / "page.html"))
+    paths = pane(page, "chart").locator("path")
+    for path in paths.all():
+        shape = path.get_attribute("d") or ""
+        assert (shape.count("M"), shape.count("h12"), shape.count("L")) == (2, 2, 0)
+    pane(page, "table").locator("summary").click()
+    expect(pane(page, "numbers").locator("tr").nth(2).locator("th, td")).to_have_text(["2", "20", *["–"] * 5])
+
+
+def test_previews_are_offered_where_there_are_some(visit: Visit, tmp_path: Path) -> None:
+    result = one(5, **plain())
+    page = visit(report.write([result], tmp_path / "page.html"))
+    assert page.locator("#beneath").input_value() == "image"
+    assert page.locator("#beneath option").first.is_disabled()
+    assert_drawn(pane(page, "canvas"), covered(result.image, result.maps["rise"][0]))
+    assert pane(page, "curves").is_hidden()
+    assert pane(page, "table").is_hidden()
+
+
+def test_nothing_moves_from_step_to_step(visit: Visit, double: Path) -> None:
+    page = visit(double, "#method=cam&other-item=1")
+    places = """[...document.querySelectorAll("#controls *, canvas, .bar, svg, summary, .words label, select")]
+      .filter((one) => one.checkVisibility() && !one.closest(".strip"))
+      .map((one) => [one, one.getBoundingClientRect()])
+      .map(([one, box]) => `${one.tagName} ${one.id} ${box.x} ${box.y} ${box.height}`)"""
+    seen = []
+    for step in range(1, 7):
+        step_to(page, step)
+        seen.append(page.evaluate(places))
+    for there in seen[1:]:
+        assert there == seen[0]
+
+
+def test_what_is_done_before_images_are_decoded_is_no_error(visit: Visit, double: Path, browser: Browser) -> None:
+    page = visit(double)
+    page.evaluate("""() => {
+      document.getElementById("compare").click();
+      document.getElementById("step").value = 3;
+      document.getElementById("step").oninput();
+    }""")
+    expect(pane(page, "canvas", 1)).to_have_attribute("aria-label", re.compile("step 3 of 9"))
+    early = browser.new_page()
+    early.add_init_script("""
+      const decode = HTMLImageElement.prototype.decode;
+      HTMLImageElement.prototype.decode = async function () {
+        document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+        document.getElementById("opacity").oninput();
+        await new Promise((done) => setTimeout(done, 100));
+        return decode.call(this);
+      };
+    """)
+    errors: list[str] = []
+    early.on("pageerror", lambda error: errors.append(str(error)))
+    early.goto(double.as_uri())
+    early.wait_for_selector("html[data-ready]")
+    early.close()
+    assert errors == []
+
+
+def test_in_a_frame_without_an_address_of_its_own(visit: Visit, single: Path) -> None:
+    page = visit(single)
+    page.evaluate(
+        """(text) => {
+      const frame = Object.assign(document.createElement("iframe"), { srcdoc: text });
+      document.body.append(frame);
+    }""",
+        single.read_text(encoding="utf-8"),
+    )
+    inner = page.frame_locator("iframe")
+    inner.locator("#step").fill("4")
+    expect(inner.locator("#step-text")).to_have_text("step 4 of 6, t = 20")
+    page.wait_for_timeout(500)
+
+
+def test_the_address_changes_less_often_than_browsers_allow(visit: Visit, single: Path) -> None:
+    page = visit(single)
+    count = page.evaluate("""async () => {
+      let count = 0;
+      const replace = history.replaceState.bind(history);
+      history.replaceState = (...what) => { count += 1; replace(...what); };
+      const slider = document.getElementById("step"), start = performance.now();
+      for (let n = 0; performance.now() - start < 900; n++) {
+        slider.value = 1 + n % 6;
+        slider.oninput();
+        await new Promise(requestAnimationFrame);
+      }
+      return count;
+    }""")
+    assert 1 <= count <= 3
+
+
+def large() -> Result:
+    """As of Stable Diffusion with all its layers: 30 steps, 44 layers, 512 × 512 pixels."""
+    random = np.random.default_rng(0)
+
+    def maps(*shape: int) -> np.ndarray:
+        return random.random(size=shape, dtype=np.float32)
+
+    rough = random.integers(256, size=(30, 24, 24, 3), dtype=np.uint8)
+    previews = np.stack([np.asarray(Image.fromarray(image).resize((512, 512))) for image in rough])
+    sides = [64] * 11 + [32] * 12 + [16] * 12 + [8] * 9
+    layers = {f"down_blocks.{n // 4}.resnets.{n % 4}": maps(30, side, side) for n, side in enumerate(sides)}
+    methods = {"rise": maps(30, 64, 64), "cam": {COMBINED: maps(30, 64, 64), **layers}}
+    changes = {"latents": maps(30, 4, 64, 64), "epsilon": maps(30, 4, 64, 64), "heat": None, "words": ()}
+    changes |= {"maps": methods, "errors": {"rise": maps(30, 64, 64)}}
+    return explained(LONG, 30, (512, 512), image=previews[-1], previews=previews, **changes)
+
+
+def test_it_is_quick_and_small(visit: Visit, tmp_path: Path) -> None:
+    path = report.write([large()], tmp_path / "page.html")
+    assert path.stat().st_size < 12e6
+    page = visit(path, "#method=cam")
+    assert page.evaluate("performance.now()") < 5000
+    pane(page, "gallery-name").click()
+    expect(pane(page, "thumbs").get_by_role("button")).to_have_count(45)
+    times = page.evaluate("""async () => {
+      const slider = document.getElementById("step"), times = [];
+      for (let step = 1; step <= 30; step++) {
+        const start = performance.now();
+        slider.value = step;
+        slider.oninput();
+        await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+        times.push(performance.now() - start);
+      }
+      return times;
+    }""")
+    assert np.median(times) < 400
