@@ -34,10 +34,10 @@ BY_HAND = {"rtol": 1e-6, "atol": 1e-6}
 RULES = {"rtol": 1e-5, "atol": 1e-6}
 #: float32 through a whole network and back, its sums in another order: 1e-5 at the worst step; then as `RULES`.
 NETWORK = {"rtol": 1e-4, "atol": 1e-5}
-#: One network with other batches: only the order of its sums differs.
-BATCHES = {"rtol": 1e-4, "atol": 1e-6}
-#: float16 keeps 1e-3 of every activation and gradient, over the depth of a small network.
-HALF = {"rtol": 2e-2, "atol": 0.0}
+#: One network with other batches: only the order of its sums differs, by 1.3e-4 of a small pixel on some processors.
+BATCHES = {"rtol": 5e-4, "atol": 1e-6}
+#: float16 keeps 1e-3 of every activation and gradient, over a small network; processors sum it differently.
+HALF = {"rtol": 4e-2, "atol": 0.0}
 
 
 def array(values: Any) -> np.ndarray:
