@@ -273,7 +273,7 @@ def test_the_verb_writes_beside_the_run(tmp_path: Path, told: Callable[..., tupl
     assert (facts["negative prompt"], facts["seed"], facts["key"]) == ("blurry", str(2**64 - 1), "k1")
     assert {"torch", "dfengine", "device"} < set(facts)
     _, err = told(str(tmp_path / "run.v2.h5"), "--limit", "1")
-    assert err == "dfengine: note: the first 1 of 2 images; --limit or --item for others\n"
+    assert err == "dfengine: note: 1 of 2 images; --limit or --item for others\n"
     out, err = told(str(tmp_path / "run.v2.h5"), "--item", "1", "-o", str(tmp_path / "b.html"), "--title", "<i>")
     assert (out.startswith(f"{tmp_path / 'b.html'}: 1 image, "), err) == (True, "")
     assert [item["number"] for item in described(tmp_path / "b.html")[0]["items"]] == [1]

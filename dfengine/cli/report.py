@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -25,12 +26,12 @@ def report(
     if limit < 1:
         raise ValueError(f"{limit} images are not possible: expected at least 1")
     with store.open(run) as opened:
-        there = [place for place in item or range(len(opened)) if opened[place].has_trajectory]
-        if item and len(there) < len(item):
+        if any(not opened[place].has_trajectory for place in item or []):
             raise ValueError(f"an image that is named is not generated yet: watch it with dfengine watch {run}")
-        numbers = [place % len(opened) for place in there] if item else there[:limit]
-        if len(numbers) < len(there):
-            screen.err.print(f"dfengine: note: the first {limit} of {len(there)} images; --limit or --item for others")
+        there = (place for place in range(len(opened)) if opened[place].has_trajectory)
+        numbers = [*dict.fromkeys(place % len(opened) for place in item)] if item else list(islice(there, limit))
+        if not item and next(there, None) is not None:
+            screen.err.print(f"dfengine: note: {len(numbers)} of {len(opened)} images; --limit or --item for others")
         page = report.write(
             screen.counted((opened[place] for place in numbers), "packing", len(numbers)),
             out or run.parent / f"{run.resolve().name.removesuffix('.h5')}.html",
