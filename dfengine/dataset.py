@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from dfengine.explain import describe
 from dfengine.result import COMBINED, Explanation
 from dfengine.store import schema
 
@@ -52,7 +50,7 @@ def _arrays(result: Explanation) -> Iterator[tuple[str, Any]]:
     yield "schedule/alpha_bar", result.alpha_bar
     yield "latents/latent", result.latents
     yield "latents/epsilon", result.epsilon
-    maps = {name: maps[COMBINED] if isinstance(maps, Mapping) else maps for name, maps in result.maps.items()}
+    maps = {name: result.whole(name) for name in result.maps}
     for path, by_method in (("maps/saliency", maps), ("maps/error", result.errors), ("scores/score", result.scores)):
         if by_method:
             yield path, _stacked(by_method, list(maps))
@@ -90,6 +88,5 @@ def _attributes(result: Explanation) -> dict[str, Any]:
     told = {"prompt": result.prompt, "seed": result.seed, "model": result.model}
     if negative := getattr(result, "negative_prompt", ""):
         told["negative_prompt"] = negative
-    with suppress(ValueError):  # of a file whose explainers are not all known here
-        told["settings"] = json.dumps({name: describe(explainer) for name, explainer in result.settings.items()})
+    told["settings"] = json.dumps({name: dict(result.told(name)) for name in result.maps}, default=repr)
     return told

@@ -15,8 +15,8 @@ from numpy import ndarray
 from PIL import Image
 
 from dfengine import figures
-from dfengine.explain import describe
-from dfengine.result import COMBINED, Explanation
+from dfengine.figures.choosing import computed
+from dfengine.result import Explanation, as_call
 
 #: CSS pixels of the longer side, at most: of the image, and of a picture at a step.
 IMAGE, PICTURE = 192, 128
@@ -49,15 +49,10 @@ def _read(result: Explanation, name: str) -> Any:
 def _maps(result: Explanation) -> dict[str, Float[ndarray, "steps h w"]]:
     """The raw maps of each method, of DF-CAM those of all layers; nothing for those that cannot be read."""
     found = {}
-    for name, maps in result.maps.items():
+    for name in result.maps:
         with suppress(ValueError, OSError, RuntimeError, KeyError):
-            found[name] = np.asarray(maps[COMBINED] if isinstance(maps, Mapping) else maps)
+            found[name] = np.asarray(result.whole(name))
     return found
-
-
-def _computed(maps: Float[ndarray, "steps h w"]) -> list[int]:
-    """The steps that have a map."""
-    return np.flatnonzero(~np.isnan(maps).all((1, 2))).tolist()
 
 
 def _facts(result: Explanation) -> str:
@@ -72,31 +67,15 @@ def _facts(result: Explanation) -> str:
     else:
         rows.append(("steps", f"{len(timesteps)}: t = {timesteps[0]} … {timesteps[-1]}"))
         rows.append(("size", f"image {_size(image.shape[:2])}, latent {_size(latents.shape[1:])}"))
-    settings: Mapping[str, Any] = {}
-    with suppress(ValueError):  # of a file whose explainers are not all known here
-        settings = result.settings
     for name, maps in _maps(result).items():
         layers = f", {len(result.maps[name]) - 1} layers" if isinstance(result.maps[name], Mapping) else ""
-        told = f"; {_told(settings[name])}" if name in settings else ""
-        rows.append((name, f"{len(_computed(maps))} of {len(maps)} maps, {_size(maps.shape[1:])}{layers}{told}"))
+        told = f"; {made}" if (made := as_call(result.told(name))) else ""
+        rows.append((name, f"{len(computed(maps))} of {len(maps)} maps, {_size(maps.shape[1:])}{layers}{told}"))
     cells = (
         f'<tr><th style="{_CELL}">{escape(name)}</th><td style="{_CELL}">{escape(str(text))}</td></tr>'
         for name, text in rows
     )
     return f'<table style="flex:1 1 20em;margin:0">{"".join(cells)}</table>'
-
-
-def _told(explainer: Any) -> str:
-    """An explainer with its settings, but for its name and what is left open; its own repr if it is none of ours."""
-    with suppress(TypeError):
-        settings = describe(explainer)
-        told = [
-            f"{name}={value!r}"
-            for name, value in settings.items()
-            if name not in ("explainer", "name") and value is not None
-        ]
-        return f"{settings['explainer']}({', '.join(told)})"
-    return repr(explainer)
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -106,8 +85,8 @@ def _size(shape: tuple[int, ...]) -> str:
 def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"]) -> str:
     """A column for each of a few steps, of those that have maps if any have: predicted x0 and the maps over it."""
     timesteps, previews, maps = result.timesteps, _read(result, "previews"), _maps(result)
-    computed = {name: _computed(values) for name, values in maps.items()}
-    candidates = sorted({step for steps in computed.values() for step in steps}) or range(len(timesteps))
+    finished = {name: computed(values) for name, values in maps.items()}
+    candidates = sorted({step for steps in finished.values() for step in steps}) or range(len(timesteps))
     steps = [candidates[place] for place in figures.chosen_steps(len(candidates), STEPS)]
     beneath = {step: image if previews is None else previews[step] for step in steps}
     rows = {} if previews is None else {"predicted x0": {step: previews[step] for step in steps}}
@@ -115,7 +94,7 @@ def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"]) -> str:
         rows[name] = {
             step: _bytes(figures.overlay(beneath[step], result.heatmap(name, step)))
             for step in steps
-            if step in computed[name]
+            if step in finished[name]
         }
     head = "".join(f'<td style="{_CELL}">step {step + 1}<br>t = {timesteps[step]}</td>' for step in steps)
     body = "".join(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +80,29 @@ class Explanation:
             raise ValueError(f"{name!r} has no layer {layer!r}: expected one of {', '.join(maps)}")
         return maps[layer or COMBINED]
 
+    def told(self, method: str) -> Mapping[str, Any]:
+        """A method's settings as plain values, and as "explainer" its class's name; nothing of what is not known."""
+        explainer = self.settings.get(method)
+        if not is_dataclass(explainer):
+            return {}
+        return {"explainer": type(explainer).__name__} | {
+            one.name: getattr(explainer, one.name) for one in fields(explainer)
+        }
+
+    def kind(self, method: str) -> str:
+        """The name of a method's explainer, as of the paper's form ("Rise" of `ReleasedRise`); "" where not known.
+
+        What has maps by layer is "Cam".
+        """
+        if isinstance(self.maps[method], Mapping):
+            return "Cam"
+        return str(self.told(method).get("explainer", "")).removeprefix("Released")
+
+    def whole(self, method: str) -> Any:
+        """A method's raw maps, [steps, h, w]: of DF-CAM, those of all layers together."""
+        maps = self.maps[method]
+        return maps[COMBINED] if isinstance(maps, Mapping) else maps
+
     def concept(self, concept: str, *, summed: bool = False) -> Float[ndarray, " steps"]:
         """The relevance of a word or phrase of the prompt at each step: the mean over its tokens, or their sum (as in
         the authors' released code).
@@ -110,7 +133,8 @@ class Explanation:
 
         figures, named = dfengine.figures, {"layers": layers, "concepts": concepts, "words": words}
         given = {name for name, values in named.items() if values is not None}
-        fitting = [name for name in self.maps if given <= {self._takes(name)}]
+        takes = {"Cam": "layers", "Relevance": "concepts", "Attention": "words"}
+        fitting = [name for name in self.maps if given <= {takes.get(self.kind(name))}]
         chosen = method or next(iter(fitting or self.maps), "")
         if given and chosen not in fitting:
             raise ValueError(
@@ -124,14 +148,6 @@ class Explanation:
         if words is not None:
             return figures.attention(self, words, steps)
         return figures.draw(self, chosen, steps)
-
-    def _takes(self, method: str) -> str | None:
-        """What can be named for a method's figure beside the steps."""
-        if isinstance(self.maps[method], Mapping):
-            return "layers"
-        with suppress(ValueError):  # of a file whose explainers are not all known here
-            return {"Relevance": "concepts", "Attention": "words"}.get(type(self.settings.get(method)).__name__)
-        return None
 
     def to_xarray(self) -> xarray.Dataset:
         """All arrays in memory with named axes and coordinates, as `dfengine.store.Run.to_xarray` names them.
@@ -190,8 +206,24 @@ class Result(Explanation):
     """each explainer, under the name its maps are filed by"""
 
 
+def model_name(model: str) -> str:
+    """What a model is called where it is shown: its hub id, or the name of its folder without the path to it."""
+    return PurePath(model).name if PurePath(model).is_absolute() else model
+
+
+def as_call(told: Mapping[str, Any]) -> str:
+    """A method's settings (`Explanation.told`) as they would be given, without those that are left open."""
+    given = {name: told[name] for name in told if name not in ("explainer", "name") and told[name] is not None}
+    settings = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return f"{told.get('explainer', '')}({settings})" if told else ""
+
+
 def heatmap(saliency: Float[ndarray, "h w"], size: tuple[int, int]) -> Float[ndarray, "H W"]:
-    """Min–max to [0, 1] [9], a constant map to zeros, then bilinear to `size` (half-pixel centres)."""
+    """Min–max to [0, 1] [9], a constant map to zeros, then bilinear to `size` (half-pixel centres).
+
+    What is not finite is NaN, and so is what lies between it and its neighbours.
+    """
+    saliency = np.where(np.isfinite(saliency), saliency, np.nan)
     low, high = np.nanmin(saliency), np.nanmax(saliency)
     scaled = (saliency - low) / (high - low) if high > low else np.zeros_like(saliency)
     grid = torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32))[None, None]

@@ -220,16 +220,20 @@ def exponential_timesteps(
 def schedule_name(timesteps: Sequence[int], num_train_timesteps: int = 1000) -> str:
     """What a list of time-steps is called: "uniform", "early, γ = 60", or its ends where it is neither or too short.
 
-    Uniform is what falls by the same number, give or take one; γ is looked for among the whole numbers to 300.
+    Uniform is what falls by the same number, give or take one; γ is looked for among the whole numbers to 300, and left
+    out where several make the same list.
     """
     steps = [int(t) for t in timesteps]
     if len(steps) > 2:
         gaps = {before - after for before, after in itertools.pairwise(steps)}
         if max(gaps) - min(gaps) <= 1:
             return "uniform"
-        for stage, gamma in itertools.product(("early", "latter"), range(301)):
-            if exponential_timesteps(len(steps), gamma, stage, num_train_timesteps) == steps:
-                return f"{stage}, γ = {gamma}"
+        for stage in ("early", "latter") if len(steps) <= num_train_timesteps else ():
+            fitting = [
+                g for g in range(301) if exponential_timesteps(len(steps), g, stage, num_train_timesteps) == steps
+            ]
+            if fitting:
+                return f"{stage}, γ = {fitting[0]}" if len(fitting) == 1 else stage
     return " … ".join(["t = {}", "{}"][: len(steps)]).format(steps[0], steps[-1])
 
 

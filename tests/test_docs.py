@@ -1,4 +1,4 @@
-"""What the documents show is run as it stands there, and what they name exists.
+"""What the documents show is run as it stands there (command lines are parsed), and what they name exists.
 
 Numbers of steps and masks are made smaller; what a reader brings (a pipeline, a file, another tool's maps) is supplied.
 """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy.ndimage import map_coordinates
@@ -83,6 +84,27 @@ def pictures(figure: Figure) -> list[np.ndarray]:
     return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
 
 
+def colour_bars(figure: Figure) -> list[tuple[str, tuple[float, float], dict[str, float]]]:
+    """Of each colour bar its colours, the values of its ends, and by their texts those of its ticks."""
+    found = []
+    for axis in figure.axes:
+        for colours in (mesh for mesh in axis.collections if isinstance(mesh, QuadMesh)):
+            ticks = {
+                text.get_text(): float(place)
+                for side, texts in (
+                    (axis.get_xticks(), axis.get_xticklabels()),
+                    (axis.get_yticks(), axis.get_yticklabels()),
+                )
+                for place, text in zip(side, texts, strict=True)
+            }
+            found.append((colours.get_cmap().name, colours.get_clim(), ticks))
+    return found
+
+
+#: That of heat maps.
+MAPS_BAR = (COLOUR_MAP, (0, 1), {"least": 0, "most": 1})
+
+
 def curves(figure: Figure) -> Axes:
     return next(axis for axis in figure.axes if axis.get_xlabel() == "step")
 
@@ -121,6 +143,15 @@ def test_a_strip_says_prompt_model_seed_step_and_t() -> None:
     assert figure.get_suptitle() == "“a red circle”  ·  shapes, seed 0"
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[:3] == ["image", "step 1, t = 29", "step 30, t = 0"]
+
+
+def test_a_strip_has_each_steps_pictures_and_before_them_the_image_with_the_mean() -> None:
+    made = explained("a cat")
+    previews, heat = np.asarray(made.previews), {step: made.heatmap("rise", step) for step in (3, 1)}
+    expected = [made.image, previews[3], previews[1], overlay(made.image, (heat[3] + heat[1]) / 2)]
+    expected += [overlay(previews[step], heat[step]) for step in heat]
+    for drawn, picture in zip(pictures(strip(made, steps=[3, 1])), expected, strict=True):
+        np.testing.assert_allclose(drawn, picture, atol=1e-6)
 
 
 def test_the_heat_map_lies_over_a_grey_picture() -> None:
@@ -167,10 +198,15 @@ def test_standard_errors_are_a_row_of_shares_of_the_maps_range() -> None:
     share, none = (np.ma.filled(axis.images[0].get_array(), np.nan) for axis in error_axes(figure))
     np.testing.assert_allclose(share, [[0.25, 0.1, 0], [0.05, np.nan, 0.5]], rtol=1e-6)
     assert np.isnan(none).all()
-    drawn = error_axes(figure)[0].images[0]
-    assert (drawn.get_cmap().name, drawn.get_clim()) == (ERROR_MAP, (0, 0.5))
-    bars = [[text.get_text() for text in axis.get_yticklabels()] for axis in figure.axes if not axis.images]
-    assert [texts for texts in bars if texts] == [["least", "most"], ["0", "0.5"]]
+    drawn = [axis.images[0] for axis in error_axes(figure)]
+    assert [(row.get_cmap().name, row.get_clim()) for row in drawn] == [(ERROR_MAP, (0, 0.5))] * 2
+    assert colour_bars(figure) == [MAPS_BAR, (ERROR_MAP, (0, 0.5), {"0": 0, "0.5": 0.5})]
+    assert ERROR_MAP != COLOUR_MAP
+
+
+@pytest.mark.parametrize("method", ["rise", "cam", "relevance", "attention"])
+def test_the_colour_bar_is_of_the_maps_colours(method: str) -> None:
+    assert colour_bars(figures.draw(explained("a red cat"), method, [0])) == [MAPS_BAR]
 
 
 def test_methods_without_errors_have_no_such_row() -> None:
@@ -298,6 +334,7 @@ def test_steps_are_marked_and_their_maps_are_below() -> None:
     marks = [line.get_xdata()[0] for line in curves(figure).lines if line.get_color() == "0.5"]
     assert marks == [2, 5]
     assert [text.get_text() for text in curves(figure).texts] == [" red", " cat", "2", "5"]
+    assert curves(figure).get_xticks().tolist() == [1, 2, 3, 4, 5]
     assert [tick.get_text().strip() for tick in curves(figure).get_xticklabels()] == [
         "1\nt = 40",
         "2",

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from PIL import Image, ImageSequence
 from store_example import PLAN, half, step, trajectory
-from test_figures import LONG, explained, labels, lines, pictures, texts, titles
+from test_figures import LONG, MAPS_BAR, colour_bars, explained, labels, lines, pictures, texts, titles
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, exponential_timesteps, figures, store
@@ -52,6 +54,10 @@ def names(results: Sequence[Any], **options: Any) -> list[str]:
     return [name for name, _ in figures.every(results, **options)]
 
 
+def on_one_line(labels: Sequence[str]) -> list[str]:
+    return [label.replace("\n", " ").replace("\u00a0", " ") for label in labels]
+
+
 def test_one_result_has_every_method_in_its_form_and_a_comparison() -> None:
     made = explained("a red cat")
     drawn = dict(figures.every([made]))
@@ -88,10 +94,7 @@ def test_a_method_that_is_half_done_is_drawn_as_far_as_it_is() -> None:
     assert titles(drawn["cam"]) == ["step 1\nt = 40", "step 5\nt = 0"]
     assert titles(drawn["attention"]) == ["step 3\nt = 20"]
     # Rows of the steps at which most maps are there: of rise and the three others' own.
-    assert [label.replace("\n", " ").replace("\u00a0", " ") for label in labels(drawn["comparison"])] == [
-        "step 2, t = 30",
-        "step 4, t = 10",
-    ]
+    assert on_one_line(labels(drawn["comparison"])) == ["step 2, t = 30", "step 4, t = 10"]
 
 
 def test_relevance_stands_above_a_map_that_is_there() -> None:
@@ -118,22 +121,28 @@ def test_methods_and_steps_restrict_what_is_drawn() -> None:
 
 
 def test_several_images_are_numbered_and_compared_in_rows() -> None:
-    made = [with_methods(explained(prompt, seed=seed), "rise", "cam") for seed, prompt in enumerate(("a cat", "a dog"))]
+    lists = {"a cat": [40, 30, 20, 10, 0], "a dog": [9, 7, 5, 3, 1]}
+    made = [
+        with_methods(explained(prompt, seed=seed, timesteps=np.array(lists[prompt])), "rise", "cam")
+        for seed, prompt in enumerate(lists)
+    ]
     drawn = dict(figures.every(made))
     assert list(drawn) == ["item-000-rise", "item-000-cam", "item-001-rise", "item-001-cam", "comparison"]
-    compared = drawn["comparison"]
-    # Of five steps, the one at three quarters.
-    assert compared.get_suptitle() == "shapes, step 3 of 5: an image a row"
-    assert titles(compared) == ["image", "rise", "cam"]
-    assert [label.replace("\n", " ").replace("\u00a0", " ") for label in labels(compared)] == [
-        "a cat, seed 0, t = 20",
-        "a dog, seed 1, t = 20",
-    ]
-    expected = [[one.image, *(overlay(one.image, one.heatmap(name, 2)) for name in ("rise", "cam"))] for one in made]
-    for picture, wanted in zip(pictures(compared), itertools.chain(*expected), strict=False):
-        np.testing.assert_array_equal(picture, wanted)
-    several = names(made, methods=["rise", "cam"], steps=[0, 3])
-    assert several[-2:] == ["comparison-step-001", "comparison-step-004"]
+    several = dict(figures.every(made, methods=["rise", "cam"], steps=[0, 3]))
+    # Of five steps, the one at three quarters; names count from 0, as `steps` does.
+    assert list(several)[-2:] == ["comparison-step-000", "comparison-step-003"]
+    compared = {2: drawn["comparison"], 0: several["comparison-step-000"], 3: several["comparison-step-003"]}
+    for at, figure in compared.items():
+        assert figure.get_suptitle() == f"shapes, step {at + 1} of 5: an image a row"
+        assert titles(figure) == ["image", "rise", "cam"]
+        assert colour_bars(figure) == [MAPS_BAR]
+        assert on_one_line(labels(figure)) == [
+            f"a cat, seed 0, t = {lists['a cat'][at]}",
+            f"a dog, seed 1, t = {lists['a dog'][at]}",
+        ]
+        expected = [[one.image, *(overlay(one.image, one.heatmap(name, at)) for name in one.maps)] for one in made]
+        for picture, wanted in zip(pictures(figure), itertools.chain(*expected), strict=True):
+            np.testing.assert_array_equal(picture, wanted)
 
 
 def test_of_one_image_a_row_is_a_step_and_what_is_missing_is_said() -> None:
@@ -141,10 +150,12 @@ def test_of_one_image_a_row_is_a_step_and_what_is_missing_is_said() -> None:
     made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(np.asarray(made.maps["rise"]), 4)})
     compared = dict(figures.every([made], steps=[0, 4]))["comparison"]
     assert compared.get_suptitle().replace("\n", " ") == "“a cat”, shapes, seed 0: a step a row"
-    drawn, previews = pictures(compared), np.asarray(made.previews)
-    np.testing.assert_array_equal(drawn[0], previews[0])
-    np.testing.assert_array_equal(drawn[1], overlay(previews[0], made.heatmap("cam", 0)))
-    np.testing.assert_array_equal(drawn[3], overlay(previews[4], made.heatmap("rise", 4)))
+    assert on_one_line(labels(compared)) == ["step 1, t = 40", "step 5, t = 0"]
+    previews = np.asarray(made.previews)
+    expected = [previews[0], overlay(previews[0], made.heatmap("cam", 0)), previews[4]]
+    expected += [overlay(previews[4], made.heatmap(method, 4)) for method in ("rise", "cam")]
+    for drawn, picture in zip(pictures(compared), expected, strict=True):
+        np.testing.assert_array_equal(drawn, picture)
     assert [text.get_text() for axis in compared.axes for text in axis.texts] == ["not\ncomputed"]
 
 
@@ -190,6 +201,11 @@ def test_what_none_of_the_images_has_is_refused_at_once(
         draws([explained("a cat"), explained("a cat", steps=7)], **options)
 
 
+def reach(schedule: Axes) -> list[list[float]]:
+    """From where to where the lines beneath the time-steps go."""
+    return [line.get_xdata().tolist() for line in schedule.lines if line.get_marker() != "|"]
+
+
 def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None:
     made = sweep()
     drawn = dict(figures.every(made))
@@ -200,8 +216,25 @@ def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None
     assert [axis.get_ylabel() for axis in axes[::3]] == ["seed 0", "seed 1"]
     # Images are numbered by schedule, then by seed.
     assert [int(picture[0, 0, 0]) for picture in pictures(samples)] == [0, 2, 4, 1, 3, 5]
-    assert [line.get_xdata().tolist() for line in schedule.lines if line.get_marker() == "|"] == [*LISTS.values()]
+    marks = [line for line in schedule.lines if line.get_marker() == "|"]
+    assert [line.get_xdata().tolist() for line in marks] == [*LISTS.values()]
+    # The first is the uppermost, and each has its name beside it.
+    assert [set(line.get_ydata()) for line in marks] == [{3}, {2}, {1}]
+    heights = dict(zip((text.get_text() for text in schedule.get_yticklabels()), schedule.get_yticks(), strict=True))
+    assert heights == dict(zip(LISTS, (3, 2, 1), strict=True))
+    # From noise to image, with room at both ends.
+    assert schedule.get_xlim() == pytest.approx((1008.99, -9.99))
+    assert reach(schedule) == [[0, 999]] * 3
     assert samples.get_suptitle() == "“a red cat”  ·  shapes"
+
+
+def test_the_axis_of_time_steps_reaches_a_later_one_than_999() -> None:
+    longer, *others = sweep(seeds=(0,))
+    longer = dataclasses.replace(longer, timesteps=np.array([1200, 900, 600, 300, 0]))
+    (group,) = grouping.groups([longer, *others])
+    *_, schedule = group.samples().axes
+    assert schedule.get_xlim() == pytest.approx((1212, -12))
+    assert reach(schedule) == [[0, 1200]] * 3
 
 
 def test_only_what_belongs_together_is_in_one_group() -> None:
@@ -285,6 +318,10 @@ def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
     assert [uniform.get_title(), early.get_title()] == ["uniform", "early, γ = 60"]
     np.testing.assert_allclose([line.get_ydata() for line in uniform.lines], [[0.5] * 3, [1] * 3])
     np.testing.assert_allclose([line.get_ydata() for line in early.lines], [[0.5, 0.5, 0], [1] * 3])
+    assert [line.get_xdata().tolist() for line in uniform.lines] == [[1, 2, 3]] * 2
+    for axis, (first, _, last) in ((uniform, lists["uniform"]), (early, lists["early"])):
+        assert axis.get_xticks().tolist() == [1, 2, 3]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == [f"1\nt = {first}", "2", f"3\nt = {last}"]
     # s/√2 of 1/4 and 3/4 is 1/4, of 0 and 1 it is 1/2.
     ends = np.asarray(uniform.collections[0].get_paths()[0].vertices)
     assert {(float(x), round(float(y), 6)) for x, y in ends} == {(1, 0.25), (1, 0.75), (2, 0.5), (3, 0.25), (3, 0.75)}
@@ -339,6 +376,30 @@ def box(axis: Any, shape: tuple[int, ...]) -> tuple[slice, slice]:
     return slice(round(shape[0] - y1) - 1, round(shape[0] - y0) + 2), slice(round(x0) - 1, round(x1) + 2)
 
 
+def away_from(drawn: np.ndarray, picture: np.ndarray) -> float:
+    """How far a picture in [0, 1] is from what is drawn of it, [0, 255]: the mean over the middles of its pixels."""
+    rows, columns = (
+        (np.arange(count) + 0.5) * side / count for count, side in zip(picture.shape, drawn.shape[:2], strict=False)
+    )
+    return float(np.abs(drawn[np.ix_(rows.astype(int), columns.astype(int))] - 255 * picture).mean())
+
+
+def test_a_frame_tells_its_step_and_its_t(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its figure, whose texts and pictures are those of the frame that was drawn last."""
+    made = explained("a red cat", steps=12)
+    figure, line, axes = laid_out = animation._layout(made)
+    monkeypatch.setattr(animation, "_layout", lambda _: laid_out)
+    told = []
+    for at, _ in zip((0, 8, 11), animation._frames(made, "cam", [0, 8, 11]), strict=True):
+        told.append(line.get_text().replace("\u2007", "_"))
+        beneath = np.asarray(made.previews)[at]
+        np.testing.assert_array_equal(axes[0].images[0].get_array(), beneath)
+        np.testing.assert_array_equal(axes[1].images[0].get_array(), overlay(beneath, made.heatmap("cam", at)))
+    assert told == ["step _1 of 12, t = 110", "step _9 of 12, t = _30", "step 12 of 12, t = __0"]
+    assert titles(figure) == ["predicted $x_0$", "cam, combined"]
+    assert colour_bars(figure) == [MAPS_BAR]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: str) -> None:
     colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [200, 200, 30], [0, 0, 0]], np.uint8)
@@ -356,8 +417,11 @@ def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: st
     line.set_text("step 5 of 5, t = 40")
     figure.canvas.draw()
     left, right, told = (box(artist, shown[0].shape) for artist in (*axes, line))
-    for frame, colour in zip(shown, colours[[0, 1, 3]].astype(int), strict=True):
-        assert np.abs(frame[left][10:-10, 10:-10] - colour).max() <= 12
+    for frame, at in zip(shown, (0, 1, 3), strict=True):
+        assert np.abs(frame[left][10:-10, 10:-10] - colours[at].astype(int)).max() <= 12
+        overlaid = {other: overlay(made.previews[at], made.heatmap(method, other)) for other in (0, 1, 3)}
+        away = {other: away_from(frame[right], overlaid[other]) for other in overlaid}
+        assert away.pop(at) < 3 < 20 < min(away.values())
     for before, after in itertools.pairwise(shown):
         changed = (before != after).any(-1)
         assert all(changed[place].any() for place in (left, right, told))
@@ -511,3 +575,25 @@ def test_a_folder_that_may_not_be_written_is_one_line(
     status, out, noted = command(begun)
     assert (status, out) == (2, "")
     assert noted == "dfengine: [Errno 13] Permission denied: 'run.figures'\n"
+
+
+def test_names_of_files_are_unlike_on_any_disk() -> None:
+    maps = {name: np.zeros((1, 2, 2), np.float32) for name in ("a/b", "a-b", "comparison", "..", "Rise", "rise", "")}
+    named = [one.name for one in figures.drawings([explained("a cat", 1, maps=maps)])]
+    assert named == ["a-b", "a-b-2", "comparison-2", "--", "Rise", "rise-2", "-"]
+
+
+def test_relevance_of_any_image_is_looked_for() -> None:
+    plain = explained("a cat", 3)
+    lists = [np.array([9, 5, 0]), np.array([9, 8, 0])]
+    without = dataclasses.replace(plain, maps={"rise": plain.maps["rise"]}, prompt="a dog")
+    results = [without, *(dataclasses.replace(plain, timesteps=steps) for steps in lists)]
+    assert "concepts" in dict(figures.every(results, methods=["relevance"]))
+
+
+def test_a_word_that_begins_with_an_underscore_is_in_the_legend() -> None:
+    lines = {"_hidden": [0.0, 1.0], "cat": [1.0, 0.0]}
+    sums = dict.fromkeys(lines, (1.0, 1.0, 1.0))
+    figure = figures.concepts([("", {"one": lines}, {"one": sums})], {"one": [9, 0]})
+    (legend,) = figure.findobj(lambda artist: isinstance(artist, Legend) and len(artist.get_texts()) == 2)
+    assert [text.get_text() for text in legend.get_texts()] == ["_hidden", "cat"]

@@ -176,9 +176,9 @@ def test_the_area_is_told_where_the_curve_is_not(curve: list[float], corner: tup
 def test_what_is_not_computed_is_said_to_be() -> None:
     image, nothing = photo(6, 9), np.full(4, np.nan)
     falling, overflowed = np.linspace(1, 0, 4), np.array([0, np.inf, 1, 1])
-    part = heat(6, 9)
+    part, without = heat(6, 9), np.full((6, 9), np.nan, np.float32)
     part[0, 0] = np.nan
-    figure = ablation(image, {"FID": (heat(6, 9), nothing, falling), "cos": (part, overflowed, nothing)})
+    figure = ablation(image, {"FID": (part, nothing, falling), "cos": (without, overflowed, nothing)})
     rows = np.array(figure.axes).reshape(2, 3)
     absent = [["not\ncomputed"]]
     assert [told(axis) for axis in rows[0]] == [[], *absent, ["AUC 0.50"]]
@@ -189,7 +189,7 @@ def test_what_is_not_computed_is_said_to_be() -> None:
     figure.draw_without_rendering()
     np.testing.assert_allclose(rows[1, 0].get_window_extent().size, rows[0, 0].get_window_extent().size)
     assert rows[1, 1].get_ylim() == (0, 1)
-    cells = comparison([image], {"rise": [heat(6, 9)], "lime": [part]}, ["a cat"]).axes
+    cells = comparison([image], {"rise": [part], "lime": [without]}, ["a cat"]).axes
     assert [told(axis) for axis in cells[:3]] == [[], [], *absent]
     assert not cells[2].images
 

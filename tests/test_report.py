@@ -177,7 +177,7 @@ class Tags(HTMLParser):
 
 def test_markup_in_prompt_title_and_model_is_text(tmp_path: Path) -> None:
     harmless, harmful = (
-        report.write([explained(text, model=text)], tmp_path / "page.html", title=text, source=text).read_text("utf-8")
+        report.write([explained(text, model=text)], tmp_path / "page.html", title=text).read_text("utf-8")
         for text in ("a circle", NASTY)
     )
     (tmp_path / "harmless.html").write_text(harmless, encoding="utf-8")
@@ -186,11 +186,23 @@ def test_markup_in_prompt_title_and_model_is_text(tmp_path: Path) -> None:
     assert [tag for tag, _ in seen.tags] == [tag for tag, _ in wanted.tags]
     assert seen.texts["title"].strip() == seen.texts["h1"].strip() == NASTY
     data, _ = described(tmp_path / "page.html")
-    assert (data["items"][0]["prompt"], data["items"][0]["model"], data["source"]) == (NASTY,) * 3
+    assert (data["items"][0]["prompt"], data["items"][0]["model"]) == (NASTY,) * 2
+
+
+def test_a_models_folder_is_told_without_the_path_to_it(tmp_path: Path) -> None:
+    page = report.write(one(model="/home/me/models/sd15"), tmp_path / "page.html")
+    data, _ = described(page)
+    assert (data["items"][0]["model"], dict(data["items"][0]["facts"])["model"]) == ("sd15", "sd15")
+    assert "/home/me" not in page.read_text("utf-8")
+
+
+def test_a_page_of_several_prompts_is_named_by_none_of_them(tmp_path: Path) -> None:
+    page = report.write([one(), explained("a blue square", 2)], tmp_path / "page.html")
+    assert Tags(page).texts["title"].strip() == "2 images"
 
 
 def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
-    page = report.write([one()], tmp_path / "page.html", source="run.h5")
+    page = report.write(one(), tmp_path / "page.html")
     seen = Tags(page)
     assert set(re.findall(r"\w+://[^\s\"'`]+", page.read_text(encoding="utf-8"))) == {SVG}
     loading = {"src", "href", "srcset", "data", "action", "poster", "background"}
@@ -268,7 +280,9 @@ def test_the_verb_writes_beside_the_run(tmp_path: Path, told: Callable[..., tupl
     assert (re.fullmatch(re.escape(f"{page}: 2 images") + size, out) is not None, err) == (True, "")
     data, kept = described(page)
     assert ([item["number"] for item in data["items"]], len(kept)) == ([0, 1], 2)
-    assert data["source"] == str(tmp_path / "run.v2.h5")
+    assert {item["source"] for item in data["items"]} == {"run.v2.h5"}
+    assert str(tmp_path) not in page.read_text("utf-8")  # a page is for others
+    assert Tags(page).texts["title"].strip() == "run.v2.h5"  # its two images have a prompt each
     facts = dict(data["items"][1]["facts"])
     assert (facts["negative prompt"], facts["seed"], facts["key"]) == ("blurry", str(2**64 - 1), "k1")
     assert {"torch", "dfengine", "device"} < set(facts)
@@ -283,8 +297,8 @@ def test_the_verb_writes_beside_the_run(tmp_path: Path, told: Callable[..., tupl
 def test_mistakes_on_the_command_line_are_one_line(half_done: Path, refused: Callable[..., str]) -> None:
     run = str(half_done)
     assert "item 2 is not in" in refused("report", run, "--item", "2")
-    assert "an image that is named is not generated yet" in refused("report", run, "--item", "0", "--item", "1")
-    assert "0 images are not possible" in refused("report", run, "--limit", "0")
+    assert "item 1 is not generated yet" in refused("report", run, "--item", "0", "--item", "1")
+    assert "--limit" in refused("report", run, "--limit", "0")
     assert "expected .html" in refused("report", run, "-o", "page.pdf")
     assert "does not exist: make it first" in refused("report", run, "-o", "nowhere/page.html")
     assert "does not exist" in refused("report", str(half_done.parent / "none.h5"))
@@ -292,7 +306,7 @@ def test_mistakes_on_the_command_line_are_one_line(half_done: Path, refused: Cal
 
 
 def test_an_image_that_is_not_generated_yet_is_left_out(half_done: Path, told: Callable[..., tuple[str, str]]) -> None:
-    assert told(str(half_done))[0].startswith(f"{half_done.with_suffix('.html')}: 1 image, ")
+    assert told(str(half_done))[0].startswith(f"{half_done.with_name('half.html')}: 1 image, ")
 
 
 def test_a_run_of_which_nothing_is_generated_is_told(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -816,7 +830,10 @@ SHOWN = {
 }
 
 
-def test_python_gets_the_map_that_is_shown(visit: Visit, run: Path, told: Callable[..., tuple[str, str]]) -> None:
+def test_python_gets_the_map_that_is_shown(
+    visit: Visit, run: Path, told: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
     told(str(run))
     page = run.with_suffix(".html")
     seen = visit(page, "#step=3")
@@ -840,7 +857,7 @@ def test_a_run_is_shown_with_its_settings_and_versions(
         (item,) = opened
         assert_drawn(pane(page, "canvas"), covered(item.previews[3], item.maps["cam"][COMBINED][3]))
         assert facts["time-steps"] == ", ".join(map(str, item.timesteps))
-        assert facts["rise"].startswith("num_masks = 8, ")
+        assert facts["rise"].startswith("Rise(num_masks=8, ")
         assert (facts["prompt"], facts["guidance"], facts["seed"]) == (CAPTION, "2.0", "0")
         assert {name: facts[name] for name in opened.environment} == opened.environment
 

@@ -16,8 +16,10 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from store_example import PLAN, fill, trajectory
 
+import dfengine
 from dfengine import Attention, Cam, Relevance, Rise, figures, store
-from dfengine.result import COMBINED, Result, heatmap
+from dfengine.explain import describe
+from dfengine.result import COMBINED, Result, as_call, heatmap, model_name
 from dfengine.words import Tokens
 
 
@@ -295,3 +297,32 @@ def test_to_xarray_without_xarray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(ValueError, match=r"pip install 'dfengine\[xarray\]'"):
         whole().to_xarray()
+
+
+def test_what_is_not_finite_is_nan_and_its_neighbourhood_alone() -> None:
+    saliency = np.array([[1.0, np.inf], [3.0, 2.0], [2.0, 1.0], [1.0, 2.0]], np.float32)
+    heat = heatmap(saliency, (4, 2))
+    np.testing.assert_allclose(heat, [[0, np.nan], [1, 0.5], [0.5, 0], [0, 0.5]])
+    assert np.isnan(heatmap(saliency, (8, 4))[:3, 1:]).all()
+    assert np.isfinite(heatmap(saliency, (8, 4))[4:]).all()
+
+
+def test_a_models_name_is_its_hub_id_or_its_folders() -> None:
+    assert model_name("stabilityai/sd-turbo") == "stabilityai/sd-turbo"
+    assert model_name("/data/models/sd15") == "sd15"
+    assert model_name("shapes") == "shapes"
+
+
+def test_one_unknown_explainer_leaves_the_others_known(tmp_path: Path) -> None:
+    rise = describe(Rise(3))
+    methods = (store.Method("mine", {"explainer": "Mine", "much": 2}), store.Method("rise", rise, num_masks=3))
+    with store.Writer.create(tmp_path / "run.h5", dataclasses.replace(PLAN, methods=methods, layers=())) as writer:
+        fill(writer)
+    with dfengine.open(tmp_path / "run.h5") as run:
+        item = run[0]
+        assert [item.kind(name) for name in item.maps] == ["Mine", "Rise"]
+        assert item.told("rise") == rise
+        assert as_call(item.told("mine")) == "Mine(much=2)"
+        assert json.loads(item.to_xarray().attrs["settings"])["mine"] == {"explainer": "Mine", "much": 2}
+        with pytest.raises(ValueError, match="'Mine' is not known"):
+            item.settings  # noqa: B018

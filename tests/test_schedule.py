@@ -334,6 +334,14 @@ def test_a_schedule_is_called_by_its_name(stage: str, num_steps: int) -> None:
         assert schedule_name(scheduler.timesteps.tolist()) == "uniform"
 
 
+def test_a_gamma_that_others_share_is_not_told() -> None:
+    """Of a few steps several make the same list."""
+    steps = exponential_timesteps(5, 181, "early")
+    assert exponential_timesteps(5, 180, "early") == steps
+    assert schedule_name(steps) == "early"
+    assert schedule_name(sorted([*range(1200), 3999], reverse=True)) == "t = 3999 … 0"
+
+
 def test_another_list_is_called_by_its_ends() -> None:
     assert schedule_name([900, 500, 7]) == "t = 900 … 7"
     assert schedule_name(exponential_timesteps(30, 60.5)) == "t = 999 … 74"

@@ -49,6 +49,9 @@ def test_where_it_came_from_is_told(tmp_path):
         ("a.h5", "r1", "one"),
         ("b.h5", "r2", "other"),
     ]
+    with store.open(tmp_path / "all.h5") as unlike, store.open(first) as alone:
+        assert [item.environment for item in unlike] == [{}, {}]  # which of the two it was is not in the file
+        assert [item.environment["device"] for item in alone] == ["one"]
 
 
 def test_each_item_is_taken_once_and_finished_if_it_can_be(tmp_path):

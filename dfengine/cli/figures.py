@@ -85,8 +85,7 @@ def _draw_all(
 def _folder(run: Path, out: Path | None) -> Path:
     """Where the figures go. Raises ValueError where that can be no folder."""
     if out is None:
-        run = run if run.name else run.resolve()
-        out = run.with_name(f"{run.name.removesuffix('.h5').removesuffix('.part')}.figures")
+        out = options.beside(run, ".figures")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder for the figures (-o)")
     if not out.parent.is_dir():

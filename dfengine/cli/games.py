@@ -135,13 +135,13 @@ def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary:
     """The table as Markdown and JSON, Figures 3 and 4 and, of several kinds of DF-RISE, Figure 5."""
     from dfengine import evaluate as evaluation
     from dfengine import figures
-    from dfengine.result import heatmap
+    from dfengine.result import heatmap, model_name
 
     (out / "table.md").write_text("\n".join(evaluation.faithfulness_table(summary)) + "\n")
     (out / "table.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     where = f"step {summary.step + 1} of {summary.num_steps}, t = {summary.timestep}"
     curves = {name: {game: score.curve for game, score in by.items()} for name, by in summary.methods.items()}
-    title = f"{summary.model}: {summary.num_items} images, {where}, {summary.distance}"
+    title = f"{model_name(summary.model)}: {summary.num_items} images, {where}, {summary.distance}"
     figures.save_both(figures.curves(_arrays(curves), title), out / "curves")
     items = found.shared()[:_SHOWN]
     images = [path.image.numpy() for path in engine.sample([jobs[item] for item in items])]
@@ -149,8 +149,9 @@ def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary:
     heat = {
         name: [heatmap(turns[item].saliency.numpy(), size) for item in items] for name, turns in found.turns.items()
     }
-    prompts = [jobs[item].prompt for item in items]
-    figures.save_both(figures.comparison(images, heat, prompts, where), out / "comparison")
+    shown = [f"{jobs[item].prompt}, seed {jobs[item].seed}" for item in items]
+    model = model_name(summary.model)
+    figures.save_both(figures.comparison(images, heat, shown, f"{model}, {where}"), out / "comparison")
     kinds = [name for name in found.turns if name.startswith("rise")]
     if len(kinds) > 1:
         distance = "frechet-single" if summary.distance == "frechet-set" else summary.distance
@@ -158,7 +159,9 @@ def write(out: Path, engine: Engine, jobs: Sequence[Any], found: Games, summary:
         for name in kinds:
             (both,) = evaluation.normalised(evaluation.item_curves([found.turns[name][items[0]]], distance))
             rows[name] = (heat[name][0], *both)
-        figures.save_both(figures.ablation(images[0], rows, f"{prompts[0]}: {where}, {distance}"), out / "ablation")
+        figures.save_both(
+            figures.ablation(images[0], rows, f"{shown[0]}: {model}, {where}, {distance}"), out / "ablation"
+        )
 
 
 def _arrays(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

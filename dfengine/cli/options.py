@@ -56,6 +56,12 @@ def engine(model: str, *, image_size: str | None = None, batch_size: str = "auto
     )
 
 
+def beside(run: Path, ending: str) -> Path:
+    """A name beside a file or run folder: its own, with another ending."""
+    run = run if run.name and run.name != ".." else run.resolve()
+    return run.with_name(run.name.removesuffix(".h5").removesuffix(".part") + ending)
+
+
 def texts(path: Path | None, limit: int) -> list[str]:
     """The prompts of a file, if there is one."""
     from dfengine import prompts

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from numpy import ndarray
 from PIL import Image
 
-from dfengine.figures.choosing import computed, whole, within
+from dfengine.figures.choosing import computed, within
 from dfengine.figures.parts import COLOUR_MAP, bare, heading, label_of, overlay, shortened
 from dfengine.result import Explanation
 
@@ -50,7 +50,7 @@ def animate(
         raise ValueError(f"{seconds_per_step} seconds a step are not possible: expected at least 0.01")
     if method not in result.maps:
         raise ValueError(f"there is no map {method!r}: expected one of {', '.join(result.maps) or 'none'}")
-    finished = computed(whole(result, method))
+    finished = computed(result.whole(method))
     shown = finished if steps is None else within(steps, len(result.timesteps), finished)
     if not shown:
         raise ValueError(f"there is nothing to animate: no step of {method!r} is computed yet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -21,21 +20,6 @@ def chosen_steps(num_steps: int, count: int = 6) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, num_steps - 1, min(count, num_steps))})
 
 
-def kind(result: Explanation, method: str) -> str:
-    """The name of a method's explainer; of what has maps by layer, DF-CAM's."""
-    if isinstance(result.maps[method], Mapping):
-        return "Cam"
-    with suppress(ValueError):  # of a file whose explainers are not all known here
-        return type(result.settings.get(method)).__name__
-    return ""
-
-
-def whole(result: Explanation, method: str) -> Any:
-    """A method's raw maps, [steps, h, w]: of DF-CAM, those of all layers together."""
-    maps = result.maps[method]
-    return maps[COMBINED] if isinstance(maps, Mapping) else maps
-
-
 def computed(maps: Any) -> list[int]:
     """The steps of maps [steps, h, w] that are not NaN throughout."""
     return np.flatnonzero(~np.isnan(np.asarray(maps)).all(axis=(1, 2))).tolist()
@@ -45,17 +29,17 @@ def finished_steps(result: Explanation, method: str) -> list[int]:
     """The steps of which all is computed that a method's form shows; none where there is no such map."""
     if method not in result.maps:
         return []
-    match kind(result, method):
+    match result.kind(method):
         case "Cam":
             maps = result.maps[method]
             return _common(computed(maps[name]) for name in (COMBINED, *main_layers(maps)))
         case "Relevance" if result.tokens is not None:
             lines = [*lines_of(result).values()]
             finite = np.flatnonzero(np.isfinite(lines).all(0)).tolist() if lines else []
-            return _common([computed(whole(result, beneath(result))), finite])
+            return _common([computed(result.whole(beneath(result))), finite])
         case "Attention":
             return _common(computed(maps) for maps in np.asarray(result.heat)) if result.words else []
-    return computed(whole(result, method))
+    return computed(result.whole(method))
 
 
 def within(steps: Iterable[int], total: int, finished: Container[int]) -> list[int]:
@@ -82,7 +66,7 @@ def beneath(result: Explanation) -> str:
     """The method whose map stands below the lines of relevance: of those with a finished step DF-CAM if it is there,
     else DF-RISE, else relevance itself."""
     preferred = {"Cam": 0, "Rise": 1, "Relevance": 2}
-    return min(result.maps, key=lambda name: (not computed(whole(result, name)), preferred.get(kind(result, name), 3)))
+    return min(result.maps, key=lambda name: (not computed(result.whole(name)), preferred.get(result.kind(name), 3)))
 
 
 def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) -> dict[str, Float[ndarray, " steps"]]:

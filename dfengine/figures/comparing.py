@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,9 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from dfengine.figures.choosing import chosen_steps, computed, whole, within
+from dfengine.figures.choosing import chosen_steps, computed, within
 from dfengine.figures.games import comparison
-from dfengine.figures.parts import Figure, shortened
+from dfengine.figures.parts import Figure, quoted, shortened
 from dfengine.result import Explanation
 
 
@@ -35,7 +36,7 @@ def compare_steps(
         images,
         {method: [_heat(result, method, step) for step in chosen] for method in finished},
         [_together(f"step {step + 1}", f"t = {result.timesteps[step]}") for step in chosen],
-        f"“{result.prompt}”, {shortened(result.model)}, seed {result.seed}: a step a row",
+        f"{quoted(result.prompt)}, {shortened(result.model)}, seed {result.seed}: a step a row",
         "image" if result.previews is None else "predicted x0",
     )
 
@@ -61,11 +62,16 @@ def compare_images(
         step: comparison(
             [result.image for result in results],
             {method: [_heat(result, method, step) for result in results] for method in finished},
-            [f"{one.prompt}, {_together(f'seed {one.seed}', f't = {one.timesteps[step]}')}" for one in results],
+            [f"{_shown(one)}, {_together(f'seed {one.seed}', f't = {one.timesteps[step]}')}" for one in results],
             f"{model}, step {step + 1} of {total}: an image a row",
         )
         for step in chosen
     }
+
+
+def _shown(result: Explanation) -> str:
+    """A prompt that may stand beside a picture."""
+    return textwrap.shorten(result.prompt, 120, placeholder=" …") or "a given image"
 
 
 def _together(*parts: str) -> str:
@@ -76,7 +82,7 @@ def _together(*parts: str) -> str:
 def _finished(results: Sequence[Explanation], methods: Sequence[str]) -> dict[str, list[int]]:
     """The finished steps of every image's map, by method, of those that have any."""
     found = {
-        method: [step for one in results if method in one.maps for step in computed(whole(one, method))]
+        method: [step for one in results if method in one.maps for step in computed(one.whole(method))]
         for method in methods
     }
     return {method: steps for method, steps in found.items() if steps}
@@ -90,6 +96,6 @@ def _shared(finished: dict[str, list[int]]) -> list[int]:
 
 def _heat(result: Explanation, method: str, step: int) -> Float[ndarray, "H W"]:
     """The heat map, NaN where it is not computed."""
-    if method in result.maps and not np.isnan(np.asarray(whole(result, method)[step])).all():
+    if method in result.maps and not np.isnan(np.asarray(result.whole(method)[step])).all():
         return result.heatmap(method, step)
     return np.full(result.image.shape[:2], np.nan, dtype=np.float32)

@@ -36,8 +36,12 @@ def concepts(
         axes[0].set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes[0].set_ylabel("relevance", fontsize=FONT_SIZE)
         _draw_sums(axes[-1], sums)
-        handles, labels = axes[0].get_legend_handles_labels()
-        row.legend(handles, labels, loc="outside lower left", ncols=8, fontsize=FONT_SIZE - 2, frameon=False)
+        names = [*lines[schedules[0]]]
+        legend = row.legend(
+            axes[0].get_lines(), names, loc="outside lower left", ncols=8, fontsize=FONT_SIZE - 2, frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         for axis in axes:
             axis.tick_params(labelsize=FONT_SIZE - 2)
             axis.spines[["top", "right"]].set_visible(False)

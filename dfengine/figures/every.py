@@ -6,9 +6,10 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Protocol, TypeVar, runtime_checkable
 
-from dfengine.figures.choosing import finished_steps, kind, within
+from dfengine.figures.choosing import finished_steps, within
 from dfengine.figures.comparing import compare_images, compare_steps
 from dfengine.figures.forms import draw
 from dfengine.figures.grouping import groups
@@ -92,7 +93,7 @@ def _every(
         else:
             compared = compare_images(part, named, steps)
             for step, figure in compared.items():
-                yield f"{name}-step-{step + 1:03}" if len(compared) > 1 else name, figure
+                yield f"{name}-step-{step:03}" if len(compared) > 1 else name, figure
     yield from _of_groups([*shown.values()] if is_chosen else results, methods, limit)
 
 
@@ -100,12 +101,22 @@ def _drawings(
     shown: Mapping[int, Explanation], total: int, methods: Sequence[str] | None, steps: Sequence[int] | None
 ) -> Iterator[Drawing]:
     for place, result in shown.items():
-        for method in result.maps:
+        for method, name in _file_names(result.maps).items():
             finished = finished_steps(result, method) if _is_in(method, methods) else []
             wanted = finished if steps is None else within(steps, len(result.timesteps), finished)
             if wanted:
-                name = _name(place, total) + re.sub(r"[^\w.+-]", "-", method)
-                yield Drawing(name, result, method, None if steps is None else wanted)
+                yield Drawing(_name(place, total) + name, result, method, None if steps is None else wanted)
+
+
+def _file_names(methods: Iterable[str]) -> dict[str, str]:
+    """A file's name for each method, unlike all others on any disk."""
+    names, taken = {}, {"comparison", "samples", "concepts"}
+    for method in methods:
+        plain = re.sub(r"[^\w+-]", "-", method) or "-"
+        numbered = chain([plain], (f"{plain}-{number}" for number in count(2)))
+        names[method] = next(name for name in numbered if name.casefold() not in taken)
+        taken.add(names[method].casefold())
+    return names
 
 
 def _of_groups(
@@ -123,7 +134,7 @@ def _of_groups(
 
 
 def _has_relevance(results: Sequence[Explanation], methods: Sequence[str]) -> bool:
-    return any(kind(one, method) == "Relevance" for one in results[:1] for method in one.maps if method in methods)
+    return any(one.kind(method) == "Relevance" for one in results for method in one.maps if method in methods)
 
 
 def _alike(shown: Mapping[int, Explanation], total: int) -> dict[str, list[Explanation]]:

@@ -17,11 +17,9 @@ from dfengine.figures.choosing import (
     computed,
     concept_lines,
     finished_steps,
-    kind,
     leading,
     main_layers,
     telling_steps,
-    whole,
 )
 from dfengine.figures.parts import (
     CELL,
@@ -53,7 +51,7 @@ def draw(result: Explanation, method: str, steps: Sequence[int] | None = None) -
     """
     if method not in result.maps:
         raise ValueError(f"there is no map {method!r}: expected one of {', '.join(result.maps) or 'none'}")
-    match kind(result, method):
+    match result.kind(method):
         case "Cam":
             return layers(result, method, steps)
         case "Relevance":
@@ -108,7 +106,7 @@ def error_shares(result: Explanation, method: str, steps: Sequence[int]) -> list
         return []
     size, shares = result.image.shape[:2], []
     for step in steps:
-        error, saliency = np.asarray(result.errors[method][step]), np.asarray(whole(result, method)[step])
+        error, saliency = np.asarray(result.errors[method][step]), np.asarray(result.whole(method)[step])
         error = np.where(np.isfinite(error), error, np.nan)
         spread = np.nanmax(saliency) - np.nanmin(saliency)
         if np.isnan(error).all() or not spread > 0:
@@ -158,7 +156,7 @@ def relevance(result: Explanation, concepts: Sequence[str] | None = None, steps:
         lines = leading(lines, 8)
     method = beneath(result)
     if steps is None:
-        finished = computed(whole(result, method))
+        finished = computed(result.whole(method))
         drawn = {name: np.where(np.isin(np.arange(len(line)), finished), line, np.nan) for name, line in lines.items()}
         steps = telling_steps(drawn)
     steps = _steps(result, steps)
@@ -176,7 +174,7 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
     Without `words`, all but stop words; of more than six, those with the most attention at these steps. Raises
     ValueError for a word or step that the result does not have, or has not finished.
     """
-    by_word = [name for name in result.maps if kind(result, name) == "Attention"]
+    by_word = [name for name in result.maps if result.kind(name) == "Attention"]
     finished = finished_steps(result, by_word[0]) if by_word else []
     steps = _steps(result, steps, finished, count=max(1, int(5 * CELL / cell(result)[0])))
     if not result.words:

@@ -85,7 +85,7 @@ def comparison(
 ) -> Figure:
     """Figure 3: a row an image with its prompt beside it, a column a method with its map in [0, 1] over the image.
 
-    `column` is the title of the images' own. Images are of one size; a map with a NaN is not computed. Four methods
+    `column` is the title of the images' own. Images are of one size; a map of NaN is not computed. Four methods
     with short names fit a column of text, twelve a page. Raises ValueError for no image, no method, or not as many maps
     or prompts as images.
     """
@@ -124,7 +124,7 @@ def comparison(
 def ablation(image: UInt8[ndarray, "H W 3"], rows: Mapping[str, Row], title: str = "") -> Figure:
     """Figure 5: a row a label, with its heat map over the image and its curves, each with the area under it.
 
-    A map in [0, 1] or a curve with a NaN is not computed. The area is by the trapezoid rule over the share of pixels,
+    A map of NaN, or a curve with one, is not computed. The area is by the trapezoid rule over the share of pixels,
     in [0, 1] for a distance in [0, 1]. Raises ValueError for no row, or a curve of fewer than two points.
     """
     if not rows:
@@ -154,7 +154,7 @@ def ablation(image: UInt8[ndarray, "H W 3"], rows: Mapping[str, Row], title: str
 
 
 def _draw_heat(axis: Axes, image: UInt8[ndarray, "H W 3"], heat: Float[ndarray, "H W"]) -> None:
-    if np.isfinite(heat).all():
+    if np.isfinite(heat).any():
         axis.imshow(overlay(image, heat))
         return
     axis.set_box_aspect(image.shape[0] / image.shape[1])

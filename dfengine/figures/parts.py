@@ -11,15 +11,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from matplotlib import figure as plain
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy import ndarray
 
-from dfengine.figures.choosing import chosen_steps, kind
-from dfengine.result import COMBINED, Explanation
+from dfengine.figures.choosing import chosen_steps
+from dfengine.result import COMBINED, Explanation, model_name
 
 #: Perceptually uniform, and readable without colour.
 COLOUR_MAP = "inferno"
@@ -37,6 +37,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES = ("-", "--", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
+#: Letters of a prompt in titles, at most.
+_LONGEST = 240
+
 #: By its label, a row of heat maps, one for each step.
 Rows = Mapping[str, Sequence[ndarray]]
 
@@ -51,10 +54,15 @@ class Figure(plain.Figure):
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """The heat map in colour over a grey version of the image, float [H, W, 3] in [0, 1]."""
-    grey = (image / 255) @ np.array([0.299, 0.587, 0.114])
+    """The heat map in colour over the image in grey, float [H, W, 3] in [0, 1]; grey alone where it is NaN."""
+    grey = ((image / 255) @ np.array([0.299, 0.587, 0.114]))[..., None]
     colour = matplotlib.colormaps[COLOUR_MAP](heat)[..., :3]
-    return (1 - OPACITY) * grey[..., None] + OPACITY * colour
+    return np.where(np.isnan(heat)[..., None], grey, (1 - OPACITY) * grey + OPACITY * colour)
+
+
+def colour_table() -> UInt8[ndarray, "256 3"]:
+    """The heat maps' colours, from least to most."""
+    return np.rint(matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255).astype(np.uint8)
 
 
 def cell(result: Explanation) -> tuple[float, float]:
@@ -172,21 +180,27 @@ def title(result: Explanation, width: float, fontsize: float) -> str:
 
 
 def shortened(model: str) -> str:
-    """A model's name, of a long path the end."""
-    return model if len(model) <= 40 else "…" + model[-39:]
+    """A model's name: of a folder its own, of a long one the end."""
+    name = model_name(model)
+    return name if len(name) <= 40 else "…" + name[-39:]
 
 
 def heading(prompt: str, about: str, width: float, fontsize: float) -> str:
     """A prompt and what else is told, on as many lines of so many inches as they need."""
-    letters = int(width * 72 / (0.55 * fontsize))
-    if len(prompt) + len(about) + 7 <= letters:
-        return f"“{prompt}”  ·  {about}"
-    return "\n".join(textwrap.fill(part, letters) for part in (f"“{prompt}”", about))
+    letters, told = int(width * 72 / (0.55 * fontsize)), quoted(prompt)
+    if len(told) + len(about) + 5 <= letters:
+        return f"{told}  ·  {about}"
+    return "\n".join(textwrap.fill(part, letters) for part in (told, about))
+
+
+def quoted(prompt: str) -> str:
+    """A prompt as titles have it: of a very long one the beginning; where there is none, that the image was given."""
+    return f"“{textwrap.shorten(prompt, _LONGEST, placeholder=' …')}”" if prompt.strip() else "a given image"
 
 
 def label_of(result: Explanation, method: str) -> str:
     """A method's name, and what its map is of."""
-    if kind(result, method) == "Cam":
+    if result.kind(method) == "Cam":
         return f"{method}, {COMBINED}"
     return f"{method}, {result.scores[method].shape[-1]} masks" if method in result.scores else method
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from numpy import ndarray
 from PIL import Image
 
 from dfengine.figures.choosing import leading
-from dfengine.result import COMBINED, Explanation, normalised
+from dfengine.result import COMBINED, Explanation, as_call, model_name, normalised
 from dfengine.schedule import schedule_name
 from dfengine.store import StoredItem
 from dfengine.words import content_words
@@ -56,9 +54,12 @@ class Bytes:
         return self._add(zlib.compress(apart.tobytes(), 6), type="f4", shape=list(maps.shape))
 
     def rounded(self, maps: Float[ndarray, "steps h w"]) -> Reference:
-        """To 1/255 of the range of each step's map; a step with a value that is not finite counts as not computed."""
+        """To 1/255 of the range of each step's map; exactly, where some values of a step are not finite."""
         flat = np.asarray(maps, dtype=np.float32).reshape(len(maps), -1)
-        there = np.asarray(np.isfinite(flat).all(1))
+        finite = np.isfinite(flat)
+        there = np.asarray(finite.all(1))
+        if (finite.any(1) & ~there).any():
+            return self.exact(maps)
         flat = np.where(there[:, None], flat, 0)
         low, high = flat.min(1), flat.max(1)
         span = np.where(high > low, high - low, 1)
@@ -74,14 +75,15 @@ class Bytes:
         return self._add(file.getvalue(), type="image/png" if small else "image/webp")
 
 
-def pack(item: Explanation, number: int) -> tuple[dict[str, Any], bytes]:
+def pack(item: Explanation, place: int) -> tuple[dict[str, Any], bytes]:
     """The description of an image, and its bytes. ValueError where its trajectory is not stored yet."""
     kept, timesteps = Bytes(), [int(t) for t in item.timesteps]
     described = {
-        "number": number,
+        "number": item.number if isinstance(item, StoredItem) else place,
+        "source": item.source.name if isinstance(item, StoredItem) else "",
         "prompt": item.prompt,
         "seed": str(item.seed),
-        "model": item.model,
+        "model": model_name(item.model),
         "schedule": schedule_name(timesteps),
         "timesteps": timesteps,
         "size": list(item.image.shape[:2]),
@@ -96,32 +98,23 @@ def pack(item: Explanation, number: int) -> tuple[dict[str, Any], bytes]:
 
 def _method(item: Explanation, name: str, kept: Bytes) -> dict[str, Any]:
     """A method with its variants: DF-CAM's layers, attention's words, or the one map there is."""
-    settings: Mapping[str, Any] = {}
-    with suppress(ValueError):  # of a file whose explainers are not all known here
-        settings = item.settings
-    kind = type(settings.get(name)).__name__
-    maps = item.maps[name]
-    layers = maps if isinstance(maps, Mapping) else {COMBINED: maps}
-    variants: list[dict[str, Any]] = [{"name": "", "label": "all layers" if len(layers) > 1 else "the map"}]
-    variants[0] |= kept.exact(np.asarray(layers[COMBINED]))
+    kind, maps = item.kind(name), item.maps[name]
+    layers = {layer: maps[layer] for layer in maps if layer != COMBINED} if isinstance(maps, Mapping) else {}
+    words = item.words if kind == "Attention" else ()
+    label = "all layers" if layers else "all words" if words else "the map"
+    whole = {"name": "", "label": label, **kept.exact(np.asarray(item.whole(name)))}
     if name in item.errors:
-        variants[0]["error"] = kept.exact(np.asarray(item.errors[name]))
-    variants += [
-        {"name": layer, "label": layer, **kept.rounded(np.asarray(layers[layer]))}
-        for layer in layers
-        if layer != COMBINED
-    ]
-    if kind == "Attention" and item.words:
-        variants[0]["label"] = "all words"
-        seen: list[str] = []
-        names = [word.casefold() for word in item.words]
-        for row, (word, heat) in enumerate(zip(item.words, np.asarray(item.heat), strict=True)):
-            seen.append(word)
-            label = word if seen.count(word) == 1 else f"{word} ({seen.count(word)})"
-            # What `heatmap` has another map of under this name is called by its row.
-            alone = names.count(word.casefold()) == 1 and word not in item.maps
-            variants.append({"name": label, "label": label, **kept.rounded(heat), **({} if alone else {"row": row})})
-    return {"name": name, "about": _ABOUT.get(kind.removeprefix("Released"), ""), "variants": variants}
+        whole["error"] = kept.exact(np.asarray(item.errors[name]))
+    variants = [{"name": layer, "label": layer, **kept.rounded(np.asarray(layers[layer]))} for layer in layers]
+    names = [word.casefold() for word in words]
+    for row, word in enumerate(words):
+        again = names[: row + 1].count(names[row])
+        told = word if again == 1 else f"{word} ({again})"
+        # What `heatmap` has another map of under this name is called by its row.
+        alone = names.count(names[row]) == 1 and word not in item.maps
+        maps_of = kept.rounded(np.asarray(item.heat[row]))
+        variants.append({"name": told, "label": told, **maps_of, **({} if alone else {"row": row})})
+    return {"name": name, "kind": kind, "about": _ABOUT.get(kind, ""), "variants": [whole, *variants]}
 
 
 def _lines(item: Explanation) -> list[dict[str, Any]]:
@@ -137,8 +130,9 @@ def _lines(item: Explanation) -> list[dict[str, Any]]:
     places = {word: found for word in distinct.values() if (found := item.tokens.find(word))}
     telling = {word: raw[places[word]].mean(0) for word in content_words(distinct.values()) if word in places}
     shown = leading({word: line for word, line in telling.items() if np.isfinite(line).any()}, _SHOWN_LINES)
+    looks = {word: place for place, word in enumerate([*shown, *(word for word in places if word not in shown)])}
     return [
-        {"word": word, "shown": word in shown}
+        {"word": word, "shown": word in shown, "look": looks[word]}
         | {scale: [_short(value) for value in lines[rows].mean(0)] for scale, lines in scales.items()}
         for word, rows in places.items()
     ]
@@ -146,18 +140,15 @@ def _lines(item: Explanation) -> list[dict[str, Any]]:
 
 def _facts(item: Explanation, timesteps: Sequence[int]) -> list[tuple[str, str]]:
     """Settings and versions, as rows of a table."""
-    facts: dict[str, Any] = {"prompt": item.prompt, "negative prompt": getattr(item, "negative_prompt", "")}
-    facts |= {"seed": item.seed, "model": item.model, "steps": len(timesteps)}
-    facts["time-steps"] = ", ".join(map(str, timesteps))
+    facts = [("prompt", item.prompt), ("negative prompt", getattr(item, "negative_prompt", ""))]
+    facts += [("seed", item.seed), ("model", model_name(item.model)), ("steps", len(timesteps))]
+    facts.append(("time-steps", ", ".join(map(str, timesteps))))
     if isinstance(item, StoredItem):
-        facts |= {"guidance": item.item.settings.get("guidance"), "key": item.key}
-    with suppress(ValueError):
-        for name, explainer in item.settings.items():
-            fields = {field.name: getattr(explainer, field.name) for field in dataclasses.fields(explainer)}
-            facts[name] = ", ".join(f"{field} = {value!r}" for field, value in fields.items() if field != "name")
+        facts += [("guidance", item.item.settings.get("guidance")), ("key", item.key)]
+    facts += [(name, as_call(item.told(name))) for name in item.maps]
     if isinstance(item, StoredItem):
-        facts |= item.environment
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+        facts += item.environment.items()
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
 
 def _short(value: float) -> float | None:

@@ -3,51 +3,50 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-from dfengine.figures.parts import COLOUR_MAP, COLOURS, OPACITY
+from dfengine.figures.parts import COLOURS, OPACITY, colour_table
 from dfengine.report.packing import pack
 from dfengine.result import Explanation
+from dfengine.store import StoredItem
 
 _SCRIPTS = ("maps.js", "chart.js", "pane.js", "page.js")
 
 
 def write(
-    items: Iterable[Explanation],
+    items: Explanation | Iterable[Explanation],
     out: str | Path,
     *,
     title: str = "",
-    source: str = "",
-    numbers: Sequence[int] | None = None,
+    tell: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write one page (.html) of images, in memory or of files, with every step's maps; returns its path.
 
-    `title` is by default the first image's prompt; `source` is the file that the page's lines of Python open, `numbers`
-    the images' places in it. The page holds methods' maps and errors exactly, layers' and words' maps to 1/255 of each
-    one's range, images above 256 pixels as WebP: a few MB for 30 steps of Stable Diffusion with all layers. It is there
-    once it is whole.
+    `title` is by default the prompt, or of several the run's name; `tell` is called after each image. The page holds
+    methods' maps and errors exactly, layers' and words' maps to 1/255 of each one's range, images above 256 pixels as
+    WebP: a few MB for 30 steps of Stable Diffusion with all layers. It is there once it is whole.
 
     Raises ValueError for another ending, a folder that is not there, or no image.
     """
-    out = Path(out)
+    out, items = Path(out), [items] if isinstance(items, Explanation) else list(items)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"{str(out)!r} ends in {out.suffix!r}: expected .html")
     if not out.parent.is_dir():
         raise ValueError(f"the folder {str(out.parent)!r} does not exist: make it first")
+    if not items:
+        raise ValueError("there is no image to show: give at least one whose generation is done")
     fresh = out.with_name(f".{out.name}.new")
     try:
         with fresh.open("w", encoding="utf-8") as file:
-            for part in _parts(items, title, source, numbers):
+            for part in _parts(items, title or _title(items), tell):
                 file.write(part)
         os.replace(fresh, out)
     finally:
@@ -55,45 +54,42 @@ def write(
     return out
 
 
-def _parts(items: Iterable[Explanation], title: str, source: str, numbers: Sequence[int] | None) -> Iterator[str]:
+def _title(items: Sequence[Explanation]) -> str:
+    if len({item.prompt for item in items}) == 1:
+        return items[0].prompt or "a given image"
+    return next((item.source.name for item in items if isinstance(item, StoredItem)), f"{len(items)} images")
+
+
+def _parts(items: Sequence[Explanation], title: str, tell: Callable[[], None]) -> Iterator[str]:
     """The page, an image at a time."""
+    style, script = _read("page.css"), "\n".join(map(_read, _SCRIPTS))
+    before, after = _read("page.html").split("{{images}}")
+    filled = {"title": escape(title), "style": style, "style_hash": _hash(style), "script_hash": _hash(script)}
+    yield _fill(before, filled)
     described: list[dict[str, Any]] = []
-    images = _images(items, numbers, described)
-    first = next(images, "")
-    if not first:
-        raise ValueError("there is no image to show: give at least one whose generation is done")
-    page = _read("page.html")
-    filled = {
-        "title": escape(title or described[0]["prompt"] or "dfengine"),
-        "style": _read("page.css"),
-        "script": "\n".join(map(_read, _SCRIPTS)),
-    }
-    before, after = page.split("{{images}}")
-    yield re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], before)
-    yield first
-    yield from images
-    colours = np.rint(matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    for place, item in enumerate(items):
+        told, data = pack(item, place)
+        described.append(told)
+        yield f'<script type="text/plain" id="bytes-{place}">{base64.b64encode(data).decode()}</script>\n'
+        tell()
     whole = {
-        "source": source,
         "opacity": OPACITY,
-        "colours": base64.b64encode(colours.tobytes()).decode(),
+        "colours": base64.b64encode(colour_table().tobytes()).decode(),
         "lines": COLOURS,
         "items": described,
     }
-    filled["data"] = json.dumps(whole, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace(
-        "<", "\\u003c"
-    )
-    yield re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], after)
+    told_as = json.dumps(whole, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # Nothing that is told ends the element that it stands in.
+    yield _fill(after, {"data": told_as.replace("<", "\\u003c"), "script": script})
 
 
-def _images(
-    items: Iterable[Explanation], numbers: Sequence[int] | None, described: list[dict[str, Any]]
-) -> Iterator[str]:
-    """Each image's bytes as an element of the page; its description is added to `described`."""
-    for place, item in enumerate(items):
-        told, data = pack(item, place if numbers is None else numbers[place])
-        described.append(told)
-        yield f'<script type="text/plain" id="bytes-{place}">{base64.b64encode(data).decode()}</script>\n'
+def _fill(page: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)
+
+
+def _hash(text: str) -> str:
+    """What the page's policy knows an element by: of the text between its tags, newlines included."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(f"\n{text}\n".encode()).digest()).decode()
 
 
 def _read(name: str) -> str:

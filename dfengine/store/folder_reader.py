@@ -61,6 +61,10 @@ class _Part:
         return self._run.environment
 
     @property
+    def merged_from(self) -> list[dict[str, Any]]:
+        return self._run.merged_from
+
+    @property
     def layout(self) -> dict[str, tuple[schema.Dataset, dict[str, int]]]:
         return self._run.layout
 
@@ -120,7 +124,7 @@ class RunFolder:
         if not -len(self) <= index < len(self):
             raise NoSuchItem(f"item {index} is not in {self.path}: it has {len(self)}, counted from 0")
         number, place = self._places[index]
-        return StoredItem(_Part(self, self.segments[number].file), place)
+        return StoredItem(_Part(self, self.segments[number].file), place, (self.path, range(len(self))[index]))
 
     def __iter__(self) -> Iterator[StoredItem]:
         return (self[index] for index in range(len(self)))

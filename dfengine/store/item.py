@@ -32,6 +32,9 @@ class Source(Protocol):
     def environment(self) -> dict[str, str]: ...
 
     @property
+    def merged_from(self) -> list[dict[str, Any]]: ...
+
+    @property
     def layout(self) -> dict[str, tuple[schema.Dataset, dict[str, int]]]: ...
 
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
@@ -122,10 +125,12 @@ def _chosen(part: Any, length: int) -> int | slice | np.ndarray:
 class StoredItem(Explanation):
     """One item of a file; its arrays are read when asked for."""
 
-    def __init__(self, run: Source, index: int) -> None:
+    def __init__(self, run: Source, index: int, source: tuple[Path, int] | None = None) -> None:
         self._run = run
         self.index = index
         self.item: Item = run.plan.items[index]
+        self.source, self.number = source or (run.path, index)
+        """the file or run folder that it was opened from, and its place there"""
 
     key = property(lambda self: self.item.key)
     prompt = property(lambda self: self.item.prompt)
@@ -133,7 +138,6 @@ class StoredItem(Explanation):
     seed = property(lambda self: self.item.seed)
     model = property(lambda self: self._run.plan.model)
     words = property(lambda self: self.item.words)
-    environment = property(lambda self: self._run.environment)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -144,6 +148,16 @@ class StoredItem(Explanation):
         from dfengine.explain import rebuild
 
         return {method.name: rebuild(method.settings) for method in self._run.plan.methods}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Versions and device that it was made with; nothing of a file that was merged from unlike ones."""
+        made = [one["environment"] for one in self._run.merged_from]
+        return self._run.environment if all(one == self._run.environment for one in made) else {}
+
+    def told(self, method: str) -> Mapping[str, Any]:
+        """A method's settings as plain values, and as "explainer" its class's name, whether it is known here or not."""
+        return next((one.settings for one in self._run.plan.methods if one.name == method), {})
 
     @property
     def job(self) -> Job:

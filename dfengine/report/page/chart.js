@@ -61,7 +61,7 @@ function Chart(svg, item, choose) {
     svg.append(drawn("line", { class: "now", x1: x(now), x2: x(now), y1: TOP, y2: BOTTOM }));
     for (const line of lines) {
       const points = line[scale].map((value, step) => (value === null ? null : [x(step), y(value)]));
-      const shape = drawn("path", { d: through(points), ...look(item.lines.indexOf(line)) });
+      const shape = drawn("path", { d: through(points), ...look(line.look) });
       shape.append(drawn("title", {}, line.word));
       svg.append(shape);
     }

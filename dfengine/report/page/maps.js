@@ -62,11 +62,11 @@ function Maps(reference, bytes) {
     let [low, high, peak] = [Infinity, -Infinity, 0];
     const here = values.subarray(step * size, (step + 1) * size);
     for (let i = 0; i < size; i++) {
-      if (!Number.isFinite(here[i])) { [low, high] = [NaN, NaN]; break; }
+      if (!Number.isFinite(here[i])) continue;
       if (here[i] < low) low = here[i];
       if (here[i] > high) [high, peak] = [here[i], i];
     }
-    ranges.push([low, high]);
+    ranges.push(low <= high ? [low, high] : [NaN, NaN]);
     peaks.push(peak);
   }
   const whole = ranges.filter(([low]) => Number.isFinite(low));
@@ -93,7 +93,7 @@ function between(count, cells, smooth) {
   });
 }
 
-/** The heat map in colour over a picture, which turns grey beneath it, as RGBA. */
+/** The heat map in colour over a picture, which turns grey beneath it, as RGBA; grey alone where it is not finite. */
 function blended(under, maps, step, range, opacity, smooth) {
   const { width, height } = under;
   const out = new ImageData(width, height);
@@ -109,10 +109,12 @@ function blended(under, maps, step, range, opacity, smooth) {
       const low = values[beneath * maps.width + left] * (1 - across) + values[beneath * maps.width + right] * across;
       const share = normalised(top * (1 - down) + low * down, range);
       const place = 3 * Math.max(0, Math.min(255, Math.trunc(256 * share)));
+      const there = Number.isFinite(share);
       const light = 0.299 * under.data[i] + 0.587 * under.data[i + 1] + 0.114 * under.data[i + 2];
       for (let channel = 0; channel < 3; channel++) {
         const plain = under.data[i + channel];
-        out.data[i + channel] = (1 - opacity) * (plain + grey * (light - plain)) + opacity * colours[place + channel];
+        const shaded = plain + grey * (light - plain);
+        out.data[i + channel] = there ? (1 - opacity) * shaded + opacity * colours[place + channel] : shaded;
       }
       out.data[i + 3] = 255;
     }

@@ -18,7 +18,7 @@ function filled(select, options) {
 /** The block that a layer is in, as in "down_blocks.0"; nothing of a word. */
 const block = (name) => name.match(/^(?:\w+_blocks\.\d+|mid_block)(?=\.)/)?.[0] ?? "";
 
-const named = (item) => `${item.number}: ${item.schedule}, seed ${item.seed}, ${item.model}: ${item.prompt || "an image"}`;
+const named = (item) => `${item.number}: ${item.schedule}, seed ${item.seed}, ${item.model}: ${item.prompt.slice(0, 100) || "a given image"}`;
 
 /** `state` is the page's; `change(what)` draws it again, `choose(step, pane)` goes to a step of this pane's image. */
 function Pane(state, name, change, choose) {
@@ -144,6 +144,7 @@ function Pane(state, name, change, choose) {
     const scaled = state.values === "normalised";
     const value = scaled ? normalised(maps.at(step)[at], range) : maps.at(step)[at];
     const around = scaled ? spread / (range[1] - range[0]) : spread;
+    if (!Number.isFinite(value)) return "not finite";
     return told(value) + (Number.isFinite(around) ? ` ± ${told(around)}` : "");
   }
 
@@ -153,11 +154,11 @@ function Pane(state, name, change, choose) {
   }
 
   function python() {
-    const [name, opened] = data.source ? ["item", `item = dfengine.open(${JSON.stringify(data.source)})[${item.number}]\n`] : ["result", ""];
+    const [name, opened] = item.source ? ["item", `item = dfengine.open(${JSON.stringify(item.source)})[${item.number}]\n`] : ["result", ""];
     if (!method) return `${opened}${name}.image`;
     const about = `   # t = ${item.timesteps[step]}`;
     if (variant.row !== undefined) return `${opened}dfengine.result.heatmap(${name}.heat[${variant.row}, ${step}], ${name}.image.shape[:2])${about}`;
-    const word = method.variants[0].label === "all words" && variant.name;
+    const word = method.kind === "Attention" && variant.name;
     const layer = variant.name && !word ? `, layer=${JSON.stringify(variant.name)}` : "";
     return `${opened}${name}.heatmap(${JSON.stringify(word || method.name)}, step=${step}${layer})${about}`;
   }
@@ -230,7 +231,7 @@ function Pane(state, name, change, choose) {
       const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: line.shown });
       box.onchange = () => { words[box.checked ? "add" : "delete"](line.word); drawChart(); };
       const swatch = drawn("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" });
-      swatch.append(drawn("line", { x1: 0, x2: 26, y1: 5, y2: 5, "stroke-width": 3, ...look(place) }));
+      swatch.append(drawn("line", { x1: 0, x2: 26, y1: 5, y2: 5, "stroke-width": 3, ...look(line.look) }));
       label.append(box, swatch, `${line.word} `, document.createElement("span"));
       return label;
     }));
