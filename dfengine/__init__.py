@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dfengine import dataset as dataset
     from dfengine import evaluate as evaluate
     from dfengine import figures as figures
-    from dfengine import notebook as notebook
     from dfengine import prompts as prompts
     from dfengine import report as report
     from dfengine import store as store
@@ -34,9 +32,8 @@ if TYPE_CHECKING:
         StepMap,
     )
     from dfengine.models.scheduler import ExponentialDDIMScheduler
-    from dfengine.result import Result
     from dfengine.schedule import exponential_timesteps
-    from dfengine.store import open
+    from dfengine.shown import Result, open
     from dfengine.trajectory import Job
 
 __all__ = [
@@ -75,16 +72,16 @@ _HOMES = {
     "ReleasedLime": "explain",
     "ReleasedRise": "explain",
     "Relevance": "explain",
-    "Result": "result",
+    "Result": "shown",
     "Rise": "explain",
     "StepMap": "explain",
     "exponential_timesteps": "schedule",
-    "open": "store",
+    "open": "shown",
 }
 
 
 #: Parts that the package has under its own name.
-_ROOMS = ("dataset", "evaluate", "figures", "notebook", "prompts", "report", "store", "sweep")
+_ROOMS = ("evaluate", "figures", "prompts", "report", "store", "sweep")
 
 
 def __getattr__(name: str) -> Any:

@@ -27,8 +27,8 @@ from dfengine.batching import is_out_of_memory
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Explainer, Rise, StepMap, as_released, check_behaviour, told_whole
 from dfengine.record import Recorder, contents, device_name, plan
-from dfengine.result import Result
 from dfengine.shapes.judge import Judge
+from dfengine.shown import Result
 from dfengine.trajectory import Job, Trajectory, check_image, trajectories
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import torch
 from dfengine import store
 from dfengine.denoiser import Denoiser
 from dfengine.explain import Contents, Explainer, StepMap, describe
-from dfengine.result import COMBINED, Result
+from dfengine.result import COMBINED
+from dfengine.shown import Result
 from dfengine.trajectory import Job, Trajectory, restore, to_bytes
 from dfengine.words import Tokens
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,6 @@ from numpy import ndarray
 from torch.nn import functional as F
 
 from dfengine.words import Tokens
-
-if TYPE_CHECKING:
-    import xarray
-
-    import dfengine
 
 #: DF-CAM's map of all layers together.
 COMBINED = "combined"
@@ -114,56 +109,6 @@ class Explanation:
         places = self.tokens.find(concept)
         rows = np.asarray(self.relevance)[places]
         return rows.sum(0) if summed else rows.mean(0)
-
-    def plot(
-        self,
-        method: str | None = None,
-        steps: Sequence[int] | None = None,
-        *,
-        layers: Sequence[str] | None = None,
-        concepts: Sequence[str] | None = None,
-        words: Sequence[str] | None = None,
-    ) -> dfengine.figures.Figure:
-        """The figure of a method's maps in the form that suits it (`dfengine.figures`), which a notebook shows.
-
-        Without `method`, of the first that has what is named: `layers` of DF-CAM, `concepts` of relevance, `words` of
-        attention. Raises ValueError for what the result does not have, or has not finished.
-        """
-        import dfengine  # figures are made of results, which may not import them: the package has them by name
-
-        figures, named = dfengine.figures, {"layers": layers, "concepts": concepts, "words": words}
-        given = {name for name, values in named.items() if values is not None}
-        takes = {"Cam": "layers", "Relevance": "concepts", "Attention": "words"}
-        fitting = [name for name in self.maps if given <= {takes.get(self.kind(name))}]
-        chosen = method or next(iter(fitting or self.maps), "")
-        if given and chosen not in fitting:
-            raise ValueError(
-                f"the figure of {chosen!r} has no {' or '.join(sorted(given))} to choose: layers are for DF-CAM, "
-                "concepts for relevance, words for attention"
-            )
-        if layers is not None:
-            return figures.layers(self, chosen, steps, [layers] if isinstance(layers, str) else layers)
-        if concepts is not None:
-            return figures.relevance(self, concepts, steps)
-        if words is not None:
-            return figures.attention(self, words, steps)
-        return figures.draw(self, chosen, steps)
-
-    def to_xarray(self) -> xarray.Dataset:
-        """All arrays in memory with named axes and coordinates, as `dfengine.store.Run.to_xarray` names them.
-
-        Beside those: `preview`, `latent`, `epsilon`, and of each resolution of DF-CAM's layers `cam_{u}x{v}` with the
-        axes (layer_{u}x{v}, step, u_{u}x{v}, v_{u}x{v}). Prompts, seed, model and settings (JSON) are attributes.
-        Raises ValueError where xarray is missing, or the image is not generated yet.
-        """
-        import dfengine  # as in `plot`
-
-        return dfengine.dataset.dataset(self)
-
-    def _repr_html_(self) -> str:
-        import dfengine  # as in `plot`
-
-        return dfengine.notebook.html(self)
 
     def __repr__(self) -> str:
         counts = {name: len(maps) - 1 for name, maps in self.maps.items() if isinstance(maps, Mapping)}

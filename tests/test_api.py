@@ -44,6 +44,8 @@ class Default:
     def __repr__(self) -> str:
         if inspect.isfunction(self.value):
             return "<function>"
+        if inspect.isclass(self.value):
+            return self.value.__name__
         if dataclasses.is_dataclass(self.value):
             return f"{type(self.value).__name__}()"
         return "{}" if type(self.value).__name__ == "mappingproxy" else repr(self.value)

@@ -19,7 +19,8 @@ from store_example import PLAN, fill, trajectory
 import dfengine
 from dfengine import Attention, Cam, Relevance, Rise, figures, store
 from dfengine.explain import describe
-from dfengine.result import COMBINED, Result, as_call, heatmap, model_name
+from dfengine.result import COMBINED, as_call, heatmap, model_name
+from dfengine.shown import Result
 from dfengine.words import Tokens
 
 
@@ -175,14 +176,14 @@ def test_html_shrinks_large_pictures_and_magnifies_small_ones() -> None:
 
 def test_an_item_of_a_file_shows_itself_as_far_as_it_is(tmp_path: Path) -> None:
     with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
-        with store.open(tmp_path / "run.part.h5") as run:
+        with dfengine.open(tmp_path / "run.part.h5") as run:
             assert "not generated yet" in run[0]._repr_html_()
             assert list(pictures(run[0]._repr_html_())) == []
         fill(writer)
-    with store.open(tmp_path / "run.h5") as run:
+    with dfengine.open(tmp_path / "run.h5") as run:
         assert repr(run) == f"Run('{tmp_path / 'run.h5'}': 2 items of shapes, 3 steps; rise, random)"
         item = run[1]
-        assert repr(item) == f"StoredItem('ein Würfel', seed {2**64 - 1}, shapes: 3 steps; rise, random)"
+        assert repr(item) == f"Item('ein Würfel', seed {2**64 - 1}, shapes: 3 steps; rise, random)"
         html = item._repr_html_()
     assert "blurry" in html
     np.testing.assert_array_equal(pictures(html)["predicted x0, step 2"], trajectory(PLAN, 1)["previews"][1])
@@ -193,7 +194,7 @@ def test_an_item_of_a_file_shows_itself_as_far_as_it_is(tmp_path: Path) -> None:
 def test_a_run_folder_tells_of_itself_in_a_line(tmp_path: Path) -> None:
     with store.Folder(tmp_path / "run").segment("u0", PLAN) as writer:
         fill(writer)
-    with store.open(tmp_path / "run") as run:
+    with dfengine.open(tmp_path / "run") as run:
         assert repr(run) == f"RunFolder('{tmp_path / 'run'}': 2 items, 2 finished)"
         assert len(pictures(run[0]._repr_html_())) == 1 + 3 * 3
 
@@ -270,7 +271,7 @@ def test_to_xarray_names_what_a_file_names(tmp_path: Path) -> None:
     methods = (*PLAN.methods, store.Method("cam", {"explainer": "Cam"}, has_layers=True))
     with store.Writer.create(tmp_path / "run.h5", dataclasses.replace(PLAN, methods=methods)) as writer:
         fill(writer)
-    with store.open(tmp_path / "run.h5") as run:
+    with dfengine.open(tmp_path / "run.h5") as run:
         of_all, of_one, cam = run.to_xarray().isel(item=0), run[0].to_xarray(), run[0].cam["mid"][...]
     for name, values in of_all.drop_vars("done").data_vars.items():
         assert of_one[name].dims == values.dims
@@ -289,7 +290,7 @@ def test_to_xarray_of_the_least_there_is(tmp_path: Path) -> None:
     assert set(least.to_xarray()) == {"rgb", "timestep", "alpha_bar", "latent", "epsilon", "saliency"}
     assert "saliency" not in dataclasses.replace(least, maps={}).to_xarray()
     writer, part = store.Writer.create(tmp_path / "run.h5", PLAN), tmp_path / "run.part.h5"
-    with writer, store.open(part) as run, pytest.raises(store.StoreError, match="item 1 has no trajectory yet"):
+    with writer, dfengine.open(part) as run, pytest.raises(store.StoreError, match="item 1 has no trajectory yet"):
         run[1].to_xarray()
 
 

@@ -22,7 +22,7 @@ def concepts(
 ) -> Figure:
     """A row for each part (a title, its lines and sums): a panel of lines a schedule, then bars of their sums.
 
-    `errors` has, for each part, how far a band reaches above and below its lines.
+    `errors` has, for each part, how far a band reaches above and below its lines. For a page of two columns.
     """
     schedules = list(timesteps)
     figure = Figure((width(len(schedules)), 2.9 * len(parts) + 0.3), layout="constrained")

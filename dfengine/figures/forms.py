@@ -64,8 +64,9 @@ def draw(result: Explanation, method: str, steps: Sequence[int] | None = None) -
 def strip(result: Explanation, method: str = "rise", steps: Sequence[int] | None = None) -> Figure:
     """Figure 7: the image, and for a row of steps the predicted x0 and the heat map over it.
 
-    Where the method has standard errors, a third row has each pixel's as a share of its map's range. Raises ValueError
-    for a map or step that the result does not have, or has not finished.
+    Where the method has standard errors, a third row has each pixel's as a share of its map's range. As wide as a page
+    its letters have 5.5 points at least; for one column name two steps. Raises ValueError for a map or step that the
+    result does not have, or has not finished.
     """
     steps = _steps(result, steps, finished_steps(result, method))
     heat, shares = [result.heatmap(method, step) for step in steps], error_shares(result, method, steps)

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 _OPEN_FILES = 32
 
 
-def open(path: str | os.PathLike[str]) -> Run | RunFolder:
+def open(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem) -> Run | RunFolder:
     """Opens a finished file, a .part that is being written or was left by a killed run, or a run folder.
 
-    StoreError tells apart: missing, not finished yet, not HDF5, another program's HDF5, a newer format, truncated, and
-    being written by another program; for a folder, one that is no run's.
+    `item` is what its items are made as. StoreError tells apart: missing, not finished yet, not HDF5, another program's
+    HDF5, a newer format, truncated, and being written by another program; for a folder, one that is no run's.
     """
     path = Path(path)
     if path.is_dir() and not is_folder(path):
         raise StoreError(f"{path} is a folder, but not a run's: it has no run.json")
-    return RunFolder(path) if path.is_dir() else open_file(path)
+    return RunFolder(path, item) if path.is_dir() else open_file(path, item)
 
 
 class _Part:
@@ -86,9 +86,10 @@ class RunFolder:
     that is finished counts, or else the one with most of it, the latest of equals.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, item: type[StoredItem] = StoredItem) -> None:
         """StoreError where it is no run folder. A segment that cannot be read is left out, with a warning."""
         self.path = path
+        self._item = item
         self.run_id: str = read_description(path)["run_id"]
         self.segments, self.lost = segments(path)
         closed = {segment.unit for segment in self.segments if not segment.is_part}
@@ -124,7 +125,7 @@ class RunFolder:
         if not -len(self) <= index < len(self):
             raise NoSuchItem(f"item {index} is not in {self.path}: it has {len(self)}, counted from 0")
         number, place = self._places[index]
-        return StoredItem(_Part(self, self.segments[number].file), place, (self.path, range(len(self))[index]))
+        return self._item(_Part(self, self.segments[number].file), place, (self.path, range(len(self))[index]))
 
     def __iter__(self) -> Iterator[StoredItem]:
         return (self[index] for index in range(len(self)))

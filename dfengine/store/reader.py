@@ -26,8 +26,9 @@ _SWMR_FLAG = 4
 class Run:
     """An open file: a sequence of its items, with what made them. A context manager; `open` makes it."""
 
-    def __init__(self, path: Path, h5: h5py.File, *, live: bool) -> None:
+    def __init__(self, path: Path, h5: h5py.File, *, live: bool, item: type[StoredItem] = StoredItem) -> None:
         self.path = path
+        self._item = item
         self._h5 = h5
         self._live = live
         self.plan = Plan.from_json(h5.attrs["plan"])
@@ -62,7 +63,7 @@ class Run:
     def __getitem__(self, index: int) -> StoredItem:
         if not -len(self) <= index < len(self):
             raise NoSuchItem(f"item {index} is not in {self.path}: it has {len(self)}, counted from 0")
-        return StoredItem(self, range(len(self))[index])
+        return self._item(self, range(len(self))[index])
 
     def __iter__(self) -> Iterator[StoredItem]:
         return (self[index] for index in range(len(self)))
@@ -184,7 +185,7 @@ def _described(dataset: schema.Dataset) -> dict[str, str]:
     return {"long_name": dataset.long_name}
 
 
-def open_file(path: str | os.PathLike[str]) -> Run:
+def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem) -> Run:
     """Opens a finished file, or a .part that is being written or was left by a killed run.
 
     StoreError tells apart: missing, not finished yet, not HDF5, another program's HDF5, a newer format, truncated, and
@@ -210,7 +211,7 @@ def open_file(path: str | os.PathLike[str]) -> Run:
         raise StoreError(_open_error(path, error)) from error
     try:
         _check_format(path, h5)
-        return Run(path, h5, live=live)
+        return Run(path, h5, live=live, item=item)
     except StoreError:
         h5.close()
         raise
