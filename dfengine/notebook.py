@@ -31,11 +31,12 @@ def html(result: Explanation) -> str:
 
     What is not stored, not computed or not readable is left out.
     """
-    image = _read(result, "image")
+    image, maps = _read(result, "image"), _maps(result)
     shown = "" if image is None else f"<div>{_picture(image, IMAGE, 'image')}</div>"
-    strip = "" if image is None else f'<div style="overflow-x:auto">{_strip(result, image)}</div>'
-    facts = f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{shown}{_facts(result)}</div>'
-    return f"<div>{facts}{strip}</div>"
+    strip = "" if image is None else f'<div style="overflow-x:auto">{_strip(result, image, maps)}</div>'
+    facts = f"{shown}{_facts(result, maps)}"
+    row = f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{facts}</div>'
+    return f"<div>{row}{strip}</div>"
 
 
 def _read(result: Explanation, name: str) -> Any:
@@ -55,7 +56,7 @@ def _maps(result: Explanation) -> dict[str, Float[ndarray, "steps h w"]]:
     return found
 
 
-def _facts(result: Explanation) -> str:
+def _facts(result: Explanation, every: Mapping[str, Float[ndarray, "steps h w"]]) -> str:
     """A table: prompts, seed, model, steps, sizes, and each method with its settings."""
     image, latents, timesteps = (_read(result, name) for name in ("image", "latents", "timesteps"))
     rows = [("prompt", result.prompt)]
@@ -67,7 +68,7 @@ def _facts(result: Explanation) -> str:
     else:
         rows.append(("steps", f"{len(timesteps)}: t = {timesteps[0]} … {timesteps[-1]}"))
         rows.append(("size", f"image {_size(image.shape[:2])}, latent {_size(latents.shape[1:])}"))
-    for name, maps in _maps(result).items():
+    for name, maps in every.items():
         layers = f", {len(result.maps[name]) - 1} layers" if isinstance(result.maps[name], Mapping) else ""
         told = f"; {made}" if (made := as_call(result.told(name))) else ""
         rows.append((name, f"{len(computed(maps))} of {len(maps)} maps, {_size(maps.shape[1:])}{layers}{told}"))
@@ -82,9 +83,9 @@ def _size(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"]) -> str:
+def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"], maps: Mapping[str, Float[ndarray, "steps h w"]]) -> str:
     """A column for each of a few steps, of those that have maps if any have: predicted x0 and the maps over it."""
-    timesteps, previews, maps = result.timesteps, _read(result, "previews"), _maps(result)
+    timesteps, previews = result.timesteps, _read(result, "previews")
     finished = {name: computed(values) for name, values in maps.items()}
     candidates = sorted({step for steps in finished.values() for step in steps}) or range(len(timesteps))
     steps = [candidates[place] for place in figures.chosen_steps(len(candidates), STEPS)]
