@@ -15,7 +15,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import dfkernels
@@ -25,6 +26,7 @@ from plain import Plain, drawn
 from scipy.stats import spearmanr
 
 from dfengine import Engine, Rise
+from dfengine.denoiser import Guided
 from dfengine.profile.clock import Clock, matmul_ceiling
 from dfengine.profile.operations import flops_by_kind
 from dfengine.trajectory import Trajectory, trajectories
@@ -55,13 +57,12 @@ def ways(engine: Engine, plain: dict[str, Plain], path: Trajectory, batches: lis
     found = []
     for target, slow in plain.items():
         found.append(Way("plain loop", target, 1, plain_masks, lambda n, slow=slow: slow.maps(drawn(shape, n))))
-    step = [(0, k) for k in range(len(path)) if k != STEP]
 
     def engine_way(target: str, batch: int, compiled: bool) -> Way:
         def run(masks: int) -> list[Any]:
             denoiser.batch_size, denoiser.compiled = batch, compiled
             rise = Rise(masks, target=target)
-            return list(rise.explain(denoiser, [path], step))
+            return list(rise.explain(denoiser, [path]))
 
         # Whole batches, at least four, and long enough to be timed.
         return Way("dfengine", target, batch, batch * max(4, -(-plain_masks // batch)), run, compiled)
@@ -76,8 +77,7 @@ def agreement(engine: Engine, slow: Plain, path: Trajectory, target: str) -> flo
     """The rank correlation of the plain loop's map and the engine's, of the same masks."""
     masks = dfkernels.masks(path.job.mask_seed, STEP, 0, CHECKED, engine.denoiser.latent_shape[1:]).numpy()
     printed, _ = slow.maps(iter(masks))
-    left_out = [(0, k) for k in range(len(path)) if k != STEP]
-    (ours,) = Rise(CHECKED, target=target, estimator="sum").explain(engine.denoiser, [path], left_out)
+    (ours,) = Rise(CHECKED, target=target, estimator="sum").explain(engine.denoiser, [path])
     return float(spearmanr(printed.ravel(), ours.saliency.numpy().ravel()).statistic)
 
 
@@ -91,9 +91,13 @@ def measure(
     check(agreed, denoiser.dtype)
     clock = Clock(denoiser.device)
     ceiling = matmul_ceiling(clock, denoiser.dtype)
-    network, own = denoiser.bind(path.prompt), denoiser.batch_size
-    one = torch.zeros(1, *denoiser.latent_shape, device=denoiser.device)
-    flops = sum(flops_by_kind(lambda: network(one, torch.tensor([5], device=denoiser.device), 0)).values())
+    own, one = denoiser.batch_size, torch.zeros(1, *denoiser.latent_shape, device=denoiser.device)
+    timesteps, scale = (torch.tensor([value], device=denoiser.device) for value in (5, path.job.guidance))
+    flops = {}
+    for target in plain:
+        explained = Guided(denoiser, path.prompt, path.negative, target, scale)
+        work = partial(explained.epsilon, one, timesteps, 0)
+        flops[target] = sum(flops_by_kind(work).values())
     every = ways(engine, plain, path, batches, plain_masks)
     compile_seconds = first_of(denoiser, every)
     for way in every:
@@ -117,9 +121,7 @@ def measure(
                 "masks_s": [round(value, 2) for value in (min(rates), statistics.median(rates), max(rates))],
                 "times_plain_pair": round(statistics.median(pair), 2),
                 "times_plain_alike": round(statistics.median(alike), 2),
-                "share_of_ceiling": round(
-                    flops * (2 if way.target == "guided" else 1) * statistics.median(rates) / ceiling, 3
-                ),
+                "share_of_ceiling": round(flops[way.target] * statistics.median(rates) / ceiling, 3),
                 "ceiling_tflop_s": round(ceiling / 1e12, 3),
                 "compile_s": round(compile_seconds, 1) if way.compiled else None,
                 "agreement_with_plain": round(agreed[way.target], 5),
@@ -220,7 +222,7 @@ def main() -> None:
     pipeline.unet.to(memory_format=torch.contiguous_format)  # as diffusers loads it
     job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
     engine.prepare([], [])
-    (path,) = trajectories(engine.denoiser, [job])
+    (path,) = (replace(path, only=[STEP]) for path in trajectories(engine.denoiser, [job]))
     where = (path.latents[STEP], job.timesteps[STEP], job.guidance)
     plain = {target: Plain(pipeline, job.prompt, *where, target == "guided") for target in ("guided", "conditional")}
     rows = measure(engine, plain, path, options.batches, options.plain_masks)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from dfengine import Engine, Rise
 from dfengine.denoiser import Bound
+from dfengine.models import cpu
 from dfengine.profile.measure import peak
 from dfengine.trajectory import trajectories
 from dfengine.tuning import synchronize
@@ -55,6 +56,9 @@ class Stage:
     layout: torch.memory_format = torch.channels_last
     ours: bool = True
     keeps_memory: bool = True
+    pieces: bool = True
+    transposed: bool = True
+    folded: bool = True
     attention: str = "sdpa"
     compiled: bool = False
 
@@ -63,6 +67,7 @@ def stages(on_gpu: bool) -> list[Stage]:
     """From the plain loop to all there is; on a CPU bfloat16 comes last, which is never a default there."""
     loop = Stage("plain loop, a guidance pair a mask", plain=True, target="guided", batched=False, ours=False)
     loop = replace(loop, layout=torch.contiguous_format, keeps_memory=False)
+    loop = replace(loop, pieces=False, transposed=False, folded=False)
     one = replace(loop, name="one conditional forward a mask", target="conditional")
     batch = replace(one, name="batches; masks, scores and sums on the device", plain=False, batched=True)
     found = [loop, one, batch]
@@ -78,6 +83,9 @@ def stages(on_gpu: bool) -> list[Stage]:
         add("cuDNN's attention where it is faster", attention="auto")
     else:
         add("freed memory is kept", keeps_memory=True)
+        add("feed-forward layers in pieces", pieces=True)
+        add("upsampling as one transposed convolution", transposed=True)
+        add("the text's attention as two products", folded=True)
     add("torch.compile", compiled=True)
     if not on_gpu:
         add("bfloat16 (on request)", dtype="bfloat16")
@@ -109,12 +117,17 @@ def run(stage: Stage, options: argparse.Namespace, out: Path) -> None:
     denoiser: Any = engine.denoiser
     denoiser.unet.to(memory_format=stage.layout)
     engine.prepare([], [])
+    if not stage.pieces:
+        cpu.feed_forward = lambda layers, x: layers(x)
+    if not stage.transposed:
+        cpu.transposed = lambda conv: None
+    if not stage.folded:
+        cpu.folded = lambda attention, key, value: None
     if not stage.ours:
         theirs = type("TheirsInLayout", (Theirs,), {"layout": stage.layout})
         denoiser.bind = lambda condition: theirs(denoiser, condition)
     job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
-    (path,) = trajectories(denoiser, [job])
-    left_out = [(0, k) for k in range(len(path)) if k != STEP]
+    (path,) = (replace(path, only=[STEP]) for path in trajectories(denoiser, [job]))
     masks = options.masks if stage.batched else options.plain_masks
     if not stage.batched:
         denoiser.batch_size = 1
@@ -128,7 +141,7 @@ def run(stage: Stage, options: argparse.Namespace, out: Path) -> None:
         if stage.plain:
             drawn = dfkernels.masks(job.mask_seed, STEP, 0, count, denoiser.latent_shape[1:])
             return slow.maps(iter(drawn.numpy()))[1]
-        (found,) = Rise(count, target=stage.target).explain(denoiser, [path], left_out)
+        (found,) = Rise(count, target=stage.target).explain(denoiser, [path])
         return found.saliency.numpy()
 
     explain(2 if stage.plain else denoiser.batch_size)

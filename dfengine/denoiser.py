@@ -176,6 +176,19 @@ class Bound:
         rows = torch.full_like(timesteps, rows) if isinstance(rows, int) else rows
         return self.denoiser.predict(x_t, timesteps, self.condition[rows])
 
+    def both(
+        self,
+        x_t: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        rows: Int[Tensor, "2 n"] | tuple[int, int],
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+        """The outputs for each latent under two prompts: those of its two rows, or of one pair for all of them."""
+        if isinstance(rows, tuple) or 2 * len(x_t) > self.denoiser.batch_size:  # two batches of the one size
+            first, second = rows
+            return self(x_t, timesteps, first), self(x_t, timesteps, second)
+        outputs = self(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), rows.flatten())
+        return outputs[: len(x_t)], outputs[len(x_t) :]
+
 
 class Guided:
     """A denoiser bound to prompts and to one of the three targets: `explained(x_t, t, rows) → Prediction`.
@@ -215,10 +228,6 @@ class Guided:
     ) -> Float[Tensor, "n c h w"]:
         if self.target != "guided":
             return self._network(x_t, timesteps, rows)
-        if isinstance(rows, int) or 2 * len(rows) > self.denoiser.batch_size:  # two batches of the one size
-            without, given = (self._network(x_t, timesteps, row).float() for row in (rows, rows + self._count))
-        else:
-            both = torch.cat([rows, rows + self._count])
-            output = self._network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
-            without, given = output.float().chunk(2)
+        both = (rows, rows + self._count) if isinstance(rows, int) else torch.stack([rows, rows + self._count])
+        without, given = (output.float() for output in self._network.both(x_t, timesteps, both))
         return without + self.scale[rows].reshape(-1, 1, 1, 1) * (given - without)

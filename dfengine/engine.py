@@ -263,7 +263,8 @@ class Engine:
             for item, job in enumerate(jobs)
             for explainer in explainers
         )
-        tuning.decide(self.denoiser, num_forwards, pace, wanted=self._compile)
+        guided = any(getattr(explainer, "target", None) == "guided" for explainer in explainers)
+        tuning.decide(self.denoiser, num_forwards, pace, wanted=self._compile, guided=guided)
 
     def pace(self) -> tuning.Pace:
         """How fast the network is here, found by a few forwards the first time, and with it the batch that fits."""

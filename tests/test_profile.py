@@ -39,7 +39,8 @@ def found(engine: Engine) -> Profile:
         ("mkldnn::_convolution_pointwise", "convolution"),
         ("triton_tem_fused_convolution_silu_4", "convolution"),
         ("aten::addmm", "linear"),
-        ("aten::bmm", "linear"),
+        ("aten::bmm", "attention"),
+        ("aten::_softmax", "attention"),
         ("mkl::_mkl_linear", "linear"),
         ("triton_tem_fused_addmm_2", "linear"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
@@ -141,7 +142,7 @@ def test_the_profile_hangs_together(found: Profile) -> None:
     assert stages["file"] > 0
     assert 0.1 < found.peak_gib < 20
     rates = [point["masks_a_second"] for point in found.curve]
-    assert rates[-1] == pytest.approx(found.masks_a_second, rel=0.5)
+    assert 0.4 < found.masks_a_second / rates[-1] < 1.2
     assert rates[-1] > rates[0]
     assert {point["peak_gib"] for point in found.curve} == {None}
     assert sum(found.network.values()) == pytest.approx(1)
@@ -150,8 +151,8 @@ def test_the_profile_hangs_together(found: Profile) -> None:
     assert found.share_of_ceiling == pytest.approx(found.tflop_s / found.ceiling_tflop_s)
     assert [point["batch"] for point in found.curve] == [1, 2, 4, 8, 16]
     assert (found.batch_size, found.compiled, found.dtype, found.attention) == (16, False, "float32", "sdpa")
-    # What the embedded model's forward costs less the keys and values of the text, which are made once.
-    assert sum(found.gflop_a_mask.values()) == pytest.approx(0.468, abs=0.01)
+    # The embedded model's forward, less the text's keys and values and 5/9 of the convolutions after upsampling.
+    assert sum(found.gflop_a_mask.values()) == pytest.approx(0.468 - 0.53e-3 * 100 * 5 / 9, abs=0.005)
 
 
 def test_the_prediction_is_of_the_whole_job(found: Profile) -> None:
@@ -164,9 +165,13 @@ def test_the_prediction_is_of_the_whole_job(found: Profile) -> None:
     assert values < job["bytes"] < 1.001 * values
 
 
-def test_guidance_costs_two_forwards(engine: Engine, found: Profile) -> None:
+def test_guidance_costs_two_forwards_less_what_comes_before_the_text(engine: Engine, found: Profile) -> None:
     guided = profile(engine, Rise(64, target="guided"), engine.job("a red circle", num_steps=2), seconds=0.2)
-    assert sum(guided.gflop_a_mask.values()) == pytest.approx(2 * sum(found.gflop_a_mask.values()))
+    pixels, width = 256, 48
+    # The first convolution, a resnet's two, the first attention's projections and its products.
+    products = pixels * width * (4 * 9 + 2 * 9 * width + width + 4 * width + 2 * pixels)
+    expected = 2 * sum(found.gflop_a_mask.values()) - 2 * products / 1e9
+    assert sum(guided.gflop_a_mask.values()) == pytest.approx(expected, rel=1e-4)
     assert guided.job["forwards"] == 2 * 2 * 65
 
 

@@ -11,6 +11,7 @@ import torch
 from analytic import Analytic
 
 from dfengine import Engine, Rise, tuning
+from dfengine.denoiser import Denoiser
 from dfengine.engine import Generated
 from dfengine.explain import StepMap
 from dfengine.tuning import COMPILING, MARGIN, Pace, decide, duration, tune
@@ -79,6 +80,8 @@ def test_a_job_is_compiled_if_that_repays_itself_twice() -> None:
         assert denoiser.compiled is compiled
         # A whole batch of one prompt, the shape that the job will have, is what is compiled.
         assert denoiser.batches == [16] * compiled
+    decide(denoiser := Compilable(), forwards, PACE, guided=True)
+    assert denoiser.batches == [8, 8]
 
 
 def test_either_flag_decides_alone() -> None:
@@ -110,20 +113,26 @@ engine = Engine.from_pretrained(sys.argv[1], device="cpu", batch_size=6)
 jobs = [engine.job("a pink star on a black background", num_steps=2, seed=seed) for seed in range(2)]
 
 def maps():
-    return torch.stack([event.saliency for event in engine.stream(jobs, Rise(10)) if isinstance(event, StepMap)])
+    return torch.stack([
+        event.saliency
+        for explainer in (Rise(10), Rise(12, target="guided"))
+        for event in engine.stream(jobs, explainer)
+        if isinstance(event, StepMap)
+    ])
 
 plain, shapes = maps(), []
 engine.denoiser.compile()
 compiled = engine.denoiser._compiled
 
-def note(unet, x, embedding, texts, attend):
-    shapes.append((len(x), len(texts[0][0])))
-    return compiled(unet, x, embedding, texts, attend)
+def note(unet, x, embedding, texts, attend, kernels):
+    shapes.append((len(x), len(embedding), len(texts[0][0])))
+    return compiled(unet, x, embedding, texts, attend, kernels=kernels)
 
 engine.denoiser._compiled = note
 torch.testing.assert_close(maps(), plain, rtol=1e-3, atol=1e-4)
-# 2 items × 2 steps × 10 masks in batches of 6; the one that two items share is not compiled.
-assert shapes == [(6, 1)] * 6, shapes
+# 2 items × 2 steps × 10 masks in batches of 6; the one that two items share is not compiled. With guidance 2 × 2 × 12,
+# three latents at a time under two prompts.
+assert shapes == [(6, 6, 1)] * 6 + [(3, 6, 2)] * 16, shapes
 print("the same")
 """
 
@@ -187,8 +196,12 @@ def test_masks_of_a_batch_that_is_done_again_are_counted_once() -> None:
 
 
 def test_what_is_done_or_given_counts_in_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, bool | None]] = []
-    monkeypatch.setattr(tuning, "decide", lambda denoiser, forwards, pace, *, wanted: told.append((forwards, wanted)))
+    told: list[tuple[int, bool | None, bool]] = []
+
+    def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | None, guided: bool) -> None:
+        told.append((num_forwards, wanted, guided))
+
+    monkeypatch.setattr(tuning, "decide", decide)
     tuned: list[bool] = []
     monkeypatch.setattr(tuning, "tune", lambda denoiser, *, is_given: tuned.append(is_given) or PACE)
     for batch_size in (None, 8):
@@ -197,7 +210,7 @@ def test_what_is_done_or_given_counts_in_the_decision(monkeypatch: pytest.Monkey
         engine.prepare(jobs, [Rise(9), Rise(4, name="other", target="guided")], done=[(1, "rise", 0), (1, "other", 4)])
         engine.prepare(jobs, [Rise(9)])
     assert tuned == [False, True]
-    assert told == [(10 * (3 + 4) + 2 * 5 * (3 + 4), False), (10 * 8, False)] * 2
+    assert told == [(10 * (3 + 4) + 2 * 5 * (3 + 4), False, True), (10 * 8, False, False)] * 2
 
 
 def test_a_callers_random_numbers_are_left_as_they_were() -> None:

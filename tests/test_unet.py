@@ -105,7 +105,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     denoiser = embedded() if name == "shapes" else load(saved(name), device="cpu", image_size=(128, 128))
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     x = x.to(memory_format=torch.channels_last)
-    network, seen = denoiser.bind(condition), []
+    seen: list[bool] = []
 
     def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
@@ -114,6 +114,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     convolutions = [m for m in denoiser.unet.modules() if isinstance(m, torch.nn.Conv2d)]
     hooks = [module.register_forward_hook(note) for module in convolutions]
     try:
+        network = denoiser.bind(condition)
         with Copies() as copies:
             network(x, t, 0)
     finally:
@@ -122,6 +123,68 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     assert len(seen) == 2 * len(convolutions) > 20
     assert all(seen)
     assert copies.elements == []
+    # Nobody looks on, and upsampling is one operation.
+    network = denoiser.bind(condition)
+    network(x, t, 0)
+    with Copies() as copies:
+        assert network(x, t, 0).is_contiguous(memory_format=torch.channels_last)
+    assert copies.elements == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 10, 64])
+@pytest.mark.parametrize("name", MODELS)
+def test_two_prompts_a_latent(model: Callable[[str], Denoiser], name: str, size: int) -> None:
+    denoiser = model(name)
+    (x, t), condition = batch(denoiser), prompts_of(denoiser)
+    denoiser.batch_size = size
+    network, counts = denoiser.bind(condition), []
+    rows = torch.tensor([[2, 0, 1, 1, 0], [0, 0, 2, 1, 1]])
+    hooks = [
+        module.register_forward_hook(lambda module, args, _: counts.append((module, len(args[0]))))
+        for module in (denoiser.unet.conv_in, denoiser.unet.conv_out)
+    ]
+    try:
+        found = [network.both(x, t, told) for told in (rows, (2, 1))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for both, told in zip(found, (rows, torch.tensor([[2], [1]]).expand(2, 5)), strict=True):
+        for output, row in zip(both, told, strict=True):
+            assert_close(output, denoiser.predict(x, t, condition[row]), **CLOSE)
+    if size >= 5:
+        assert max(count for _, count in counts) <= size
+    into, out = (sum(n for seen, n in counts if seen is module) for module in counts_of(denoiser))
+    assert out == 4 * len(x)
+    # SDXL is told of a prompt beside its text, from the first layer on; a batch of one cannot be halved.
+    assert into == (4 if name == "sdxl" or size == 1 else 2) * len(x)
+
+
+def counts_of(denoiser: Denoiser) -> tuple[torch.nn.Module, torch.nn.Module]:
+    unet: Any = denoiser.unet  # type: ignore[attr-defined]
+    return unet.conv_in, unet.conv_out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "part", ["attn2.to_q", "attn2.to_out.0", "ff", "ff.net.0", "ff.net.0.proj", "ff.net.2", "upsampler"]
+)
+def test_whoever_looks_into_a_layer_sees_it_called(part: str) -> None:
+    denoiser = embedded()
+    (x, t), condition = batch(denoiser), prompts_of(denoiser)
+    unet: Any = denoiser.unet  # type: ignore[attr-defined]
+    block = "up_blocks.1.attentions.1.transformer_blocks.0."
+    watched = unet.get_submodule("up_blocks.0.upsamplers.0.conv" if part == "upsampler" else block + part)
+    plain, seen = denoiser.bind(condition)(x, t, 0), []
+    hook = watched.register_forward_hook(lambda *_: seen.append(1))
+    assert fast.difference(unet) is None
+    assert_close(denoiser.bind(condition)(x, t, 0), plain, **CLOSE)
+    assert len(seen) == 1
+    hook.remove()
+    # Nor is a forward of somebody's own passed by.
+    whole = watched.forward
+    watched.forward = lambda *args, **kwargs: 0 * whole(*args, **kwargs)
+    assert (denoiser.bind(condition)(x, t, 0) - plain).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -289,9 +352,11 @@ def test_weights_that_change_between_runs_are_the_runs_weights(saved: Callable[[
     denoiser = load(saved("sd15"), device="cpu")
     (x, t), condition = batch(denoiser), denoiser.condition([PROMPT])
     before = denoiser.bind(condition)(x, t, 0)
-    for name, weight in denoiser.unet.named_parameters():
-        if "attn2.to_v" in name or "time_embedding" in name:
-            weight.mul_(1.5)
-    after = denoiser.bind(condition)(x, t, 0)
-    assert (after - before).abs().max() > 1e-3
-    assert_close(after, denoiser.predict(x, t, condition[torch.zeros(5, dtype=torch.int64)]), **CLOSE)
+    for part in ("attn2.to_v", "time_embedding", "attn2.to_q", "attn2.to_out", "upsamplers", "ff.net"):
+        for name, weight in denoiser.unet.named_parameters():
+            if part in name:
+                weight.mul_(1.5)
+        after = denoiser.bind(condition)(x, t, 0)
+        assert (after - before).abs().max() > 1e-4
+        assert_close(after, denoiser.predict(x, t, condition[torch.zeros(5, dtype=torch.int64)]), **CLOSE)
+        before = after

@@ -1,4 +1,4 @@
-"""What networks have inside: the feature maps of a UNet's layers, the attention of a text encoder."""
+"""What networks have inside: the feature maps of a UNet's layers, the attention of a text encoder; who looks there."""
 
 from __future__ import annotations
 
@@ -47,3 +47,13 @@ def shown_to(watch: Watch) -> Any:
         return (module.out_proj((probabilities @ values).transpose(1, 2).flatten(2)), *output[1:])
 
     return hook
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether its forward is not its class's own."""
+    return "forward" in vars(module)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dfengine.denoiser import Bound, Condition, Denoiser, Layer, Watch
 from dfengine.models import unet as fast
 from dfengine.models.attention import attention, watched
+from dfengine.models.cpu import Folded
 from dfengine.models.inside import layers_of, shown_to
 from dfengine.models.tokens import check_prompt, tokens_of
 from dfengine.schedule import NoiseSchedule
@@ -180,16 +181,21 @@ class StableDiffusion(Denoiser):
         self.compiled, self._compiled_size = True, self.batch_size
 
     def run(
-        self, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"], texts: Sequence[fast.KeysValues]
-    ) -> Float[Tensor, "n c h w"]:
-        """`unet.forward`, compiled for the one shape that is worth it: a whole batch of one prompt.
+        self,
+        x: Float[Tensor, "n c h w"],
+        embedding: Float[Tensor, "m e"],
+        texts: Sequence[fast.KeysValues | Folded],
+        kernels: Sequence[Tensor | None],
+    ) -> Float[Tensor, "m c h w"]:
+        """`unet.forward`, compiled for the one size that is worth it: a whole batch of one prompt, or of a pair.
 
-        For that shape cuDNN, too, looks for its fastest kernels.
+        For that size cuDNN, too, looks for its fastest kernels.
         """
-        is_compiled = self.compiled and len(x) == self._compiled_size and len(texts[0][0]) == 1
+        shares = len(texts[0][0]) == len(embedding) // len(x)
+        is_compiled = self.compiled and len(embedding) == self._compiled_size and shares
         forward = self._compiled if is_compiled else fast.forward
-        with self._attention.chosen(), _searching(len(x) == self.batch_size):
-            return forward(self.unet, x, embedding, texts, self._attention.attend)
+        with self._attention.chosen(), _searching(len(embedding) == self.batch_size):
+            return forward(self.unet, x, embedding, texts, self._attention.attend, kernels=kernels)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         self.check(prompts)
@@ -261,28 +267,73 @@ def _searching(is_on: bool) -> Iterator[None]:
 
 
 class _BoundUNet(Bound):
-    """Keys and values a prompt and embeddings a time-step, made once; only the latents' own way is left."""
+    """What is made of a prompt and of a time-step, made once; only the latents' own way is left."""
 
     def __init__(self, denoiser: StableDiffusion, condition: Condition, forward: Any = None) -> None:
         """`forward` is `unet.forward` with attention of one's own, by default the denoiser's `run`."""
         super().__init__(denoiser, condition)
         added = {name: value for name, value in condition.tensors.items() if name != "text"}
         steps = torch.arange(denoiser.schedule.num_train_timesteps, device=denoiser.device)
+        self._unet, self._dtype = denoiser.unet, denoiser.dtype
         self._run = denoiser.run if forward is None else partial(forward, denoiser.unet)
-        self._dtype = denoiser.dtype
         self._times = fast.embed_times(denoiser.unet, steps)
         self._added = fast.embed_added(denoiser.unet, added)
         self._texts = fast.keys_values(denoiser.unet, condition.tensors["text"])
+        on_cpu = denoiser.device.type == "cpu"
+        # Scores are a product's results here: half precision would round them.
+        self._folds = forward is None and on_cpu and denoiser.dtype == torch.float32
+        self._kernels = fast.transposed(denoiser.unet) if on_cpu else []
+        self._last: tuple[tuple[int, ...], list[fast.KeysValues | Folded]] | None = None
 
     def __call__(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
+        return self._each(x_t, timesteps, rows if isinstance(rows, Tensor) else (rows,))
+
+    def both(
+        self,
+        x_t: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        rows: Int[Tensor, "2 n"] | tuple[int, int],
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+        """A latent is one until its prompts are read, in batches of half the size; SDXL's are read at once."""
+        half = self.denoiser.batch_size // 2
+        if self._added is not None or not half:
+            return super().both(x_t, timesteps, rows)
+        outputs = []
+        for start in range(0, len(x_t), half):
+            some = slice(start, start + half)
+            whose = rows if isinstance(rows, tuple) else rows[:, some].flatten()
+            outputs.append(self._each(x_t[some], timesteps[some].repeat(2), whose).unflatten(0, (2, -1)))
+        first, second = torch.cat(outputs, dim=1)
+        return first, second
+
+    def _each(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " m"], rows: Int[Tensor, " m"] | tuple[int, ...]
+    ) -> Float[Tensor, "m c h w"]:
+        """All latents under the first prompt, then all of them under the next: one of each row, or a few for all."""
         x_t = x_t.to(self._dtype, memory_format=torch.channels_last)
-        whose = slice(rows, rows + 1) if isinstance(rows, int) else rows
         embedding = self._times[timesteps]
+        if isinstance(rows, Tensor):
+            texts = [(key[rows], value[rows]) for key, value in self._texts]
+        else:
+            texts = self._shared(rows)
         if self._added is not None:
-            embedding = embedding + self._added[whose]
-        return self._run(x_t, embedding, [(key[whose], value[whose]) for key, value in self._texts])
+            embedding = embedding + self._added[rows[0] if isinstance(rows, tuple) else rows]
+        return self._run(x_t, embedding, texts, kernels=self._kernels)
+
+    def _shared(self, rows: tuple[int, ...]) -> list[fast.KeysValues | Folded]:
+        """What cross-attentions need of a few prompts, kept until others are asked for."""
+        if self._last is None or self._last[0] != rows:
+            pairs = [(_rows(key, rows), _rows(value, rows)) for key, value in self._texts]
+            folded = fast.folded(self._unet, pairs) if self._folds else [None] * len(pairs)
+            self._last = rows, [fold or pair for fold, pair in zip(folded, pairs, strict=True)]
+        return self._last[1]
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, of which the device needs not be told by a tensor."""
+    return torch.stack([tensor[row] for row in rows])
 
 
 def _check_unet(pipeline: Any) -> None:

@@ -1,8 +1,9 @@
 """The forward of a UNet2DConditionModel for many latents at once: diffusers' weights, our own way through them.
 
 What depends on neither latent nor mask is made apart, once: the embedding of a time-step, the keys and values of a
-prompt. Latents that share a prompt share its keys and values, the batch folded into the queries. Activations stay
-channels-last from end to end; diffusers' own forward leaves that layout behind every attention block.
+prompt. Latents that share a prompt share its keys and values, the batch folded into the queries. A latent under several
+prompts is one latent until they are read. Activations stay channels-last from end to end; diffusers' own forward leaves
+that layout behind every attention block. On a CPU some parts take another form (`cpu`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dfengine.models import cpu
 from dfengine.models.attention import Attend
+from dfengine.models.cpu import Folded
+from dfengine.models.inside import is_hooked, is_replaced
 
 #: Keys and values of one cross-attention, [p, tokens, heads · d] each.
 KeysValues = tuple[Tensor, Tensor]
@@ -107,9 +111,9 @@ def _changed(name: str, module: Any, *, is_passed_by: bool) -> str | None:
         if abs(module.scale - (module.inner_dim // module.heads) ** -0.5) > 1e-6:
             return f"scale of {name} is {module.scale}"
     # Whoever hooks or replaces the forward of a module that is passed by wants to see it called.
-    if is_passed_by and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
+    if is_passed_by and is_hooked(module):
         return f"{name or 'it'} has a hook"
-    if is_passed_by and "forward" in vars(module):
+    if is_passed_by and is_replaced(module):
         return f"the forward of {name or 'it'} is another's"
     return None
 
@@ -133,24 +137,41 @@ def keys_values(unet: Any, text: Float[Tensor, "p tokens d"]) -> list[KeysValues
     return [(block.attn2.to_k(text), block.attn2.to_v(text)) for block in blocks]
 
 
+def folded(unet: Any, texts: Sequence[KeysValues]) -> list[Folded | None]:
+    """Every cross-attention of some prompts with its weights folded in; None where that is more work."""
+    blocks = [block for transformer in _transformers(unet) for block in transformer.transformer_blocks]
+    return [cpu.folded(block.attn2, *pair) for block, pair in zip(blocks, texts, strict=True)]
+
+
+def transposed(unet: Any) -> list[Float[Tensor, "c d 4 4"] | None]:
+    """The kernel of every upsampler as a transposed convolution; None where it is more than one."""
+    upsamplers = [upsampler for block in unet.up_blocks for upsampler in block.upsamplers or ()]
+    return [cpu.transposed(upsampler.conv) for upsampler in upsamplers]
+
+
 def forward(
     unet: Any,
     x: Float[Tensor, "n c h w"],
-    embedding: Float[Tensor, "n e"],
-    texts: Sequence[KeysValues],
+    embedding: Float[Tensor, "m e"],
+    texts: Sequence[KeysValues | Folded],
     attend: Attend,
     cross: Attend | None = None,
-) -> Float[Tensor, "n c h w"]:
-    """The network's output for latents (channels-last) whose prompts' keys and values have n rows, or one for all.
+    kernels: Sequence[Tensor | None] = (),
+) -> Float[Tensor, "m c h w"]:
+    """The network's output for latents (channels-last) under prompts.
 
-    `cross` computes cross-attention, if anything else than `attend` does.
+    There are as many embeddings as outputs: n, or a multiple m of it where each latent is told of several prompts in
+    turn, all latents of the first, then all of the second. What is made of the prompts has m rows, or one for each
+    such turn. `cross` computes cross-attention, if anything else than `attend` does; `kernels` are `transposed`'s,
+    where upsampling is to be done so.
     """
     embedding, text = F.silu(embedding), iter([(pair, cross or attend) for pair in texts])
+    kernel = iter(kernels)
     x = unet.conv_in(x)
     skips = [x]
     for block in unet.down_blocks:
         for resnet, transformer in _pairs(block):
-            x = _transform(transformer, _resnet(resnet, x, embedding), text, attend)
+            x = _transform(transformer, _resnet(resnet, x, embedding), text, attend, len(embedding))
             skips.append(x)
         for downsampler in block.downsamplers or ():
             x = downsampler.conv(x)
@@ -158,14 +179,13 @@ def forward(
     first, *others = unet.mid_block.resnets
     x = _resnet(first, x, embedding)
     for transformer, resnet in zip(unet.mid_block.attentions, others, strict=True):
-        x = _resnet(resnet, _transform(transformer, x, text, attend), embedding)
+        x = _resnet(resnet, _transform(transformer, x, text, attend, len(embedding)), embedding)
     for block in unet.up_blocks:
         for resnet, transformer in _pairs(block):
-            x = _resnet(resnet, torch.cat([x, skips.pop()], dim=1), embedding)
-            x = _transform(transformer, x, text, attend)
+            x = _resnet(resnet, torch.cat([x, _repeated(skips.pop(), len(x))], dim=1), embedding)
+            x = _transform(transformer, x, text, attend, len(embedding))
         for upsampler in block.upsamplers or ():
-            # To the size of what it meets next, which need not be twice its own.
-            x = upsampler.conv(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+            x = _upsample(upsampler.conv, x, skips[-1].shape[2:], next(kernel, None))
     if unet.conv_norm_out is not None:
         x = unet.conv_act(unet.conv_norm_out(x))
     return unet.conv_out(x)
@@ -194,16 +214,34 @@ def _transformers(unet: Any) -> list[Any]:
     return [transformer for block in _blocks(unet) for transformer in getattr(block, "attentions", ())]
 
 
-def _resnet(resnet: Any, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"]) -> Float[Tensor, "n d h w"]:
+def _repeated(x: Float[Tensor, "n ..."], count: int) -> Float[Tensor, "m ..."]:
+    """All of x, again and again, until there are so many."""
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))
+
+
+def _upsample(
+    conv: Any, x: Float[Tensor, "n c h w"], size: Sequence[int], kernel: Tensor | None
+) -> Float[Tensor, "n c H W"]:
+    """To the size of what it meets next, which need not be twice its own."""
+    if kernel is None or size != (2 * x.shape[2], 2 * x.shape[3]):
+        return conv(F.interpolate(x, size=size, mode="nearest"))
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
+def _resnet(resnet: Any, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "m e"]) -> Float[Tensor, "n d h w"]:
     hidden = resnet.conv1(resnet.nonlinearity(resnet.norm1(x)))
-    hidden = hidden + resnet.time_emb_proj(embedding)[:, :, None, None]
+    hidden = hidden + resnet.time_emb_proj(embedding[: len(x)])[:, :, None, None]
     hidden = resnet.conv2(resnet.nonlinearity(resnet.norm2(hidden)))
     return hidden + (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
 
 
 def _transform(
-    transformer: Any, x: Float[Tensor, "n c h w"], text: Iterator[tuple[KeysValues, Attend]], attend: Attend
-) -> Float[Tensor, "n c h w"]:
+    transformer: Any,
+    x: Float[Tensor, "n c h w"],
+    text: Iterator[tuple[KeysValues | Folded, Attend]],
+    attend: Attend,
+    count: int,
+) -> Float[Tensor, "m c h w"]:
     if transformer is None:
         return x
     n, _, h, w = x.shape
@@ -214,18 +252,20 @@ def _transform(
     if transformer.use_linear_projection:
         tokens = transformer.proj_in(tokens)
     for block in transformer.transformer_blocks:
-        tokens = tokens + _attention(block.attn1, block.norm1(tokens), None, attend)
+        tokens = _repeated(tokens + _attention(block.attn1, block.norm1(tokens), None, attend), count)
         tokens = tokens + _attention(block.attn2, block.norm2(tokens), *next(text))
-        tokens = tokens + block.ff(block.norm3(tokens))
+        tokens = tokens + cpu.feed_forward(block.ff, block.norm3(tokens))
     if transformer.use_linear_projection:
         tokens = transformer.proj_out(tokens)
     image = tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-    return x + (image if transformer.use_linear_projection else transformer.proj_out(image))
+    return _repeated(x, count) + (image if transformer.use_linear_projection else transformer.proj_out(image))
 
 
 def _attention(
-    attention: nn.Module, x: Float[Tensor, "n s d"], text: KeysValues | None, attend: Attend
+    attention: nn.Module, x: Float[Tensor, "n s d"], text: KeysValues | Folded | None, attend: Attend
 ) -> Float[Tensor, "n s d"]:
+    if isinstance(text, Folded):
+        return text(x)
     module: Any = attention
     query = module.to_q(x)
     key, value = (module.to_k(x), module.to_v(x)) if text is None else text

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dfkernels
 import numpy as np
@@ -32,6 +32,8 @@ from dfengine.record import device_name, plan
 from dfengine.store import Writer, nbytes
 from dfengine.trajectory import Job, Trajectory, trajectories
 from dfengine.tuning import synchronize
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,19 @@ class _Watched(Bound):
     def __call__(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
+        return self._timed(partial(self._network, x_t, timesteps, rows))
+
+    def both(
+        self,
+        x_t: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        rows: Int[Tensor, "2 n"] | tuple[int, int],
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+        return self._timed(partial(self._network.both, x_t, timesteps, rows))
+
+    def _timed(self, forward: Callable[[], T]) -> T:
         began = self._now()
-        output = self._network(x_t, timesteps, rows)
+        output = forward()
         self._calls.append((began, self._now()))
         return output
 

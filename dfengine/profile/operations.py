@@ -21,7 +21,8 @@ def kind_of(operation: str) -> str:
     # Compiled code is named after all that it fuses; only a template (tem) is the product itself.
     if name.startswith(("triton_", "cpp_fused")) and "_tem_" not in name:
         return "other"
-    if any(part in name for part in ("attention", "flash", "fmha")):
+    # Products of batches of matrices are keys or values of many prompts, or of many heads.
+    if any(part in name for part in ("attention", "flash", "fmha", "softmax", "bmm")):
         return "attention"
     if "conv" in name:
         return "convolution"
