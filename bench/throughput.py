@@ -93,11 +93,11 @@ def measure(
     ceiling = matmul_ceiling(clock, denoiser.dtype)
     own, one = denoiser.batch_size, torch.zeros(1, *denoiser.latent_shape, device=denoiser.device)
     timesteps, scale = (torch.tensor([value], device=denoiser.device) for value in (5, path.job.guidance))
-    flops = {}
-    for target in plain:
+    flops: dict[tuple[str, str], int] = {}
+    for target, slow in plain.items():
         explained = Guided(denoiser, path.prompt, path.negative, target, scale)
-        work = partial(explained.epsilon, one, timesteps, 0)
-        flops[target] = sum(flops_by_kind(work).values())
+        work = {"dfengine": partial(explained.epsilon, one, timesteps, 0), "plain loop": partial(slow.answer, one)}
+        flops |= {(name, target): sum(flops_by_kind(forward).values()) for name, forward in work.items()}
     every = ways(engine, plain, path, batches, plain_masks)
     compile_seconds = first_of(denoiser, every)
     for way in every:
@@ -121,7 +121,7 @@ def measure(
                 "masks_s": [round(value, 2) for value in (min(rates), statistics.median(rates), max(rates))],
                 "times_plain_pair": round(statistics.median(pair), 2),
                 "times_plain_alike": round(statistics.median(alike), 2),
-                "share_of_ceiling": round(flops[way.target] * statistics.median(rates) / ceiling, 3),
+                "share_of_ceiling": round(flops[way.name, way.target] * statistics.median(rates) / ceiling, 3),
                 "ceiling_tflop_s": round(ceiling / 1e12, 3),
                 "compile_s": round(compile_seconds, 1) if way.compiled else None,
                 "agreement_with_plain": round(agreed[way.target], 5),

@@ -263,8 +263,8 @@ class Engine:
             for item, job in enumerate(jobs)
             for explainer in explainers
         )
-        guided = any(getattr(explainer, "target", None) == "guided" for explainer in explainers)
-        tuning.decide(self.denoiser, num_forwards, pace, wanted=self._compile, guided=guided)
+        targets = {getattr(explainer, "target", "conditional") for explainer in explainers} or {"conditional"}
+        tuning.decide(self.denoiser, num_forwards, pace, wanted=self._compile, targets=targets)
 
     def pace(self) -> tuning.Pace:
         """How fast the network is here, found by a few forwards the first time, and with it the batch that fits."""

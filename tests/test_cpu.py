@@ -74,6 +74,10 @@ def hooked_before(module: nn.Module) -> None:
     module.register_forward_pre_hook(lambda *_: None)
 
 
+def hooked_behind(module: nn.Module) -> None:
+    module.register_full_backward_hook(lambda *_: None)
+
+
 def offloaded(module: Any) -> None:
     module._hf_hook = None
 
@@ -87,7 +91,7 @@ def subclassed(module: nn.Module) -> None:
     module.__class__ = type("Theirs", (type(module),), {})
 
 
-LOOKED_INTO = [hooked, hooked_before, offloaded, replaced, subclassed]
+LOOKED_INTO = [hooked, hooked_before, hooked_behind, offloaded, replaced, subclassed]
 
 
 @pytest.mark.parametrize("change", LOOKED_INTO)
@@ -132,10 +136,11 @@ def test_a_convolution_that_is_looked_into_has_no_kernel(change: Callable[[Any],
 @pytest.mark.parametrize(
     "options",
     [
+        {"kernel_size": 5},
         {"kernel_size": 5, "padding": 2},
         {"stride": 2},
         {"padding": 0},
-        {"dilation": 2, "padding": 2},
+        {"dilation": 2},
         {"channels": 4, "out": 4, "groups": 2},
         {"padding_mode": "circular"},
     ],
@@ -165,8 +170,8 @@ class Largest(TorchDispatchMode):
 def test_a_feed_forward_layer_in_pieces(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     layers = feed_forward()
     widest = layers.net[0].proj.out_features
-    monkeypatch.setattr(cpu, "_PIECE", 6 * widest)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(cpu, "_PIECE", 3 * widest)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(cpu, "_FEWEST_ROWS", 2)
     for x in (torch.randn(rows, 1, 6), torch.randn(1, rows, 6), torch.randn(3, rows, 6)):
         with Largest() as largest:
@@ -194,14 +199,33 @@ def test_a_feed_forward_layer_is_differentiable() -> None:
 
 
 @pytest.mark.parametrize("part", ["", "net.0", "net.0.proj", "net.1", "net.2"])
-@pytest.mark.parametrize("change", [hooked, hooked_before, replaced])
-def test_a_feed_forward_layer_that_is_looked_into_is_called(change: Callable[[Any], None], part: str) -> None:
+@pytest.mark.parametrize("change", [None, *LOOKED_INTO])
+def test_a_feed_forward_layer_that_is_looked_into_is_called(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None] | None, part: str
+) -> None:
     layers, x, seen = feed_forward(), torch.randn(2, 3, 6), []
-    change(layers.get_submodule(part))
-    forward = layers.forward
-    layers.forward = lambda x: seen.append(1) or forward(x)
+    if change is not None:
+        change(layers.get_submodule(part))
+    forward = FeedForward.forward
+
+    def noted(self: Any, *args: Any) -> Tensor:
+        seen.append(1)
+        return forward(self, *args)
+
+    if change is replaced and part == "":
+        layers.forward = lambda x: noted(layers, x)
+    monkeypatch.setattr(FeedForward, "forward", noted)
     cpu.feed_forward(layers, x)
-    assert seen
+    assert bool(seen) == (change is not None)
+
+
+def test_a_feed_forward_layer_of_somebody_elses_is_called() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    x = torch.randn(2, 3, 6)
+    assert_close(cpu.feed_forward(Own(), x), 2 * x)
 
 
 @pytest.mark.parametrize("options", [{"activation_fn": "gelu"}, {"activation_fn": "geglu", "bias": False}], ids=str)

@@ -80,8 +80,11 @@ def test_a_job_is_compiled_if_that_repays_itself_twice() -> None:
         assert denoiser.compiled is compiled
         # A whole batch of one prompt, the shape that the job will have, is what is compiled.
         assert denoiser.batches == [16] * compiled
-    decide(denoiser := Compilable(), forwards, PACE, guided=True)
-    assert denoiser.batches == [8, 8]
+    # Under two prompts, this network's batches are whole ones of each.
+    decide(denoiser := Compilable(), forwards, PACE, targets={"guided"})
+    assert denoiser.batches == [16, 16]
+    decide(denoiser := Compilable(), forwards, PACE, targets={"unconditional", "guided", "conditional"})
+    assert denoiser.batches == [16, 16, 16]
 
 
 def test_either_flag_decides_alone() -> None:
@@ -196,10 +199,10 @@ def test_masks_of_a_batch_that_is_done_again_are_counted_once() -> None:
 
 
 def test_what_is_done_or_given_counts_in_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, bool | None, bool]] = []
+    told: list[tuple[int, bool | None, list[str]]] = []
 
-    def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | None, guided: bool) -> None:
-        told.append((num_forwards, wanted, guided))
+    def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | None, targets: set[str]) -> None:
+        told.append((num_forwards, wanted, sorted(targets)))
 
     monkeypatch.setattr(tuning, "decide", decide)
     tuned: list[bool] = []
@@ -210,7 +213,8 @@ def test_what_is_done_or_given_counts_in_the_decision(monkeypatch: pytest.Monkey
         engine.prepare(jobs, [Rise(9), Rise(4, name="other", target="guided")], done=[(1, "rise", 0), (1, "other", 4)])
         engine.prepare(jobs, [Rise(9)])
     assert tuned == [False, True]
-    assert told == [(10 * (3 + 4) + 2 * 5 * (3 + 4), False, True), (10 * 8, False, False)] * 2
+    both = (10 * (3 + 4) + 2 * 5 * (3 + 4), False, ["conditional", "guided"])
+    assert told == [both, (10 * 8, False, ["conditional"])] * 2
 
 
 def test_a_callers_random_numbers_are_left_as_they_were() -> None:

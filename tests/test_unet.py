@@ -152,16 +152,21 @@ def test_two_prompts_a_latent(model: Callable[[str], Denoiser], name: str, size:
     for both, told in zip(found, (rows, torch.tensor([[2], [1]]).expand(2, 5)), strict=True):
         for output, row in zip(both, told, strict=True):
             assert_close(output, denoiser.predict(x, t, condition[row]), **CLOSE)
-    if size >= 5:
+    if name != "sdxl" and size % 2 == 0:
         assert max(count for _, count in counts) <= size
     into, out = (sum(n for seen, n in counts if seen is module) for module in counts_of(denoiser))
     assert out == 4 * len(x)
-    # SDXL is told of a prompt beside its text, from the first layer on; a batch of one cannot be halved.
-    assert into == (4 if name == "sdxl" or size == 1 else 2) * len(x)
+    # SDXL is told of a prompt beside its text, from the first layer on; an odd batch cannot be halved.
+    assert into == (4 if name == "sdxl" or size % 2 else 2) * len(x)
+
+
+def any_of(denoiser: Denoiser) -> Any:
+    """Without its type, which has no network."""
+    return denoiser
 
 
 def counts_of(denoiser: Denoiser) -> tuple[torch.nn.Module, torch.nn.Module]:
-    unet: Any = denoiser.unet  # type: ignore[attr-defined]
+    unet = any_of(denoiser).unet
     return unet.conv_in, unet.conv_out
 
 
@@ -172,7 +177,7 @@ def counts_of(denoiser: Denoiser) -> tuple[torch.nn.Module, torch.nn.Module]:
 def test_whoever_looks_into_a_layer_sees_it_called(part: str) -> None:
     denoiser = embedded()
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
-    unet: Any = denoiser.unet  # type: ignore[attr-defined]
+    unet = any_of(denoiser).unet
     block = "up_blocks.1.attentions.1.transformer_blocks.0."
     watched = unet.get_submodule("up_blocks.0.upsamplers.0.conv" if part == "upsampler" else block + part)
     plain, seen = denoiser.bind(condition)(x, t, 0), []
@@ -360,3 +365,18 @@ def test_weights_that_change_between_runs_are_the_runs_weights(saved: Callable[[
         assert (after - before).abs().max() > 1e-4
         assert_close(after, denoiser.predict(x, t, condition[torch.zeros(5, dtype=torch.int64)]), **CLOSE)
         before = after
+
+
+def test_a_gradient_is_there_whatever_was_called_before() -> None:
+    denoiser = embedded()
+    (x, t), condition = batch(denoiser), prompts_of(denoiser)
+    text = condition.tensors["text"].clone().requires_grad_()
+    network = denoiser.bind(Condition({"text": text}))
+    with torch.no_grad():
+        expected = network(x, t, 0)
+    with torch.inference_mode():
+        network(x, t, 1)
+    for row in (0, 1):
+        (found,) = torch.autograd.grad(network(x, t, row).square().sum(), text, retain_graph=True)
+        assert found[row].abs().max() > 0
+    assert_close(network(x, t, 0).detach(), expected, **CLOSE)

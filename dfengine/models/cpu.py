@@ -63,7 +63,7 @@ def transposed(conv: nn.Module) -> Float[Tensor, "c d 4 4"] | None:
     A value is multiplied once with the sum of the weights that read its copies: 4/9 of the products. None for a
     convolution that is not plain.
     """
-    if not _is_bare(conv) or not isinstance(conv, nn.Conv2d):
+    if not (isinstance(conv, nn.Conv2d) and _is_bare(conv)):
         return None
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
@@ -93,12 +93,18 @@ def feed_forward(layers: Any, x: Float[Tensor, "n s c"]) -> Float[Tensor, "n s c
 
 def _is_geglu(layers: Any) -> bool:
     """Whether a feed-forward layer is a gate of GELU between two plain linear layers, and nobody looks inside."""
-    first, *_, last = layers.net
-    if [type(module).__name__ for module in layers.net] != ["GEGLU", "Dropout", "Linear"]:
+    parts = (layers, *getattr(layers, "net", ()))
+    if [type(part).__name__ for part in parts] != ["FeedForward", "GEGLU", "Dropout", "Linear"]:
         return False
-    if any(is_hooked(module) or is_replaced(module) for module in (layers, *layers.net)):
+    if any(is_hooked(part) or is_replaced(part) or not _is_known(part) for part in parts):
         return False
-    return _is_bare(first.proj) and _is_bare(last) and first.proj.bias is not None and last.bias is not None
+    proj, out = parts[1].proj, parts[3]
+    return _is_bare(proj) and _is_bare(out) and proj.bias is not None and out.bias is not None
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether its class is diffusers' or torch's, not somebody's of the same name."""
+    return type(module).__module__.startswith(("diffusers.", "torch."))
 
 
 def _is_bare(module: nn.Module) -> bool:

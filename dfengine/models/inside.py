@@ -50,8 +50,9 @@ def shown_to(watch: Watch) -> Any:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to see the module called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    """Whether somebody wants to see the module called, or its gradient."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds) or hasattr(module, "_hf_hook")
 
 
 def is_replaced(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dfengine.denoiser import Bound, Condition, Denoiser, Layer, Watch
 from dfengine.models import unet as fast
 from dfengine.models.attention import attention, watched
+from dfengine.models.bound import BoundUNet
 from dfengine.models.cpu import Folded
 from dfengine.models.inside import layers_of, shown_to
 from dfengine.models.tokens import check_prompt, tokens_of
@@ -97,14 +98,15 @@ class StableDiffusion(Denoiser):
     def bind(self, condition: Condition) -> Bound:
         """The UNet's own weights by `models.unet`, which makes the prompts' keys and values once.
 
-        A UNet that is more than that module knows runs by diffusers' own forward, as in `predict`.
+        A UNet that is more than that module knows runs by diffusers' own forward, as in `predict`. Hooks and weights
+        are those of this moment: whoever changes them binds anew.
         """
         different = fast.difference(self.unet)
         if different and different != self._told:
             log.info("the UNet runs by diffusers' own forward, which is slower: %s", different)
         self._told = different
         self.compiled = self.compiled and not different
-        return Bound(self, condition) if different else _BoundUNet(self, condition)
+        return Bound(self, condition) if different else BoundUNet(self, condition)
 
     def layers(self) -> dict[str, Layer]:
         """Every resnet, transformer, down- and upsampler."""
@@ -123,7 +125,7 @@ class StableDiffusion(Denoiser):
         self.check_watch()
         grids = fast.grids(self.unet, self.latent_shape[1:])
         attend = self._attention.attend if image is None else watched(image, grids)
-        return _BoundUNet(self, condition, partial(fast.forward, attend=attend, cross=watched(text, grids)))
+        return BoundUNet(self, condition, partial(fast.forward, attend=attend, cross=watched(text, grids)))
 
     def without(self, condition: Condition, places: Sequence[int]) -> Condition:
         text = condition.tensors["text"].clone()
@@ -264,76 +266,6 @@ def _searching(is_on: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-class _BoundUNet(Bound):
-    """What is made of a prompt and of a time-step, made once; only the latents' own way is left."""
-
-    def __init__(self, denoiser: StableDiffusion, condition: Condition, forward: Any = None) -> None:
-        """`forward` is `unet.forward` with attention of one's own, by default the denoiser's `run`."""
-        super().__init__(denoiser, condition)
-        added = {name: value for name, value in condition.tensors.items() if name != "text"}
-        steps = torch.arange(denoiser.schedule.num_train_timesteps, device=denoiser.device)
-        self._unet, self._dtype = denoiser.unet, denoiser.dtype
-        self._run = denoiser.run if forward is None else partial(forward, denoiser.unet)
-        self._times = fast.embed_times(denoiser.unet, steps)
-        self._added = fast.embed_added(denoiser.unet, added)
-        self._texts = fast.keys_values(denoiser.unet, condition.tensors["text"])
-        on_cpu = denoiser.device.type == "cpu"
-        # Scores are a product's results here: half precision would round them.
-        self._folds = forward is None and on_cpu and denoiser.dtype == torch.float32
-        self._kernels = fast.transposed(denoiser.unet) if on_cpu else []
-        self._last: tuple[tuple[int, ...], list[fast.KeysValues | Folded]] | None = None
-
-    def __call__(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c h w"]:
-        return self._each(x_t, timesteps, rows if isinstance(rows, Tensor) else (rows,))
-
-    def both(
-        self,
-        x_t: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
-        rows: Int[Tensor, "2 n"] | tuple[int, int],
-    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-        """A latent is one until its prompts are read, in batches of half the size; SDXL's are read at once."""
-        half = self.denoiser.batch_size // 2
-        if self._added is not None or not half:
-            return super().both(x_t, timesteps, rows)
-        outputs = []
-        for start in range(0, len(x_t), half):
-            some = slice(start, start + half)
-            whose = rows if isinstance(rows, tuple) else rows[:, some].flatten()
-            outputs.append(self._each(x_t[some], timesteps[some].repeat(2), whose).unflatten(0, (2, -1)))
-        first, second = torch.cat(outputs, dim=1)
-        return first, second
-
-    def _each(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " m"], rows: Int[Tensor, " m"] | tuple[int, ...]
-    ) -> Float[Tensor, "m c h w"]:
-        """All latents under the first prompt, then all of them under the next: one of each row, or a few for all."""
-        x_t = x_t.to(self._dtype, memory_format=torch.channels_last)
-        embedding = self._times[timesteps]
-        if isinstance(rows, Tensor):
-            texts = [(key[rows], value[rows]) for key, value in self._texts]
-        else:
-            texts = self._shared(rows)
-        if self._added is not None:
-            embedding = embedding + self._added[rows[0] if isinstance(rows, tuple) else rows]
-        return self._run(x_t, embedding, texts, kernels=self._kernels)
-
-    def _shared(self, rows: tuple[int, ...]) -> list[fast.KeysValues | Folded]:
-        """What cross-attentions need of a few prompts, kept until others are asked for."""
-        if self._last is None or self._last[0] != rows:
-            pairs = [(_rows(key, rows), _rows(value, rows)) for key, value in self._texts]
-            folded = fast.folded(self._unet, pairs) if self._folds else [None] * len(pairs)
-            self._last = rows, [fold or pair for fold, pair in zip(folded, pairs, strict=True)]
-        return self._last[1]
-
-
-def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows, of which the device needs not be told by a tensor."""
-    return torch.stack([tensor[row] for row in rows])
 
 
 def _check_unet(pipeline: Any) -> None:
