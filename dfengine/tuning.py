@@ -41,8 +41,8 @@ class Compiling(NamedTuple):
     speedup: float
 
 
-#: Measured on two cores (20 s for the embedded model, 70 s for Stable Diffusion 1.5; 1.04 to 1.06 times the speed); on a
-#: GPU assumed.
+#: Measured on two cores (20 s for the embedded model, 70 s for Stable Diffusion 1.5; 1.04 to 1.06 times the speed), on
+#: a GPU assumed.
 COMPILING = {"cpu": Compiling(60, 1.05), "cuda": Compiling(240, 1.2)}
 
 
