@@ -206,7 +206,7 @@ def test_whatever_ends_it_the_same_command_goes_on(described, expected, tmp_path
     assert len(workers) == 2
     os.kill(process.pid, end)
     _, errors = process.communicate(timeout=60)  # standard error is the workers', too: until they have ended
-    assert not any(map(is_alive, workers))
+    wait_for(lambda: not any(map(is_alive, workers)))  # a moment after their files are closed
     assert not list((out / "failures").glob(".*")), "nobody is to blame"
     if end == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
