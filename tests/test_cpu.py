@@ -232,3 +232,12 @@ def test_a_feed_forward_layer_of_somebody_elses_is_called() -> None:
 def test_other_feed_forward_layers_are_called_as_they_are(options: dict[str, Any]) -> None:
     layers, x = FeedForward(6, **options).eval(), torch.randn(2, 3, 6)
     assert_close(cpu.feed_forward(layers, x), layers(x), rtol=0, atol=0)
+
+
+def test_elsewhere_a_feed_forward_layer_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = FeedForward.forward
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: seen.append(1) or forward(self, x))
+    x = torch.randn(2, 3, 6, device="meta")
+    assert cpu.feed_forward(feed_forward().to("meta"), x).shape == x.shape
+    assert seen == [1]

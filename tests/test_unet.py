@@ -18,6 +18,7 @@ from dfengine import Engine
 from dfengine.denoiser import Bound, Condition, Denoiser
 from dfengine.models import adapt, load
 from dfengine.models import unet as fast
+from dfengine.models.cpu import Folded
 
 #: float32 through a whole network, its sums in another order.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -380,3 +381,18 @@ def test_a_gradient_is_there_whatever_was_called_before() -> None:
         (found,) = torch.autograd.grad(network(x, t, row).square().sum(), text, retain_graph=True)
         assert found[row].abs().max() > 0
     assert_close(network(x, t, 0).detach(), expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "folds"), [("float32", True), ("bfloat16", False)])
+def test_scores_are_a_products_results_in_float32_alone(dtype: str, folds: bool) -> None:
+    denoiser = Engine.from_pretrained("shapes", device="cpu", dtype=dtype).denoiser
+    told: list[bool] = []
+
+    def note(*args: Any, **_: Any) -> Tensor:
+        told.extend(isinstance(text, Folded) for text in args[3])
+        return args[1]
+
+    denoiser.compiled, any_of(denoiser)._compiled, any_of(denoiser)._compiled_size = True, note, 5
+    denoiser.bind(prompts_of(denoiser))(*batch(denoiser), 0)
+    assert told == [folds] * 7
