@@ -18,10 +18,10 @@ from diffusers import DDIMScheduler
 from explainers import AGREEMENT, NUM_STEPS, clocked, spread
 
 from dfengine import Engine, ExponentialDDIMScheduler, Relevance
+from dfengine.diffusion.trajectory import start_noise
 from dfengine.evaluate import Concepts, Measured, embedded_prompts, measure, summarise
 from dfengine.evaluate.concepts import lines_of
 from dfengine.result import normalised
-from dfengine.trajectory import start_noise
 
 SCHEDULES, PROMPTS, ROUNDS = ("uniform", "early", "latter"), 16, 2
 

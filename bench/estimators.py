@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from dfengine import Engine, Rise
-from dfengine.trajectory import Trajectory, trajectories
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 
 sys.path.insert(0, str(record.ROOT / "tests"))
 from tolerance import tolerance
@@ -71,7 +71,7 @@ def agreement(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"]) -> float:
 def scores_of(engine: Engine, path: Trajectory, step: int, first: int, count: int) -> dict[str, Tensor]:
     """Local score maps [n, h, w] and global scores [n] of the masks first … first + count − 1 of one step."""
     denoiser, device = engine.denoiser, engine.denoiser.device
-    network, latent = denoiser.bind(path.prompt), path.latents[step : step + 1]
+    network, latent = denoiser.with_prompts(path.prompt), path.latents[step : step + 1]
     seeds, steps = (torch.tensor([number], device=device) for number in (path.job.mask_seed, step))
 
     def epsilon(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

@@ -26,8 +26,8 @@ from diffusers import DDIMScheduler
 from scipy.stats import spearmanr
 
 from dfengine import Attention, Cam, Engine, Relevance, Rise
-from dfengine.trajectory import start_noise, trajectories
-from dfengine.tuning import synchronize
+from dfengine.diffusion.trajectory import start_noise, trajectories
+from dfengine.runtime.tuning import synchronize
 
 PROMPT = {"shapes": "a red circle above a blue square on a gray background"}
 NUM_STEPS, MASKS, GUIDANCE = 30, 500, 5.0

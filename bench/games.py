@@ -27,9 +27,9 @@ from plain_games import Games, drawn, lime
 from scipy.stats import spearmanr
 
 from dfengine import Cam, Engine
+from dfengine.diffusion.trajectory import start_noise
 from dfengine.evaluate import TABLES, Kept, captions, explained_step, faithfulness, faithfulness_table, games, methods
 from dfengine.evaluate.games import play
-from dfengine.trajectory import start_noise
 
 NUM_STEPS, MASKS, SAMPLES, FIRST = 30, 500, 1000, 16
 #: Features of one point of both ways, and their maps' ranks, agree so far.
@@ -78,7 +78,7 @@ def combined(layers: dict[str, torch.Tensor], shape: tuple[int, int]) -> np.ndar
 def check(engine: Engine, prompt: str, theirs: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Both ways' DF-CAM is one map, and of one map both ways' curves are the same."""
     (path,) = engine.sample([engine.job(prompt, num_steps=NUM_STEPS)])
-    path = dataclasses.replace(path, only=(explained_step(NUM_STEPS),))
+    path = dataclasses.replace(path, explain_steps=(explained_step(NUM_STEPS),))
     (cam,) = Cam().explain(engine.denoiser, [path])
     ranks = float(spearmanr(cam.saliency.numpy().ravel(), theirs["cam"][0].ravel()).statistic)
     assert ranks > MAPS_AGREE, f"DF-CAM of both ways agrees by {ranks} only"

@@ -12,10 +12,10 @@ import torch
 from scipy.stats import binomtest
 
 from dfengine import Engine
+from dfengine.diffusion.trajectory import trajectories
 from dfengine.shapes import GUIDANCE
 from dfengine.shapes.judge import ATTRIBUTES, Judge
 from dfengine.shapes.world import render, sample_scenes
-from dfengine.trajectory import trajectories
 
 CAPTIONS = 200
 STEPS = 30

@@ -75,7 +75,12 @@ def maps_of(shape: str) -> dict[str, np.ndarray]:
 def write(path: Path, plan: store.Plan, compression: str, maps: dict[str, np.ndarray]) -> float:
     """Seconds to write a whole file."""
     image = np.random.default_rng(0).integers(256, size=(*plan.image, 3), dtype=np.uint8)
-    rest = {"timesteps": np.arange(STEPS)[::-1], "alpha_bar": np.linspace(0, 1, STEPS), "image": image}
+    rest = {
+        "timesteps": np.arange(STEPS)[::-1],
+        "signal": np.linspace(0, 1, STEPS),
+        "noise": np.linspace(1, 0, STEPS),
+        "image": image,
+    }
     began = time.perf_counter()
     with store.Writer.create(path, plan, compression=compression, overwrite=True) as writer:
         for item in range(ITEMS):

@@ -26,11 +26,11 @@ from plain import Plain, drawn
 from scipy.stats import spearmanr
 
 from dfengine import Engine, Rise
-from dfengine.denoiser import Guided
+from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.profile.clock import Clock, matmul_ceiling
 from dfengine.profile.operations import flops_by_kind
-from dfengine.trajectory import Trajectory, trajectories
-from dfengine.tuning import synchronize
+from dfengine.runtime.tuning import synchronize
 
 PROMPT = {"shapes": "a red circle above a blue square on a gray background"}
 STEP, ROUNDS = 12, 5
@@ -95,7 +95,7 @@ def measure(
     timesteps, scale = (torch.tensor([value], device=denoiser.device) for value in (5, path.job.guidance))
     flops: dict[tuple[str, str], int] = {}
     for target, slow in plain.items():
-        explained = Guided(denoiser, path.prompt, path.negative, target, scale)
+        explained = GuidedDenoiser(denoiser, path.prompt, path.negative, target, scale)
         work = {"dfengine": partial(explained.epsilon, one, timesteps, 0), "plain loop": partial(slow.answer, one)}
         flops |= {(name, target): sum(flops_by_kind(forward).values()) for name, forward in work.items()}
     every = ways(engine, plain, path, batches, plain_masks)
@@ -222,7 +222,7 @@ def main() -> None:
     pipeline.unet.to(memory_format=torch.contiguous_format)  # as diffusers loads it
     job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
     engine.prepare([], [])
-    (path,) = (replace(path, only=[STEP]) for path in trajectories(engine.denoiser, [job]))
+    (path,) = (replace(path, explain_steps=[STEP]) for path in trajectories(engine.denoiser, [job]))
     where = (path.latents[STEP], job.timesteps[STEP], job.guidance)
     plain = {target: Plain(pipeline, job.prompt, *where, target == "guided") for target in ("guided", "conditional")}
     rows = measure(engine, plain, path, options.batches, options.plain_masks)

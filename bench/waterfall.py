@@ -32,11 +32,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from dfengine import Engine, Rise
-from dfengine.denoiser import Bound
-from dfengine.models import cpu
+from dfengine.diffusion.denoiser import PromptedDenoiser
+from dfengine.diffusion.trajectory import trajectories
+from dfengine.models.unet import cpu
 from dfengine.profile.measure import peak
-from dfengine.trajectory import trajectories
-from dfengine.tuning import synchronize
+from dfengine.runtime.tuning import synchronize
 
 PROMPT = {"shapes": "a red circle above a blue square on a gray background"}
 STEP, ROUNDS = 12, 3
@@ -92,7 +92,7 @@ def stages(on_gpu: bool) -> list[Stage]:
     return found
 
 
-class Theirs(Bound):
+class Theirs(PromptedDenoiser):
     """diffusers' own forward, of a text for each latent, in whatever layout."""
 
     layout = torch.contiguous_format
@@ -128,7 +128,7 @@ def run(stage: Stage, options: argparse.Namespace, out: Path) -> None:
         theirs = type("TheirsInLayout", (Theirs,), {"layout": stage.layout})
         denoiser.bind = lambda condition: theirs(denoiser, condition)
     job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
-    (path,) = (replace(path, only=[STEP]) for path in trajectories(denoiser, [job]))
+    (path,) = (replace(path, explain_steps=[STEP]) for path in trajectories(denoiser, [job]))
     masks = options.masks if stage.batched else options.plain_masks
     if not stage.batched:
         denoiser.batch_size = 1

@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from dfengine import report as report
     from dfengine import store as store
     from dfengine import sweep as sweep
+    from dfengine.diffusion.path import exponential_timesteps
+    from dfengine.diffusion.trajectory import Job
+    from dfengine.display import Result, open
     from dfengine.engine import Engine, Finished, Generated
     from dfengine.explain import (
         Attention,
         Cam,
         Lime,
         Random,
-        ReleasedCam,
-        ReleasedLime,
-        ReleasedRise,
         Relevance,
         Rise,
         StepMap,
+        XDiffusionCam,
+        XDiffusionLime,
+        XDiffusionRise,
     )
     from dfengine.models.scheduler import ExponentialDDIMScheduler
-    from dfengine.schedule import exponential_timesteps
-    from dfengine.shown import Result, open
-    from dfengine.trajectory import Job
 
 __all__ = [
     "Attention",
@@ -46,13 +46,13 @@ __all__ = [
     "Job",
     "Lime",
     "Random",
-    "ReleasedCam",
-    "ReleasedLime",
-    "ReleasedRise",
     "Relevance",
     "Result",
     "Rise",
     "StepMap",
+    "XDiffusionCam",
+    "XDiffusionLime",
+    "XDiffusionRise",
     "__version__",
     "exponential_timesteps",
     "open",
@@ -65,18 +65,18 @@ _HOMES = {
     "ExponentialDDIMScheduler": "models.scheduler",
     "Finished": "engine",
     "Generated": "engine",
-    "Job": "trajectory",
+    "Job": "diffusion.trajectory",
     "Lime": "explain",
     "Random": "explain",
-    "ReleasedCam": "explain",
-    "ReleasedLime": "explain",
-    "ReleasedRise": "explain",
+    "XDiffusionCam": "explain",
+    "XDiffusionLime": "explain",
+    "XDiffusionRise": "explain",
     "Relevance": "explain",
-    "Result": "shown",
+    "Result": "display",
     "Rise": "explain",
     "StepMap": "explain",
-    "exponential_timesteps": "schedule",
-    "open": "shown",
+    "exponential_timesteps": "diffusion.path",
+    "open": "display",
 }
 
 

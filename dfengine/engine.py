@@ -19,17 +19,18 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from dfengine.progress import bar  # before diffusers, which has tqdm warn where a notebook has no ipywidgets
+from dfengine.display.progress import bar  # before diffusers, which has tqdm warn where a notebook has no ipywidgets
 
 # isort: split
-from dfengine import models, shapes, store, tuning
-from dfengine.batching import is_out_of_memory
-from dfengine.denoiser import Denoiser
-from dfengine.explain import Explainer, Rise, StepMap, as_released, check_behaviour, told_whole
-from dfengine.record import Recorder, contents, device_name, plan
+from dfengine import models, shapes, store
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory, check_image, trajectories
+from dfengine.display import Result
+from dfengine.explain import Explainer, Rise, StepMap, check_behaviour, is_serializable, to_xdiffusion
+from dfengine.recorder import Recorder, contents, device_name, plan
+from dfengine.runtime import tuning
+from dfengine.runtime.batching import is_out_of_memory
 from dfengine.shapes.judge import Judge
-from dfengine.shown import Result
-from dfengine.trajectory import Job, Trajectory, check_image, trajectories
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Engine:
         is how many masked latents one forward has, by default what keeps the device busy and fits; `attention` "auto",
         "sdpa", "cudnn" or "xformers"; `compile` whether `torch.compile` is used, by default where a job repays it.
         The network runs on the weights that the pipeline has when a job begins (LoRAs included). On a CPU glibc is told
-        to keep the memory that this process frees (`tuning.keep_freed_memory`), unless a MALLOC_… variable is set.
+        to keep the memory that this process frees (`tuning.disable_malloc_trim`), unless a MALLOC_… variable is set.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch size {batch_size} is not possible: expected at least 1")
@@ -98,9 +99,9 @@ class Engine:
         if batch_size is not None:
             self.denoiser.batch_size = batch_size
         self._batch_is_given, self._compile = batch_size is not None, compile
-        self._pace: tuning.Pace | None = None
+        self._pace: tuning.ForwardCost | None = None
         if self.denoiser.device.type == "cpu":
-            tuning.keep_freed_memory()
+            tuning.disable_malloc_trim()
         self.guidance = float(GUIDANCE if guidance is None else guidance)
 
     @classmethod
@@ -149,7 +150,7 @@ class Engine:
         negative_prompt: str = "",
         seed: int = 0,
         num_steps: int = 30,
-        sampling: str | Iterable[SupportsIndex] = "uniform",
+        sampling: str | Iterable[float | SupportsIndex] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
         behaviour: str = "paper",
@@ -264,9 +265,9 @@ class Engine:
             for explainer in explainers
         )
         targets = {getattr(explainer, "target", "conditional") for explainer in explainers} or {"conditional"}
-        tuning.decide(self.denoiser, num_forwards, pace, wanted=self._compile, targets=targets)
+        tuning.maybe_compile(self.denoiser, num_forwards, pace, wanted=self._compile, targets=targets)
 
-    def pace(self) -> tuning.Pace:
+    def pace(self) -> tuning.ForwardCost:
         """How fast the network is here, found by a few forwards the first time, and with it the batch that fits."""
         if self._pace is None:
             self._pace = tuning.tune(self.denoiser, is_given=self._batch_is_given)
@@ -314,7 +315,7 @@ class Engine:
         negative_prompt: str = "",
         seed: int = 0,
         num_steps: int = 30,
-        sampling: str | Iterable[SupportsIndex] = "uniform",
+        sampling: str | Iterable[float | SupportsIndex] = "uniform",
         gamma: float = 60,
         guidance: float | None = None,
         behaviour: str = "paper",
@@ -334,14 +335,14 @@ class Engine:
         name). `previews` keeps the image predicted at each step; `compression` "none" makes a larger file, faster;
         `mantissa_bits` rounds errors, layers' and words' maps in the file, never the saliency. `on_event` is told of
         progress; a bar shows it in a notebook, with `progress` True everywhere, with False nowhere. `behaviour`
-        "xdiffusion" makes explainers what they are in the authors' released code (`as_released`).
+        "xdiffusion" makes explainers what they are in the authors' released code (`to_xdiffusion`).
 
         Raises ValueError for input that is not possible, before anything is computed or written.
         """
         check_behaviour(behaviour)
         explainers = _several(explainers)
         if behaviour == "xdiffusion":
-            explainers = [as_released(explainer) for explainer in explainers]
+            explainers = [to_xdiffusion(explainer) for explainer in explainers]
         job = self.job(
             prompt,
             image=image,
@@ -362,7 +363,7 @@ class Engine:
                 plan(self.denoiser, [job], explainers, previews=previews, mantissa_bits=mantissa_bits),
                 overwrite=overwrite,
                 compression=compression,
-                resume=all(map(told_whole, explainers)),
+                resume=all(map(is_serializable, explainers)),
                 device=device_name(self.denoiser.device),
             )
         with file as writer:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from dfengine.words import occurrences
+from dfengine.tokens import occurrences
 
 #: The parts of a prompt "subject relation object", as Table 3 has them.
 ROLES = ("subject", "relation", "object")

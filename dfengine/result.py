@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from numpy import ndarray
 from torch.nn import functional as F
 
-from dfengine.words import Tokens
+from dfengine.tokens import Tokens
 
 #: DF-CAM's map of all layers together.
 COMBINED = "combined"
@@ -28,7 +28,8 @@ class Explanation:
     model: Any
     image: Any
     timesteps: Any
-    alpha_bar: Any
+    signal: Any
+    noise: Any
     latents: Any
     epsilon: Any
     previews: Any
@@ -39,7 +40,7 @@ class Explanation:
     tokens: Any
     relevance: Any
     words: Any
-    heat: Any
+    word_maps: Any
 
     def heatmap(self, name: str, step: int, layer: str | None = None) -> Float[ndarray, "H W"]:
         """The map of one step in [0, 1], at the image's size: min–max [9], then bilinear.
@@ -62,7 +63,7 @@ class Explanation:
         if rows and name not in self.maps:
             if layer is not None:
                 raise ValueError(f"the map of the word {name!r} has no layers: leave {layer!r} out")
-            return np.asarray(self.heat)[rows].mean(0)
+            return np.asarray(self.word_maps)[rows].mean(0)
         if name not in self.maps:
             known = ", ".join([*self.maps, *self.words]) or "none"
             raise ValueError(f"there is no map {name!r}: expected one of {known}")
@@ -75,7 +76,7 @@ class Explanation:
             raise ValueError(f"{name!r} has no layer {layer!r}: expected one of {', '.join(maps)}")
         return maps[layer or COMBINED]
 
-    def told(self, method: str) -> Mapping[str, Any]:
+    def settings_of(self, method: str) -> Mapping[str, Any]:
         """A method's settings as plain values, and as "explainer" its class's name; nothing of what is not known."""
         explainer = self.settings.get(method)
         if not is_dataclass(explainer):
@@ -84,16 +85,16 @@ class Explanation:
             one.name: getattr(explainer, one.name) for one in fields(explainer)
         }
 
-    def kind(self, method: str) -> str:
-        """The name of a method's explainer, as of the paper's form ("Rise" of `ReleasedRise`); "" where not known.
+    def explainer_name(self, method: str) -> str:
+        """The name of a method's explainer, as of the paper's form ("Rise" of `XDiffusionRise`); "" where not known.
 
         What has maps by layer is "Cam".
         """
         if isinstance(self.maps[method], Mapping):
             return "Cam"
-        return str(self.told(method).get("explainer", "")).removeprefix("Released")
+        return str(self.settings_of(method).get("explainer", "")).removeprefix("Released")
 
-    def whole(self, method: str) -> Any:
+    def saliency(self, method: str) -> Any:
         """A method's raw maps, [steps, h, w]: of DF-CAM, those of all layers together."""
         maps = self.maps[method]
         return maps[COMBINED] if isinstance(maps, Mapping) else maps
@@ -128,8 +129,11 @@ class Result(Explanation):
     seed: int
     model: str
     image: UInt8[ndarray, "H W 3"]
-    timesteps: Int[ndarray, " steps"]
-    alpha_bar: Float[ndarray, " steps"]
+    timesteps: Shaped[ndarray, " steps"]
+    signal: Float[ndarray, " steps"]
+    """a of each step, R_t = a·x0 + b·n"""
+    noise: Float[ndarray, " steps"]
+    """b of each step"""
     latents: Float[ndarray, "steps c h w"]
     """R_t"""
     epsilon: Float[ndarray, "steps c h w"]
@@ -145,7 +149,7 @@ class Result(Explanation):
     tokens: Tokens | None = None
     relevance: Float[ndarray, "tokens steps"] | None = None
     words: Sequence[str] = ()
-    heat: Float[ndarray, "words steps h w"] | None = None
+    word_maps: Float[ndarray, "words steps h w"] | None = None
     """cross-attention map of each word, a row for each occurrence unless words were named"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """each explainer, under the name its maps are filed by"""

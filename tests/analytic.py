@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dfengine.denoiser import Condition, Denoiser
-from dfengine.schedule import NoiseSchedule
-from dfengine.trajectory import Job, Trajectory
+from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.path import NoiseSchedule
+from dfengine.diffusion.trajectory import Job, Trajectory
 
 
 class Analytic(Denoiser):
@@ -44,12 +44,14 @@ class Analytic(Denoiser):
     def trajectory(self, latents: Tensor, prompt: str = "1", seed: int = 0, guidance: float = 2.0) -> Trajectory:
         """A trajectory through the given R_t, which need not be one that sampling visits."""
         steps = tuple(range(len(latents)))[::-1]
+        a, b = self.schedule.coefficients(torch.tensor(steps))
         return Trajectory(
             job=Job(prompt, steps, seed=seed, guidance=guidance),
             latents=latents,
             epsilon=torch.zeros_like(latents),
             x0=latents,
-            alpha_bar=self.schedule.at(torch.tensor(steps)).flatten(),
+            signal=a.flatten(),
+            noise=b.flatten(),
             image=torch.zeros(*self.image_shape, 3, dtype=torch.uint8),
             prompt=self.condition([prompt]),
             negative=self.condition([""]),

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
-    from dfengine.denoiser import Denoiser
+    from dfengine.diffusion.denoiser import Denoiser
 
 DFKERNELS = Path(__file__).parent.parent / "kernels/dfkernels"
 

@@ -8,10 +8,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, start_noise, trajectories
 from dfengine.models.architectures import build, configuration
 from dfengine.models.loading import quiet
-from dfengine.trajectory import Job, start_noise, trajectories
 
 PROMPT = "a photo of an astronaut riding a horse"
 #: float32 through networks whose sums are made in another order, times 1/√ᾱ ≤ 15 at the first step.

@@ -71,7 +71,8 @@ def trajectory(plan: store.Plan, item: int) -> dict[str, np.ndarray]:
     images = random.integers(256, size=(steps + 1, *plan.image, 3), dtype=np.uint8)
     return {
         "timesteps": np.arange(steps, 0, -1) * 300,
-        "alpha_bar": random.random(steps),
+        "signal": random.random(steps),
+        "noise": random.random(steps),
         "latents": random.standard_normal((steps, *plan.latent)).astype(np.float32),
         "epsilon": random.standard_normal((steps, *plan.latent)).astype(np.float32),
         "image": images[0],

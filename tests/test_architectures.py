@@ -19,7 +19,7 @@ from dfengine.cli import main
 from dfengine.models import adapt, architectures, load
 from dfengine.models.architectures import ARCHITECTURES, build, configuration
 from dfengine.models.loading import quiet
-from dfengine.models.stable_diffusion import StableDiffusion
+from dfengine.models.unet.stable_diffusion import StableDiffusion
 
 
 @cache

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dfengine import Attention, Cam, Engine, Relevance, Rise
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.explain import StepMap
 from dfengine.models import load
-from dfengine.trajectory import Trajectory, trajectories
 
 #: float32 softmax of sums made in another order, averaged.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -76,11 +76,11 @@ def test_the_maps_are_those_of_diffusers_own_forward(saved: Callable[[str], Path
     paths = trajectories(denoiser, [Engine(denoiser).job(prompt, num_steps=2, guidance=2.0) for prompt in prompts])
     for (item, step), made in maps_of(Attention(), denoiser, paths).items():
         expected, tokens = peer(denoiser, paths[item], step), denoiser.tokens(prompts[item])
-        assert made.heat is not None
+        assert made.word_maps is not None
         words = prompts[item].split()
-        assert len(made.heat) == len(words)
+        assert len(made.word_maps) == len(words)
         start = 0
-        for word, heat in zip(words, made.heat, strict=True):
+        for word, heat in zip(words, made.word_maps, strict=True):
             places = tokens.places(start, start + len(word))
             assert_close(heat, expected[places].mean(0), msg=f"{word} of {name}", **CLOSE)
             start += len(word) + 1
@@ -93,8 +93,8 @@ def test_attention_is_shared_among_all_positions_of_the_text(tiny: Denoiser) -> 
     (made,) = maps_of(Attention(), tiny, [path]).values()
     expected = peer(tiny, path, 0)
     assert_close(expected.sum(0), torch.ones(tiny.latent_shape[1:]))
-    assert made.heat is not None
-    assert_close(made.heat.sum(0), made.saliency)
+    assert made.word_maps is not None
+    assert_close(made.word_maps.sum(0), made.saliency)
     assert 0 < made.saliency.min() < made.saliency.max() < 1
 
 
@@ -102,9 +102,9 @@ def test_a_named_word_is_all_its_occurrences_and_a_phrase_all_its_words(tiny: De
     (path,) = trajectories(tiny, [Engine(tiny).job(CAPTION, num_steps=1)])
     (every,) = maps_of(Attention(), tiny, [path]).values()
     (named,) = maps_of(Attention(words=("red", "red square", "circle")), tiny, [path]).values()
-    assert every.heat is not None and named.heat is not None  # noqa: PT018  # for the type checker
-    _, red, circle, _, _, other, square, *_ = every.heat
-    assert_close(named.heat, torch.stack([(red + other) / 2, (other + square) / 2, circle]))
+    assert every.word_maps is not None and named.word_maps is not None  # noqa: PT018  # for the type checker
+    _, red, circle, _, _, other, square, *_ = every.word_maps
+    assert_close(named.word_maps, torch.stack([(red + other) / 2, (other + square) / 2, circle]))
 
 
 def test_a_heat_map_of_a_repeated_word_is_all_its_occurrences(tiny: Denoiser) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfengine.batching import PADDING, Download, in_batches
+from dfengine.runtime.batching import PADDING, AsyncHostCopy, in_batches
 
 
 class Owner:
@@ -87,5 +87,5 @@ def test_a_batch_that_is_not_needed_is_passed_over() -> None:
 
 def test_a_download_without_a_gpu_is_the_tensors() -> None:
     tensors = [torch.ones(2), torch.zeros(3)]
-    ours = Download(*tensors, stream=None).wait()
+    ours = AsyncHostCopy(*tensors, stream=None).wait()
     assert [part.data_ptr() for part in ours] == [part.data_ptr() for part in tensors]

@@ -11,23 +11,23 @@ from analytic import Analytic, patch_mean
 from test_cli import dfengine_command
 
 import dfengine
-from dfengine import Attention, Cam, Engine, Lime, Random, ReleasedCam, ReleasedLime, ReleasedRise, Rise
+from dfengine import Attention, Cam, Engine, Lime, Random, Rise, XDiffusionCam, XDiffusionLime, XDiffusionRise
 from dfengine.evaluate import NoFeatures, faithfulness, games
 from dfengine.evaluate.concepts import lines_of
-from dfengine.explain import as_released
+from dfengine.explain import to_xdiffusion
 from dfengine.prompts import Prompt
-from dfengine.words import Tokens
+from dfengine.tokens import Tokens
 
 PROMPT = "a red circle above a blue square on a gray background"
 TOKENS = Tokens("a cat", ("<s>", "a", "ca", "t", "</s>"), ((0, 0), (0, 1), (2, 4), (4, 5), (0, 0)))
 
 
 def test_each_explainer_has_its_released_form() -> None:
-    assert as_released(Rise(7, similarity="cosine", name="x")) == ReleasedRise(7, "cosine", "x")
-    assert as_released(Cam(scale=2.0)) == ReleasedCam(scale=2.0)
-    assert as_released(Lime(9, alpha=2.0)) == ReleasedLime(9, alpha=2.0)
-    assert as_released(Random()) == Random()
-    assert as_released(Attention()) == Attention()
+    assert to_xdiffusion(Rise(7, similarity="cosine", name="x")) == XDiffusionRise(7, "cosine", "x")
+    assert to_xdiffusion(Cam(scale=2.0)) == XDiffusionCam(scale=2.0)
+    assert to_xdiffusion(Lime(9, alpha=2.0)) == XDiffusionLime(9, alpha=2.0)
+    assert to_xdiffusion(Random()) == Random()
+    assert to_xdiffusion(Attention()) == Attention()
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def test_each_explainer_has_its_released_form() -> None:
 )
 def test_what_the_released_code_does_not_have_is_refused(explainer: Rise | Cam) -> None:
     with pytest.raises(ValueError, match="is not what the released code does"):
-        as_released(explainer)
+        to_xdiffusion(explainer)
 
 
 def test_similarities_that_it_does_not_have_are_refused() -> None:
     with pytest.raises(ValueError, match="'luminance' is not among those of the released code"):
-        as_released(Rise(similarity="luminance"))
+        to_xdiffusion(Rise(similarity="luminance"))
 
 
 @pytest.mark.parametrize("stage", ["early", "latter"])
@@ -74,7 +74,7 @@ def test_lime_is_ranked_by_the_painted_images_brightness() -> None:
     segments = np.broadcast_to(np.arange(7), (3, 7)).copy()
     coefficients = np.array([0.1, -0.9, 0.8, 0.05, -0.7, 0.6, 0.5])
     expected = np.where(np.isin(np.arange(7), [1, 2, 4, 5, 6]), (2 * gray + 0.6) / 3, gray)
-    painted = ReleasedLime().paint(coefficients, segments, image)
+    painted = XDiffusionLime().paint(coefficients, segments, image)
     np.testing.assert_allclose(painted, np.broadcast_to(expected, (3, 7)), atol=2e-3)
     np.testing.assert_allclose(Lime().paint(coefficients, segments, image), coefficients[segments])
 
@@ -84,7 +84,7 @@ def test_lime_segments_the_small_image() -> None:
     checkers = (255 * (np.indices((32, 32)).sum(0) % 2)).astype(np.uint8)[..., None].repeat(3, -1)
     plain = np.full((8, 8, 3), 128, np.uint8)
     same = Lime().segments(plain, (8, 8))
-    assert np.array_equal(ReleasedLime().segments(checkers, (8, 8)), same)
+    assert np.array_equal(XDiffusionLime().segments(checkers, (8, 8)), same)
     assert not np.array_equal(Lime().segments(checkers, (8, 8)), same)
 
 
@@ -94,8 +94,8 @@ def test_a_run_keeps_what_it_used(tmp_path: Path) -> None:
     explainers = [Rise(4), Cam(), Lime(4)]
     result = engine.explain(PROMPT, explainers, num_steps=2, behaviour="xdiffusion", out=out)
     with dfengine.open(out) as run:
-        assert run[0].settings == {"rise": ReleasedRise(4), "cam": ReleasedCam(), "lime": ReleasedLime(4)}
-    alone = engine.explain(PROMPT, [ReleasedRise(4), ReleasedCam(), ReleasedLime(4)], num_steps=2)
+        assert run[0].settings == {"rise": XDiffusionRise(4), "cam": XDiffusionCam(), "lime": XDiffusionLime(4)}
+    alone = engine.explain(PROMPT, [XDiffusionRise(4), XDiffusionCam(), XDiffusionLime(4)], num_steps=2)
     for name in ("rise", "lime"):
         np.testing.assert_array_equal(result.maps[name], alone.maps[name])
     assert "mid_block.attentions.0" not in result.maps["cam"]
@@ -111,7 +111,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     run = dfengine_command("explain", PROMPT, "-o", str(out), *options)
     assert run.returncode == 0, run.stderr
     told = dfengine_command("info", str(out), "--json")
-    assert "ReleasedRise" in told.stdout
+    assert "XDiffusionRise" in told.stdout
     wrong = dfengine_command("explain", PROMPT, "-o", str(tmp_path / "no.h5"), *options, "--score", "global")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "score='global' is not what the released code does" in wrong.stderr
@@ -173,13 +173,13 @@ def test_mistakes_are_one_line(
 
 
 def test_settings_survive_a_copy() -> None:
-    assert replace(ReleasedLime(5), alpha=3.0) == ReleasedLime(5, alpha=3.0)
+    assert replace(XDiffusionLime(5), alpha=3.0) == XDiffusionLime(5, alpha=3.0)
 
 
 def test_without_coefficients_nothing_is_painted() -> None:
     """A regression of scores that are not finite has none: the map must say so."""
     nothing = np.full(2, np.nan)
-    painted = ReleasedLime().paint(nothing, np.array([[0, 1]]), np.zeros((2, 4, 3), np.uint8))
+    painted = XDiffusionLime().paint(nothing, np.array([[0, 1]]), np.zeros((2, 4, 3), np.uint8))
     assert np.isnan(painted).all()
 
 

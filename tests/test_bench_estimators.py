@@ -11,7 +11,7 @@ from analytic import Analytic
 from torch.testing import assert_close
 
 from dfengine import Engine
-from dfengine.trajectory import Trajectory
+from dfengine.diffusion.trajectory import Trajectory
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dfengine import Engine, Rise
-from dfengine.trajectory import trajectories
+from dfengine.diffusion.trajectory import trajectories
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 

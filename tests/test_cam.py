@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from dfengine import Cam, Engine
-from dfengine.denoiser import Condition, Denoiser, Layer
+from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.explain.cam import combine
 from dfengine.models import load
 from dfengine.result import COMBINED
-from dfengine.trajectory import Trajectory, trajectories
 
 #: Of the largest value of a map. Float32 forwards and backwards in batches of another size; then α is the mean of
 #: gradients of both signs, which cancel to a hundredth of their size.
@@ -83,7 +83,7 @@ def test_the_target_is_the_noise_whatever_the_network_predicts(prediction_type: 
     """ε = √ᾱ v + √(1−ᾱ) x, or (x − √ᾱ x0) / √(1−ᾱ): the output's gradient times a factor, sign included."""
     denoiser = Linear(prediction_type)
     path = denoiser.trajectory(LATENT)
-    alpha_bar = path.alpha_bar[0]
+    alpha_bar = path.signal[0] ** 2
     factor = alpha_bar.sqrt() if sign > 0 else -(alpha_bar / (1 - alpha_bar)).sqrt()
     (maps,) = maps_of(denoiser, Cam(layers="first"), [path]).values()
     expected = F.relu(factor * torch.tensor([[7.0, 14.0], [-59.0, 28.0]]))

@@ -18,7 +18,7 @@ from dfengine.evaluate.concepts import RightOnes, lines_of
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
 from dfengine.shapes.world import COLOURS, KINDS, Caption, render, sample_scenes
-from dfengine.words import Tokens
+from dfengine.tokens import Tokens
 
 TOKENS = Tokens("a cat on mats", ("<s>", "a", "cat", "on", "ma", "ts", "</s>"), (
     (0, 0), (0, 1), (2, 5), (6, 8), (9, 11), (11, 13), (0, 0),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfengine.models import cpu
+from dfengine.models.unet import cpu
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -9,8 +9,9 @@ from analytic import Analytic
 from torch import Tensor
 from torch.testing import assert_close
 
-from dfengine.denoiser import Condition, Guided
-from dfengine.schedule import NoiseSchedule
+from dfengine.diffusion.denoiser import Condition
+from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.path import NoiseSchedule
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
@@ -22,10 +23,10 @@ def network(**config: Any) -> Analytic:
     return denoiser
 
 
-def guided(denoiser: Analytic, target: str, scale: tuple[float, ...] = (1.0, 2.0, 5.0)) -> Guided:
+def guided(denoiser: Analytic, target: str, scale: tuple[float, ...] = (1.0, 2.0, 5.0)) -> GuidedDenoiser:
     """Prompts 10 20 30 with negatives 1 2 3."""
     prompts, negatives = denoiser.condition(["10", "20", "30"]), denoiser.condition(["1", "2", "3"])
-    return Guided(denoiser, prompts, negatives, target, torch.tensor(scale))
+    return GuidedDenoiser(denoiser, prompts, negatives, target, torch.tensor(scale))
 
 
 def latents(count: int) -> Tensor:
@@ -128,7 +129,7 @@ def test_a_denoiser_called_is_its_epsilon() -> None:
 
 def test_half_precision_outputs_are_read_in_float32() -> None:
     schedule = NoiseSchedule.from_config({})
-    prediction = schedule.read(latents(4).half(), latents(4).half(), T)
+    prediction = schedule.to_x0_and_eps(latents(4).half(), latents(4).half(), T)
     assert prediction.x0.dtype == prediction.epsilon.dtype == torch.float32
 
 

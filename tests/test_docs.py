@@ -16,7 +16,7 @@ import torch
 import typer.main
 
 import dfengine
-from dfengine import Attention, Cam, Engine, ReleasedCam, ReleasedRise, Relevance, Rise, evaluate, sweep, tuning
+from dfengine import Attention, Cam, Engine, Relevance, Rise, XDiffusionCam, XDiffusionRise, evaluate, sweep, tuning
 from dfengine.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -134,8 +134,15 @@ def test_the_released_code(few_steps):
             return result
 
     engine = Told.from_pretrained("shapes", device="cpu")
-    run(example, engine=engine, Rise=Rise, Cam=Cam, ReleasedRise=lambda: ReleasedRise(8), ReleasedCam=ReleasedCam)
-    assert settings == [{"rise": ReleasedRise(8), "cam": ReleasedCam()}] * 2
+    run(
+        example,
+        engine=engine,
+        Rise=Rise,
+        Cam=Cam,
+        XDiffusionRise=lambda: XDiffusionRise(8),
+        XDiffusionCam=XDiffusionCam,
+    )
+    assert settings == [{"rise": XDiffusionRise(8), "cam": XDiffusionCam()}] * 2
 
 
 def test_another_tool_sees_the_same_image(pipeline):

@@ -7,10 +7,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from dfengine import Engine
+from dfengine.diffusion.trajectory import trajectories
 from dfengine.shapes import FOLDER, GUIDANCE
 from dfengine.shapes.judge import Judge
 from dfengine.shapes.world import render, sample_scenes
-from dfengine.trajectory import trajectories
 
 CAPTION = "a red circle above a blue square on a gray background"
 

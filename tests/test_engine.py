@@ -15,7 +15,7 @@ import dfengine
 from dfengine import Engine, Rise, StepMap
 from dfengine.engine import Event, Finished, Generated
 from dfengine.explain import describe, rebuild
-from dfengine.record import item_key
+from dfengine.recorder import item_key
 
 CAPTION = "a red circle above a blue square on a gray background"
 

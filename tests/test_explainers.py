@@ -12,7 +12,7 @@ import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, store
 from dfengine.explain import Explainer, StepMap, describe, rebuild
 from dfengine.models import load
-from dfengine.record import plan
+from dfengine.recorder import plan
 from dfengine.result import Explanation
 
 CAPTION = "a red circle above a red square on a gray background"
@@ -162,7 +162,7 @@ def test_what_was_not_asked_for_is_none(engine: Engine, tmp_path: Path) -> None:
     result = engine.explain(CAPTION, Cam(layers="mid*"), num_steps=1, out=tmp_path / "run.h5")
     with dfengine.open(tmp_path / "run.h5") as run:
         for one in (result, run[0]):
-            assert (one.relevance, one.heat, one.tokens, tuple(one.words)) == (None, None, None, ())
+            assert (one.relevance, one.word_maps, one.tokens, tuple(one.words)) == (None, None, None, ())
             with pytest.raises(ValueError, match=r"there is no relevance: explain with Relevance\(\)"):
                 one.concept("red")
 
@@ -191,7 +191,7 @@ def test_an_image_without_a_prompt_has_no_words(engine: Engine, tmp_path: Path) 
     picture = np.full((64, 64, 3), 200, np.uint8)
     result = engine.explain("", [Relevance(), Attention()], image=picture, num_steps=1, out=tmp_path / "run.h5")
     assert result.tokens is not None
-    assert (result.tokens.own, result.words, result.heat) == ([], (), None)
+    assert (result.tokens.own, result.words, result.word_maps) == ([], (), None)
     assert result.relevance is not None
     assert np.isfinite(result.relevance).all()
     assert (result.maps["relevance"] == 0).all()

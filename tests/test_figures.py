@@ -21,7 +21,7 @@ from dfengine import Attention, Cam, Engine, Relevance, Rise, figures
 from dfengine.figures import choosing, chosen_steps, overlay, save, strip
 from dfengine.figures.parts import COLOUR_MAP, ERROR_MAP
 from dfengine.result import COMBINED, Result, heatmap
-from dfengine.words import Tokens, content_words, words
+from dfengine.tokens import Tokens, content_words, words
 
 MAPS = np.random.default_rng(0).normal(size=(30, 2, 3)).astype(np.float32)
 #: Twenty words.
@@ -50,7 +50,8 @@ def explained(prompt: str, steps: int = 5, size: tuple[int, int] = (8, 12), **ch
         model="shapes",
         image=random.integers(256, size=(*size, 3), dtype=np.uint8),
         timesteps=np.arange(steps)[::-1] * 10,
-        alpha_bar=np.linspace(0.1, 0.9, steps, dtype=np.float32),
+        signal=np.linspace(0.1, 0.9, steps, dtype=np.float32),
+        noise=np.linspace(0.9, 0.1, steps, dtype=np.float32),
         latents=maps(steps, 1, 2, 3),
         epsilon=maps(steps, 1, 2, 3),
         previews=random.integers(256, size=(steps, *size, 3), dtype=np.uint8),
@@ -64,7 +65,7 @@ def explained(prompt: str, steps: int = 5, size: tuple[int, int] = (8, 12), **ch
         tokens=Tokens(prompt, ("<s>", *told, "</s>"), ((0, 0), *spans, (0, 0))),
         relevance=random.random(size=(len(told) + 2, steps)).astype(np.float32),
         words=told,
-        heat=maps(len(told), steps, 2, 3),
+        word_maps=maps(len(told), steps, 2, 3),
         settings={"rise": Rise(), "relevance": Relevance(), "cam": Cam(), "attention": Attention()},
     )
     return dataclasses.replace(made, **changes)
@@ -408,14 +409,14 @@ def test_attention_has_a_row_a_word() -> None:
 def test_of_many_words_those_with_most_attention_at_the_steps_are_drawn() -> None:
     heat = np.zeros((8, 5, 2, 3), np.float32)
     heat[:, 2] = np.array([3, 9, 2, 8, 4, 7, 5, 6], np.float32)[:, None, None]
-    made = explained("one two three four five six seven eight", heat=heat)
+    made = explained("one two three four five six seven eight", word_maps=heat)
     assert labels(figures.attention(made, steps=[2]))[1:] == ["two", "four", "five", "six", "seven", "eight"]
 
 
 def test_a_word_with_the_name_of_a_method_has_its_own_map() -> None:
     made = explained("the sun and its rise")
     drawn = pictures(figures.attention(made, ["rise"], steps=[1]))[1]
-    own = heatmap(np.asarray(made.heat)[4, 1], (8, 12))
+    own = heatmap(np.asarray(made.word_maps)[4, 1], (8, 12))
     np.testing.assert_array_equal(drawn, overlay(np.asarray(made.previews)[1], own))
 
 
@@ -460,7 +461,7 @@ UNFINISHED = np.full((5, 2, 3), np.nan, np.float32)
         ),
         (
             "step 0 of 'red' is not computed yet",
-            lambda made: figures.attention(dataclasses.replace(made, heat=np.stack([UNFINISHED] * 3))),
+            lambda made: figures.attention(dataclasses.replace(made, word_maps=np.stack([UNFINISHED] * 3))),
         ),
     ],
 )

@@ -21,7 +21,7 @@ from dfengine import Attention, Cam, Engine, Relevance, Rise, exponential_timest
 from dfengine.cli import main
 from dfengine.figures import animation, grouping, overlay
 from dfengine.result import Result
-from dfengine.words import Tokens
+from dfengine.tokens import Tokens
 
 METHODS = ["rise", "relevance", "cam", "attention"]
 LISTS = {
@@ -76,7 +76,7 @@ def test_one_result_has_every_method_in_its_form_and_a_comparison() -> None:
         (explained(""), ["rise", "cam", "comparison"]),
         (explained("a red cat", maps={"rise": unfinished(np.ones((5, 2, 3), np.float32))}), []),
         (with_methods(explained("a red cat", relevance=np.full((5, 5), np.nan, np.float32)), "relevance"), []),
-        (with_methods(explained("a red cat"), "attention", heat=np.full((3, 5, 2, 3), np.nan, np.float32)), []),
+        (with_methods(explained("a red cat"), "attention", word_maps=np.full((3, 5, 2, 3), np.nan, np.float32)), []),
     ],
 )
 def test_what_is_not_there_is_not_drawn(made: Result, drawn: list[str]) -> None:
@@ -87,8 +87,8 @@ def test_a_method_that_is_half_done_is_drawn_as_far_as_it_is() -> None:
     made = explained("a red cat")
     rise, cam = np.asarray(made.maps["rise"]), dict(made.maps["cam"])
     cam["mid_block.resnets.1"] = unfinished(cam["mid_block.resnets.1"], 0, 4)
-    heat = np.stack([unfinished(word, 2) for word in np.asarray(made.heat)])
-    made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(rise, 1, 3), "cam": cam}, heat=heat)
+    heat = np.stack([unfinished(word, 2) for word in np.asarray(made.word_maps)])
+    made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(rise, 1, 3), "cam": cam}, word_maps=heat)
     drawn = dict(figures.every([made]))
     assert titles(drawn["rise"])[:3] == ["image", "step 2, t = 30", "step 4, t = 10"]
     assert titles(drawn["cam"]) == ["step 1\nt = 40", "step 5\nt = 0"]

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from scipy.ndimage import convolve, gaussian_filter
 
 from dfengine import Engine
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
 from dfengine.evaluate import METHODS, TABLES, Kept, games, methods
 from dfengine.evaluate.games import GAMES, Played, fitted, play, released_blur, usable
 from dfengine.evaluate.kept import Turn
-from dfengine.explain import Contents, Lime, Random, Rise, StepMap
+from dfengine.explain import Lime, OutputSpec, Random, Rise, StepMap
 from dfengine.shapes import FOLDER
-from dfengine.trajectory import Job, Trajectory, trajectories
 
 PROPERTY = settings(max_examples=25, deadline=None, database=None, derandomize=True)
 
@@ -70,7 +70,7 @@ def path_of(
     """To be explained at one step."""
     latents = drawn(len(timesteps), *denoiser.latent_shape, seed=seed)
     path = denoiser.trajectory(latents, prompt, guidance=guidance)
-    return dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=timesteps), only=(step,))
+    return dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=timesteps), explain_steps=(step,))
 
 
 # Every point, one latent at a time -----------------------------------------------------------------------------------
@@ -257,7 +257,8 @@ def test_points_of_the_embedded_model_by_diffusers_own_scheduler() -> None:
     timesteps = tuple(denoiser.schedule.timesteps("uniform", 4))
     jobs = [Job("a red circle on a black background", timesteps, 3, guidance=2.5), Job("a pink star", timesteps, 4)]
     paths = [
-        dataclasses.replace(path, only=(step,)) for path, step in zip(trajectories(denoiser, jobs), (1, 3), strict=True)
+        dataclasses.replace(path, explain_steps=(step,))
+        for path, step in zip(trajectories(denoiser, jobs), (1, 3), strict=True)
     ]
     saliency = drawn(2, 16, 16)
     found = play(denoiser, paths, {"it": saliency}, denoiser.features)["it"]
@@ -364,10 +365,10 @@ class Ramp:
     def num_forwards(self, num_steps: int) -> int:
         return 0
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         if job.prompt == "refused":
             raise ValueError("this prompt has no ramp")
-        return Contents()
+        return OutputSpec()
 
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
@@ -418,7 +419,7 @@ def assert_turn(turn: Turn, denoiser: Analytic, job: Job, step: int, saliency: t
     (path,) = trajectories(denoiser, [job])
     assert torch.equal(turn.saliency, saliency)
     assert turn.played is not None
-    assert_played(turn.played, peer(denoiser, dataclasses.replace(path, only=(step,)), saliency, **options))
+    assert_played(turn.played, peer(denoiser, dataclasses.replace(path, explain_steps=(step,)), saliency, **options))
 
 
 @pytest.mark.parametrize("behaviour", ["paper", "xdiffusion"])

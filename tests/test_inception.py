@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from dfengine.models import inception, vision
+from dfengine.models import features as vision
+from dfengine.models import inception
 
 #: The same network twice, in float32 and in another order.
 NETWORK = {"rtol": 1e-5, "atol": 1e-5}

@@ -20,10 +20,10 @@ from torch.testing import assert_close
 
 import dfengine
 from dfengine import Engine, Lime
+from dfengine.diffusion.trajectory import Trajectory
 from dfengine.evaluate import scenes
 from dfengine.explain import StepMap, describe, rebuild
 from dfengine.explain.lime import carry
-from dfengine.trajectory import Trajectory
 
 SHAPE = (6, 5)
 C3 = 0.03**2 / 2

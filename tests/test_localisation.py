@@ -35,7 +35,7 @@ def events(maps: Mapping[str, Sequence[Sequence[Any]]], heat: Any = None) -> Ite
         for item, steps in enumerate(items):
             for step, values in reversed(list(enumerate(steps))):
                 given = torch.tensor(np.array(heat[item][step])).float() if method == "attention" else None
-                yield StepMap(item, step, method, torch.tensor(np.array(values)).float(), heat=given)
+                yield StepMap(item, step, method, torch.tensor(np.array(values)).float(), word_maps=given)
     for item in range(count):
         yield SimpleNamespace(item=item)
 
@@ -171,12 +171,12 @@ def test_attention_is_measured_by_the_targets_own_noun(prompt: str) -> None:
     nowhere = np.eye(12)[11].reshape(3, 4)
     maps = {"attention": [[nowhere]], "rise": [[nowhere]]}
     areas = {"subject": subject, "object": other, "both": subject | other}
-    found = located(maps, [areas], [prompt], heat=[[words]])
+    found = located(maps, [areas], [prompt], word_maps=[[words]])
     for target in TARGETS:
         told = {name: one[0].mean for name, one in found.steps["attention"][target].items()}
         assert told == {"auroc": 1, "pointing": 1, "iou": 1}
         assert found.steps["rise"][target]["pointing"][0].mean == 0
-    turned = located(maps, [areas | {"subject": other, "object": subject}], [prompt], heat=[[words]])
+    turned = located(maps, [areas | {"subject": other, "object": subject}], [prompt], word_maps=[[words]])
     assert [turned.steps["attention"][target]["pointing"][0].mean for target in TARGETS] == [0, 0, 1]
 
 
@@ -185,7 +185,7 @@ def test_attention_to_a_single_shape_is_that_of_its_noun() -> None:
     mask = words[2] > 0
     flat = words.copy()
     flat[2] = 1
-    found = located({"attention": [[words[5]]] * 2}, [alone(mask)] * 2, heat=[[words], [flat]])
+    found = located({"attention": [[words[5]]] * 2}, [alone(mask)] * 2, word_maps=[[words], [flat]])
     assert [found.steps["attention"][target]["pointing"][0].count for target in TARGETS] == [1, 0, 1]
     assert found.steps["attention"]["both"]["pointing"][0].mean == 1
     assert found.unranked == {"attention": 1}
@@ -195,7 +195,7 @@ def test_attention_to_both_is_the_mean_of_their_maps() -> None:
     words = np.zeros((len(PAIR.split()), 1, 4))
     words[2], words[6] = [[1, 0, 0.6, 0]], [[0, 0, 0.6, 0.2]]
     areas = {target: np.array([[False, False, True, False]]) for target in TARGETS}
-    found = located({"attention": [[words[0]]]}, [areas], [PAIR], heat=[[words]])
+    found = located({"attention": [[words[0]]]}, [areas], [PAIR], word_maps=[[words]])
     assert [found.steps["attention"][target]["pointing"][0].mean for target in TARGETS] == [0, 1, 1]
 
 

@@ -8,13 +8,13 @@ from analytic import Analytic
 from reduced import reduced
 from torch import Tensor
 
-from dfengine.denoiser import Condition
+from dfengine.diffusion.denoiser import Condition
+from dfengine.diffusion.trajectory import Job, Trajectory
 from dfengine.explain import Rise
 from dfengine.explain.masking import Masking
 from dfengine.models import adapt
 from dfengine.models.architectures import build
 from dfengine.models.loading import quiet
-from dfengine.trajectory import Job, Trajectory
 
 META = torch.device("meta")
 BATCH = 7
@@ -38,7 +38,8 @@ def masking_of(rise: Rise, folder: Path, name: str) -> Masking:
             latents=latents,
             epsilon=latents,
             x0=None,
-            alpha_bar=torch.zeros(2),
+            signal=torch.zeros(2),
+            noise=torch.ones(2),
             image=torch.zeros(*denoiser.image_shape, 3, dtype=torch.uint8),
             prompt=Condition(text),
             negative=Condition(text),

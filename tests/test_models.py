@@ -27,10 +27,10 @@ from diffusers import (
 )
 from torch.testing import assert_close
 
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
 from dfengine.models import adapt, load
 from dfengine.models.loading import pick_device, pick_dtype, quiet
-from dfengine.models.stable_diffusion import StableDiffusion
+from dfengine.models.unet.stable_diffusion import StableDiffusion
 from dfengine.shapes.world import vocabulary
 
 T = torch.tensor([700, 20])

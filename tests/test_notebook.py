@@ -30,7 +30,7 @@ from test_result import whole
 from dfengine import Engine, Random, StepMap, progress
 
 if TYPE_CHECKING:
-    from dfengine.denoiser import Denoiser
+    from dfengine.diffusion.denoiser import Denoiser
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = ROOT / "docs/tutorial.ipynb"

@@ -13,10 +13,10 @@ from test_dfkernels_masks import word_scalar
 from torch.testing import assert_close
 
 from dfengine import Attention, Cam, Lime, Random, Relevance, Rise
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
 from dfengine.explain import Explainer, describe, rebuild
-from dfengine.explain.xdiffusion import ReleasedCam, ReleasedRise
-from dfengine.trajectory import Job, Trajectory, trajectories
+from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionRise
 
 
 def still(shape: tuple[int, int]) -> Analytic:
@@ -66,7 +66,7 @@ def test_the_greatest_word_stays_below_one(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_done_or_not_asked_for_is_left_out() -> None:
     denoiser = still((3, 3))
     (path,) = paths_of(denoiser, 4, ("1", 0))
-    asked = dataclasses.replace(path, only=(3, 1))
+    asked = dataclasses.replace(path, explain_steps=(3, 1))
     found = list(Random(name="noise").explain(denoiser, [path, asked], done={(0, 0), (0, 2), (1, 3)}))
     assert [(one.item, one.step, one.method) for one in found] == [(0, 1, "noise"), (0, 3, "noise"), (1, 1, "noise")]
     assert torch.equal(found[0].saliency, found[2].saliency)
@@ -91,8 +91,8 @@ def generated(tiny: Denoiser) -> list[Trajectory]:
         Cam(),
         Relevance(),
         Attention(),
-        ReleasedRise(6),
-        ReleasedCam(),
+        XDiffusionRise(6),
+        XDiffusionCam(),
     ],
     ids=lambda one: f"{type(one).__name__}",
 )
@@ -102,7 +102,7 @@ def test_the_maps_of_some_steps_are_those_of_all(
 ) -> None:
     """Masks are drawn for the step's place in the whole list, and the time-step is that one's."""
     whole = {(one.item, one.step): one for one in explainer.explain(tiny, generated)}
-    asked = [dataclasses.replace(path, only=some) for path, some in zip(generated, steps, strict=True)]
+    asked = [dataclasses.replace(path, explain_steps=some) for path, some in zip(generated, steps, strict=True)]
     wanted = [(item, k) for item, some in enumerate(steps) for k in (some or range(4))]
     found = list(explainer.explain(tiny, asked))
     assert sorted((one.item, one.step) for one in found) == sorted(wanted)

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dfengine import Engine, Relevance, StepMap
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
 from dfengine.explain.relevance import by_token
 from dfengine.explain.rules import Relevancy, lowered, nearest, positive, rownorm, self_relevance
 from dfengine.models import load
 from dfengine.models.attention import watched
-from dfengine.trajectory import Job, Trajectory, trajectories
-from dfengine.words import PADDING, Tokens
+from dfengine.tokens import PADDING, Tokens
 
 #: Sums of at most some tens of small rational numbers in float32, a few of which it does not have exactly.
 BY_HAND = {"rtol": 1e-6, "atol": 1e-6}
@@ -321,7 +321,7 @@ def test_what_is_in_a_batch_does_not_matter(shapes: Denoiser, paths: list[Trajec
     for (item, step), ours in together.items():
         path = paths[item]
         only = dataclasses.replace(path.job, timesteps=path.job.timesteps[step : step + 1])
-        part = {name: getattr(path, name)[step : step + 1] for name in ("latents", "epsilon", "x0", "alpha_bar")}
+        part = {name: getattr(path, name)[step : step + 1] for name in ("latents", "epsilon", "x0", "signal", "noise")}
         (alone,) = relevance.explain(shapes, [dataclasses.replace(path, job=only, **part)])
         assert_close(ours.relevance, alone.relevance, **BATCHES)
         assert_close(ours.saliency, alone.saliency, **BATCHES)

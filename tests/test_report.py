@@ -105,13 +105,13 @@ def test_maps_of_methods_are_kept_exactly(tmp_path: Path) -> None:
 
 def test_layers_and_words_are_kept_to_a_255th(tmp_path: Path) -> None:
     result = interrupted(one())
-    assert result.heat is not None
+    assert result.word_maps is not None
     page = report.write([result], tmp_path / "page.html")
     layers, words = variants(page, "cam"), variants(page, "attention")
     assert list(layers) == ["", *(name for name in result.maps["cam"] if name != COMBINED)]
     assert list(words) == ["", "a", "red", "circle", "and", "a (2)", "red (2)", "square"]
     pairs = [(layers[name], result.maps["cam"][name]) for name in layers if name]
-    pairs += zip(list(words.values())[1:], result.heat, strict=True)
+    pairs += zip(list(words.values())[1:], result.word_maps, strict=True)
     for found, given in pairs:
         span = np.ptp(given, axis=(1, 2), keepdims=True)
         assert (np.isnan(found) == np.isnan(given)).all()
@@ -459,10 +459,10 @@ def test_the_canvas_is_the_overlay_of_the_figures(visit: Visit, single: Path, re
 
 def test_every_map_is_drawn(visit: Visit, single: Path, result: Result) -> None:
     assert result.previews is not None
-    assert result.heat is not None
+    assert result.word_maps is not None
     page = visit(single, "#step=5")
     wanted = {("cam", LAYER): result.maps["cam"][LAYER], ("cam", ""): result.maps["cam"][COMBINED]}
-    wanted |= {("attention", "red (2)"): result.heat[5], ("attention", "circle"): result.heat[2]}
+    wanted |= {("attention", "red (2)"): result.word_maps[5], ("attention", "circle"): result.word_maps[2]}
     wanted |= {("attention", ""): result.maps["attention"], ("relevance", ""): result.maps["relevance"]}
     for (method, name), maps in wanted.items():
         pane(page, "method").select_option(method)
@@ -864,15 +864,15 @@ def test_a_run_is_shown_with_its_settings_and_versions(
 
 def test_python_of_a_result_in_memory(visit: Visit, single: Path, result: Result) -> None:
     page = visit(single, "#step=2&method=attention&map=red+(2)")
-    assert result.heat is not None
-    np.testing.assert_array_equal(shown_python(page, result), heatmap(result.heat[5][1], (8, 12)))
+    assert result.word_maps is not None
+    np.testing.assert_array_equal(shown_python(page, result), heatmap(result.word_maps[5][1], (8, 12)))
 
 
 def test_a_word_that_is_called_as_a_method(visit: Visit, tmp_path: Path) -> None:
     result = explained("cam and rise")
-    assert result.heat is not None
+    assert result.word_maps is not None
     page = visit(report.write([result], tmp_path / "page.html"), "#step=2&method=attention&map=rise")
-    np.testing.assert_array_equal(shown_python(page, result), heatmap(result.heat[2][1], (8, 12)))
+    np.testing.assert_array_equal(shown_python(page, result), heatmap(result.word_maps[2][1], (8, 12)))
 
 
 FOCUSABLE = """[...document.querySelectorAll("button, input, select, summary, a, [tabindex='0']")]

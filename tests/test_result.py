@@ -18,10 +18,10 @@ from store_example import PLAN, fill, trajectory
 
 import dfengine
 from dfengine import Attention, Cam, Relevance, Rise, figures, store
+from dfengine.display import Result
 from dfengine.explain import describe
 from dfengine.result import COMBINED, as_call, heatmap, model_name
-from dfengine.shown import Result
-from dfengine.words import Tokens
+from dfengine.tokens import Tokens
 
 
 def result(maps: np.ndarray) -> Result:
@@ -32,7 +32,8 @@ def result(maps: np.ndarray) -> Result:
         model="shapes",
         image=np.zeros((8, 12, 3), np.uint8),
         timesteps=np.arange(steps)[::-1].copy(),
-        alpha_bar=np.linspace(0.1, 0.9, steps, dtype=np.float32),
+        signal=np.linspace(0.1, 0.9, steps, dtype=np.float32),
+        noise=np.linspace(0.9, 0.1, steps, dtype=np.float32),
         latents=np.zeros((steps, 1, 2, 3), np.float32),
         epsilon=np.zeros((steps, 1, 2, 3), np.float32),
         maps={"rise": maps},
@@ -82,7 +83,8 @@ def whole() -> Result:
         model="shapes",
         image=random.integers(256, size=(8, 12, 3), dtype=np.uint8),
         timesteps=np.array([900, 500, 100]),
-        alpha_bar=values(3),
+        signal=values(3),
+        noise=values(3),
         latents=values(3, 2, 4, 6),
         epsilon=values(3, 2, 4, 6),
         previews=random.integers(256, size=(3, 8, 12, 3), dtype=np.uint8),
@@ -102,7 +104,7 @@ def whole() -> Result:
         tokens=Tokens(prompt, ("<s>", "a", "b", "c", "</s>"), ((0, 0), (0, 1), (3, 4), (9, 10), (0, 0))),
         relevance=values(5, 3),
         words=("a", "b", "c"),
-        heat=values(3, 3, 4, 6),
+        word_maps=values(3, 3, 4, 6),
         settings={"rise": Rise(num_masks=5), "cam": Cam(), "relevance": Relevance(), "attention": Attention()},
     )
 
@@ -251,7 +253,7 @@ def test_to_xarray_has_every_array_by_name(tmp_path: Path) -> None:
     assert np.isnan(held.error.sel({"method": "attention"})).all()
     np.testing.assert_array_equal(held.score.sel({"method": "rise"}), made.scores["rise"])
     np.testing.assert_array_equal(held.relevance.sel(token="b"), made.relevance[2])
-    np.testing.assert_array_equal(held.heat.sel(word="c"), made.heat[2])
+    np.testing.assert_array_equal(held.heat.sel(word="c"), made.word_maps[2])
     np.testing.assert_array_equal(held.cam_4x6.sel({"layer_4x6": "up.0"}), made.maps["cam"]["up.0"])
     np.testing.assert_array_equal(held.cam_2x3.sel({"layer_2x3": "mid"}), made.maps["cam"]["mid"])
     assert held.cam_2x3.dims == ("layer_2x3", "step", "u_2x3", "v_2x3")
@@ -287,7 +289,7 @@ def test_to_xarray_names_what_a_file_names(tmp_path: Path) -> None:
 
 def test_to_xarray_of_the_least_there_is(tmp_path: Path) -> None:
     least = result(np.zeros((2, 2, 3), np.float32))
-    assert set(least.to_xarray()) == {"rgb", "timestep", "alpha_bar", "latent", "epsilon", "saliency"}
+    assert set(least.to_xarray()) == {"rgb", "timestep", "signal", "noise", "latent", "epsilon", "saliency"}
     assert "saliency" not in dataclasses.replace(least, maps={}).to_xarray()
     writer, part = store.Writer.create(tmp_path / "run.h5", PLAN), tmp_path / "run.part.h5"
     with writer, dfengine.open(part) as run, pytest.raises(store.StoreError, match="item 1 has no trajectory yet"):
@@ -321,9 +323,9 @@ def test_one_unknown_explainer_leaves_the_others_known(tmp_path: Path) -> None:
         fill(writer)
     with dfengine.open(tmp_path / "run.h5") as run:
         item = run[0]
-        assert [item.kind(name) for name in item.maps] == ["Mine", "Rise"]
-        assert item.told("rise") == rise
-        assert as_call(item.told("mine")) == "Mine(much=2)"
+        assert [item.explainer_name(name) for name in item.maps] == ["Mine", "Rise"]
+        assert item.settings_of("rise") == rise
+        assert as_call(item.settings_of("mine")) == "Mine(much=2)"
         assert json.loads(item.to_xarray().attrs["settings"])["mine"] == {"explainer": "Mine", "much": 2}
         with pytest.raises(ValueError, match="'Mine' is not known"):
             item.settings  # noqa: B018

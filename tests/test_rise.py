@@ -49,7 +49,7 @@ def test_coverage_of_the_one_pixel_that_matters_is_one(pattern: torch.Tensor) ->
     step_map = only(denoiser, rise)
     masks = kept(rise, denoiser, torch.ones(1, 2, *SHAPE))
     low = opposite_structure(pattern)
-    # Elsewhere: the share of masks that keep both pixels scores 1, the rest `low`.
+    # MissingCallable: the share of masks that keep both pixels scores 1, the rest `low`.
     both = (masks & masks[:, PIXEL[0], PIXEL[1], None, None]).sum(0) / masks.sum(0)
     assert_close(step_map.saliency, both + (1 - both) * low, rtol=1e-4, atol=1e-4)
     assert step_map.saliency[PIXEL] == pytest.approx(1.0)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dfengine import Attention, Cam, Engine
-from dfengine.denoiser import Condition, Denoiser
+from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.trajectory import Job
 from dfengine.evaluate import Sanity, captions, checks, lines, sanity
 from dfengine.evaluate.intervals import Interval, interval, rate
-from dfengine.evaluate.truth import area, auroc, told_apart
+from dfengine.evaluate.truth import area, auroc, has_distinct_colours
 from dfengine.shapes.world import COLOURS, Caption, render, sample_scenes
-from dfengine.trajectory import Job
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,8 +137,8 @@ def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypat
 
     def beside(self: Attention, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
         for made in real(self, denoiser, paths, done):
-            assert made.heat is not None
-            yield dataclasses.replace(made, heat=-made.heat)
+            assert made.word_maps is not None
+            yield dataclasses.replace(made, word_maps=-made.word_maps)
 
     monkeypatch.setattr(Attention, "explain", beside)
     told = sanity(embedded, jobs(12), num_masks=4)
@@ -156,7 +156,7 @@ def test_captions_are_different_and_can_be_told_apart() -> None:
     texts = captions(40, seed=3)
     assert len(set(texts)) == 40
     for caption in map(Caption.parse, texts):
-        assert told_apart(caption)
+        assert has_distinct_colours(caption)
         assert caption.object is None or caption.object[1] != caption.subject[1]
     assert captions(5, seed=3) == texts[:5] or set(captions(5, seed=3)) != set(captions(5, seed=4))
 
@@ -165,7 +165,7 @@ def test_the_true_area_is_what_the_renderer_painted() -> None:
     scenes = sample_scenes(20, torch.Generator().manual_seed(0))
     images, coverage = render(scenes)
     for caption, image, (subject, _) in zip(scenes.captions, images, coverage, strict=True):
-        if not told_apart(caption):
+        if not has_distinct_colours(caption):
             continue
         true = area((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), caption.subject[0])
         painted = subject.numpy() > 0.5

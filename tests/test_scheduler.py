@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dfengine import Engine, ExponentialDDIMScheduler, exponential_timesteps
-from dfengine.denoiser import Guided
+from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.trajectory import start_noise, trajectories
 from dfengine.models import load
 from dfengine.shapes import FOLDER
-from dfengine.trajectory import start_noise, trajectories
 
 CAPTION = "a red circle above a blue square on a gray background"
 #: float32 through a few forwards in batches of another size.
@@ -92,7 +92,7 @@ def test_image_to_image_goes_on_from_the_middle_of_the_list(pipeline: Any, stage
         clean = posterior.sample(generator) * denoiser.vae.config.scaling_factor  # type: ignore[attr-defined]
         drawn = torch.randn(clean.shape, generator=generator)
         schedule, prompts = denoiser.schedule, denoiser.condition([CAPTION])
-        guided = Guided(denoiser, prompts, denoiser.condition([""]), "guided", torch.tensor([3.0]))
+        guided = GuidedDenoiser(denoiser, prompts, denoiser.condition([""]), "guided", torch.tensor([3.0]))
         x = schedule.add_noise(clean, drawn, torch.tensor(steps[:1]))
         for ours, (t, following) in zip(seen, itertools.pairwise([*steps, -1]), strict=True):
             x = schedule.step(guided(x, torch.tensor([t]), torch.tensor([0])), torch.tensor([following]))

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from dfengine.models import adapt
 from dfengine.models.loading import quiet
-from dfengine.models.stable_diffusion_xl import StableDiffusionXL
+from dfengine.models.unet.stable_diffusion_xl import StableDiffusionXL
 
 PROMPTS = ["a photo of a cat", "an oil painting of a tree"]
 KINDS = [StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline]

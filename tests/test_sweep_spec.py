@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dfengine import Attention, Cam, Lime, Random, Relevance, Rise
-from dfengine.explain import ReleasedCam, ReleasedLime, ReleasedRise
+from dfengine.explain import XDiffusionCam, XDiffusionLime, XDiffusionRise
 from dfengine.sweep.spec import Schedule, Shared, Source, Sweep, read
 
 ALL_OF_IT = """
@@ -122,7 +122,10 @@ def test_a_file_need_only_have_prompts_and_explainers(told):
         ("explainers: [{cam: {layers: mid*}}]", (Cam(layers=("mid*",)),)),
         ("explainers: [{attention: {words: cat}}]", (Attention(words=("cat",)),)),
         ("explainers: [{attention: {words: [cat]}}]", (Attention(words=("cat",)),)),
-        ("explainers: [ReleasedRise, releasedcam, ReleasedLime]", (ReleasedRise(), ReleasedCam(), ReleasedLime())),
+        (
+            "explainers: [XDiffusionRise, releasedcam, XDiffusionLime]",
+            (XDiffusionRise(), XDiffusionCam(), XDiffusionLime()),
+        ),
     ],
 )
 def test_each_key_has_its_forms(told, tmp_path, text, expected):
@@ -347,9 +350,15 @@ def test_a_function_of_the_callers_own_does_not_reach_other_processes():
 def test_explainers_are_named_apart_as_the_behaviour_has_them():
     assert swept(explainers=[Rise(8), Rise(9, name="few")]).released == [Rise(8), Rise(9, name="few")]
     both = swept(explainers=[Rise(8), Cam(), Lime(9), Random(), Rise(9, name="few")], behaviour="xdiffusion")
-    assert both.released == [ReleasedRise(8), ReleasedCam(), ReleasedLime(9), Random(), ReleasedRise(9, name="few")]
+    assert both.released == [
+        XDiffusionRise(8),
+        XDiffusionCam(),
+        XDiffusionLime(9),
+        Random(),
+        XDiffusionRise(9, name="few"),
+    ]
     with pytest.raises(ValueError, match=r"explainers share a name \(rise, rise\)"):
-        swept(explainers=[Rise(8), ReleasedRise(8)], behaviour="xdiffusion")
+        swept(explainers=[Rise(8), XDiffusionRise(8)], behaviour="xdiffusion")
 
 
 EXPLAINERS = (
@@ -359,9 +368,9 @@ EXPLAINERS = (
     Attention(words=("red", "blue square"), name="a"),
     Lime(9, kernel_size=3, name="l"),
     Random(name="n"),
-    ReleasedRise(7, "cosine"),
-    ReleasedCam(3.0),
-    ReleasedLime(5),
+    XDiffusionRise(7, "cosine"),
+    XDiffusionCam(3.0),
+    XDiffusionLime(5),
 )
 
 
@@ -386,7 +395,7 @@ def test_a_worker_has_what_holds_for_every_item():
 def test_a_worker_has_the_released_explainers_with_their_behaviour():
     sweep = swept(explainers=[Rise(8), Cam(scale=2), Lime(9), Attention(("red",))], behaviour="xdiffusion")
     shared = Shared.of(json.loads(json.dumps(sweep.shared)))
-    assert list(map(type, shared.explainers)) == [ReleasedRise, ReleasedCam, ReleasedLime, Attention]
+    assert list(map(type, shared.explainers)) == [XDiffusionRise, XDiffusionCam, XDiffusionLime, Attention]
     assert list(shared.explainers) == sweep.released
     assert shared.behaviour == "xdiffusion"
 

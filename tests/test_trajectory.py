@@ -15,9 +15,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
-from dfengine.denoiser import Denoiser
-from dfengine.schedule import exponential_timesteps
-from dfengine.trajectory import Job, Trajectory, check_image, start_noise, to_bytes, trajectories
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.path import exponential_timesteps
+from dfengine.diffusion.trajectory import Job, Trajectory, check_image, start_noise, to_bytes, trajectories
 
 # float32 through a small network whose sums are made in another order, times 1/√ᾱ ≤ 15 at the first step.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -93,7 +93,7 @@ def test_a_batch_is_each_of_its_jobs_alone(tiny: Denoiser) -> None:
         (alone,) = trajectories(tiny, [job])
         assert together.job is job
         assert_close(together.latents[0], alone.latents[0], rtol=0, atol=0)
-        for name in ("latents", "epsilon", "x0", "alpha_bar"):
+        for name in ("latents", "epsilon", "x0", "signal", "noise"):
             assert_close(getattr(together, name), getattr(alone, name), **CLOSE)
         assert_close(together.image.int(), alone.image.int(), rtol=0, atol=1)
         for name in ("prompt", "negative"):
@@ -105,8 +105,8 @@ def test_what_is_kept_is_the_ddim_recursion(tiny: Denoiser) -> None:
     """x_next = √ᾱ_next x0 + √(1 − ᾱ_next) ε and x = √ᾱ x0 + √(1 − ᾱ) ε, at the list's own entries."""
     for job, trajectory in zip(jobs_of_every_kind()[:2], trajectories(tiny, jobs_of_every_kind())[:2], strict=True):
         assert len(trajectory) == 4
-        assert_close(trajectory.alpha_bar.double(), tiny.schedule.alpha_bar[list(job.timesteps)], rtol=1e-6, atol=0)
-        table = trajectory.alpha_bar[:, None, None, None]
+        assert_close(trajectory.signal.double() ** 2, tiny.schedule.alpha_bar[list(job.timesteps)], rtol=1e-6, atol=0)
+        table = trajectory.signal[:, None, None, None] ** 2
         latents, x0, epsilon = trajectory.latents, trajectory.x0, trajectory.epsilon
         assert_close(latents, table.sqrt() * x0 + (1 - table).sqrt() * epsilon, **CLOSE)
         for i, j in pairwise(range(4)):
@@ -141,7 +141,7 @@ def test_clipped_predictions_are_kept_as_the_step_used_them() -> None:
     denoiser.schedule = replace(denoiser.schedule, clip_range=0.5)
     (trajectory,) = trajectories(denoiser, [Job("1", (500, 20))])
     assert trajectory.x0.abs().max() == 0.5
-    signal = trajectory.alpha_bar[1].sqrt()
+    signal = trajectory.signal[1]
     assert_close(trajectory.latents[1], signal * trajectory.x0[0], rtol=1e-6, atol=1e-6)
 
 
@@ -190,7 +190,7 @@ def test_steps_to_be_explained_are_of_the_list() -> None:
     denoiser = Analytic(lambda x, number: x, shape=(1, 2, 2))
     path = denoiser.trajectory(torch.zeros(3, 1, 2, 2))
     assert list(path.steps) == [0, 1, 2]
-    assert list(replace(path, only=[2, 0]).steps) == [2, 0]
+    assert list(replace(path, explain_steps=[2, 0]).steps) == [2, 0]
     for outside in (-1, 3):
         with pytest.raises(ValueError, match=rf"step {outside} is outside \[0, 2\]"):
-            replace(path, only=(outside,))
+            replace(path, explain_steps=(outside,))

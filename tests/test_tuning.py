@@ -10,13 +10,14 @@ import pytest
 import torch
 from analytic import Analytic
 
-from dfengine import Engine, Rise, tuning
-from dfengine.denoiser import Denoiser
+from dfengine import Engine, Rise
+from dfengine.diffusion.denoiser import Denoiser
 from dfengine.engine import Generated
 from dfengine.explain import StepMap
-from dfengine.tuning import COMPILING, MARGIN, Pace, decide, duration, tune
+from dfengine.runtime import tuning
+from dfengine.runtime.tuning import COMPILING, MARGIN, ForwardCost, duration, maybe_compile, tune
 
-PACE = Pace(elements=10, bytes=None, seconds=0.01)
+PACE = ForwardCost(elements=10, bytes=None, seconds=0.01)
 
 
 def test_batches_stay_below_the_largest_tensor(
@@ -76,35 +77,35 @@ def test_a_job_is_compiled_if_that_repays_itself_twice() -> None:
     cost, speedup = COMPILING["cpu"]
     enough = MARGIN * cost / (1 - 1 / speedup) / PACE.seconds
     for forwards, compiled in ((round(enough * 0.99), False), (round(enough * 1.01), True)):
-        decide(denoiser := Compilable(), forwards, PACE)
+        maybe_compile(denoiser := Compilable(), forwards, PACE)
         assert denoiser.compiled is compiled
         # A whole batch of one prompt, the shape that the job will have, is what is compiled.
         assert denoiser.batches == [16] * compiled
     # Under two prompts, this network's batches are whole ones of each.
-    decide(denoiser := Compilable(), forwards, PACE, targets={"guided"})
+    maybe_compile(denoiser := Compilable(), forwards, PACE, targets={"guided"})
     assert denoiser.batches == [16, 16]
-    decide(denoiser := Compilable(), forwards, PACE, targets={"unconditional", "guided", "conditional"})
+    maybe_compile(denoiser := Compilable(), forwards, PACE, targets={"unconditional", "guided", "conditional"})
     assert denoiser.batches == [16, 16, 16]
 
 
 def test_either_flag_decides_alone() -> None:
-    decide(never := Compilable(), 10**9, PACE, wanted=False)
-    decide(always := Compilable(), 1, PACE, wanted=True)
+    maybe_compile(never := Compilable(), 10**9, PACE, wanted=False)
+    maybe_compile(always := Compilable(), 1, PACE, wanted=True)
     assert (never.compiled, always.compiled) == (False, True)
-    decide(always, 1, PACE, wanted=True)
+    maybe_compile(always, 1, PACE, wanted=True)
     assert always.batches == [16]
 
 
 def test_a_compiler_that_is_missing_is_told(caplog: pytest.LogCaptureFixture) -> None:
     broken = Compilable(RuntimeError("no C++ compiler found\nand much more"))
     with caplog.at_level(logging.INFO):
-        decide(broken, 10**9, PACE)
+        maybe_compile(broken, 10**9, PACE)
     assert not broken.compiled
     assert caplog.messages[-1] == "going on without compiling: no C++ compiler found"
     with pytest.raises(ValueError, match=r"could not be compiled: no C\+\+ compiler found; leave compile out"):
-        decide(broken, 1, PACE, wanted=True)
+        maybe_compile(broken, 1, PACE, wanted=True)
     with pytest.raises(ValueError, match="analytic cannot be compiled"):
-        decide(Analytic(lambda x_t, _: x_t), 1, PACE, wanted=True)
+        maybe_compile(Analytic(lambda x_t, _: x_t), 1, PACE, wanted=True)
 
 
 #: In a process of its own: the checks of annotations, which the tests add to every function, cannot be compiled.
@@ -201,7 +202,9 @@ def test_masks_of_a_batch_that_is_done_again_are_counted_once() -> None:
 def test_what_is_done_or_given_counts_in_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, bool | None, list[str]]] = []
 
-    def decide(denoiser: Denoiser, num_forwards: int, pace: Pace, *, wanted: bool | None, targets: set[str]) -> None:
+    def decide(
+        denoiser: Denoiser, num_forwards: int, pace: ForwardCost, *, wanted: bool | None, targets: set[str]
+    ) -> None:
         told.append((num_forwards, wanted, sorted(targets)))
 
     monkeypatch.setattr(tuning, "decide", decide)
@@ -228,7 +231,7 @@ def test_a_callers_random_numbers_are_left_as_they_were() -> None:
 def test_compiling_out_of_memory_halves_the_batch() -> None:
     denoiser = Compilable()
     denoiser.answer = lambda x_t, _: x_t if len(x_t) <= 5 else _no_memory()
-    decide(denoiser, 1, PACE, wanted=True)
+    maybe_compile(denoiser, 1, PACE, wanted=True)
     assert (denoiser.compiled, denoiser.batch_size) == (True, 4)
     assert denoiser.batches == [16, 8, 4]
 
@@ -253,10 +256,10 @@ def test_the_allocator_is_left_alone_where_someone_has_set_it(monkeypatch: pytes
     for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    tuning.keep_freed_memory()
+    tuning.disable_malloc_trim()
     assert called == []
     monkeypatch.delenv("MALLOC_ARENA_MAX")
-    tuning.keep_freed_memory()  # a library without mallopt is no error
+    tuning.disable_malloc_trim()  # a library without mallopt is no error
     assert called == ["libc.so.6"]
 
 
@@ -264,8 +267,8 @@ def test_a_freed_block_is_kept() -> None:
     """In a process of its own: large blocks come from the heap, which does not shrink."""
     script = """
 import torch
-from dfengine import tuning
-tuning.keep_freed_memory()
+from dfengine.runtime import tuning
+tuning.disable_malloc_trim()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 block = torch.ones(2**26)

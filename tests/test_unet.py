@@ -15,10 +15,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfengine import Engine
-from dfengine.denoiser import Bound, Condition, Denoiser
+from dfengine.diffusion.denoiser import Condition, Denoiser, PromptedDenoiser
 from dfengine.models import adapt, load
-from dfengine.models import unet as fast
-from dfengine.models.cpu import Folded
+from dfengine.models.unet import forward as fast
+from dfengine.models.unet.cpu import Folded
 
 #: float32 through a whole network, its sums in another order.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -55,8 +55,8 @@ def prompts_of(denoiser: Denoiser) -> Condition:
 def test_the_output_is_that_of_diffusers_own_forward(model: Callable[[str], Denoiser], name: str) -> None:
     denoiser = model(name)
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
-    network = denoiser.bind(condition)
-    assert type(network) is not Bound
+    network = denoiser.with_prompts(condition)
+    assert type(network) is not PromptedDenoiser
     rows = torch.tensor([2, 0, 1, 1, 0])
     assert_close(network(x, t, rows), denoiser.predict(x, t, condition[rows]), **CLOSE)
 
@@ -67,7 +67,7 @@ def test_latents_of_one_prompt_share_its_keys_and_values(model: Callable[[str], 
     """The batch folded into the queries is the same attention, whatever else is in the batch."""
     denoiser = model(name)
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
-    network = denoiser.bind(condition)
+    network = denoiser.with_prompts(condition)
     for row in range(3):
         shared, apart = network(x, t, row), network(x, t, torch.full((5,), row))
         assert_close(shared, apart, **CLOSE)
@@ -82,7 +82,7 @@ def test_latents_whose_sides_do_not_halve_evenly(saved: Callable[[str], Path], n
     assert denoiser.latent_shape[1:] == (11, 7)
     (x, t), condition = batch(denoiser), denoiser.condition(PROMPTS)
     rows = torch.tensor([0, 1, 2, 0, 1])
-    assert_close(denoiser.bind(condition)(x, t, rows), denoiser.predict(x, t, condition[rows]), **CLOSE)
+    assert_close(denoiser.with_prompts(condition)(x, t, rows), denoiser.predict(x, t, condition[rows]), **CLOSE)
 
 
 class Copies(TorchDispatchMode):
@@ -115,7 +115,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     convolutions = [m for m in denoiser.unet.modules() if isinstance(m, torch.nn.Conv2d)]
     hooks = [module.register_forward_hook(note) for module in convolutions]
     try:
-        network = denoiser.bind(condition)
+        network = denoiser.with_prompts(condition)
         with Copies() as copies:
             network(x, t, 0)
     finally:
@@ -125,7 +125,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     assert all(seen)
     assert copies.elements == []
     # Nobody looks on, and upsampling is one operation.
-    network = denoiser.bind(condition)
+    network = denoiser.with_prompts(condition)
     network(x, t, 0)
     with Copies() as copies:
         assert network(x, t, 0).is_contiguous(memory_format=torch.channels_last)
@@ -139,7 +139,7 @@ def test_two_prompts_a_latent(model: Callable[[str], Denoiser], name: str, size:
     denoiser = model(name)
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     denoiser.batch_size = size
-    network, counts = denoiser.bind(condition), []
+    network, counts = denoiser.with_prompts(condition), []
     rows = torch.tensor([[2, 0, 1, 1, 0], [0, 0, 2, 1, 1]])
     hooks = [
         module.register_forward_hook(lambda module, args, _: counts.append((module, len(args[0]))))
@@ -181,16 +181,16 @@ def test_whoever_looks_into_a_layer_sees_it_called(part: str) -> None:
     unet = any_of(denoiser).unet
     block = "up_blocks.1.attentions.1.transformer_blocks.0."
     watched = unet.get_submodule("up_blocks.0.upsamplers.0.conv" if part == "upsampler" else block + part)
-    plain, seen = denoiser.bind(condition)(x, t, 0), []
+    plain, seen = denoiser.with_prompts(condition)(x, t, 0), []
     hook = watched.register_forward_hook(lambda *_: seen.append(1))
     assert fast.difference(unet) is None
-    assert_close(denoiser.bind(condition)(x, t, 0), plain, **CLOSE)
+    assert_close(denoiser.with_prompts(condition)(x, t, 0), plain, **CLOSE)
     assert len(seen) == 1
     hook.remove()
     # Nor is a forward of somebody's own passed by.
     whole = watched.forward
     watched.forward = lambda *args, **kwargs: 0 * whole(*args, **kwargs)
-    assert (denoiser.bind(condition)(x, t, 0) - plain).abs().max() > 1e-3
+    assert (denoiser.with_prompts(condition)(x, t, 0) - plain).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def test_keys_values_and_time_embeddings_are_made_once(
         return linear(module, x)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", count)
-    network = denoiser.bind(prompts_of(denoiser))
+    network = denoiser.with_prompts(prompts_of(denoiser))
     assert len(calls) == len(watched) == 2 * 16 + 1
     for _ in range(3):
         network(*batch(denoiser), 1)
@@ -318,14 +318,14 @@ def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
 ) -> None:
     pipeline = pipeline_of(saved("sd15"))
     denoiser = adapt(pipeline)
-    before = denoiser.bind(denoiser.condition([PROMPT]))
+    before = denoiser.with_prompts(denoiser.condition([PROMPT]))
     change(pipeline)
     with caplog.at_level(logging.INFO):
-        network = denoiser.bind(denoiser.condition([PROMPT]))
-    assert type(network) is Bound
-    assert type(before) is not Bound
-    assert len(denoiser.slower_paths()) == 1
-    for message in (caplog.messages[0], denoiser.slower_paths()[0]):
+        network = denoiser.with_prompts(denoiser.condition([PROMPT]))
+    assert type(network) is PromptedDenoiser
+    assert type(before) is not PromptedDenoiser
+    assert len(denoiser.performance_warnings()) == 1
+    for message in (caplog.messages[0], denoiser.performance_warnings()[0]):
         assert re.search(said, message)
     x, t = batch(denoiser)
     text = denoiser.condition([PROMPT]).tensors["text"].expand(5, -1, -1)
@@ -357,12 +357,12 @@ def test_other_architectures_are_told_apart(tmp_path: Path, changes: dict[str, A
 def test_weights_that_change_between_runs_are_the_runs_weights(saved: Callable[[str], Path]) -> None:
     denoiser = load(saved("sd15"), device="cpu")
     (x, t), condition = batch(denoiser), denoiser.condition([PROMPT])
-    before = denoiser.bind(condition)(x, t, 0)
+    before = denoiser.with_prompts(condition)(x, t, 0)
     for part in ("attn2.to_v", "time_embedding", "attn2.to_q", "attn2.to_out", "upsamplers", "ff.net"):
         for name, weight in denoiser.unet.named_parameters():
             if part in name:
                 weight.mul_(1.5)
-        after = denoiser.bind(condition)(x, t, 0)
+        after = denoiser.with_prompts(condition)(x, t, 0)
         assert (after - before).abs().max() > 1e-4
         assert_close(after, denoiser.predict(x, t, condition[torch.zeros(5, dtype=torch.int64)]), **CLOSE)
         before = after
@@ -372,7 +372,7 @@ def test_a_gradient_is_there_whatever_was_called_before() -> None:
     denoiser = embedded()
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     text = condition.tensors["text"].clone().requires_grad_()
-    network = denoiser.bind(Condition({"text": text}))
+    network = denoiser.with_prompts(Condition({"text": text}))
     with torch.no_grad():
         expected = network(x, t, 0)
     with torch.inference_mode():
@@ -394,5 +394,5 @@ def test_scores_are_a_products_results_in_float32_alone(dtype: str, folds: bool)
         return args[1]
 
     denoiser.compiled, any_of(denoiser)._compiled, any_of(denoiser)._compiled_size = True, note, 5
-    denoiser.bind(prompts_of(denoiser))(*batch(denoiser), 0)
+    denoiser.with_prompts(prompts_of(denoiser))(*batch(denoiser), 0)
     assert told == [folds] * 7

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from dfengine import Engine, Rise
-from dfengine.denoiser import Condition, Denoiser, Layer
+from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
+from dfengine.diffusion.trajectory import Job, Trajectory, to_bytes, trajectories
 from dfengine.explain import Explainer, describe, rebuild, xdiffusion
 from dfengine.explain.cam import combine
-from dfengine.explain.settings import EXPLAINERS
-from dfengine.explain.xdiffusion import ReleasedCam, ReleasedRise, released_similarity, zero_padded_mean
+from dfengine.explain.registry import EXPLAINERS
+from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionRise, released_similarity, zero_padded_mean
 from dfengine.models import load
-from dfengine.trajectory import Job, Trajectory, to_bytes, trajectories
 
 SHAPE = (6, 5)
 GUIDANCE = 3.5
@@ -114,7 +114,7 @@ def test_rounding_of_a_constant_prediction_leaves_no_number() -> None:
 
     denoiser = Analytic(constant, (1, 20, 18), batch_size=64)
     with pytest.warns(UserWarning, match="not finite"):
-        (saliency,) = maps_of(ReleasedRise(200), denoiser, path_of(denoiser, count=1)).values()
+        (saliency,) = maps_of(XDiffusionRise(200), denoiser, path_of(denoiser, count=1)).values()
     # Also of what the masks with such a score hide: 0 · NaN is NaN. Towards the border zeros make up a variance.
     assert saliency[8:12, 8:10].isnan().all()
     assert saliency[0].isfinite().all()
@@ -153,7 +153,7 @@ def slow(denoiser: Analytic, path: Trajectory, step: int, num_masks: int) -> tup
 def test_df_rise_is_what_a_mask_at_a_time_makes(batch_size: int, shape: tuple[int, int, int]) -> None:
     denoiser = Analytic(answer, shape, batch_size)
     paths = [path_of(denoiser), path_of(denoiser, guidance=-1.0, seed=5)]
-    made = list(ReleasedRise(21).explain(denoiser, paths))
+    made = list(XDiffusionRise(21).explain(denoiser, paths))
     assert [(one.item, one.step) for one in made] == [(i, k) for i in range(2) for k in range(3)]
     for one in made:
         saliency, scores = slow(denoiser, paths[one.item], one.step, 21)
@@ -169,7 +169,7 @@ def test_b_is_what_the_sampler_went_on_with(tiny: Denoiser) -> None:
     job = Job(CAPTION, TIMESTEPS, guidance=4.0, negative_prompt="a pink star on a black background")
     (path,) = trajectories(tiny, [job])
     with torch.no_grad():
-        masking = xdiffusion._ReleasedMasking(ReleasedRise(2).settings, tiny, [path], [(0, 0), (0, 1), (0, 2)], ())
+        masking = xdiffusion._ReleasedMasking(XDiffusionRise(2).settings, tiny, [path], [(0, 0), (0, 1), (0, 2)], ())
         assert_close(masking.references[:2], path.latents[1:], rtol=1e-4, atol=1e-4)
         image = to_bytes(tiny.decode(masking.references[2:3]))[0]
     assert (image.int() - path.image.int()).abs().max() <= 1
@@ -178,9 +178,9 @@ def test_b_is_what_the_sampler_went_on_with(tiny: Denoiser) -> None:
 def test_some_steps_are_those_among_all_and_what_is_done_is_left_out() -> None:
     denoiser = Analytic(answer, batch_size=9)
     path = path_of(denoiser)
-    for explainer in (ReleasedRise(9), ReleasedRise(9, "cosine", "other")):
+    for explainer in (XDiffusionRise(9), XDiffusionRise(9, "cosine", "other")):
         whole = maps_of(explainer, denoiser, path)
-        some = maps_of(explainer, denoiser, dataclasses.replace(path, only=(0, 2)))
+        some = maps_of(explainer, denoiser, dataclasses.replace(path, explain_steps=(0, 2)))
         made = list(explainer.explain(denoiser, [path], done={(0, 1)}))
         rest = {one.step: one.saliency for one in made}
         assert {one.method for one in made} == {explainer.name}
@@ -195,7 +195,7 @@ def test_some_steps_are_those_among_all_and_what_is_done_is_left_out() -> None:
 def test_cosine_and_contrast_are_asked_for_by_name() -> None:
     denoiser = Analytic(answer)
     path = path_of(denoiser)
-    maps = {kind: maps_of(ReleasedRise(9, kind), denoiser, path)[0, 1] for kind in xdiffusion.SIMILARITIES}
+    maps = {kind: maps_of(XDiffusionRise(9, kind), denoiser, path)[0, 1] for kind in xdiffusion.SIMILARITIES}
     assert torch.equal(maps["contrast"], maps["structure"])
     assert (maps["cosine"] - maps["structure"]).abs().max() > 0.1
     assert maps["cosine"].abs().max() <= 9
@@ -209,7 +209,7 @@ def test_padding_adds_nothing_whatever_the_network_makes_of_it(count: int) -> No
         return torch.where((x_t == 0).all(-1).all(-1).all(-1)[:, None, None, None], torch.nan, answer(x_t, number))
 
     denoiser, whole = Analytic(poisoned, batch_size=8), Analytic(answer, batch_size=10)
-    maps, expected = (maps_of(ReleasedRise(10), one, path_of(one, count=count)) for one in (denoiser, whole))
+    maps, expected = (maps_of(XDiffusionRise(10), one, path_of(one, count=count)) for one in (denoiser, whole))
     assert len(maps) == count
     for row, saliency in maps.items():
         assert_close(saliency, expected[row], **SUMS)
@@ -225,7 +225,7 @@ def test_no_batch_waits_for_the_device() -> None:
     path = dataclasses.replace(
         path_of(Analytic(answer)), latents=torch.zeros(3, 2, *SHAPE, device=meta), prompt=told, negative=told
     )
-    masking = xdiffusion._ReleasedMasking(ReleasedRise(6).settings, denoiser, [path], [(0, 0), (0, 2)], ())
+    masking = xdiffusion._ReleasedMasking(XDiffusionRise(6).settings, denoiser, [path], [(0, 0), (0, 2)], ())
     assert [row for rows in masking._round(range(2), 0, 6) for row in rows] == [0, 1]
 
 
@@ -268,7 +268,7 @@ def test_guidance_is_of_gradients_and_of_activations() -> None:
     """
     denoiser = Halves()
     paths = [denoiser.trajectory(LATENT, guidance=guidance) for guidance in (2.0, 1.0)]
-    first, second = ReleasedCam(name="both").explain(denoiser, paths)
+    first, second = XDiffusionCam(name="both").explain(denoiser, paths)
     assert (first.method, first.item, second.item) == ("both", 0, 1)
     assert_close(first.layers["told"], torch.tensor([[21.0, 0.0], [123.0, 84.0]]))
     assert_close(second.layers["told"], torch.tensor([[8.0, 0.0], [64.0, 32.0]]))
@@ -280,7 +280,7 @@ def test_gradients_too_small_for_float16_are_scaled() -> None:
     denoiser = Halves()
     denoiser.dtype = torch.float16
     denoiser.share = 2.0**-26
-    (made,) = ReleasedCam().explain(denoiser, [denoiser.trajectory(LATENT)])
+    (made,) = XDiffusionCam().explain(denoiser, [denoiser.trajectory(LATENT)])
     assert_close(made.layers["told"] * 2.0**26, torch.tensor([[21.0, 0.0], [123.0, 84.0]]), rtol=1e-2, atol=0)
 
 
@@ -322,12 +322,12 @@ def test_all_layers_but_the_mid_blocks_attention(saved: Callable[[str], Path], n
     if name == "shapes":
         jobs = [dataclasses.replace(job, prompt=CAPTION, seed=seed) for seed, job in enumerate(jobs)]
     paths: Sequence[Trajectory] = trajectories(denoiser, jobs)
-    made = list(ReleasedCam().explain(denoiser, paths))
+    made = list(XDiffusionCam().explain(denoiser, paths))
     assert [(one.item, one.step) for one in made] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for one in made:
         expected = plain(denoiser, paths[one.item], one.step, "mid_block.attentions.0")
         assert len(expected) == count
-        assert set(one.layers) == set(expected) == set(ReleasedCam().contents(denoiser, jobs[0]).layers)
+        assert set(one.layers) == set(expected) == set(XDiffusionCam().contents(denoiser, jobs[0]).layers)
         for layer, values in expected.items():
             scale = values.abs().max().clamp(min=1e-6)
             assert_close(one.layers[layer] / scale, values / scale, msg=f"{layer} of {name}", **CLOSE)
@@ -337,11 +337,11 @@ def test_all_layers_but_the_mid_blocks_attention(saved: Callable[[str], Path], n
 
 def test_some_steps_of_df_cam_are_those_among_all(tiny: Denoiser) -> None:
     (path,) = trajectories(tiny, [Job(CAPTION, TIMESTEPS)])
-    whole = maps_of(ReleasedCam(), tiny, path)
-    some = maps_of(ReleasedCam(), tiny, dataclasses.replace(path, only=(0, 2)))
+    whole = maps_of(XDiffusionCam(), tiny, path)
+    some = maps_of(XDiffusionCam(), tiny, dataclasses.replace(path, explain_steps=(0, 2)))
     assert list(some) == [(0, 0), (0, 2)]
     assert_close(some, {row: whole[row] for row in some}, rtol=1e-3, atol=1e-3)
-    rest = {one.step: one.saliency for one in ReleasedCam().explain(tiny, [path], done={(0, 0)})}
+    rest = {one.step: one.saliency for one in XDiffusionCam().explain(tiny, [path], done={(0, 0)})}
     assert list(rest) == [1, 2]
     assert all(torch.equal(saliency, whole[0, step]) for step, saliency in rest.items())
 
@@ -350,7 +350,7 @@ def test_a_map_that_is_not_finite_is_told_of() -> None:
     denoiser = Halves()
     denoiser.share = float("inf")
     with pytest.warns(UserWarning, match="a DF-CAM map of step 0 is not finite"):
-        list(ReleasedCam().explain(denoiser, [denoiser.trajectory(LATENT)]))
+        list(XDiffusionCam().explain(denoiser, [denoiser.trajectory(LATENT)]))
 
 
 # Both ----------------------------------------------------------------------------------------------------------------
@@ -358,15 +358,15 @@ def test_a_map_that_is_not_finite_is_told_of() -> None:
 
 def test_as_many_forwards_as_are_told_of() -> None:
     denoiser = Analytic(answer, batch_size=1)
-    list(ReleasedRise(5).explain(denoiser, [path_of(denoiser)]))
-    assert sum(denoiser.batches) == ReleasedRise(5).num_forwards(3) == 2 * 3 * 6
+    list(XDiffusionRise(5).explain(denoiser, [path_of(denoiser)]))
+    assert sum(denoiser.batches) == XDiffusionRise(5).num_forwards(3) == 2 * 3 * 6
     halves = Halves()
-    list(ReleasedCam().explain(halves, [halves.trajectory(LATENT.expand(3, -1, -1, -1))]))
-    assert 2 * sum(halves.batches) == ReleasedCam().num_forwards(3)
+    list(XDiffusionCam().explain(halves, [halves.trajectory(LATENT.expand(3, -1, -1, -1))]))
+    assert 2 * sum(halves.batches) == XDiffusionCam().num_forwards(3)
 
 
 @pytest.mark.parametrize(
-    "explainer", [ReleasedRise(), ReleasedRise(7, "cosine", "other"), ReleasedCam(), ReleasedCam(2.0, "deep")]
+    "explainer", [XDiffusionRise(), XDiffusionRise(7, "cosine", "other"), XDiffusionCam(), XDiffusionCam(2.0, "deep")]
 )
 def test_settings_are_kept_as_json(explainer: Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPLAINERS, type(explainer).__name__, type(explainer))
@@ -377,11 +377,11 @@ def test_settings_are_kept_as_json(explainer: Explainer, monkeypatch: pytest.Mon
 def test_what_a_job_will_hold() -> None:
     denoiser = Halves()
     job = Job("1", (3,))
-    contents = ReleasedRise(7).contents(denoiser, job)
+    contents = XDiffusionRise(7).contents(denoiser, job)
     assert (contents.num_masks, contents.has_error, contents.layers) == (7, True, {})
-    assert ReleasedCam().contents(denoiser, job).layers == {"told": (2, 2)}
-    assert (ReleasedRise().num_masks, ReleasedRise().name, ReleasedCam().name) == (500, "rise", "cam")
-    assert ReleasedRise().settings == Rise(
+    assert XDiffusionCam().contents(denoiser, job).layers == {"told": (2, 2)}
+    assert (XDiffusionRise().num_masks, XDiffusionRise().name, XDiffusionCam().name) == (500, "rise", "cam")
+    assert XDiffusionRise().settings == Rise(
         500, similarity="structure", estimator="sum", window=15, sigma=1.5, target="guided"
     )
 
@@ -389,14 +389,14 @@ def test_what_a_job_will_hold() -> None:
 @pytest.mark.parametrize("similarity", ["luminance", "contrast_structure", "ssim", "frechet", "structure_contrast"])
 def test_similarities_that_are_not_reproduced_are_refused(similarity: str) -> None:
     with pytest.raises(ValueError, match=f"'{similarity}' is not .* structure, contrast, cosine, or Rise"):
-        ReleasedRise(similarity=similarity)
+        XDiffusionRise(similarity=similarity)
 
 
 def test_settings_that_are_not_possible() -> None:
     with pytest.raises(ValueError, match="0 masks are not possible"):
-        ReleasedRise(0)
+        XDiffusionRise(0)
     with pytest.raises(ValueError, match="scale inf is not possible"):
-        ReleasedCam(scale=float("inf"))
+        XDiffusionCam(scale=float("inf"))
     denoiser = Analytic(answer)
     with pytest.raises(ValueError, match="analytic does not tell its layers"):
-        ReleasedCam().contents(denoiser, Job("1", (3,)))
+        XDiffusionCam().contents(denoiser, Job("1", (3,)))

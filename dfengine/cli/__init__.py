@@ -55,7 +55,7 @@ def main() -> None:
         except MemoryError as error:
             mistake = f"not enough memory: {error}"
         except RuntimeError as error:
-            from dfengine.batching import is_out_of_memory
+            from dfengine.runtime.batching import is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise

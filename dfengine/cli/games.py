@@ -39,7 +39,7 @@ def play(
     """Tables 1 and 2 of each explained step, and with a folder their figures."""
     from dfengine import evaluate as evaluation
     from dfengine import models
-    from dfengine.explain import as_released
+    from dfengine.explain import to_xdiffusion
 
     if distance not in evaluation.DISTANCES:
         raise ValueError(f"distance {distance!r} is not known: expected one of {', '.join(evaluation.DISTANCES)}")
@@ -53,7 +53,7 @@ def play(
         raise ValueError(f"step {outside[0]} is outside [0, {steps - 1}]: steps index the time-steps")
     explainers = evaluation.methods(names, num_masks=masks, num_samples=samples)
     if behaviour == "xdiffusion":
-        explainers = [as_released(explainer) for explainer in explainers]
+        explainers = [to_xdiffusion(explainer) for explainer in explainers]
     jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
     maps = dict(map(_map, given))
     extract: Any = None if features is None else models.load_features(features, device=engine.denoiser.device)

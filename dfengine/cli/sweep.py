@@ -136,7 +136,7 @@ def _line(worker: int, record: Record) -> dict[str, Any]:
 
 def _expected(found: Estimate, out: Path) -> Iterator[str]:
     from dfengine import store
-    from dfengine.tuning import duration
+    from dfengine.runtime.tuning import duration
 
     yield f"  items      {found.items:,} in {found.units:,} units"
     yield f"  forwards   {found.forwards:,} of one latent"

@@ -82,7 +82,7 @@ class Rate:
 
 def view(seen: Look, rate: Rate, *, is_coloured: bool = True) -> RenderableType:
     """What a look shows: a bar for all items, one for each file at work, and the latest map where there are colours."""
-    from dfengine.tuning import duration
+    from dfengine.runtime.tuning import duration
 
     speed = rate.items_a_second
     told = [f"{int(seen.done)} of {seen.items} items"]

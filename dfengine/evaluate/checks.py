@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dfengine.denoiser import Condition, Denoiser
+from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
 from dfengine.evaluate.intervals import Interval, interval, rate
-from dfengine.evaluate.truth import area, auroc, told_apart
+from dfengine.evaluate.truth import area, auroc, has_distinct_colours
 from dfengine.explain import Attention, Cam, Explainer, Relevance, Rise
 from dfengine.result import heatmap
 from dfengine.shapes.judge import Judge
 from dfengine.shapes.world import Caption, sample_scenes
-from dfengine.trajectory import Job, Trajectory, trajectories
-from dfengine.words import STOP_WORDS, words
+from dfengine.tokens import STOP_WORDS, words
 
 #: Denoising steps of the generations that are checked.
 STEPS = 4
@@ -70,7 +70,7 @@ def captions(count: int, seed: int = 0) -> list[str]:
             raise ValueError(f"{count} captions are more than the embedded world has: {len(found)} were found")
         for caption in sample_scenes(4 * count, generator).captions:
             differ = caption.object is None or caption.object[1] != caption.subject[1]
-            if differ and told_apart(caption) and len(found) < count:
+            if differ and has_distinct_colours(caption) and len(found) < count:
                 found[str(caption)] = None
     return list(found)
 
@@ -207,7 +207,7 @@ def _removed(denoiser: Denoiser, paths: Sequence[Trajectory]) -> tuple[list[floa
             if prompt[start:stop].casefold() in STOP_WORDS:
                 continue
             places = tokens.places(start, stop)
-            without = dataclasses.replace(path, prompt=denoiser.without(path.prompt, places))
+            without = dataclasses.replace(path, prompt=denoiser.zero_tokens(path.prompt, places))
             shares.append(float(before[places].sum()))
             ratios.append(float(_shares(relevance, denoiser, without)[places].sum()) / shares[-1])
             changes.append(_change(denoiser, path, without.prompt))
@@ -243,14 +243,14 @@ def _subject(denoiser: Denoiser, paths: Sequence[Trajectory]) -> tuple[Interval 
     if images.shape[1:] != (3, 64, 64):
         return None, 0
     agrees = Judge.load().agrees(images, [caption for _, caption in known]).all(1).tolist()
-    kept = [pair for pair, agreed in zip(known, agrees, strict=True) if agreed and told_apart(pair[1])]
+    kept = [pair for pair, agreed in zip(known, agrees, strict=True) if agreed and has_distinct_colours(pair[1])]
     scores = []
     for path, caption in kept:
         # The encoder reads from left to right: of "red circle", "circle" has read both.
         attention = Attention(words=(caption.subject[1],))
         true = area(path.image.numpy(), caption.subject[0])
         made = attention.explain(denoiser, [path])
-        heat = [heatmap(step.heat[0].numpy(), denoiser.image_shape) for step in made if step.heat is not None]
+        heat = [heatmap(step.word_maps[0].numpy(), denoiser.image_shape) for step in made if step.word_maps is not None]
         scores.append(float(np.mean([auroc(one, true) for one in heat])))
     found = interval(scores)
     return found if found.count else None, len(known) - len(kept)

@@ -20,7 +20,7 @@ from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
 from dfengine.shapes.judge import ATTRIBUTES, Judge, read
 from dfengine.shapes.world import SIZE, Caption
-from dfengine.words import Tokens, content_words, words
+from dfengine.tokens import Tokens, content_words, words
 
 #: Table 3 of the paper: subject, relation and object, summed over 30 steps.
 PAPER = {"uniform": (21.61, 2.99, 17.61), "early": (19.98, 3.04, 18.51), "latter": (21.30, 2.40, 17.98)}
@@ -54,7 +54,7 @@ class Concepts:
     same prompt, over prompts that have both"""
     lines: Mapping[str, Mapping[str, Sequence[float]]]
     """by schedule and role, the mean at each step"""
-    timesteps: Mapping[str, Sequence[int]]
+    timesteps: Mapping[str, Sequence[float]]
     """by schedule"""
     num_prompts: int
     num_seeds: int
@@ -147,7 +147,7 @@ def measure(
 
 
 def summarise(
-    measured: Sequence[Measured], prompts: Sequence[Prompt], timesteps: Mapping[str, Sequence[int]]
+    measured: Sequence[Measured], prompts: Sequence[Prompt], timesteps: Mapping[str, Sequence[float]]
 ) -> list[Concepts]:
     """The tables of what was measured, of all prompts with roles together and of each other one by its words.
 
@@ -165,7 +165,7 @@ def summarise(
 
 
 def _summary(
-    measured: Sequence[Measured], prompts: Sequence[Prompt], timesteps: Mapping[str, Sequence[int]]
+    measured: Sequence[Measured], prompts: Sequence[Prompt], timesteps: Mapping[str, Sequence[float]]
 ) -> Concepts:
     schedules = list(timesteps)
     roles = list(dict.fromkeys(role for prompt in prompts for role in prompt.concepts))

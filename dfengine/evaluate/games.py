@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dfengine.batching import in_batches
-from dfengine.denoiser import Condition, Denoiser, Features, Guided
+from dfengine.diffusion.denoiser import Condition, Denoiser, Features
+from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain import check_behaviour
-from dfengine.trajectory import Trajectory
+from dfengine.runtime.batching import in_batches
 
 GAMES = ("deletion", "insertion")
 
@@ -113,7 +114,7 @@ class _Board:
         self.latents = torch.stack([path.latents[step] for path, step in zip(paths, steps, strict=True)])
         self.timesteps = torch.tensor([job.timesteps[step] for job, step in zip(jobs, steps, strict=True)]).to(device)
         self.following = torch.tensor(following).to(device)
-        self.guided = Guided(
+        self.guided = GuidedDenoiser(
             denoiser,
             Condition.cat([path.prompt for path in paths]),
             Condition.cat([path.negative for path in paths]),

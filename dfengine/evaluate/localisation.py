@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from dfengine.evaluate.concepts import RightOnes
 from dfengine.evaluate.intervals import Interval, interval, rate
-from dfengine.evaluate.truth import area, auroc, overlap, pointed_at, told_apart
+from dfengine.evaluate.truth import area, auroc, has_distinct_colours, overlap, pointed_at
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
 from dfengine.shapes.world import Caption, render, sample_scenes
@@ -40,7 +40,7 @@ class Localisation:
     """by method, target and measure, at each step"""
     overall: Mapping[str, Mapping[str, Mapping[str, Interval]]]
     """the same of each image's mean over its steps"""
-    timesteps: Sequence[int]
+    timesteps: Sequence[float]
     num_images: int
     left_out: int
     """images that are not what was asked for, or whose shapes are not told by their colours"""
@@ -78,7 +78,7 @@ class GeneratedAreas:
     def __call__(self, item: int, image: UInt8[ndarray, "H W 3"]) -> Areas | None:
         """None for an image that is not what its caption says, or whose shapes are not told by their colours."""
         caption = self._captions[item]
-        if not told_apart(caption) or not self._right.agrees(image, caption):
+        if not has_distinct_colours(caption) or not self._right.agrees(image, caption):
             return None
         shapes = [shape for shape in (caption.subject, caption.object) if shape is not None]
         masks = [area(image, colour) for colour, _ in shapes]
@@ -95,7 +95,7 @@ def localisation(
     events: Iterable[Any],
     areas: Callable[[int, UInt8[ndarray, "H W 3"]], Areas | None],
     prompts: Sequence[str],
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     words: Callable[[str], Sequence[str]],
     source: str,
 ) -> Localisation:
@@ -170,13 +170,13 @@ def _by_target(made: StepMap, prompt: str, words: Callable[[str], Sequence[str]]
     """The map that a target is looked for in."""
     saliency = made.saliency.numpy()
     maps = dict.fromkeys(TARGETS, saliency)
-    if made.heat is None:
+    if made.word_maps is None:
         return maps
     caption, told = Caption.parse(prompt), [word.casefold() for word in words(prompt)]
     rows = {"subject": told.index(caption.subject[1])}
     if caption.object is not None:
         rows["object"] = len(told) - 1 - told[::-1].index(caption.object[1])
-    heat = made.heat.numpy()
+    heat = made.word_maps.numpy()
     return maps | {target: heat[row] for target, row in rows.items()} | {"both": heat[list(rows.values())].mean(0)}
 
 

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from dfengine.denoiser import Denoiser, Features
+from dfengine.diffusion.denoiser import Denoiser, Features
+from dfengine.diffusion.trajectory import Job, Trajectory
 from dfengine.evaluate.games import fitted, play, usable
 from dfengine.evaluate.kept import Kept, Turn
-from dfengine.explain import Explainer, check_behaviour, describe, told_whole
-from dfengine.record import item_key
-from dfengine.trajectory import Job, Trajectory
+from dfengine.explain import Explainer, check_behaviour, describe, is_serializable
+from dfengine.recorder import item_key
 
 #: Items in a group, as a share of a batch of latents: masks and points fill batches all the same, and a run that is cut
 #: off loses a group at most.
@@ -33,7 +33,7 @@ class Games:
 
     model: str
     step: int
-    timesteps: Sequence[int]
+    timesteps: Sequence[float]
     features: str
     """what extracted them"""
     behaviour: str
@@ -126,7 +126,7 @@ def games(
     size = max(1, denoiser.batch_size // _SHARE)
     for group in (missing[start : start + size] for start in range(0, len(missing), size)):
         wanted = [name for name in names if any(kept.get(table[name][i]) is None for i in group)]
-        paths = [dataclasses.replace(path, only=(step,)) for path in sample([jobs[i] for i in group])]
+        paths = [dataclasses.replace(path, explain_steps=(step,)) for path in sample([jobs[i] for i in group])]
         methods = {name: given[name][group] if name in given else by_name[name] for name in wanted}
         for name, turns in _turns(denoiser, paths, methods, extract, behaviour).items():
             for item, turn in zip(group, turns, strict=True):
@@ -190,7 +190,7 @@ class _Keys:
             made: dict[str, Any] = {"map": hashlib.sha256(method[item].numpy().tobytes()).hexdigest()}
         else:
             made = describe(method)
-        is_whole = self.is_named and (isinstance(method, Tensor) or told_whole(method))
+        is_whole = self.is_named and (isinstance(method, Tensor) or is_serializable(method))
         return Kept.key(
             item=item_key(self.denoiser, job, made),
             step=self.step,

@@ -18,7 +18,7 @@ from scipy import stats
 
 from dfengine.evaluate.concepts import RightOnes
 from dfengine.evaluate.intervals import Interval, interval
-from dfengine.evaluate.truth import area, auroc, overlap, told_apart
+from dfengine.evaluate.truth import area, auroc, has_distinct_colours, overlap
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
 from dfengine.shapes.world import SIZE, Caption
@@ -45,7 +45,7 @@ class Recovery:
     """by method and measure, at each step"""
     trend: Mapping[str, Mapping[str, Interval]]
     """by method and measure, the rank correlation with the step's number: 1 rises all along, −1 falls"""
-    timesteps: Sequence[int]
+    timesteps: Sequence[float]
     num_images: int
     left_out: int
     """images of another world, that are not what was asked for, or whose shapes are not told by their colours"""
@@ -82,7 +82,7 @@ def check_world(image_shape: tuple[int, int], prompts: Sequence[str]) -> None:
     """Raise ValueError, before anything is computed, where no image's shapes will be known."""
     for prompt in prompts:
         with suppress(ValueError):
-            if image_shape == (SIZE, SIZE) and told_apart(Caption.parse(prompt)):
+            if image_shape == (SIZE, SIZE) and has_distinct_colours(Caption.parse(prompt)):
                 return
     raise ValueError(
         f"there is no image whose shapes are known: they are in the embedded world alone, of {SIZE}×{SIZE} "
@@ -90,7 +90,7 @@ def check_world(image_shape: tuple[int, int], prompts: Sequence[str]) -> None:
     )
 
 
-def recovery(events: Iterable[Any], prompts: Sequence[str], timesteps: Sequence[int]) -> Recovery:
+def recovery(events: Iterable[Any], prompts: Sequence[str], timesteps: Sequence[float]) -> Recovery:
     """Measure an engine's stream of maps, an item a prompt; all have the same time-steps.
 
     Raises ValueError where there is no image of the embedded world whose shapes are known.
@@ -129,7 +129,7 @@ def _true(image: ndarray, prompt: str, judge: RightOnes) -> ndarray | None:
     """The pixels of the shapes, where image and caption tell them."""
     try:
         caption = Caption.parse(prompt)
-        if not told_apart(caption) or not judge.agrees(image, caption):
+        if not has_distinct_colours(caption) or not judge.agrees(image, caption):
             return None
     except ValueError:
         return None

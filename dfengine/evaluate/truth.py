@@ -11,7 +11,7 @@ from dfengine.shapes.world import BACKGROUNDS, COLOURS, Caption
 _PALETTE = COLOURS | BACKGROUNDS
 
 
-def told_apart(caption: Caption) -> bool:
+def has_distinct_colours(caption: Caption) -> bool:
     """Whether the colours of a caption tell its subject and object apart."""
     return caption.object is None or caption.object[0] != caption.subject[0]
 

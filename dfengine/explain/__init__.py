@@ -1,33 +1,33 @@
 """Explainers: each is its settings, and turns finished trajectories into a stream of maps."""
 
 from dfengine.explain.attention import Attention
-from dfengine.explain.base import BEHAVIOURS, Contents, Explainer, StepMap, check_behaviour
+from dfengine.explain.base import BEHAVIOURS, Explainer, OutputSpec, StepMap, check_behaviour
 from dfengine.explain.cam import Cam
 from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
+from dfengine.explain.registry import EXPLAINERS, describe, is_serializable, rebuild
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
-from dfengine.explain.settings import EXPLAINERS, describe, rebuild, told_whole
-from dfengine.explain.xdiffusion import ReleasedCam, ReleasedLime, ReleasedRise, as_released
+from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionLime, XDiffusionRise, to_xdiffusion
 
 __all__ = [
     "BEHAVIOURS",
     "EXPLAINERS",
     "Attention",
     "Cam",
-    "Contents",
     "Explainer",
     "Lime",
+    "OutputSpec",
     "Random",
-    "ReleasedCam",
-    "ReleasedLime",
-    "ReleasedRise",
     "Relevance",
     "Rise",
     "StepMap",
-    "as_released",
+    "XDiffusionCam",
+    "XDiffusionLime",
+    "XDiffusionRise",
     "check_behaviour",
     "describe",
+    "is_serializable",
     "rebuild",
-    "told_whole",
+    "to_xdiffusion",
 ]

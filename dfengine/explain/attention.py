@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dfengine.denoiser import Condition, Denoiser
-from dfengine.explain.base import Contents, StepMap
+from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.explain.base import OutputSpec, StepMap
 from dfengine.explain.steps import Steps, by_steps
-from dfengine.trajectory import Job, Trajectory
-from dfengine.words import concepts
+from dfengine.tokens import concepts
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Attention:
         """One a step."""
         return num_steps
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """The words. Raises ValueError for one that is not in the prompt, or where attention is not to be seen."""
-        denoiser.check_watch()
-        return Contents(words=[concept for concept, _ in concepts(job.prompt, self.words)])
+        denoiser.require_attention()
+        return OutputSpec(words=[concept for concept, _ in concepts(job.prompt, self.words)])
 
     @torch.no_grad()
     def explain(
@@ -65,7 +65,7 @@ class Attention:
             maps, told = made["maps"], tokens[item]
             places = [sorted({place for span in each for place in told.places(*span)}) for _, each in spans[item]]
             heat = torch.stack([maps[each].mean(0) for each in places]) if places else None
-            yield StepMap(item, step, self.name, maps[told.own].sum(0), heat=heat)
+            yield StepMap(item, step, self.name, maps[told.own].sum(0), word_maps=heat)
 
     def _maps(self, denoiser: Denoiser, steps: Steps, prompts: Condition) -> Float[Tensor, "n q h w"]:
         """The map of every position of the text."""
@@ -79,5 +79,5 @@ class Attention:
             return probabilities
 
         layers: list[tuple[int, int]] = []
-        denoiser.watch(prompts, see)(steps.latents, steps.timesteps, steps.items)
+        denoiser.with_attention_hook(prompts, see)(steps.latents, steps.timesteps, steps.items)
         return seen[0] / len(layers)

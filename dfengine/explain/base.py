@@ -9,9 +9,9 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from dfengine.denoiser import Denoiser
-from dfengine.trajectory import Job, Trajectory
-from dfengine.words import Tokens
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.tokens import Tokens
 
 #: The paper's equations, or what the authors' released code does instead.
 BEHAVIOURS = ("paper", "xdiffusion")
@@ -41,12 +41,12 @@ class StepMap:
     """of DF-CAM, each layer's map at its own resolution"""
     relevance: Float[Tensor, " tokens"] | None = None
     """of relevance, each token's"""
-    heat: Float[Tensor, "words h w"] | None = None
+    word_maps: Float[Tensor, "words h w"] | None = None
     """of attention, each word's map"""
 
 
 @dataclass(frozen=True)
-class Contents:
+class OutputSpec:
     """What an explainer's step maps of one job will hold beside their saliency."""
 
     num_masks: int = 0
@@ -56,7 +56,7 @@ class Contents:
     tokens: Tokens | None = None
     """those that relevance is given for"""
     words: Sequence[str] = ()
-    """those that have heat maps"""
+    """those that have maps"""
 
 
 @runtime_checkable
@@ -72,7 +72,7 @@ class Explainer(Protocol):
         """Forwards of one latent that so many steps of one item cost, at most: what a job's time is predicted from."""
         ...
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """What it will make of a job. Raises ValueError for what this model or this prompt does not have."""
         ...
 

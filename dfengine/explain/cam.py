@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfengine.denoiser import Condition, Denoiser, Layer
-from dfengine.explain.base import Contents, StepMap
+from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.explain.base import OutputSpec, StepMap
 from dfengine.explain.steps import Steps, by_steps, check_scale, in_range
 from dfengine.result import COMBINED
-from dfengine.trajectory import Job, Trajectory
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Cam:
         """A forward and a backward a step; without gradients of weights that costs what a forward does."""
         return 2 * num_steps
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """The layers that are looked at. Raises ValueError for a pattern that no layer has."""
-        return Contents(layers={name: layer.shape[1:] for name, layer in self.chosen(denoiser).items()})
+        return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.chosen(denoiser).items()})
 
     def chosen(self, denoiser: Denoiser) -> dict[str, Layer]:
         """The layers of a network that the patterns name. Raises ValueError for a pattern that no layer has."""

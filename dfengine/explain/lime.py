@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from dfengine.batching import Download
-from dfengine.denoiser import Denoiser
-from dfengine.explain.base import Contents, StepMap
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.explain.base import OutputSpec, StepMap
 from dfengine.explain.masking import Masking
 from dfengine.explain.rise_settings import RiseSettings
-from dfengine.trajectory import Job, Trajectory
+from dfengine.runtime.batching import AsyncHostCopy
 
 #: The fewest segments that an image is divided into.
 FEWEST = 4
@@ -69,9 +69,9 @@ class Lime:
         """Forwards of one latent that so many steps cost."""
         return num_steps * (self.num_samples + 1) * (2 if self.target == "guided" else 1)
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """A score a sample."""
-        return Contents(num_masks=self.num_samples)
+        return OutputSpec(num_masks=self.num_samples)
 
     @torch.no_grad()
     def explain(
@@ -153,7 +153,7 @@ class _Samples(Masking):
         """Nothing on the device: the regression is made of the scores when they are here."""
         return ()
 
-    def _step_map(self, row: int, download: Download) -> StepMap:
+    def _step_map(self, row: int, download: AsyncHostCopy) -> StepMap:
         (item, step), (scores,) = self.rows[row], download.wait()
         segments = self.segments[item]
         seed, at = torch.tensor([self.mask_seeds[row]]), torch.tensor([step])

@@ -16,11 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.profiler import record_function
 
-from dfengine.batching import PADDING, Download, in_batches
-from dfengine.denoiser import Condition, Denoiser, Guided
+from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import StepMap
 from dfengine.explain.rise_settings import RiseSettings
-from dfengine.trajectory import Trajectory
+from dfengine.runtime.batching import PADDING, AsyncHostCopy, in_batches
 
 #: With an early stop, the standard error is looked at after every so many masks.
 MASKS_BETWEEN_CHECKS = 64
@@ -48,8 +49,8 @@ class Masking:
         self.items = column([i for i, _ in rows])
         self.steps = column([k for _, k in rows])
         self.seeds = column(self.mask_seeds)
-        self.timesteps = column([jobs[i].timesteps[k] for i, k in rows])
-        self.explained = Guided(
+        self.timesteps = torch.tensor([jobs[i].timesteps[k] for i, k in rows], device=denoiser.device)
+        self.explained = GuidedDenoiser(
             denoiser,
             Condition.cat([trajectory.prompt for trajectory in trajectories]),
             Condition.cat([trajectory.negative for trajectory in trajectories]),
@@ -196,9 +197,9 @@ class Masking:
         assert extract is not None
 
         def look(epsilon: Tensor) -> Tensor:
-            alpha_bar = self.denoiser.schedule.at(self.timesteps[rows])
-            x0 = (self.latents[rows] - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
-            return extract(self.denoiser.decode(self.denoiser.schedule.limit(x0))).float()
+            a, b = self.denoiser.schedule.coefficients(self.timesteps[rows])
+            x0 = (self.latents[rows] - b * epsilon) / a
+            return extract(self.denoiser.decode(self.denoiser.schedule.threshold_x0(x0))).float()
 
         ours, reference = look(answers), look(self.references[rows])
         return -((ours - reference).square().sum(1) + (ours.std(1) - reference.std(1)).square())
@@ -224,17 +225,17 @@ class Masking:
 
     def step_maps(self, completed: Iterable[list[int]], num_masks: int) -> Iterator[StepMap]:
         """The maps of rows, told of as batches complete them: fetched while the device works on the next batch."""
-        coming: list[tuple[int, Download]] = []
+        coming: list[tuple[int, AsyncHostCopy]] = []
         for rows in completed:
             yield from itertools.starmap(self._step_map, coming)
             with record_function("dfengine: maps"):
                 coming = [
-                    (row, Download(*self._estimate(row, num_masks), self.scores[row], stream=self.stream))
+                    (row, AsyncHostCopy(*self._estimate(row, num_masks), self.scores[row], stream=self.stream))
                     for row in rows
                 ]
         yield from itertools.starmap(self._step_map, coming)
 
-    def _step_map(self, row: int, download: Download) -> StepMap:
+    def _step_map(self, row: int, download: AsyncHostCopy) -> StepMap:
         item, step = self.rows[row]
         saliency, error, scores = download.wait()
         if not saliency.isfinite().all():

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from dfkernels.counters import RANDOM_STREAM, words
 
-from dfengine.denoiser import Denoiser
-from dfengine.explain.base import Contents, StepMap
-from dfengine.trajectory import Job, Trajectory
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.explain.base import OutputSpec, StepMap
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Random:
         """None: nothing is asked of the network."""
         return 0
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """Maps alone."""
-        return Contents()
+        return OutputSpec()
 
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()

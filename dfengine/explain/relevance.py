@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dfengine.denoiser import Condition, Denoiser, Watch
-from dfengine.explain.base import Contents, StepMap
+from dfengine.diffusion.denoiser import AttentionHook, Condition, Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.explain.base import OutputSpec, StepMap
 from dfengine.explain.rules import Relevancy, Seen, positive, self_relevance
 from dfengine.explain.steps import Steps, by_steps, check_scale, in_range
-from dfengine.trajectory import Job, Trajectory
-from dfengine.words import PADDING, Tokens
+from dfengine.tokens import PADDING, Tokens
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Relevance:
         """A forward and a backward a step; without gradients of weights that costs what a forward does."""
         return 2 * num_steps
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """The tokens. Raises ValueError where the model does not show its attention."""
-        denoiser.check_watch()
+        denoiser.require_attention()
         if self.text_attention:
-            denoiser.watch_text([""], lambda probabilities, _: probabilities)
-        return Contents(tokens=denoiser.tokens(job.prompt))
+            denoiser.with_text_attention_hook([""], lambda probabilities, _: probabilities)
+        return OutputSpec(tokens=denoiser.tokens(job.prompt))
 
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
@@ -88,8 +88,12 @@ class Relevance:
             with torch.inference_mode(False), torch.enable_grad():
                 x = steps.latents.clone().requires_grad_()
                 given = {name: value[steps.items].clone() for name, value in prompts.tensors.items()}
-                text = denoiser.watch_text(told, seen.watch("text")) if self.text_attention else Condition(given)
-                network = denoiser.watch(
+                text = (
+                    denoiser.with_text_attention_hook(told, seen.watch("text"))
+                    if self.text_attention
+                    else Condition(given)
+                )
+                network = denoiser.with_attention_hook(
                     text, seen.watch("cross"), seen.watch("image") if self.self_attention else None
                 )
                 output = network(x, steps.timesteps, torch.arange(len(x), device=x.device))
@@ -129,7 +133,7 @@ class _Seen:
     leaves: list[Tensor] = field(default_factory=list)
     """what nothing before asks for a gradient of: the first probabilities of a text"""
 
-    def watch(self, kind: str) -> Watch:
+    def watch(self, kind: str) -> AttentionHook:
         def see(probabilities: Tensor, grid: tuple[int, int]) -> Tensor:
             if not probabilities.requires_grad:
                 probabilities = probabilities.detach().requires_grad_()

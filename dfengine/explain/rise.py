@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dfengine.denoiser import Denoiser
-from dfengine.explain.base import Contents, StepMap
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.explain.base import OutputSpec, StepMap
 from dfengine.explain.masking import Masking
 from dfengine.explain.rise_settings import RiseSettings
-from dfengine.trajectory import Job, Trajectory
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Rise(RiseSettings):
         """Forwards of one latent that so many steps cost, if no step stops early."""
         return num_steps * (self.num_masks + 1) * (2 if self.target == "guided" else 1)
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """A score a mask, and errors. Raises ValueError where the similarity needs features, and there are none."""
         self._check_features(denoiser)
-        return Contents(num_masks=self.num_masks, has_error=True)
+        return OutputSpec(num_masks=self.num_masks, has_error=True)
 
     @torch.no_grad()
     def explain(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import dfkernels
 from torch import Tensor
 
-from dfengine.denoiser import TARGETS
+from dfengine.diffusion.guidance import TARGETS
 
 SIMILARITIES = (*dfkernels.SIMILARITIES, "frechet")
 ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from dfengine.batching import in_batches
-from dfengine.denoiser import Denoiser
-from dfengine.trajectory import Trajectory
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Trajectory
+from dfengine.runtime.batching import in_batches
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Steps:
 
     latents: Float[Tensor, "n c h w"]
     """R_t"""
-    timesteps: Int[Tensor, " n"]
+    timesteps: Shaped[Tensor, " n"]
     items: Int[Tensor, " n"]
     """whose trajectory each is of"""
 

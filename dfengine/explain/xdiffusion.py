@@ -18,15 +18,15 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from dfengine.denoiser import Condition, Denoiser, Layer
-from dfengine.explain.base import Contents, Explainer, StepMap
+from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.explain.base import Explainer, OutputSpec, StepMap
 from dfengine.explain.cam import Cam, by_layer, tapped
 from dfengine.explain.lime import Lime
 from dfengine.explain.masking import Masking
 from dfengine.explain.rise import Rise
 from dfengine.explain.rise_settings import RiseSettings
 from dfengine.explain.steps import Steps, check_scale, in_range
-from dfengine.trajectory import Job, Trajectory
 
 SIMILARITIES = ("structure", "contrast", "cosine")
 
@@ -43,7 +43,7 @@ _ATTENTION_OF_MID_BLOCK = "mid_block.attentions."
 
 
 @dataclass(frozen=True)
-class ReleasedRise:
+class XDiffusionRise:
     """DF-RISE as released: S = Σ_n M_n ⊙ s(f(R⊙M_n), x_next).
 
     f is the guided prediction, x_next the latent that the unmasked step leads to (the paper: f(R) itself), s the
@@ -84,7 +84,7 @@ class ReleasedRise:
         """Both halves of the guidance for every mask, and once for x_next."""
         return self.settings.num_forwards(num_steps)
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """A score a mask, and errors."""
         return self.settings.contents(denoiser, job)
 
@@ -166,7 +166,7 @@ def zero_padded_mean(x: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n h w"]:
 
 
 @dataclass(frozen=True)
-class ReleasedCam:
+class XDiffusionCam:
     """DF-CAM as released, of every layer but the mid block's attention.
 
     y = Σ f(R_t | prompt) + Σ f(R_t | negative); of a feature map A with ∂y/∂A = G in either half of the guidance w,
@@ -185,9 +185,9 @@ class ReleasedCam:
         """A forward and a backward of both halves a step."""
         return 4 * num_steps
 
-    def contents(self, denoiser: Denoiser, job: Job) -> Contents:
+    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """The layers that are looked at. Raises ValueError where there are none."""
-        return Contents(layers={name: layer.shape[1:] for name, layer in self.chosen(denoiser).items()})
+        return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.chosen(denoiser).items()})
 
     def chosen(self, denoiser: Denoiser) -> dict[str, Layer]:
         """43 of the 44 layers of Stable Diffusion 1 and 2. Raises ValueError where there are none."""
@@ -251,7 +251,7 @@ def _halves(
 
 
 @dataclass(frozen=True)
-class ReleasedLime(Lime):
+class XDiffusionLime(Lime):
     """LIME as released: segments of the image made as small as the latent, which is painted, and its brightness ranked.
 
     The segments of the five largest coefficients are painted: their green is the image's brightest value.
@@ -282,20 +282,20 @@ def small(image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Float[ndarr
 # Any -----------------------------------------------------------------------------------------------------------------
 
 
-def as_released(explainer: Explainer) -> Explainer:
+def to_xdiffusion(explainer: Explainer) -> Explainer:
     """The explainer of the same method as the released code has it; of another method, the same.
 
     Raises ValueError for settings that the released code does not have.
     """
     if isinstance(explainer, Rise):
-        released = ReleasedRise(explainer.num_masks, explainer.similarity, explainer.name)  # type: ignore[arg-type]
+        released = XDiffusionRise(explainer.num_masks, explainer.similarity, explainer.name)  # type: ignore[arg-type]
         _refuse(explainer, Rise(explainer.num_masks, similarity=explainer.similarity, name=explainer.name))
         return released
     if isinstance(explainer, Cam):
         _refuse(explainer, Cam(scale=explainer.scale, name=explainer.name))
-        return ReleasedCam(scale=explainer.scale, name=explainer.name)
+        return XDiffusionCam(scale=explainer.scale, name=explainer.name)
     if isinstance(explainer, Lime):
-        return ReleasedLime(**asdict(explainer))
+        return XDiffusionLime(**asdict(explainer))
     return explainer
 
 

@@ -50,7 +50,7 @@ def animate(
         raise ValueError(f"{seconds_per_step} seconds a step are not possible: expected at least 0.01")
     if method not in result.maps:
         raise ValueError(f"there is no map {method!r}: expected one of {', '.join(result.maps) or 'none'}")
-    finished = computed(result.whole(method))
+    finished = computed(result.saliency(method))
     shown = finished if steps is None else within(steps, len(result.timesteps), finished)
     if not shown:
         raise ValueError(f"there is nothing to animate: no step of {method!r} is computed yet")

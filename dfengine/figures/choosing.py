@@ -11,8 +11,8 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dfengine.result import COMBINED, Explanation, normalised
-from dfengine.words import content_words
-from dfengine.words import words as spans_of
+from dfengine.tokens import content_words
+from dfengine.tokens import words as spans_of
 
 
 def chosen_steps(num_steps: int, count: int = 6) -> list[int]:
@@ -29,17 +29,17 @@ def finished_steps(result: Explanation, method: str) -> list[int]:
     """The steps of which all is computed that a method's form shows; none where there is no such map."""
     if method not in result.maps:
         return []
-    match result.kind(method):
+    match result.explainer_name(method):
         case "Cam":
             maps = result.maps[method]
             return _common(computed(maps[name]) for name in (COMBINED, *main_layers(maps)))
         case "Relevance" if result.tokens is not None:
             lines = [*lines_of(result).values()]
             finite = np.flatnonzero(np.isfinite(lines).all(0)).tolist() if lines else []
-            return _common([computed(result.whole(beneath(result))), finite])
+            return _common([computed(result.saliency(beneath(result))), finite])
         case "Attention":
-            return _common(computed(maps) for maps in np.asarray(result.heat)) if result.words else []
-    return computed(result.whole(method))
+            return _common(computed(maps) for maps in np.asarray(result.word_maps)) if result.words else []
+    return computed(result.saliency(method))
 
 
 def within(steps: Iterable[int], total: int, finished: Container[int]) -> list[int]:
@@ -66,7 +66,10 @@ def beneath(result: Explanation) -> str:
     """The method whose map stands below the lines of relevance: of those with a finished step DF-CAM if it is there,
     else DF-RISE, else relevance itself."""
     preferred = {"Cam": 0, "Rise": 1, "Relevance": 2}
-    return min(result.maps, key=lambda name: (not computed(result.whole(name)), preferred.get(result.kind(name), 3)))
+    return min(
+        result.maps,
+        key=lambda name: (not computed(result.saliency(name)), preferred.get(result.explainer_name(name), 3)),
+    )
 
 
 def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) -> dict[str, Float[ndarray, " steps"]]:

@@ -82,7 +82,7 @@ def _together(*parts: str) -> str:
 def _finished(results: Sequence[Explanation], methods: Sequence[str]) -> dict[str, list[int]]:
     """The finished steps of every image's map, by method, of those that have any."""
     found = {
-        method: [step for one in results if method in one.maps for step in computed(one.whole(method))]
+        method: [step for one in results if method in one.maps for step in computed(one.saliency(method))]
         for method in methods
     }
     return {method: steps for method, steps in found.items() if steps}
@@ -96,6 +96,6 @@ def _shared(finished: dict[str, list[int]]) -> list[int]:
 
 def _heat(result: Explanation, method: str, step: int) -> Float[ndarray, "H W"]:
     """The heat map, NaN where it is not computed."""
-    if method in result.maps and not np.isnan(np.asarray(result.whole(method)[step])).all():
+    if method in result.maps and not np.isnan(np.asarray(result.saliency(method)[step])).all():
         return result.heatmap(method, step)
     return np.full(result.image.shape[:2], np.nan, dtype=np.float32)

@@ -18,7 +18,7 @@ Sums = Mapping[str, Mapping[str, tuple[float, float, float]]]
 
 
 def concepts(
-    parts: Sequence[tuple[str, Lines, Sums]], timesteps: Mapping[str, Sequence[int]], errors: Sequence[Lines] = ()
+    parts: Sequence[tuple[str, Lines, Sums]], timesteps: Mapping[str, Sequence[float]], errors: Sequence[Lines] = ()
 ) -> Figure:
     """A row for each part (a title, its lines and sums): a panel of lines a schedule, then bars of their sums.
 
@@ -65,7 +65,7 @@ def _draw_lines(axis: Axes, lines: Mapping[str, Sequence[float]], errors: Mappin
             axis.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _dress(axis: Axes, schedule: str, timesteps: Sequence[int]) -> None:
+def _dress(axis: Axes, schedule: str, timesteps: Sequence[float]) -> None:
     ticks = chosen_steps(len(timesteps), 3)
     names = [f"{step + 1}\nt = {timesteps[step]}" for step in ticks]
     if len(ticks) == 3:  # between these there is no room for another t

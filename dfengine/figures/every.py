@@ -134,7 +134,7 @@ def _of_groups(
 
 
 def _has_relevance(results: Sequence[Explanation], methods: Sequence[str]) -> bool:
-    return any(one.kind(method) == "Relevance" for one in results for method in one.maps if method in methods)
+    return any(one.explainer_name(method) == "Relevance" for one in results for method in one.maps if method in methods)
 
 
 def _alike(shown: Mapping[int, Explanation], total: int) -> dict[str, list[Explanation]]:

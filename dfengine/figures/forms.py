@@ -38,7 +38,7 @@ from dfengine.figures.parts import (
     title,
 )
 from dfengine.result import COMBINED, Explanation, heatmap
-from dfengine.words import content_words
+from dfengine.tokens import content_words
 
 #: Inches across a page of two columns of text, and the points that letters have there at least.
 _PAGE, _LEAST = 7.2, 6.0
@@ -51,7 +51,7 @@ def draw(result: Explanation, method: str, steps: Sequence[int] | None = None) -
     """
     if method not in result.maps:
         raise ValueError(f"there is no map {method!r}: expected one of {', '.join(result.maps) or 'none'}")
-    match result.kind(method):
+    match result.explainer_name(method):
         case "Cam":
             return layers(result, method, steps)
         case "Relevance":
@@ -107,7 +107,7 @@ def error_shares(result: Explanation, method: str, steps: Sequence[int]) -> list
         return []
     size, shares = result.image.shape[:2], []
     for step in steps:
-        error, saliency = np.asarray(result.errors[method][step]), np.asarray(result.whole(method)[step])
+        error, saliency = np.asarray(result.errors[method][step]), np.asarray(result.saliency(method)[step])
         error = np.where(np.isfinite(error), error, np.nan)
         spread = np.nanmax(saliency) - np.nanmin(saliency)
         if np.isnan(error).all() or not spread > 0:
@@ -157,7 +157,7 @@ def relevance(result: Explanation, concepts: Sequence[str] | None = None, steps:
         lines = leading(lines, 8)
     method = beneath(result)
     if steps is None:
-        finished = computed(result.whole(method))
+        finished = computed(result.saliency(method))
         drawn = {name: np.where(np.isin(np.arange(len(line)), finished), line, np.nan) for name, line in lines.items()}
         steps = telling_steps(drawn)
     steps = _steps(result, steps)
@@ -175,7 +175,7 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
     Without `words`, all but stop words; of more than six, those with the most attention at these steps. Raises
     ValueError for a word or step that the result does not have, or has not finished.
     """
-    by_word = [name for name in result.maps if result.kind(name) == "Attention"]
+    by_word = [name for name in result.maps if result.explainer_name(name) == "Attention"]
     finished = finished_steps(result, by_word[0]) if by_word else []
     steps = _steps(result, steps, finished, count=max(1, int(5 * CELL / cell(result)[0])))
     if not result.words:
@@ -234,7 +234,7 @@ def _attention(result: Explanation, word: str, step: int) -> Float[ndarray, "h w
     if not rows:
         known = ", ".join(dict.fromkeys(result.words)) or "none"
         raise ValueError(f"there is no attention map of {word!r}: expected one of {known}")
-    saliency = np.asarray(result.heat)[rows, step].mean(0)
+    saliency = np.asarray(result.word_maps)[rows, step].mean(0)
     if np.isnan(saliency).all():
         raise ValueError(f"step {step} of {word!r} is not computed yet")
     return saliency

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from dfengine.diffusion.path import schedule_name
 from dfengine.figures.choosing import leading, lines_of
 from dfengine.figures.concepts import concepts, width
 from dfengine.figures.parts import FONT_SIZE, Figure, heading, shortened
 from dfengine.figures.samples import samples
 from dfengine.result import Explanation
-from dfengine.schedule import schedule_name
 
 #: Seeds whose images are shown, and concepts whose lines are.
 _SEEDS, _CONCEPTS = 8, 8

@@ -200,7 +200,7 @@ def quoted(prompt: str) -> str:
 
 def label_of(result: Explanation, method: str) -> str:
     """A method's name, and what its map is of."""
-    if result.kind(method) == "Cam":
+    if result.explainer_name(method) == "Cam":
         return f"{method}, {COMBINED}"
     return f"{method}, {result.scores[method].shape[-1]} masks" if method in result.scores else method
 

@@ -14,7 +14,7 @@ Bands = Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]]
 
 
 def recovery(
-    bands: Bands, timesteps: Sequence[int], columns: int | None = None, limits: tuple[float, float] | None = None
+    bands: Bands, timesteps: Sequence[float], columns: int | None = None, limits: tuple[float, float] | None = None
 ) -> Figure:
     """A panel a measure, a line with its interval a method; so many panels side by side, all unless given.
 

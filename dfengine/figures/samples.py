@@ -21,7 +21,7 @@ _MOST_LETTERS, _TITLE_LETTERS = 24, 14
 
 def samples(
     images: Mapping[str, Sequence[UInt8[ndarray, "H W 3"]]],
-    lists: Mapping[str, Sequence[int]],
+    lists: Mapping[str, Sequence[float]],
     last: int = 999,
     title: tuple[str, str] | None = None,
 ) -> Figure:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dfengine.denoiser import Watch
+from dfengine.diffusion.denoiser import AttentionHook
 
 BACKENDS = ("auto", "sdpa", "cudnn", "xformers")
 
@@ -85,7 +85,7 @@ def in_parts(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], most: int = _MO
     return attend
 
 
-def watched(watch: Watch, grids: Mapping[int, tuple[int, int]]) -> Attend:
+def watched(watch: AttentionHook, grids: Mapping[int, tuple[int, int]]) -> Attend:
     """Attention as its formula, so that `watch` sees the probabilities; `grids` has the grid of each number of queries.
 
     softmax(Q Kᵀ / √d) V

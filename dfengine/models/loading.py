@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
 from dfengine.models import architectures
-from dfengine.models.stable_diffusion import StableDiffusion
-from dfengine.models.stable_diffusion_xl import StableDiffusionXL
+from dfengine.models.unet.stable_diffusion import StableDiffusion
+from dfengine.models.unet.stable_diffusion_xl import StableDiffusionXL
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,11 @@
-"""Exponential time-step sampling for any diffusers pipeline."""
+"""What a diffusers scheduler says about its process, and exponential time-step sampling for any diffusers pipeline."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +16,57 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dfengine.schedule import NoiseSchedule
+from dfengine.diffusion.path import NoiseSchedule
+
+log = logging.getLogger(__name__)
+
+#: Schedulers whose own step is the deterministic first-order one of `NoiseSchedule.step`.
+_FIRST_ORDER = (
+    "DDIMScheduler",
+    "ExponentialDDIMScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
 
 # By this name diffusers finds out, in the module of a pipeline's part, how the part is loaded.
-__all__ = ["ExponentialDDIMScheduler", "SchedulerMixin"]
+__all__ = ["ExponentialDDIMScheduler", "SchedulerMixin", "noise_schedule"]
+
+
+def noise_schedule(scheduler: Any) -> NoiseSchedule:
+    """The path of a pipeline's scheduler, and as "uniform" the time-steps that the scheduler itself visits.
+
+    A log entry says where its sampler is replaced by the deterministic first-order step. Raises ValueError for a
+    scheduler that is neither a discrete diffusion (with betas) nor flow matching, since its process is another one.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if name.startswith("FlowMatch") or flows:
+        schedule = NoiseSchedule.flow(config.get("num_train_timesteps", 1000))
+    elif "beta_schedule" in config and config.get("timestep_type", "discrete") == "discrete":
+        schedule = NoiseSchedule.from_config(config)
+    else:
+        kind = f"{name} (continuous time)" if "beta_schedule" in config else name
+        raise ValueError(
+            f"the scheduler {kind} describes neither a discrete diffusion with betas nor flow matching: "
+            "its process is not supported; use a model with a DDIM, DPM-Solver, Euler or flow-matching scheduler"
+        )
+    if name not in _FIRST_ORDER:
+        log.info("the sampler %s is replaced by deterministic DDIM steps on its own list of time-steps", name)
+    if isinstance(scheduler, ExponentialDDIMScheduler):
+        # Its own spacing is what "uniform" means; its stage is a choice of the trajectory here.
+        scheduler = DDIMScheduler.from_config({k: v for k, v in config.items() if k not in ("stage", "gamma")})
+
+    def uniform(num_steps: int) -> list[float]:
+        own = copy.deepcopy(scheduler)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of its own conversions under NumPy 2
+            own.set_timesteps(num_steps)
+        # Once each (second-order samplers visit a time-step twice), as many as were asked for, from T − 1 at most.
+        steps = list(dict.fromkeys(own.timesteps.tolist()))[:num_steps]
+        beyond = 0 if schedule.is_flow else max(0, steps[0] - (schedule.num_train_timesteps - 1))
+        return [t - beyond for t in steps]
+
+    return dataclasses.replace(schedule, uniform=uniform)
 
 
 class ExponentialDDIMScheduler(DDIMScheduler):
@@ -75,16 +126,16 @@ class ExponentialDDIMScheduler(DDIMScheduler):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
         """Choose the list: so many steps of the stage, or the given ones, which must fall strictly."""
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("the list of time-steps is ambiguous: give num_inference_steps or timesteps")
-        chosen = (
-            self._schedule.timesteps(timesteps)
-            if timesteps is not None
-            else self._schedule.timesteps(self.config.stage, num_inference_steps or 0, self.config.gamma)
-        )
+        if timesteps is not None:
+            chosen = self._schedule.timesteps(timesteps)
+        else:
+            schedule = noise_schedule(self) if self.config.stage == "uniform" else self._schedule
+            chosen = schedule.timesteps(self.config.stage, num_inference_steps or 0, self.config.gamma)
         self.num_inference_steps = len(chosen)
         self.timesteps = torch.tensor(chosen, device=device)
 
@@ -110,13 +161,13 @@ class ExponentialDDIMScheduler(DDIMScheduler):
             )
         following = self.timesteps[place[0] + 1] if place[0] + 1 < len(self.timesteps) else -1
         t, t_next = (torch.full((len(sample),), int(one), device=sample.device) for one in (timestep, following))
-        x0, epsilon = self._schedule.read(model_output, sample, t)
-        x0 = self._schedule.limit(x0)
-        alpha_bar, next_alpha_bar = self._schedule.at(t), self._schedule.at(t_next)
+        x0, epsilon = self._schedule.to_x0_and_eps(model_output, sample, t)
+        x0 = self._schedule.threshold_x0(x0)
+        (a, b), (a_next, b_next) = self._schedule.coefficients(t), self._schedule.coefficients(t_next)
         if use_clipped_model_output:
-            epsilon = (sample.float() - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-        sigma = eta * ((1 - next_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / next_alpha_bar)).sqrt()
-        following_sample = next_alpha_bar.sqrt() * x0 + (1 - next_alpha_bar - sigma**2).sqrt() * epsilon
+            epsilon = (sample.float() - a * x0) / b
+        sigma = eta * (b_next / b * (1 - (a / a_next) ** 2).sqrt())
+        following_sample = a_next * x0 + (b_next**2 - sigma**2).sqrt() * epsilon
         if eta > 0:
             if variance_noise is None:
                 shape, device = model_output.shape, model_output.device

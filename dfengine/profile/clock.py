@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dfengine.tuning import synchronize
+from dfengine.runtime.tuning import synchronize
 
 #: Sides of the square matrices whose product is a device's ceiling: the fastest counts.
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}

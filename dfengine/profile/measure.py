@@ -22,16 +22,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfengine.denoiser import Bound, Denoiser
+from dfengine.diffusion.denoiser import Denoiser, PromptedDenoiser
+from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
 from dfengine.engine import Engine, Event, Generated
 from dfengine.explain import Rise
 from dfengine.explain.masking import Masking
 from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling, processor
 from dfengine.profile.operations import flops_by_kind, profiled, time_by_kind
-from dfengine.record import device_name, plan
+from dfengine.recorder import device_name, plan
+from dfengine.runtime.tuning import synchronize
 from dfengine.store import Writer, nbytes
-from dfengine.trajectory import Job, Trajectory, trajectories
-from dfengine.tuning import synchronize
 
 T = TypeVar("T")
 
@@ -179,10 +179,10 @@ class _Stages:
         list(self._masking.step_maps([[0]], self._masking.rise.num_masks))
 
 
-class _Watched(Bound):
+class _Watched(PromptedDenoiser):
     """A bound network with a clock on every call, which nothing waits for."""
 
-    def __init__(self, network: Bound, calls: list[tuple[Any, Any]]) -> None:
+    def __init__(self, network: PromptedDenoiser, calls: list[tuple[Any, Any]]) -> None:
         super().__init__(network.denoiser, network.condition)
         self._network, self._calls = network, calls
 
@@ -229,7 +229,8 @@ def _loop_seconds(engine: Engine, rise: Rise, job: Job, num_masks: int) -> tuple
     watched = copy.copy(engine)
     watched.denoiser = copy.copy(engine.denoiser)
     # What is bound is watched; setattr, as it is this one denoiser's and not its class's.
-    setattr(watched.denoiser, "bind", lambda condition: _Watched(engine.denoiser.bind(condition), calls))  # noqa: B010
+    prompted = engine.denoiser.with_prompts
+    setattr(watched.denoiser, "with_prompts", lambda condition: _Watched(prompted(condition), calls))  # noqa: B010
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few masks
         watched.explain(
@@ -261,7 +262,8 @@ def _file_seconds(engine: Engine, rise: Rise, job: Job, path: Trajectory, steps:
             writer.trajectory(
                 0,
                 timesteps=np.array(job.timesteps),
-                alpha_bar=np.zeros(steps, np.float32),
+                signal=np.zeros(steps, np.float32),
+                noise=np.ones(steps, np.float32),
                 latents=path.latents[:1].cpu().numpy().repeat(steps, 0),
                 epsilon=path.epsilon[:1].cpu().numpy().repeat(steps, 0),
                 image=path.image.numpy(),
@@ -296,7 +298,7 @@ def _curve(denoiser: Denoiser, rise: Rise, path: Trajectory, clock: Clock) -> li
 def _missed(engine: Engine) -> list[str]:
     """Fast paths not taken, and what to do about it."""
     denoiser = engine.denoiser
-    missed = denoiser.slower_paths()
+    missed = denoiser.performance_warnings()
     half = denoiser.dtype in (torch.float16, torch.bfloat16)
     if denoiser.device.type == "cuda":
         if importlib.util.find_spec("triton") is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dfengine.profile.measure import Profile
-from dfengine.tuning import duration
+from dfengine.runtime.tuning import duration
 
 #: Stages, as a person would name them.
 _STAGES = {

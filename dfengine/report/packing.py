@@ -12,12 +12,12 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image
 
+from dfengine.diffusion.path import schedule_name
 from dfengine.figures.choosing import leading
 from dfengine.result import COMBINED, Explanation, as_call, model_name, normalised
-from dfengine.schedule import schedule_name
 from dfengine.store import StoredItem
-from dfengine.words import content_words
-from dfengine.words import words as spans_of
+from dfengine.tokens import content_words
+from dfengine.tokens import words as spans_of
 
 #: Sides in pixels up to which images are kept as they are; larger ones are WebP, of this quality.
 _LOSSLESS_SIDE, _QUALITY = 256, 85
@@ -98,11 +98,11 @@ def pack(item: Explanation, place: int) -> tuple[dict[str, Any], bytes]:
 
 def _method(item: Explanation, name: str, kept: Bytes) -> dict[str, Any]:
     """A method with its variants: DF-CAM's layers, attention's words, or the one map there is."""
-    kind, maps = item.kind(name), item.maps[name]
+    kind, maps = item.explainer_name(name), item.maps[name]
     layers = {layer: maps[layer] for layer in maps if layer != COMBINED} if isinstance(maps, Mapping) else {}
     words = item.words if kind == "Attention" else ()
     label = "all layers" if layers else "all words" if words else "the map"
-    whole = {"name": "", "label": label, **kept.exact(np.asarray(item.whole(name)))}
+    whole = {"name": "", "label": label, **kept.exact(np.asarray(item.saliency(name)))}
     if name in item.errors:
         whole["error"] = kept.exact(np.asarray(item.errors[name]))
     variants = [{"name": layer, "label": layer, **kept.rounded(np.asarray(layers[layer]))} for layer in layers]
@@ -112,7 +112,7 @@ def _method(item: Explanation, name: str, kept: Bytes) -> dict[str, Any]:
         told = word if again == 1 else f"{word} ({again})"
         # What `heatmap` has another map of under this name is called by its row.
         alone = names.count(names[row]) == 1 and word not in item.maps
-        maps_of = kept.rounded(np.asarray(item.heat[row]))
+        maps_of = kept.rounded(np.asarray(item.word_maps[row]))
         variants.append({"name": told, "label": told, **maps_of, **({} if alone else {"row": row})})
     return {"name": name, "kind": kind, "about": _ABOUT.get(kind, ""), "variants": [whole, *variants]}
 
@@ -138,14 +138,14 @@ def _lines(item: Explanation) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(item: Explanation, timesteps: Sequence[int]) -> list[tuple[str, str]]:
+def _facts(item: Explanation, timesteps: Sequence[float]) -> list[tuple[str, str]]:
     """Settings and versions, as rows of a table."""
     facts = [("prompt", item.prompt), ("negative prompt", getattr(item, "negative_prompt", ""))]
     facts += [("seed", item.seed), ("model", model_name(item.model)), ("steps", len(timesteps))]
     facts.append(("time-steps", ", ".join(map(str, timesteps))))
     if isinstance(item, StoredItem):
         facts += [("guidance", item.item.settings.get("guidance")), ("key", item.key)]
-    facts += [(name, as_call(item.told(name))) for name in item.maps]
+    facts += [(name, as_call(item.settings_of(name))) for name in item.maps]
     if isinstance(item, StoredItem):
         facts += item.environment.items()
     return [(name, str(value)) for name, value in facts if value not in (None, "")]

@@ -35,7 +35,7 @@ _UNIT = re.compile(r"\w[\w.-]*")
 _SEGMENT = re.compile(r"(?P<unit>.+)\.(?P<attempt>\d+)(?P<part>\.part)?\.h5")
 
 #: Of each item of a file: its key, whether it is finished, and how many things of it are marked.
-Contents = tuple[tuple[str, ...], tuple[bool, ...], tuple[int, ...]]
+OutputSpec = tuple[tuple[str, ...], tuple[bool, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Segment:
         return cls(path.name, named["unit"], int(named["attempt"]), *cls.contents(path))
 
     @staticmethod
-    def contents(path: Path) -> Contents:
+    def contents(path: Path) -> OutputSpec:
         """The keys of a file's items, which of them are finished, and how much of each is marked."""
         with open_file(path) as run:
             finished = np.isfinite(run.read("items/seconds", {}))
@@ -251,7 +251,7 @@ def _readable(files: Sequence[Path], listed: Mapping[str, Segment] = MappingProx
                 warnings.warn(f"{error}: it is left out", stacklevel=3)
 
 
-def take_best(contents: Iterable[Contents]) -> list[tuple[int, int]]:
+def take_best(contents: Iterable[OutputSpec]) -> list[tuple[int, int]]:
     """Where to take each item from, once, as (segment, place in it): the first finished one, or the one with most done.
 
     Of several with as much the latest.

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 
 from dfengine.result import COMBINED, Explanation
 from dfengine.store import schema
 from dfengine.store.plan import Item, Plan, StoreError
-from dfengine.words import Tokens
+from dfengine.tokens import Tokens
 
 if TYPE_CHECKING:
-    from dfengine.trajectory import Job
+    from dfengine.diffusion.trajectory import Job
 
 
 @runtime_checkable
@@ -155,7 +155,7 @@ class StoredItem(Explanation):
         made = [one["environment"] for one in self._run.merged_from]
         return self._run.environment if all(one == self._run.environment for one in made) else {}
 
-    def told(self, method: str) -> Mapping[str, Any]:
+    def settings_of(self, method: str) -> Mapping[str, Any]:
         """A method's settings as plain values, and as "explainer" its class's name, whether it is known here or not."""
         return next((one.settings for one in self._run.plan.methods if one.name == method), {})
 
@@ -164,7 +164,7 @@ class StoredItem(Explanation):
         """What was generated, as `Engine.stream` takes it."""
         from torch import from_numpy
 
-        from dfengine.trajectory import Job
+        from dfengine.diffusion.trajectory import Job
 
         settings = self.item.settings
         return Job(
@@ -229,7 +229,7 @@ class StoredItem(Explanation):
         )
 
     @property
-    def heat(self) -> LazyArray | None:
+    def word_maps(self) -> LazyArray | None:
         """Cross-attention heat map of each of the item's words, float32 [words, steps, h, w], if it has any."""
         return (
             None
@@ -259,14 +259,20 @@ class StoredItem(Explanation):
         return LazyArray(self._run, path, {"item": self.index}) if path in self._run.layout else None
 
     @property
-    def timesteps(self) -> Int[np.ndarray, " steps"]:
-        """The steps of the training schedule; StoreError where the trajectory is not stored yet."""
-        return self._of_trajectory("schedule/timestep")
+    def timesteps(self) -> Shaped[np.ndarray, " steps"]:
+        """The scheduler's own time-steps, whole numbers where all are; StoreError before the trajectory is stored."""
+        steps = self._of_trajectory("schedule/timestep")
+        return steps.astype(np.int64) if (steps == np.round(steps)).all() else steps
 
     @property
-    def alpha_bar(self) -> Float[np.ndarray, " steps"]:
-        """ᾱ of each step; StoreError where the trajectory is not stored yet."""
-        return self._of_trajectory("schedule/alpha_bar")
+    def signal(self) -> Float[np.ndarray, " steps"]:
+        """a of each step, R_t = a·x0 + b·n; StoreError where the trajectory is not stored yet."""
+        return self._of_trajectory("schedule/signal")
+
+    @property
+    def noise(self) -> Float[np.ndarray, " steps"]:
+        """b of each step; StoreError where the trajectory is not stored yet."""
+        return self._of_trajectory("schedule/noise")
 
     def _of_trajectory(self, path: str) -> np.ndarray:
         if not self.has_trajectory:

@@ -158,7 +158,7 @@ class Run:
             raise StoreError("to_xarray needs xarray: pip install 'dfengine[xarray]'") from None
         paths = (
             *("maps/saliency", "maps/error", "scores/score", "curves/relevance", "curves/heat"),
-            *("images/rgb", "schedule/alpha_bar", "schedule/timestep"),
+            *("images/rgb", "schedule/timestep", "schedule/signal", "schedule/noise"),
         )
         variables = {
             path.rpartition("/")[2]: (

@@ -10,7 +10,7 @@ import numpy as np
 from dfengine.store.plan import Plan
 
 FORMAT = "dfengine"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ TABLE = (
     ),
     _image("latents/latent", "item step channel* y* x*", "trajectory_done", "latent of the trajectory"),
     _image("latents/epsilon", "item step channel* y* x*", "trajectory_done", "predicted noise"),
-    Dataset("schedule/alpha_bar", "f8", "item step*", "trajectory_done", "cumulative signal share", "spectrum"),
-    Dataset("schedule/timestep", "i4", "item step*", "trajectory_done", "step of the training schedule", "spectrum"),
+    Dataset("schedule/timestep", "f8", "item step*", "trajectory_done", "time-step of the scheduler", "spectrum"),
+    Dataset("schedule/signal", "f8", "item step*", "trajectory_done", "a of latent = a x0 + b noise", "spectrum"),
+    Dataset("schedule/noise", "f8", "item step*", "trajectory_done", "b of latent = a x0 + b noise", "spectrum"),
     Dataset("items/key", "str", "item*", long_name="SHA-256 of the item's description"),
     Dataset("items/prompts", "str", "prompt*", long_name="every prompt, once"),
     Dataset("items/prompt_index", "u4", "item*", long_name="row of prompts"),

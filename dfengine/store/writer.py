@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 
 from dfengine.store import empty, schema
 from dfengine.store.files import (
@@ -172,8 +172,9 @@ class Writer:
         self,
         item: int,
         *,
-        timesteps: Int[np.ndarray, " steps"],
-        alpha_bar: Float[np.ndarray, " steps"],
+        timesteps: Shaped[np.ndarray, " steps"],
+        signal: Float[np.ndarray, " steps"],
+        noise: Float[np.ndarray, " steps"],
         latents: Float[np.ndarray, "steps c h w"],
         epsilon: Float[np.ndarray, "steps c h w"],
         image: UInt8[np.ndarray, "H W 3"],
@@ -184,7 +185,8 @@ class Writer:
             "latents/latent": latents,
             "latents/epsilon": epsilon,
             "schedule/timestep": timesteps,
-            "schedule/alpha_bar": alpha_bar,
+            "schedule/signal": signal,
+            "schedule/noise": noise,
             "images/rgb": image,
         }
         as_planned("previews", previews is not None, self.plan.previews)

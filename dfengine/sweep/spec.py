@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from dfengine.explain import EXPLAINERS, Explainer, as_released, describe, rebuild, told_whole
+from dfengine.explain import EXPLAINERS, Explainer, describe, is_serializable, rebuild, to_xdiffusion
 from dfengine.prompts import read as read_prompts
 
 _STAGES = ("uniform", "early", "latter")
@@ -123,7 +123,7 @@ def _seeds(given: Any) -> Any:
 def _explainer(given: Any) -> Explainer:
     """A name, {name: settings}, or an explainer."""
     if isinstance(given, Explainer):
-        if type(given) not in EXPLAINERS.values() or not told_whole(given):
+        if type(given) not in EXPLAINERS.values() or not is_serializable(given):
             raise ValueError(f"{given!r} has code of the caller's own, which other processes do not have")
         return given
     name, settings = next(iter(given.items())) if isinstance(given, Mapping) and len(given) == 1 else (given, None)
@@ -203,7 +203,7 @@ class Sweep(_Settings):
     @property
     def released(self) -> list[Explainer]:
         """The explainers, as they are with the sweep's behaviour."""
-        return [as_released(one) if self.behaviour == "xdiffusion" else one for one in self.explainers]
+        return [to_xdiffusion(one) if self.behaviour == "xdiffusion" else one for one in self.explainers]
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class Shared:
         """From what a run folder was made with."""
         explainers = [rebuild(one) for one in settings["explainers"]]
         if settings["behaviour"] == "xdiffusion":
-            explainers = [as_released(one) for one in explainers]
+            explainers = [to_xdiffusion(one) for one in explainers]
         return cls(tuple(explainers), **{name: settings[name] for name in _SHARED})
 
 

@@ -9,12 +9,12 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 import numpy as np
 
 from dfengine import store
+from dfengine.diffusion.trajectory import Job
 from dfengine.engine import Engine, Finished
 from dfengine.explain import StepMap
-from dfengine.record import Recorder, contents, device_name, plan
+from dfengine.recorder import Recorder, contents, device_name, plan
 from dfengine.sweep.records import Closed, Failed, Progress, Record
 from dfengine.sweep.spec import Schedule, Shared
-from dfengine.trajectory import Job
 
 #: Seconds between two records of progress.
 TELL_SECONDS = 0.5

@@ -17,7 +17,7 @@ import torch
 
 from dfengine import store
 from dfengine.engine import Engine
-from dfengine.record import contents, device_name, plan
+from dfengine.recorder import contents, device_name, plan
 from dfengine.sweep.records import Idle, Kind, Note, Probed, Record, Refused, Taken
 from dfengine.sweep.spec import Schedule, Shared, Source
 from dfengine.sweep.unit import explain_unit

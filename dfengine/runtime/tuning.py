@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfengine.batching import attempt
-from dfengine.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.runtime.batching import run_or_halve_batch
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ COMPILING = {"cpu": Compiling(60, 1.05), "cuda": Compiling(240, 1.2)}
 
 
 @dataclass(frozen=True)
-class Pace:
+class ForwardCost:
     """What was measured of a denoiser before compiling."""
 
     elements: int
@@ -59,7 +59,7 @@ class Pace:
 
 
 @torch.no_grad()
-def tune(denoiser: Denoiser, *, is_given: bool = False) -> Pace:
+def tune(denoiser: Denoiser, *, is_given: bool = False) -> ForwardCost:
     """Measure a few forwards, and set the batch size to what fits: at most what it is.
 
     `is_given` says that the batch size is the caller's own, which is kept as long as no tensor gets too large.
@@ -80,17 +80,17 @@ def tune(denoiser: Denoiser, *, is_given: bool = False) -> Pace:
     # A GPU's kernels are chosen now, while memory is free, for the size that there will be; a CPU is timed on a few.
     count = denoiser.batch_size if on_gpu(denoiser) else min(16, denoiser.batch_size)
     if on_gpu(denoiser) or seconds < LONG:
-        while not attempt(denoiser, count, partial(forward, count))[0]:
+        while not run_or_halve_batch(denoiser, count, partial(forward, count))[0]:
             count = denoiser.batch_size
         # The best of a few: whatever else the machine does makes one of them many times as long.
         seconds = min(_timed(denoiser, lambda: forward(count)) for _ in range(3)) / count
-    return Pace(elements=largest.elements, bytes=needs, seconds=seconds)
+    return ForwardCost(elements=largest.elements, bytes=needs, seconds=seconds)
 
 
-def decide(
+def maybe_compile(
     denoiser: Denoiser,
     num_forwards: int,
-    pace: Pace,
+    pace: ForwardCost,
     *,
     wanted: bool | None = None,
     targets: Collection[str] = ("conditional",),
@@ -117,7 +117,7 @@ def decide(
                 denoiser.compile()
                 size = denoiser.batch_size
                 for guided in sorted({target == "guided" for target in targets}):
-                    whole, _ = attempt(denoiser, size, partial(forwards(denoiser, guided=guided), size))
+                    whole, _ = run_or_halve_batch(denoiser, size, partial(forwards(denoiser, guided=guided), size))
                     if not whole:
                         break
             synchronize(denoiser.device)
@@ -130,7 +130,7 @@ def decide(
         log.info("going on without compiling: %s", reason)
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Tell glibc to keep what is freed: a forward's activations then come from memory that is already mapped.
 
     With fresh pages for each of them a CPU's forward takes 1.05 to 1.3 times as long, the more the larger the batch.
@@ -151,7 +151,7 @@ def on_gpu(denoiser: Denoiser) -> bool:
 
 def forwards(denoiser: Denoiser, *, guided: bool = False) -> Callable[[int], object]:
     """Forwards of so many latents of one prompt, or with guidance of a pair, as the explainers make them."""
-    network = denoiser.bind(denoiser.condition([""]))
+    network = denoiser.with_prompts(denoiser.condition([""]))
     last = denoiser.schedule.num_train_timesteps - 1
     noise = torch.Generator(denoiser.device).manual_seed(0)  # of its own: a caller's is left as it was
 

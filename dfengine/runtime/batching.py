@@ -49,14 +49,16 @@ def in_batches(
         result = None
         if needed is None or needed(known):
             entries = torch.arange(done, done + size, device=owner.device)
-            fits, result = attempt(owner, size, partial(work, torch.where(entries < total, entries, PADDING), known))
+            fits, result = run_or_halve_batch(
+                owner, size, partial(work, torch.where(entries < total, entries, PADDING), known)
+            )
             if not fits:
                 continue
         done = known.stop
         yield known, result
 
 
-def attempt(owner: Batched, size: int, work: Callable[[], T]) -> tuple[bool, T | None]:
+def run_or_halve_batch(owner: Batched, size: int, work: Callable[[], T]) -> tuple[bool, T | None]:
     """Do some work on `size` entries: (True, its result). Where memory does not suffice, halve the owner's batch size.
 
     Raises what the allocator raised where there is nothing left to halve.
@@ -79,7 +81,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
-class Download:
+class AsyncHostCopy:
     """Tensors on their way to the CPU: through pinned memory, on a stream of their own, while the device works on."""
 
     def __init__(self, *tensors: Tensor, stream: torch.cuda.Stream | None) -> None:

@@ -52,7 +52,7 @@ def _maps(result: Explanation) -> dict[str, Float[ndarray, "steps h w"]]:
     found = {}
     for name in result.maps:
         with suppress(ValueError, OSError, RuntimeError, KeyError):
-            found[name] = np.asarray(result.whole(name))
+            found[name] = np.asarray(result.saliency(name))
     return found
 
 
@@ -70,7 +70,7 @@ def _facts(result: Explanation, every: Mapping[str, Float[ndarray, "steps h w"]]
         rows.append(("size", f"image {_size(image.shape[:2])}, latent {_size(latents.shape[1:])}"))
     for name, maps in every.items():
         layers = f", {len(result.maps[name]) - 1} layers" if isinstance(result.maps[name], Mapping) else ""
-        told = f"; {made}" if (made := as_call(result.told(name))) else ""
+        told = f"; {made}" if (made := as_call(result.settings_of(name))) else ""
         rows.append((name, f"{len(computed(maps))} of {len(maps)} maps, {_size(maps.shape[1:])}{layers}{told}"))
     cells = (
         f'<tr><th style="{_CELL}">{escape(name)}</th><td style="{_CELL}">{escape(str(text))}</td></tr>'

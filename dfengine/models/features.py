@@ -78,7 +78,7 @@ class Preparation:
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """Image features by a network, as `dfengine.denoiser.Features`."""
+    """Image features by a network, as `dfengine.diffusion.denoiser.Features`."""
 
     name: str
     """the kind of the network, which of its outputs, and the file's or folder's name; recorded with results"""

@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from dfengine.denoiser import Bound, Condition
-from dfengine.models import unet as fast
-from dfengine.models.cpu import Folded
-from dfengine.models.unet import KeysValues
+from dfengine.diffusion.denoiser import Condition, PromptedDenoiser
+from dfengine.models.unet import forward as fast
+from dfengine.models.unet.cpu import Folded
+from dfengine.models.unet.forward import KeysValues
 
 
-class BoundUNet(Bound):
+class CachedUNet(PromptedDenoiser):
     """What is made of a prompt and of a time-step, made once; only the latents' own way is left."""
 
     def __init__(self, denoiser: Any, condition: Condition, forward: Any = None) -> None:
@@ -36,14 +36,14 @@ class BoundUNet(Bound):
         self._last: tuple[tuple[int, ...], list[fast.KeysValues | Folded]] | None = None
 
     def __call__(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
         return self._each(x_t, timesteps, rows if isinstance(rows, Tensor) else (rows,))
 
     def both(
         self,
         x_t: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
+        timesteps: Shaped[Tensor, " n"],
         rows: Int[Tensor, "2 n"] | tuple[int, int],
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
         """A latent is one until its prompts are read, in batches of half the size, if even. SDXL reads them at once."""
@@ -58,11 +58,12 @@ class BoundUNet(Bound):
         return first, second
 
     def _each(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " m"], rows: Int[Tensor, " m"] | tuple[int, ...]
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " m"], rows: Int[Tensor, " m"] | tuple[int, ...]
     ) -> Float[Tensor, "m c h w"]:
         """All latents under the first prompt, then all of them under the next: one of each row, or a few for all."""
         x_t = x_t.to(self._dtype, memory_format=torch.channels_last)
-        embedding = self._times[timesteps]
+        is_whole = not timesteps.is_floating_point()
+        embedding = self._times[timesteps] if is_whole else fast.embed_times(self._unet, timesteps)
         texts: Sequence[KeysValues | Folded]
         if isinstance(rows, Tensor):
             texts = [(key[rows], value[rows]) for key, value in self._texts]

@@ -47,17 +47,18 @@ def _arrays(result: Explanation) -> Iterator[tuple[str, Any]]:
     """By its path in a file, each array that there is but those of DF-CAM's layers; NaN for methods without one."""
     yield "images/rgb", result.image
     yield "schedule/timestep", result.timesteps
-    yield "schedule/alpha_bar", result.alpha_bar
+    yield "schedule/signal", result.signal
+    yield "schedule/noise", result.noise
     yield "latents/latent", result.latents
     yield "latents/epsilon", result.epsilon
-    maps = {name: result.whole(name) for name in result.maps}
+    maps = {name: result.saliency(name) for name in result.maps}
     for path, by_method in (("maps/saliency", maps), ("maps/error", result.errors), ("scores/score", result.scores)):
         if by_method:
             yield path, _stacked(by_method, list(maps))
     for path, values in (
         ("images/preview", result.previews),
         ("curves/relevance", result.relevance),
-        ("curves/heat", result.heat),
+        ("curves/heat", result.word_maps),
     ):
         if values is not None:
             yield path, values
@@ -88,5 +89,5 @@ def _attributes(result: Explanation) -> dict[str, Any]:
     told = {"prompt": result.prompt, "seed": result.seed, "model": result.model}
     if negative := getattr(result, "negative_prompt", ""):
         told["negative_prompt"] = negative
-    told["settings"] = json.dumps({name: dict(result.told(name)) for name in result.maps}, default=repr)
+    told["settings"] = json.dumps({name: dict(result.settings_of(name)) for name in result.maps}, default=repr)
     return told

@@ -12,20 +12,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dfengine.schedule import NoiseSchedule, Prediction
-from dfengine.words import Tokens
-
-TARGETS = ("conditional", "guided", "unconditional")
+from dfengine.diffusion.path import NoiseSchedule, Prediction
+from dfengine.tokens import Tokens
 
 #: Images [n, 3, H, W] in [0, 1] → features [n, d].
 Features = Callable[[Tensor], Tensor]
 
 #: Shown the probabilities [n, heads, s, t] of an attention, each row of which sums to 1, and the (height, width) of the
 #: grid that its s positions lie on, (1, s) for a text; returns the probabilities to go on with.
-Watch = Callable[[Tensor, tuple[int, int]], Tensor]
+AttentionHook = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def predict(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition
     ) -> Float[Tensor, "n c h w"]:
         """The network's own output, whatever its parametrisation."""
 
@@ -98,14 +96,14 @@ class Denoiser(ABC):
         """Latents of images in [0, 1]."""
 
     def __call__(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition
     ) -> Float[Tensor, "n c h w"]:
         """The noise prediction ε, float32."""
         return self.read(x_t, timesteps, condition).epsilon
 
-    def bind(self, condition: Condition) -> Bound:
+    def with_prompts(self, condition: Condition) -> PromptedDenoiser:
         """The network bound to prompts, which many latents are going to share."""
-        return Bound(self, condition)
+        return PromptedDenoiser(self, condition)
 
     def use_attention(self, backend: str) -> None:
         """Compute attention by one of several backends. Raises ValueError where there is no choice, or not this one."""
@@ -126,28 +124,30 @@ class Denoiser(ABC):
         """What the positions of a prompt's encoding stand for. Raises ValueError as `condition` does."""
         raise ValueError(f"{self.name} does not tell its tokens: relevance and attention are not possible with it")
 
-    def check_watch(self) -> None:
+    def require_attention(self) -> None:
         """Raise ValueError where attention is not to be seen."""
         raise ValueError(f"{self.name} does not show its attention: relevance and attention are not possible with it")
 
-    def watch(self, condition: Condition, text: Watch, image: Watch | None = None) -> Bound:
+    def with_attention_hook(
+        self, condition: Condition, text: AttentionHook, image: AttentionHook | None = None
+    ) -> PromptedDenoiser:
         """The network bound to prompts, `text` being shown every cross-attention as it is computed, and `image` every
-        self-attention. Differentiable. Raises ValueError as `check_watch` does.
+        self-attention. Differentiable. Raises ValueError as `require_attention` does.
         """
         raise NotImplementedError
 
-    def watch_text(self, prompts: Sequence[str], watch: Watch) -> Condition:
+    def with_text_attention_hook(self, prompts: Sequence[str], watch: AttentionHook) -> Condition:
         """`condition`, `watch` being shown every self-attention of the text encoders. Differentiable.
 
         Raises ValueError where attention is not to be seen.
         """
         raise ValueError(f"{self.name} does not show its text encoder's attention: leave text_attention out")
 
-    def without(self, condition: Condition, places: Sequence[int]) -> Condition:
+    def zero_tokens(self, condition: Condition, places: Sequence[int]) -> Condition:
         """Prompts whose encoding is zero at some positions. Raises ValueError where it has none."""
         raise ValueError(f"{self.name} does not tell its tokens: none can be left out")
 
-    def slower_paths(self) -> list[str]:
+    def performance_warnings(self) -> list[str]:
         """Fast paths that this network does not take, and why, a line each."""
         return []
 
@@ -158,19 +158,19 @@ class Denoiser(ABC):
         """
         raise ValueError(f"{self.name} cannot be compiled: leave compile out")
 
-    def read(self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition) -> Prediction:
+    def read(self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition) -> Prediction:
         """x0 and ε, each straight from the network's output."""
-        return self.schedule.read(self.predict(x_t, timesteps, condition), x_t, timesteps)
+        return self.schedule.to_x0_and_eps(self.predict(x_t, timesteps, condition), x_t, timesteps)
 
 
-class Bound:
+class PromptedDenoiser:
     """A network bound to some prompts: what depends on neither latent nor time-step can be made once, here."""
 
     def __init__(self, denoiser: Denoiser, condition: Condition) -> None:
         self.denoiser, self.condition = denoiser, condition
 
     def __call__(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
         """The network's own output for each latent under the prompt of its row, or of one row for all of them."""
         rows = torch.full_like(timesteps, rows) if isinstance(rows, int) else rows
@@ -179,7 +179,7 @@ class Bound:
     def both(
         self,
         x_t: Float[Tensor, "n c h w"],
-        timesteps: Int[Tensor, " n"],
+        timesteps: Shaped[Tensor, " n"],
         rows: Int[Tensor, "2 n"] | tuple[int, int],
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
         """The outputs for each latent under two prompts: those of its two rows, or of one pair for all of them."""
@@ -188,46 +188,3 @@ class Bound:
             return self(x_t, timesteps, first), self(x_t, timesteps, second)
         outputs = self(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), rows.flatten())
         return outputs[: len(x_t)], outputs[len(x_t) :]
-
-
-class Guided:
-    """A denoiser bound to prompts and to one of the three targets: `explained(x_t, t, rows) → Prediction`.
-
-    conditional    f(x | prompt): one forward
-    unconditional  f(x | negative prompt): one forward
-    guided         f(x | negative) + scale (f(x | prompt) − f(x | negative)): two forwards
-
-    `rows` says whose prompt each latent is under: [n], or one number where they share it, which costs less.
-    """
-
-    def __init__(
-        self, denoiser: Denoiser, prompts: Condition, negatives: Condition, target: str, scale: Float[Tensor, " rows"]
-    ) -> None:
-        """Raises ValueError for a target that is not known."""
-        if target not in TARGETS:
-            raise ValueError(f"target {target!r} is not known: expected one of {', '.join(TARGETS)}")
-        self.denoiser, self.schedule, self.target, self.scale = denoiser, denoiser.schedule, target, scale
-        self._count = len(prompts)
-        told = {"conditional": prompts, "unconditional": negatives}
-        self._network = denoiser.bind(told.get(target) or Condition.cat([negatives, prompts]))
-
-    def __call__(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
-    ) -> Prediction:
-        """x0 and ε for each latent."""
-        return self.schedule.read(self._predict(x_t, timesteps, rows), x_t, timesteps)
-
-    def epsilon(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c h w"]:
-        """ε alone."""
-        return self.schedule.epsilon(self._predict(x_t, timesteps, rows), x_t, timesteps)
-
-    def _predict(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
-    ) -> Float[Tensor, "n c h w"]:
-        if self.target != "guided":
-            return self._network(x_t, timesteps, rows)
-        both = (rows, rows + self._count) if isinstance(rows, int) else torch.stack([rows, rows + self._count])
-        without, given = (output.float() for output in self._network.both(x_t, timesteps, both))
-        return without + self.scale[rows].reshape(-1, 1, 1, 1) * (given - without)

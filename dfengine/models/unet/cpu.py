@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfengine.models.inside import is_hooked, is_replaced
+from dfengine.models.unet.hooks import is_hooked, is_replaced
 
 #: Of a feed-forward layer's widest activation a thread computes so many elements at a time, 1 MiB, to stay in its
 #: cache; all threads together at least so many rows, as every piece reads the weights.

@@ -13,17 +13,17 @@ from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
-from dfengine.explain.xdiffusion import ReleasedCam, ReleasedLime, ReleasedRise
+from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionLime, XDiffusionRise
 
 #: Every explainer that a file can name.
 EXPLAINERS: dict[str, type] = {
     explainer.__name__: explainer
-    for explainer in (Rise, Cam, Relevance, Attention, Lime, Random, ReleasedRise, ReleasedCam, ReleasedLime)
+    for explainer in (Rise, Cam, Relevance, Attention, Lime, Random, XDiffusionRise, XDiffusionCam, XDiffusionLime)
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Elsewhere:
+class MissingCallable:
     """Stands for a function of the caller's own, of which a file keeps the name only."""
 
     name: str
@@ -44,7 +44,7 @@ def describe(explainer: Explainer) -> dict[str, Any]:
 
 
 def rebuild(settings: Mapping[str, Any]) -> Any:
-    """The explainer that `describe` was given, with `Elsewhere` for its functions.
+    """The explainer that `describe` was given, with `MissingCallable` for its functions.
 
     Raises ValueError where its class or one of its settings is not known here.
     """
@@ -57,13 +57,15 @@ def rebuild(settings: Mapping[str, Any]) -> Any:
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))} here: read the file with a newer dfengine")
     return EXPLAINERS[name](
         **{
-            field: Elsewhere(value["function"]) if isinstance(value, dict) and set(value) == {"function"} else value
+            field: MissingCallable(value["function"])
+            if isinstance(value, dict) and set(value) == {"function"}
+            else value
             for field, value in given.items()
         }
     )
 
 
-def told_whole(explainer: Explainer) -> bool:
+def is_serializable(explainer: Explainer) -> bool:
     """Whether the settings alone say what is computed: a caller's own function is told by its name only."""
     return not any(callable(value) for _, value in _settings(explainer))
 
@@ -74,7 +76,7 @@ def _settings(explainer: Explainer) -> list[tuple[str, Any]]:
 
 
 def _qualified(function: Any) -> str:
-    if isinstance(function, Elsewhere):
+    if isinstance(function, MissingCallable):
         return function.name
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"

@@ -11,18 +11,18 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from dfengine.denoiser import Bound, Condition, Denoiser, Layer, Watch
-from dfengine.models import unet as fast
+from dfengine.diffusion.denoiser import AttentionHook, Condition, Denoiser, Layer, PromptedDenoiser
 from dfengine.models.attention import attention, watched
-from dfengine.models.bound import BoundUNet
-from dfengine.models.cpu import Folded
-from dfengine.models.inside import layers_of, shown_to
-from dfengine.models.tokens import check_prompt, tokens_of
-from dfengine.schedule import NoiseSchedule
-from dfengine.words import Tokens
+from dfengine.models.scheduler import noise_schedule
+from dfengine.models.tokenizers import check_prompt, tokens_of
+from dfengine.models.unet import forward as fast
+from dfengine.models.unet.cached import CachedUNet
+from dfengine.models.unet.cpu import Folded
+from dfengine.models.unet.hooks import layers_of, shown_to
+from dfengine.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class StableDiffusion(Denoiser):
             network.eval().requires_grad_(False)
         self.unet.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
-        self.schedule = NoiseSchedule.from_config(pipeline.scheduler.config)
+        self.schedule = noise_schedule(pipeline.scheduler)
         height, width = _latent_size(pipeline, image_size)
         self.latent_shape = (self.unet.config.in_channels, height, width)
         self.image_shape = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
@@ -86,7 +86,7 @@ class StableDiffusion(Denoiser):
         self._images_at_once = max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(self.image_shape)))
 
     def predict(
-        self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], condition: Condition
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition
     ) -> Float[Tensor, "n c h w"]:
         x_t = x_t.to(self.dtype, memory_format=torch.channels_last)
         # What a condition holds beside the text is named as the UNet names its added conditions.
@@ -95,7 +95,7 @@ class StableDiffusion(Denoiser):
         with self._attention.chosen(), _searching(len(x_t) == self.batch_size):
             return self.unet(x_t, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
-    def bind(self, condition: Condition) -> Bound:
+    def with_prompts(self, condition: Condition) -> PromptedDenoiser:
         """The UNet's own weights by `models.unet`, which makes the prompts' keys and values once.
 
         A UNet that is more than that module knows runs by diffusers' own forward, as in `predict`. Hooks and weights
@@ -106,7 +106,7 @@ class StableDiffusion(Denoiser):
             log.info("the UNet runs by diffusers' own forward, which is slower: %s", different)
         self._told = different
         self.compiled = self.compiled and not different
-        return Bound(self, condition) if different else BoundUNet(self, condition)
+        return PromptedDenoiser(self, condition) if different else CachedUNet(self, condition)
 
     def layers(self) -> dict[str, Layer]:
         """Every resnet, transformer, down- and upsampler."""
@@ -114,25 +114,27 @@ class StableDiffusion(Denoiser):
             self._layers = layers_of(self.unet, self.latent_shape, self.condition([""]))
         return self._layers
 
-    def check_watch(self) -> None:
+    def require_attention(self) -> None:
         if different := fast.difference(self.unet):
             raise ValueError(
                 f"the attention of {self.name} cannot be seen: {different}; undo that (unet.eval(), "
                 "unet.disable_freeu(), unet.set_default_attn_processor(), removing the hook) or load the UNet afresh"
             )
 
-    def watch(self, condition: Condition, text: Watch, image: Watch | None = None) -> Bound:
-        self.check_watch()
+    def with_attention_hook(
+        self, condition: Condition, text: AttentionHook, image: AttentionHook | None = None
+    ) -> PromptedDenoiser:
+        self.require_attention()
         grids = fast.grids(self.unet, self.latent_shape[1:])
         attend = self._attention.attend if image is None else watched(image, grids)
-        return BoundUNet(self, condition, partial(fast.forward, attend=attend, cross=watched(text, grids)))
+        return CachedUNet(self, condition, partial(fast.forward, attend=attend, cross=watched(text, grids)))
 
-    def without(self, condition: Condition, places: Sequence[int]) -> Condition:
+    def zero_tokens(self, condition: Condition, places: Sequence[int]) -> Condition:
         text = condition.tensors["text"].clone()
         text[:, places] = 0
         return Condition({**condition.tensors, "text": text})
 
-    def watch_text(self, prompts: Sequence[str], watch: Watch) -> Condition:
+    def with_text_attention_hook(self, prompts: Sequence[str], watch: AttentionHook) -> Condition:
         if len(self.text_encoders) > 1:
             raise ValueError(
                 f"{self.name} has {len(self.text_encoders)} text encoders, and relevance passes through one: leave "
@@ -167,7 +169,7 @@ class StableDiffusion(Denoiser):
         self._attention = attention(backend, self.device, self.dtype)
         self.attention_backend = self._attention.name
 
-    def slower_paths(self) -> list[str]:
+    def performance_warnings(self) -> list[str]:
         different, slower = fast.difference(self.unet), []
         if different:
             slower.append(f"the UNet runs by diffusers' own forward: {different}")

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from dfengine.denoiser import Condition
-from dfengine.models.stable_diffusion import StableDiffusion
+from dfengine.diffusion.denoiser import Condition
+from dfengine.models.unet.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from dfengine import store
-from dfengine.denoiser import Denoiser
-from dfengine.explain import Contents, Explainer, StepMap, describe
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.trajectory import Job, Trajectory, restore, to_bytes
+from dfengine.display import Result
+from dfengine.explain import Explainer, OutputSpec, StepMap, describe
 from dfengine.result import COMBINED
-from dfengine.shown import Result
-from dfengine.trajectory import Job, Trajectory, restore, to_bytes
-from dfengine.words import Tokens
+from dfengine.tokens import Tokens
 
 
 class Recorder:
@@ -52,7 +52,8 @@ class Recorder:
             model=denoiser.name,
             image=np.zeros((*denoiser.image_shape, 3), np.uint8),
             timesteps=np.array(job.timesteps),
-            alpha_bar=empty(),
+            signal=empty(),
+            noise=empty(),
             latents=empty(*denoiser.latent_shape),
             epsilon=empty(*denoiser.latent_shape),
             maps={name: _maps(empty(height, width), part, empty) for name, part in made.items()},
@@ -61,7 +62,7 @@ class Recorder:
             tokens=tokens,
             relevance=None if tokens is None else empty(len(tokens)).T,
             words=words,
-            heat=empty(len(words), height, width).swapaxes(0, 1) if words else None,
+            word_maps=empty(len(words), height, width).swapaxes(0, 1) if words else None,
             settings={explainer.name: explainer for explainer in explainers},
         )
         if writer is not None and writer.has_trajectory(item):
@@ -101,7 +102,7 @@ class Recorder:
             scores=tensor(stored.scores[name][step]) if made.num_masks else None,
             layers={layer: tensor(stored.cam[layer][step]) for layer in made.layers},
             relevance=None if stored.relevance is None or made.tokens is None else tensor(stored.relevance[:, step]),
-            heat=None if stored.heat is None or not made.words else tensor(stored.heat[:, step]),
+            word_maps=None if stored.word_maps is None or not made.words else tensor(stored.word_maps[:, step]),
         )
 
     def begin(self, trajectory: Trajectory) -> None:
@@ -109,7 +110,8 @@ class Recorder:
         result = dataclasses.replace(
             self.result,
             image=trajectory.image.numpy(),
-            alpha_bar=trajectory.alpha_bar.cpu().numpy(),
+            signal=trajectory.signal.cpu().numpy(),
+            noise=trajectory.noise.cpu().numpy(),
             latents=trajectory.latents.cpu().numpy(),
             epsilon=trajectory.epsilon.cpu().numpy(),
         )
@@ -121,7 +123,8 @@ class Recorder:
             self._writer.trajectory(
                 self._item,
                 timesteps=result.timesteps,
-                alpha_bar=result.alpha_bar,
+                signal=result.signal,
+                noise=result.noise,
                 latents=result.latents,
                 epsilon=result.epsilon,
                 image=result.image,
@@ -136,14 +139,14 @@ class Recorder:
         values = {name: value.numpy() for name, value in self._parts(made).items()}
         if made.layers:
             self._writer.cam(self._item, made.step, {name: part.numpy() for name, part in made.layers.items()})
-        curves = {name: values.pop(name) for name in ("relevance", "heat") if name in values}
+        curves = {name: values.pop(name) for name in ("relevance", "word_maps") if name in values}
         self._writer.curves(self._item, made.step, **curves)
         # Last, since it is what marks the step as done.
         self._writer.step(self._item, made.method, made.step, **values)
 
     def _parts(self, made: StepMap) -> dict[str, Any]:
         """What there is of a step beside DF-CAM's layers, by name."""
-        names = ("saliency", "error", "scores", "relevance", "heat")
+        names = ("saliency", "error", "scores", "relevance", "word_maps")
         return {name: getattr(made, name) for name in names if getattr(made, name) is not None}
 
     def _put(self, made: StepMap) -> None:
@@ -159,8 +162,8 @@ class Recorder:
             result.scores[name][step] = made.scores.numpy()
         if made.relevance is not None and result.relevance is not None:
             result.relevance[:, step] = made.relevance.numpy()
-        if made.heat is not None and result.heat is not None:
-            result.heat[:, step] = made.heat.numpy()
+        if made.word_maps is not None and result.word_maps is not None:
+            result.word_maps[:, step] = made.word_maps.numpy()
 
     def finish(self, seconds: float) -> None:
         """Nothing more will come."""
@@ -209,7 +212,7 @@ def plan(
     )
 
 
-def contents(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> dict[str, Contents]:
+def contents(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> dict[str, OutputSpec]:
     """What each explainer, by name, will make of a job.
 
     Raises ValueError for what the model or the prompt does not have, and where two explainers would keep what there is
@@ -223,15 +226,15 @@ def contents(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> d
     return made
 
 
-def _tokens(made: Mapping[str, Contents]) -> Tokens | None:
+def _tokens(made: Mapping[str, OutputSpec]) -> Tokens | None:
     return next((part.tokens for part in made.values() if part.tokens), None)
 
 
-def _words(made: Mapping[str, Contents]) -> tuple[str, ...]:
+def _words(made: Mapping[str, OutputSpec]) -> tuple[str, ...]:
     return tuple(word for part in made.values() for word in part.words)
 
 
-def _maps(saliency: np.ndarray, made: Contents, empty: Callable[..., np.ndarray]) -> Any:
+def _maps(saliency: np.ndarray, made: OutputSpec, empty: Callable[..., np.ndarray]) -> Any:
     """Room for a method's maps: an array, or one for each layer and all of them combined."""
     layers = {name: empty(*size) for name, size in made.layers.items()}
     return {COMBINED: saliency, **layers} if layers else saliency

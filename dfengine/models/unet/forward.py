@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from dfengine.models import cpu
 from dfengine.models.attention import Attend
-from dfengine.models.cpu import Folded
-from dfengine.models.inside import is_hooked, is_replaced
+from dfengine.models.unet import cpu
+from dfengine.models.unet.cpu import Folded
+from dfengine.models.unet.hooks import is_hooked, is_replaced
 
 #: Keys and values of one cross-attention, [p, tokens, heads · d] each.
 KeysValues = tuple[Tensor, Tensor]
@@ -118,7 +118,7 @@ def _changed(name: str, module: Any, *, is_passed_by: bool) -> str | None:
     return None
 
 
-def embed_times(unet: Any, timesteps: Int[Tensor, " s"]) -> Float[Tensor, "s e"]:
+def embed_times(unet: Any, timesteps: Shaped[Tensor, " s"]) -> Float[Tensor, "s e"]:
     """What the network is told of each time-step."""
     return unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
 

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dfengine.denoiser import Condition, Denoiser, Guided
+from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.path import END
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Job:
     """One image to generate, or a given image to stand in for a generation, and the steps to visit."""
 
     prompt: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     seed: int = 0
     negative_prompt: str = ""
     guidance: float = 7.5
@@ -63,24 +65,27 @@ class Trajectory:
     """ε(R_t), with guidance"""
     x0: Float[Tensor, "steps c h w"] | None
     """the clean latent predicted at each step, with guidance; None if the trajectory was restored from a file"""
-    alpha_bar: Float[Tensor, " steps"]
+    signal: Float[Tensor, " steps"]
+    """a of each step: R_t = a·x0 + b·n"""
+    noise: Float[Tensor, " steps"]
+    """b of each step"""
     image: UInt8[Tensor, "H W 3"]
     """on the CPU"""
     prompt: Condition
     negative: Condition
-    only: Sequence[int] = ()
+    explain_steps: Sequence[int] = ()
     """indices of the steps that are to be explained; all unless given"""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a step that is not there."""
-        object.__setattr__(self, "only", tuple(map(operator.index, self.only)))
-        if outside := [step for step in self.only if not 0 <= step < len(self.latents)]:
+        object.__setattr__(self, "explain_steps", tuple(map(operator.index, self.explain_steps)))
+        if outside := [step for step in self.explain_steps if not 0 <= step < len(self.latents)]:
             raise ValueError(f"step {outside[0]} is outside [0, {len(self.latents) - 1}]: steps index the time-steps")
 
     @property
     def steps(self) -> Sequence[int]:
         """Indices of the steps that are to be explained."""
-        return self.only or range(len(self.latents))
+        return self.explain_steps or range(len(self.latents))
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -103,10 +108,10 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
     prompts = denoiser.condition([job.prompt for job in jobs])
     negatives = denoiser.condition([job.negative_prompt for job in jobs])
     scale = torch.tensor([job.guidance for job in jobs], dtype=torch.float32, device=device)
-    guided = Guided(denoiser, prompts, negatives, "guided", scale)
+    guided = GuidedDenoiser(denoiser, prompts, negatives, "guided", scale)
     rows = torch.arange(len(jobs), device=device)
     timesteps = torch.tensor([job.timesteps for job in jobs], device=device)
-    following = torch.cat([timesteps[:, 1:], torch.full_like(timesteps[:, :1], -1)], dim=1)
+    following = torch.cat([timesteps[:, 1:], torch.full_like(timesteps[:, :1], END)], dim=1)
     noise = torch.stack([start_noise(job.seed, denoiser.latent_shape) for job in jobs]).to(device)
     given = {i: _encode(denoiser, job.image) for i, job in enumerate(jobs) if job.image is not None}
 
@@ -131,13 +136,14 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
             job=job,
             latents=torch.stack([step[i] for step in latents]),
             epsilon=torch.stack([step.epsilon[i] for step in predictions]),
-            x0=torch.stack([schedule.limit(step.x0[i : i + 1])[0] for step in predictions]),
-            alpha_bar=schedule.at(timesteps[i]).flatten(),
+            x0=torch.stack([schedule.threshold_x0(step.x0[i : i + 1])[0] for step in predictions]),
+            signal=a.flatten(),
+            noise=b.flatten(),
             image=images[i] if job.image is None else job.image,
             prompt=prompts[i : i + 1],
             negative=negatives[i : i + 1],
         )
-        for i, job in enumerate(jobs)
+        for i, (job, (a, b)) in enumerate(zip(jobs, map(schedule.coefficients, timesteps), strict=True))
     ]
 
 
@@ -151,12 +157,14 @@ def restore(
 ) -> Trajectory:
     """A trajectory from what was stored of it."""
     device = denoiser.device
+    a, b = denoiser.schedule.coefficients(torch.tensor(job.timesteps, device=device))
     return Trajectory(
         job=job,
         latents=latents.to(device),
         epsilon=epsilon.to(device),
         x0=None,
-        alpha_bar=denoiser.schedule.at(torch.tensor(job.timesteps, device=device)).flatten(),
+        signal=a.flatten(),
+        noise=b.flatten(),
         image=image,
         prompt=denoiser.condition([job.prompt]),
         negative=denoiser.condition([job.negative_prompt]),

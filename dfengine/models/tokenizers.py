@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dfengine.words import PADDING, Tokens
+from dfengine.tokens import PADDING, Tokens
 
 
 def tokens_of(pipeline: Any, tokenizer: Any, prompt: str) -> Tokens:

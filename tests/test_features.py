@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dfengine import Engine, Random, evaluate
-from dfengine.models import vision
+from dfengine.models import features as vision
 from dfengine.models.loading import quiet
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]

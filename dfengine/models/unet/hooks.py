@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from dfengine.denoiser import Condition, Layer, Watch
+from dfengine.diffusion.denoiser import AttentionHook, Condition, Layer
 
 #: Names of the modules whose feature maps are looked at.
 _LAYER = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions|downsamplers|upsamplers)\.\d+")
@@ -37,7 +37,7 @@ def layers_of(unet: Any, latent: tuple[int, int, int], condition: Condition) -> 
     return found
 
 
-def shown_to(watch: Watch) -> Any:
+def shown_to(watch: AttentionHook) -> Any:
     """A hook of a text encoder's attention, whose output is made anew of the probabilities that `watch` returns."""
 
     def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dfengine import result, store
-from dfengine.dataset import dataset
+from dfengine.display.dataset import dataset
 from dfengine.result import Explanation
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dfengine import figures
 
 
-class Shown(Explanation):
+class DisplayMixin(Explanation):
     """An explanation with all that is made of one."""
 
     def plot(
@@ -38,7 +38,7 @@ class Shown(Explanation):
         named = {"layers": layers, "concepts": concepts, "words": words}
         given = {name for name, values in named.items() if values is not None}
         takes = {"Cam": "layers", "Relevance": "concepts", "Attention": "words"}
-        fitting = [name for name in self.maps if given <= {takes.get(self.kind(name))}]
+        fitting = [name for name in self.maps if given <= {takes.get(self.explainer_name(name))}]
         chosen = method or next(iter(fitting or self.maps), "")
         if given and chosen not in fitting:
             raise ValueError(
@@ -63,16 +63,16 @@ class Shown(Explanation):
         return dataset(self)
 
     def _repr_html_(self) -> str:
-        from dfengine.notebook import html
+        from dfengine.display.notebook import html
 
         return html(self)
 
 
-class Result(Shown, result.Result):
+class Result(DisplayMixin, result.Result):
     __doc__ = result.Result.__doc__
 
 
-class Item(Shown, store.StoredItem):
+class Item(DisplayMixin, store.StoredItem):
     __doc__ = store.StoredItem.__doc__
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfengine.words import PADDING, Tokens, concepts, occurrences, words
+from dfengine.tokens import PADDING, Tokens, concepts, occurrences, words
 
 PROMPT = "A red circle above a red  square, l'été art-deco 3.5!"
 

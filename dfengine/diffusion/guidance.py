@@ -1,0 +1,55 @@
+"""Which prediction of a guided model is sampled from or explained: conditional, guided or unconditional."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.path import Prediction
+
+TARGETS = ("conditional", "guided", "unconditional")
+
+
+class GuidedDenoiser:
+    """A denoiser bound to prompts and to one of the three targets: `explained(x_t, t, rows) → Prediction`.
+
+    conditional    f(x | prompt): one forward
+    unconditional  f(x | negative prompt): one forward
+    guided         f(x | negative) + scale (f(x | prompt) − f(x | negative)): two forwards
+
+    `rows` says whose prompt each latent is under: [n], or one number where they share it, which costs less.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, prompts: Condition, negatives: Condition, target: str, scale: Float[Tensor, " rows"]
+    ) -> None:
+        """Raises ValueError for a target that is not known."""
+        if target not in TARGETS:
+            raise ValueError(f"target {target!r} is not known: expected one of {', '.join(TARGETS)}")
+        self.denoiser, self.schedule, self.target, self.scale = denoiser, denoiser.schedule, target, scale
+        self._count = len(prompts)
+        told = {"conditional": prompts, "unconditional": negatives}
+        self._network = denoiser.with_prompts(told.get(target) or Condition.cat([negatives, prompts]))
+
+    def __call__(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
+    ) -> Prediction:
+        """x0 and ε for each latent."""
+        return self.schedule.to_x0_and_eps(self._predict(x_t, timesteps, rows), x_t, timesteps)
+
+    def epsilon(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
+    ) -> Float[Tensor, "n c h w"]:
+        """ε alone."""
+        return self.schedule.epsilon(self._predict(x_t, timesteps, rows), x_t, timesteps)
+
+    def _predict(
+        self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
+    ) -> Float[Tensor, "n c h w"]:
+        if self.target != "guided":
+            return self._network(x_t, timesteps, rows)
+        both = (rows, rows + self._count) if isinstance(rows, int) else torch.stack([rows, rows + self._count])
+        without, given = (output.float() for output in self._network.both(x_t, timesteps, both))
+        return without + self.scale[rows].reshape(-1, 1, 1, 1) * (given - without)
