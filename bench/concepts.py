@@ -31,7 +31,7 @@ def main() -> None:
     engine = Engine.from_pretrained("shapes")
     denoiser, prompts = engine.denoiser, embedded_prompts(PROMPTS)
     pipeline: Any = denoiser.pipeline  # type: ignore[attr-defined]
-    positions = denoiser.condition([""]).tensors["text"].shape[1]
+    positions = denoiser.encode_prompts([""]).tensors["text"].shape[1]
     config = DDIMScheduler.from_config(pipeline.scheduler.config).config
     noise = start_noise(0, denoiser.latent_shape)[None]
 

@@ -75,7 +75,7 @@ def main() -> None:
         pipeline, prompt, start_noise(job.seed, denoiser.latent_shape)[None], GUIDANCE, NUM_STEPS
     )
     layers, tokens = list(denoiser.layers()), denoiser.tokens(prompt)
-    positions = denoiser.condition([prompt]).tensors["text"].shape[1]
+    positions = denoiser.encode_prompts([prompt]).tensors["text"].shape[1]
 
     jobs = [job, *(engine.job(prompt, num_steps=NUM_STEPS, guidance=GUIDANCE, seed=n) for n in range(1, options.group))]
 

@@ -111,7 +111,7 @@ def main() -> None:
     jobs = [engine.job(text, num_steps=NUM_STEPS, seed=seed) for seed, text in enumerate(prompts)]
     kept, seconds, done = Kept(), 0.0, 0
     predicted = 0.0
-    engine.prepare(jobs[:1], explainers)
+    engine.prepare(engine.plan(jobs[:1], explainers))
     for size in (FIRST, len(jobs) // 2, len(jobs)):
         began = time.perf_counter()
         found = games(engine.denoiser, engine.sample, jobs[:size], explainers, kept=kept)

@@ -221,7 +221,7 @@ def main() -> None:
     pipeline = other.denoiser.pipeline
     pipeline.unet.to(memory_format=torch.contiguous_format)  # as diffusers loads it
     job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
-    engine.prepare([], [])
+    engine.prepare(engine.plan([], Rise()))
     (path,) = (replace(path, explain_steps=[STEP]) for path in trajectories(engine.denoiser, [job]))
     where = (path.latents[STEP], job.timesteps[STEP], job.guidance)
     plain = {target: Plain(pipeline, job.prompt, *where, target == "guided") for target in ("guided", "conditional")}

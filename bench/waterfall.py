@@ -116,7 +116,7 @@ def run(stage: Stage, options: argparse.Namespace, out: Path) -> None:
     )
     denoiser: Any = engine.denoiser
     denoiser.unet.to(memory_format=stage.layout)
-    engine.prepare([], [])
+    engine.prepare(engine.plan([], Rise()))
     # This process runs one stage alone.
     if not stage.pieces:
         cpu.feed_forward = lambda layers, x: layers(x)

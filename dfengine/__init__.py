@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from dfengine import report as report
     from dfengine import store as store
     from dfengine import sweep as sweep
+    from dfengine.diffusion.job import Job
     from dfengine.diffusion.path import exponential_timesteps
-    from dfengine.diffusion.trajectory import Job
     from dfengine.display import Result, open
-    from dfengine.engine import Engine, Finished, Generated
+    from dfengine.engine import Engine
+    from dfengine.events import Finished, Generated
     from dfengine.explain import (
         Attention,
         Cam,
@@ -63,8 +64,8 @@ _HOMES = {
     "Cam": "explain",
     "Engine": "engine",
     "ExponentialDDIMScheduler": "models.scheduler",
-    "Finished": "engine",
-    "Generated": "engine",
+    "Finished": "events",
+    "Generated": "events",
     "Job": "diffusion.trajectory",
     "Lime": "explain",
     "Random": "explain",

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Condition, Denoiser
+from dfengine.diffusion.job import Job
 from dfengine.diffusion.path import NoiseSchedule
-from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.diffusion.trajectory import Trajectory
 
 
 class Analytic(Denoiser):
@@ -31,7 +32,7 @@ class Analytic(Denoiser):
         self.batches.append(len(x_t))
         return self.answer(x_t.contiguous(), condition.tensors["number"])
 
-    def condition(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """The number in the prompt, 0 if there is none."""
         return Condition({"number": torch.tensor([float(prompt or 0) for prompt in prompts])})
 
@@ -53,8 +54,8 @@ class Analytic(Denoiser):
             signal=a.flatten(),
             noise=b.flatten(),
             image=torch.zeros(*self.image_shape, 3, dtype=torch.uint8),
-            prompt=self.condition([prompt]),
-            negative=self.condition([""]),
+            prompt=self.encode_prompts([prompt]),
+            negative=self.encode_prompts([""]),
         )
 
 

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.diffusion.trajectory import Job, start_noise, trajectories
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import start_noise, trajectories
 from dfengine.models.architectures import build, configuration
 from dfengine.models.loading import quiet
 

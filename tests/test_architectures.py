@@ -52,7 +52,7 @@ def test_an_architecture_is_the_published_one(name: str) -> None:
     assert (denoiser.latent_shape, denoiser.image_shape) == ((4, side, side), (8 * side, 8 * side))
     assert denoiser.schedule.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
     assert denoiser.schedule.alpha_bar[[0, -1]].tolist() == pytest.approx([0.99915, 0.0046601], rel=1e-4)
-    condition = denoiser.condition([PROMPT])
+    condition = denoiser.encode_prompts([PROMPT])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         x = torch.empty(1, *denoiser.latent_shape, device=meta)
         assert denoiser.predict(x, torch.zeros(1, dtype=torch.int64, device=meta), condition).shape == x.shape
@@ -99,7 +99,7 @@ def test_activations_stay_far_inside_float16(saved: Callable[[str], Path], name:
     x = torch.randn(2, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
     x = x * torch.tensor([1.0, 10.0])[:, None, None, None]
     with torch.no_grad():
-        epsilon = denoiser.predict(x, torch.tensor([999, 1]), denoiser.condition([PROMPT, ""]))
+        epsilon = denoiser.predict(x, torch.tensor([999, 1]), denoiser.encode_prompts([PROMPT, ""]))
         denoiser.decode(x)
     assert 0.1 < float(epsilon.std()) < 10
     assert len(outputs) > 200
@@ -113,7 +113,7 @@ def test_a_forward_in_half_precision_is_the_one_in_single(tmp_path: Path) -> Non
         denoiser = adapt(random_pipeline(folder, dtype))
         x = torch.randn(1, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            epsilons.append(denoiser(x, torch.tensor([500]), denoiser.condition([PROMPT])))
+            epsilons.append(denoiser(x, torch.tensor([500]), denoiser.encode_prompts([PROMPT])))
     # float16 keeps 11 bits, through some hundred layers.
     assert_close(epsilons[1], epsilons[0], rtol=0, atol=0.05)
 
@@ -138,9 +138,9 @@ def test_the_tokenizer_has_clips_numbers() -> None:
 
 def test_a_prompt_too_long_and_a_vocabulary_too_small_are_refused(tmp_path: Path) -> None:
     denoiser = adapt(random_pipeline(reduced("sd21", tmp_path / "sd21")))
-    denoiser.condition(["of " * 75])
+    denoiser.encode_prompts(["of " * 75])
     with pytest.raises(ValueError, match=r"the prompt has 76 tokens and the model takes 75: 'of ' would be cut"):
-        denoiser.condition(["of " * 76])
+        denoiser.encode_prompts(["of " * 76])
     folder = reduced("sd15", tmp_path / "few", {"text_encoder": {"vocab_size": 513}})
     with pytest.raises(ValueError, match=r"could not be built: a vocabulary of 513 .* at least 514"):
         load(folder, device="cpu", random_weights=True)

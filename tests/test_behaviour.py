@@ -24,7 +24,7 @@ TOKENS = Tokens("a cat", ("<s>", "a", "ca", "t", "</s>"), ((0, 0), (0, 1), (2, 4
 
 def test_each_explainer_has_its_released_form() -> None:
     assert to_xdiffusion(Rise(7, similarity="cosine", name="x")) == XDiffusionRise(7, "cosine", "x")
-    assert to_xdiffusion(Cam(scale=2.0)) == XDiffusionCam(scale=2.0)
+    assert to_xdiffusion(Cam(loss_scale=2.0)) == XDiffusionCam(loss_scale=2.0)
     assert to_xdiffusion(Lime(9, alpha=2.0)) == XDiffusionLime(9, alpha=2.0)
     assert to_xdiffusion(Random()) == Random()
     assert to_xdiffusion(Attention()) == Attention()
@@ -32,7 +32,7 @@ def test_each_explainer_has_its_released_form() -> None:
 
 @pytest.mark.parametrize(
     "explainer",
-    [Rise(score="global"), Rise(masks="rise"), Rise(keep_probability=0.4), Rise(estimator="coverage"), Cam("up*")],
+    [Rise(score="global"), Rise(mask_kind="rise"), Rise(keep_probability=0.4), Rise(estimator="coverage"), Cam("up*")],
 )
 def test_what_the_released_code_does_not_have_is_refused(explainer: Rise | Cam) -> None:
     with pytest.raises(ValueError, match="is not what the released code does"):

@@ -219,10 +219,10 @@ def test_float16_keeps_small_gradients() -> None:
     halves = Engine.from_pretrained("shapes", device="cpu", dtype="float16")
     singles = Engine.from_pretrained("shapes", device="cpu")
     (path,) = trajectories(singles.denoiser, [singles.job(CAPTION, num_steps=2)])
-    told = Trajectory(**{**vars(path), "prompt": halves.denoiser.condition([CAPTION])})
+    told = Trajectory(**{**vars(path), "prompt": halves.denoiser.encode_prompts([CAPTION])})
     exact = maps_of(singles.denoiser, Cam(), [path])
     for scale in (Cam().scale, 65504.0 * 16):
-        maps = maps_of(halves.denoiser, Cam(scale=scale), [told])
+        maps = maps_of(halves.denoiser, Cam(loss_scale=scale), [told])
         for row, values in maps.items():
             assert stats.spearmanr(values[COMBINED].ravel(), exact[row][COMBINED].ravel()).statistic > 0.99
             for layer in ("down_blocks.0.resnets.0", "up_blocks.2.attentions.1"):
@@ -237,7 +237,9 @@ def test_gradients_too_small_for_float16_are_scaled() -> None:
     denoiser.first.half()
     denoiser.answer = lambda x_t, number: denoiser.first(x_t.half()) * 2.0**-26
     path = denoiser.trajectory(LATENT.half().float())
-    maps = {scale: maps_of(denoiser, Cam(layers="first", scale=scale), [path])[0, 0]["first"] for scale in (256.0, 1.0)}
+    maps = {
+        scale: maps_of(denoiser, Cam(layers="first", loss_scale=scale), [path])[0, 0]["first"] for scale in (256.0, 1.0)
+    }
     # y = Σ (A¹ + A²) · 2⁻²⁶: α = (1, 1) · 2⁻²⁶, L = ReLU(2 x_0 + x_1) · 2⁻²⁶.
     assert_close(maps[256.0] * 2.0**26, torch.tensor([[2.0, 4.0], [0.0, 8.0]]))
     assert not maps[1.0].any()

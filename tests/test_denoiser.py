@@ -25,7 +25,7 @@ def network(**config: Any) -> Analytic:
 
 def guided(denoiser: Analytic, target: str, scale: tuple[float, ...] = (1.0, 2.0, 5.0)) -> GuidedDenoiser:
     """Prompts 10 20 30 with negatives 1 2 3."""
-    prompts, negatives = denoiser.condition(["10", "20", "30"]), denoiser.condition(["1", "2", "3"])
+    prompts, negatives = denoiser.encode_prompts(["10", "20", "30"]), denoiser.encode_prompts(["1", "2", "3"])
     return GuidedDenoiser(denoiser, prompts, negatives, target, torch.tensor(scale))
 
 
@@ -123,7 +123,7 @@ def test_without_signal_x0_and_epsilon_come_straight_from_the_prediction(predict
 
 def test_a_denoiser_called_is_its_epsilon() -> None:
     denoiser, x = network(prediction_type="v_prediction"), latents(4)
-    condition = denoiser.condition(["1", "2", "3", "4"])
+    condition = denoiser.encode_prompts(["1", "2", "3", "4"])
     assert_close(denoiser(x, T, condition), denoiser.read(x, T, condition).epsilon, rtol=0, atol=0)
 
 

@@ -13,9 +13,9 @@ from analytic import Analytic
 
 import dfengine
 from dfengine import Engine, Rise, StepMap
-from dfengine.engine import Event, Finished, Generated
+from dfengine.events import Event, Finished, Generated
 from dfengine.explain import describe, rebuild
-from dfengine.recorder import item_key
+from dfengine.plan import item_key
 
 CAPTION = "a red circle above a blue square on a gray background"
 
@@ -51,7 +51,10 @@ def test_what_is_stored_is_what_is_returned(engine: Engine, tmp_path: Path) -> N
 
 
 def test_a_result_can_be_run_again_from_its_file(engine: Engine, tmp_path: Path) -> None:
-    rises = [Rise(6, keep_probability=0.3, masks="rise", grid=4, window=7), Rise(4, estimator="contrast", name="other")]
+    rises = [
+        Rise(6, keep_probability=0.3, mask_kind="rise", grid=4, window=7),
+        Rise(4, estimator="contrast", name="other"),
+    ]
     picture = np.full((64, 64, 3), 200, np.uint8)
     given = {"num_steps": 2, "seed": 5, "guidance": 3.5, "negative_prompt": "a blue square on a gray background"}
     for image in (None, picture):

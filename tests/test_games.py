@@ -19,7 +19,8 @@ from scipy.ndimage import convolve, gaussian_filter
 
 from dfengine import Engine
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.evaluate import METHODS, TABLES, Kept, games, methods
 from dfengine.evaluate.games import GAMES, Played, fitted, play, released_blur, usable
 from dfengine.evaluate.kept import Turn
@@ -253,7 +254,9 @@ def test_points_of_the_embedded_model_by_diffusers_own_scheduler() -> None:
     denoiser.batch_size = 6
     assert denoiser.features is not None
     # Its own texts, encoded apart.
-    texts = {text: denoiser.condition([text]) for text in ("a red circle on a black background", "", "a pink star")}
+    texts = {
+        text: denoiser.encode_prompts([text]) for text in ("a red circle on a black background", "", "a pink star")
+    }
     timesteps = tuple(denoiser.schedule.timesteps("uniform", 4))
     jobs = [Job("a red circle on a black background", timesteps, 3, guidance=2.5), Job("a pink star", timesteps, 4)]
     paths = [

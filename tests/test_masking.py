@@ -9,7 +9,8 @@ from reduced import reduced
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Condition
-from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain import Rise
 from dfengine.explain.masking import Masking
 from dfengine.models import adapt
@@ -54,7 +55,7 @@ def masking_of(rise: Rise, folder: Path, name: str) -> Masking:
     ("name", "rise"),
     [
         ("sd15", Rise(4)),
-        ("sd15", Rise(4, score="global", estimator="sum", masks="rise")),
+        ("sd15", Rise(4, score="global", estimator="sum", mask_kind="rise")),
         ("sd15", Rise(4, target="guided")),
         ("sd21", Rise(4, target="guided", similarity="cosine")),
         ("sdxl", Rise(4)),

@@ -59,7 +59,7 @@ def copy(tiny_folder: Path, tmp_path: Path) -> Path:
 def outputs(denoiser: Denoiser) -> torch.Tensor:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return denoiser.predict(x, T, denoiser.condition(CAPTIONS)).float()
+        return denoiser.predict(x, T, denoiser.encode_prompts(CAPTIONS)).float()
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_dtype_is_the_one_asked_for(tiny: Denoiser, tiny_folder: Path, dtype: An
     # bfloat16 keeps 8 bits, through a dozen layers.
     assert_close(outputs(denoiser), outputs(tiny), rtol=0, atol=0.05)
     x = torch.zeros(1, 4, 8, 8)
-    assert denoiser(x, T[:1], denoiser.condition(CAPTIONS[:1])).dtype == torch.float32
+    assert denoiser(x, T[:1], denoiser.encode_prompts(CAPTIONS[:1])).dtype == torch.float32
     assert denoiser.decode(x).dtype == denoiser.encode(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
 
 
@@ -121,7 +121,9 @@ def test_variant_chooses_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: 
 @pytest.mark.slow
 def test_loading_prints_nothing(tiny_folder: Path) -> None:
     """In a fresh process, where the libraries are imported too."""
-    code = f"from dfengine.models import load; load({str(tiny_folder)!r}, device='cpu').condition(['a red circle'])"
+    code = (
+        f"from dfengine.models import load; load({str(tiny_folder)!r}, device='cpu').encode_prompts(['a red circle'])"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
@@ -290,7 +292,7 @@ def test_networks_are_called_as_diffusers_calls_them(tiny: Denoiser, tiny_folder
     with torch.no_grad():
         tokens = pipeline.tokenizer(list(CAPTIONS), padding="max_length", return_tensors="pt").input_ids
         text = pipeline.text_encoder(tokens).last_hidden_state
-        condition = tiny.condition(CAPTIONS)
+        condition = tiny.encode_prompts(CAPTIONS)
         assert_close(condition.tensors["text"], text, rtol=0, atol=1e-6)
         assert len(condition) == 2
         want = torch.cat([pipeline.unet(x[i : i + 1], T[i], text[i : i + 1]).sample for i in range(2)])
@@ -316,7 +318,7 @@ def test_another_samplers_configuration_is_read(copy: Path, capfd: pytest.Captur
 @pytest.mark.parametrize("word", ["teapot", "circle,", "circles", "红"])
 def test_an_unknown_word_lists_the_vocabulary(tiny: Denoiser, word: str) -> None:
     with pytest.raises(ValueError, match="does not know") as caught:
-        tiny.condition(["a red circle", f"a red {word} on a gray background"])
+        tiny.encode_prompts(["a red circle", f"a red {word} on a gray background"])
     assert repr(word) in str(caught.value)
     assert all(known in str(caught.value) for known in vocabulary())
     assert "gray'" not in str(caught.value)
@@ -324,7 +326,8 @@ def test_an_unknown_word_lists_the_vocabulary(tiny: Denoiser, word: str) -> None
 
 def test_prompts_of_known_words_are_taken(tiny: Denoiser) -> None:
     plain, shouted, spaced, empty = (
-        tiny.condition([prompt]).tensors["text"] for prompt in ("a red circle", "A Red CIRCLE", "  a  red\ncircle ", "")
+        tiny.encode_prompts([prompt]).tensors["text"]
+        for prompt in ("a red circle", "A Red CIRCLE", "  a  red\ncircle ", "")
     )
     assert torch.equal(plain, shouted)
     assert torch.equal(plain, spaced)
@@ -336,9 +339,9 @@ def test_a_prompt_too_long_says_what_is_cut(tiny: Denoiser, extra: list[str]) ->
     # 16 tokens, two of which begin and end the text.
     fits = "a red circle above a blue square on a gray background a red circle"
     assert len(fits.split()) == 14
-    tiny.condition([fits])
+    tiny.encode_prompts([fits])
     with pytest.raises(ValueError, match="would be cut") as caught:
-        tiny.condition([" ".join([fits, *extra])])
+        tiny.encode_prompts([" ".join([fits, *extra])])
     message = str(caught.value)
     assert f"the prompt has {14 + len(extra)} tokens and the model takes 14" in message
     assert f"{' '.join(extra)!r} would be cut" in message

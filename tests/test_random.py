@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from dfengine import Attention, Cam, Lime, Random, Relevance, Rise
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.explain import Explainer, describe, rebuild
 from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionRise
 

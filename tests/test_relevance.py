@@ -21,7 +21,8 @@ from torch.testing import assert_close
 
 from dfengine import Engine, Relevance, StepMap
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.explain.relevance import by_token
 from dfengine.explain.rules import Relevancy, lowered, nearest, positive, rownorm, self_relevance
 from dfengine.models import load
@@ -246,7 +247,7 @@ def explicit_attention(unet: Any) -> Iterator[list[tuple[str, Grid, Tensor]]]:
 
 def literal_of_network(denoiser: Any, path: Trajectory, step: int) -> list[AttentionLayer]:
     """The layers of one step, by diffusers' own forward and a plain backward of y = Σ ε under the prompt."""
-    told = dict(denoiser.condition([path.job.prompt]).tensors)
+    told = dict(denoiser.encode_prompts([path.job.prompt]).tensors)
     x, t = path.latents[step : step + 1].clone().requires_grad_(), torch.tensor([path.job.timesteps[step]])
     with explicit_attention(denoiser.pipeline.unet) as kept:
         text = told.pop("text")
@@ -353,7 +354,7 @@ def test_done_leaves_out_what_it_names_and_nothing_else(
 
 def test_float16_ranks_tokens_as_float32_does(shapes: Denoiser, paths: list[Trajectory]) -> None:
     half = embedded(dtype="float16")
-    told = dataclasses.replace(paths[0], prompt=half.condition([CAPTIONS[0]]))
+    told = dataclasses.replace(paths[0], prompt=half.encode_prompts([CAPTIONS[0]]))
     wide, narrow = (next(Relevance().explain(model, [path])) for model, path in ((shapes, paths[0]), (half, told)))
     assert spearmanr(wide.relevance, narrow.relevance).statistic > 0.95
     assert_close(narrow.relevance, wide.relevance, **HALF)

@@ -250,7 +250,7 @@ def test_every_similarity_scores_one_where_nothing_is_hidden(similarity: str, sc
     # A denoiser that ignores its input answers alike whatever is hidden.
     pattern = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(5))
     denoiser = Analytic(lambda x_t, _: pattern.expand_as(x_t))
-    rise = Rise(20, similarity=similarity, score=score, masks=masks, grid=3, estimator="coverage")
+    rise = Rise(20, similarity=similarity, score=score, mask_kind=masks, grid=3, estimator="coverage")
     assert_close(only(denoiser, rise).saliency, torch.ones(SHAPE), rtol=1e-4, atol=1e-4)
 
 

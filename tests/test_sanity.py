@@ -10,7 +10,7 @@ import torch
 
 from dfengine import Attention, Cam, Engine
 from dfengine.diffusion.denoiser import Condition, Denoiser
-from dfengine.diffusion.trajectory import Job
+from dfengine.diffusion.job import Job
 from dfengine.evaluate import Sanity, captions, checks, lines, sanity
 from dfengine.evaluate.intervals import Interval, interval, rate
 from dfengine.evaluate.truth import area, auroc, has_distinct_colours

@@ -91,8 +91,8 @@ def test_image_to_image_goes_on_from_the_middle_of_the_list(pipeline: Any, stage
         posterior = denoiser.vae.encode(2 * image - 1).latent_dist  # type: ignore[attr-defined]
         clean = posterior.sample(generator) * denoiser.vae.config.scaling_factor  # type: ignore[attr-defined]
         drawn = torch.randn(clean.shape, generator=generator)
-        schedule, prompts = denoiser.schedule, denoiser.condition([CAPTION])
-        guided = GuidedDenoiser(denoiser, prompts, denoiser.condition([""]), "guided", torch.tensor([3.0]))
+        schedule, prompts = denoiser.schedule, denoiser.encode_prompts([CAPTION])
+        guided = GuidedDenoiser(denoiser, prompts, denoiser.encode_prompts([""]), "guided", torch.tensor([3.0]))
         x = schedule.add_noise(clean, drawn, torch.tensor(steps[:1]))
         for ours, (t, following) in zip(seen, itertools.pairwise([*steps, -1]), strict=True):
             x = schedule.step(guided(x, torch.tensor([t]), torch.tensor([0])), torch.tensor([following]))

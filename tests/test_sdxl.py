@@ -38,7 +38,7 @@ def kind_of(kind: Any, pipeline: Any, **options: Any) -> Any:
 def test_conditions_are_those_of_the_pipeline(pipeline: Any) -> None:
     """Its texts and pooled texts, for guidance by nothing at all and by the text of a blank."""
     denoiser = adapted(pipeline)
-    got, blank, empty = (denoiser.condition(prompts).tensors for prompts in (PROMPTS, [" "] * 2, [""] * 2))
+    got, blank, empty = (denoiser.encode_prompts(prompts).tensors for prompts in (PROMPTS, [" "] * 2, [""] * 2))
     text, no_text, pooled, no_pooled = pipeline.encode_prompt(PROMPTS)
     assert_close((got["text"], got["text_embeds"]), (text, pooled), rtol=0, atol=1e-6)
     assert_close((empty["text"], empty["text_embeds"]), (no_text, no_pooled), rtol=0, atol=0)
@@ -46,7 +46,7 @@ def test_conditions_are_those_of_the_pipeline(pipeline: Any) -> None:
     _, no_text, _, no_pooled = pipeline.encode_prompt(PROMPTS, negative_prompt=" ")
     assert_close((blank["text"], blank["text_embeds"]), (no_text, no_pooled), rtol=0, atol=1e-6)
     assert blank["text"].any()
-    mixed = denoiser.condition([PROMPTS[0], ""]).tensors
+    mixed = denoiser.encode_prompts([PROMPTS[0], ""]).tensors
     assert_close(mixed["text"], torch.stack([text[0], torch.zeros_like(text[0])]), rtol=0, atol=1e-5)
     assert_close(mixed["text_embeds"][1], torch.zeros_like(pooled[0]), rtol=0, atol=0)
 
@@ -59,12 +59,12 @@ def test_the_pooled_text_is_read_where_the_text_ends(pipeline: Any) -> None:
     ends = (tokens == pipeline.tokenizer_2.eos_token_id).int().argmax(1)
     assert ends[0] != ends[1]
     want = pipeline.text_encoder_2.text_projection(states[torch.arange(2), ends])
-    assert_close(denoiser.condition(PROMPTS).tensors["text_embeds"], want, rtol=1e-5, atol=1e-5)
+    assert_close(denoiser.encode_prompts(PROMPTS).tensors["text_embeds"], want, rtol=1e-5, atol=1e-5)
 
 
 def test_sizes_are_the_images_own(pipeline: Any) -> None:
     with torch.no_grad():
-        sizes = adapted(pipeline, image_size=(64, 96)).condition(PROMPTS).tensors["time_ids"]
+        sizes = adapted(pipeline, image_size=(64, 96)).encode_prompts(PROMPTS).tensors["time_ids"]
     assert sizes.tolist() == [[64, 96, 0, 0, 64, 96]] * 2
 
 
@@ -72,7 +72,7 @@ def test_empty_prompts_are_encoded_where_the_pipeline_says_so(pipeline: Any) -> 
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     denoiser = adapted(pipeline)
     with torch.no_grad():
-        assert denoiser.condition([""]).tensors["text"].any()
+        assert denoiser.encode_prompts([""]).tensors["text"].any()
     ours, theirs = both_ways(denoiser, pipeline, PROMPTS[0], {}, {})
     assert_close(ours, theirs, **CLOSE)
 
@@ -82,7 +82,7 @@ def test_img2img_and_inpaint_pipelines_are_the_same_model(pipeline: Any, kind: A
     denoiser, same = adapted(pipeline), adapted(kind_of(kind, pipeline))
     x = torch.randn(1, *denoiser.latent_shape)
     with torch.no_grad():
-        want, got = (each(x, torch.tensor([500]), each.condition(PROMPTS[:1])) for each in (denoiser, same))
+        want, got = (each(x, torch.tensor([500]), each.encode_prompts(PROMPTS[:1])) for each in (denoiser, same))
     assert torch.equal(got, want)
 
 
@@ -98,10 +98,10 @@ def test_both_tokenizers_must_take_a_prompt_whole(pipeline: Any) -> None:
     pipeline.tokenizer_2.model_max_length = 10
     denoiser = adapted(pipeline)
     with torch.no_grad(), pytest.raises(ValueError, match=r"has 9 tokens and the model takes 8: 'of' would be cut"):
-        denoiser.condition(["of " * 8 + "of"])
+        denoiser.encode_prompts(["of " * 8 + "of"])
     pipeline.tokenizer_2.model_max_length, pipeline.tokenizer.model_max_length = 77, 10
     with torch.no_grad(), pytest.raises(ValueError, match=r"has 9 tokens and the model takes 8: 'of' would be cut"):
-        denoiser.condition(["of " * 8 + "of"])
+        denoiser.encode_prompts(["of " * 8 + "of"])
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def test_img2img_and_inpaint_pipelines_are_the_same_model(saved: Callable[[str],
     denoiser, same = adapt(pipeline), adapt(other)
     x = torch.randn(1, *denoiser.latent_shape)
     with torch.no_grad():
-        want, got = (each(x, torch.tensor([500]), each.condition([PROMPT])) for each in (denoiser, same))
+        want, got = (each(x, torch.tensor([500]), each.encode_prompts([PROMPT])) for each in (denoiser, same))
     assert torch.equal(got, want)
 
 

@@ -362,7 +362,7 @@ def test_explainers_are_named_apart_as_the_behaviour_has_them():
 
 
 EXPLAINERS = (
-    Rise(8, keep_probability=0.3, masks="rise", score="global", similarity="frechet", stop_at_error=0.1, name="r"),
+    Rise(8, keep_probability=0.3, mask_kind="rise", score="global", similarity="frechet", stop_at_error=0.1, name="r"),
     Cam(layers=("up*", "mid*"), target="unconditional", scale=2, name="c"),
     Relevance(self_attention=False, name="v"),
     Attention(words=("red", "blue square"), name="a"),
@@ -393,7 +393,7 @@ def test_a_worker_has_what_holds_for_every_item():
 
 
 def test_a_worker_has_the_released_explainers_with_their_behaviour():
-    sweep = swept(explainers=[Rise(8), Cam(scale=2), Lime(9), Attention(("red",))], behaviour="xdiffusion")
+    sweep = swept(explainers=[Rise(8), Cam(loss_scale=2), Lime(9), Attention(("red",))], behaviour="xdiffusion")
     shared = Shared.of(json.loads(json.dumps(sweep.shared)))
     assert list(map(type, shared.explainers)) == [XDiffusionRise, XDiffusionCam, XDiffusionLime, Attention]
     assert list(shared.explainers) == sweep.released

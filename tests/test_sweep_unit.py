@@ -130,7 +130,7 @@ def test_what_is_known_to_be_impossible_beforehand_has_no_place_in_the_file(engi
         def contents(self, denoiser, job):
             if job.prompt == "2":
                 raise ValueError("not this one")
-            return Random().contents(denoiser, job)
+            return Random().output_spec(denoiser, job)
 
     records = do(engine, shared(Choosy()), folder, unit_of("1", "2", "3"))
     assert [one.errors for record in records if isinstance(record, Failed) for one in record.failures] == [

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.job import Job
 from dfengine.diffusion.path import exponential_timesteps
-from dfengine.diffusion.trajectory import Job, Trajectory, check_image, start_noise, to_bytes, trajectories
+from dfengine.diffusion.trajectory import Trajectory, check_image, start_noise, to_bytes, trajectories
 
 # float32 through a small network whose sums are made in another order, times 1/√ᾱ ≤ 15 at the first step.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

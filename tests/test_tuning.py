@@ -12,7 +12,7 @@ from analytic import Analytic
 
 from dfengine import Engine, Rise
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.engine import Generated
+from dfengine.events import Generated
 from dfengine.explain import StepMap
 from dfengine.runtime import tuning
 from dfengine.runtime.tuning import COMPILING, MARGIN, ForwardCost, duration, maybe_compile, tune

@@ -47,7 +47,7 @@ def batch(denoiser: Denoiser, count: int = 5) -> tuple[Tensor, Tensor]:
 
 def prompts_of(denoiser: Denoiser) -> Condition:
     known = ["a red circle", "a blue square on a gray background", ""] if denoiser.name == "shapes" else PROMPTS
-    return denoiser.condition(known)
+    return denoiser.encode_prompts(known)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def test_latents_of_one_prompt_share_its_keys_and_values(model: Callable[[str], 
 def test_latents_whose_sides_do_not_halve_evenly(saved: Callable[[str], Path], name: str) -> None:
     denoiser = load(saved(name), device="cpu", image_size=(88, 56))
     assert denoiser.latent_shape[1:] == (11, 7)
-    (x, t), condition = batch(denoiser), denoiser.condition(PROMPTS)
+    (x, t), condition = batch(denoiser), denoiser.encode_prompts(PROMPTS)
     rows = torch.tensor([0, 1, 2, 0, 1])
     assert_close(denoiser.with_prompts(condition)(x, t, rows), denoiser.predict(x, t, condition[rows]), **CLOSE)
 
@@ -318,17 +318,17 @@ def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
 ) -> None:
     pipeline = pipeline_of(saved("sd15"))
     denoiser = adapt(pipeline)
-    before = denoiser.with_prompts(denoiser.condition([PROMPT]))
+    before = denoiser.with_prompts(denoiser.encode_prompts([PROMPT]))
     change(pipeline)
     with caplog.at_level(logging.INFO):
-        network = denoiser.with_prompts(denoiser.condition([PROMPT]))
+        network = denoiser.with_prompts(denoiser.encode_prompts([PROMPT]))
     assert type(network) is PromptedDenoiser
     assert type(before) is not PromptedDenoiser
     assert len(denoiser.performance_warnings()) == 1
     for message in (caplog.messages[0], denoiser.performance_warnings()[0]):
         assert re.search(said, message)
     x, t = batch(denoiser)
-    text = denoiser.condition([PROMPT]).tensors["text"].expand(5, -1, -1)
+    text = denoiser.encode_prompts([PROMPT]).tensors["text"].expand(5, -1, -1)
     assert_close(network(x, t, 0), pipeline.unet(x, t, text).sample, **CLOSE)
 
 
@@ -356,7 +356,7 @@ def test_other_architectures_are_told_apart(tmp_path: Path, changes: dict[str, A
 @torch.no_grad()
 def test_weights_that_change_between_runs_are_the_runs_weights(saved: Callable[[str], Path]) -> None:
     denoiser = load(saved("sd15"), device="cpu")
-    (x, t), condition = batch(denoiser), denoiser.condition([PROMPT])
+    (x, t), condition = batch(denoiser), denoiser.encode_prompts([PROMPT])
     before = denoiser.with_prompts(condition)(x, t, 0)
     for part in ("attn2.to_v", "time_embedding", "attn2.to_q", "attn2.to_out", "upsamplers", "ff.net"):
         for name, weight in denoiser.unet.named_parameters():

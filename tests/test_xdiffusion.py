@@ -19,7 +19,8 @@ from torch.testing import assert_close
 
 from dfengine import Engine, Rise
 from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
-from dfengine.diffusion.trajectory import Job, Trajectory, to_bytes, trajectories
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, to_bytes, trajectories
 from dfengine.explain import Explainer, describe, rebuild, xdiffusion
 from dfengine.explain.cam import combine
 from dfengine.explain.registry import EXPLAINERS
@@ -327,7 +328,7 @@ def test_all_layers_but_the_mid_blocks_attention(saved: Callable[[str], Path], n
     for one in made:
         expected = plain(denoiser, paths[one.item], one.step, "mid_block.attentions.0")
         assert len(expected) == count
-        assert set(one.layers) == set(expected) == set(XDiffusionCam().contents(denoiser, jobs[0]).layers)
+        assert set(one.layers) == set(expected) == set(XDiffusionCam().output_spec(denoiser, jobs[0]).layers)
         for layer, values in expected.items():
             scale = values.abs().max().clamp(min=1e-6)
             assert_close(one.layers[layer] / scale, values / scale, msg=f"{layer} of {name}", **CLOSE)
@@ -377,9 +378,9 @@ def test_settings_are_kept_as_json(explainer: Explainer, monkeypatch: pytest.Mon
 def test_what_a_job_will_hold() -> None:
     denoiser = Halves()
     job = Job("1", (3,))
-    contents = XDiffusionRise(7).contents(denoiser, job)
+    contents = XDiffusionRise(7).output_spec(denoiser, job)
     assert (contents.num_masks, contents.has_error, contents.layers) == (7, True, {})
-    assert XDiffusionCam().contents(denoiser, job).layers == {"told": (2, 2)}
+    assert XDiffusionCam().output_spec(denoiser, job).layers == {"told": (2, 2)}
     assert (XDiffusionRise().num_masks, XDiffusionRise().name, XDiffusionCam().name) == (500, "rise", "cam")
     assert XDiffusionRise().settings == Rise(
         500, similarity="structure", estimator="sum", window=15, sigma=1.5, target="guided"
@@ -396,7 +397,7 @@ def test_settings_that_are_not_possible() -> None:
     with pytest.raises(ValueError, match="0 masks are not possible"):
         XDiffusionRise(0)
     with pytest.raises(ValueError, match="scale inf is not possible"):
-        XDiffusionCam(scale=float("inf"))
+        XDiffusionCam(loss_scale=float("inf"))
     denoiser = Analytic(answer)
     with pytest.raises(ValueError, match="analytic does not tell its layers"):
-        XDiffusionCam().contents(denoiser, Job("1", (3,)))
+        XDiffusionCam().output_spec(denoiser, Job("1", (3,)))

@@ -201,6 +201,7 @@ def _concepts(
 ) -> None:
     from dfengine import Relevance, figures
     from dfengine import evaluate as evaluation
+    from dfengine.diffusion.denoiser import HasTokens, require
 
     schedules = ("uniform", "early", "latter")
     planned = [
@@ -213,14 +214,14 @@ def _concepts(
             num_steps=steps,
             sampling=one.schedule,
             gamma=gamma,
-            behaviour=behaviour,
         )
         for one in planned
     ]
+    tokens = require(engine.denoiser, HasTokens, "relevance").tokens
     for one in prompts:
-        engine.denoiser.tokens(one.text)
+        tokens(one.text)
     events = screen.counted(engine.stream(jobs, Relevance()), "measuring", len(jobs) * (steps + 2))
-    measured = evaluation.measure(events, planned, prompts, engine.denoiser.tokens, behaviour)
+    measured = evaluation.measure(events, planned, prompts, tokens, behaviour)
     timesteps = {one.schedule: job.timesteps for one, job in zip(planned, jobs, strict=True)}
     found = evaluation.summarise(measured, prompts, timesteps)
     lines = [line for part in found for line in (f"{part.title}, {engine.denoiser.name}:", *evaluation.table(part), "")]

@@ -96,7 +96,7 @@ def explain(
         rise={
             "num_masks": masks,
             "keep_probability": keep_probability,
-            "masks": mask_kind,
+            "mask_kind": mask_kind,
             "similarity": similarity,
             "score": score,
             "estimator": estimator,
@@ -109,6 +109,8 @@ def explain(
         lime={"target": target},
         random={},
     )
+    from dfengine.explain import to_xdiffusion
+
     began = time.monotonic()
     with screen.interruptible(out), screen.progress(steps * len(explainers)) as on_event:
         engine = options.engine(
@@ -125,14 +127,13 @@ def explain(
         )
         engine.explain(
             prompt,
-            explainers,
+            [to_xdiffusion(one) for one in explainers] if behaviour == "xdiffusion" else explainers,
             negative_prompt=negative_prompt,
             seed=seed,
             num_steps=steps,
             sampling=sampling,
             gamma=gamma,
             guidance=guidance,
-            behaviour=behaviour,
             previews=previews,
             out=out,
             overwrite=overwrite,

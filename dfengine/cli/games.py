@@ -64,7 +64,7 @@ def play(
     kept = evaluation.Kept(None if out is None else out / "turns")
     summaries = []
     others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in range(1, steps)}
-    engine.prepare(jobs, explainers, done=others)
+    engine.prepare(engine.plan(jobs, explainers), done=others)
     with screen.bar("playing", len(explained) * len(jobs) * (len(explainers) + len(maps))) as (shown, task):
         for step in explained:
             found = evaluation.games(
@@ -100,7 +100,7 @@ def locate(
     generated = evaluation.GeneratedAreas(texts)
 
     def words(prompt: str) -> Sequence[str]:
-        return Attention().contents(engine.denoiser, engine.job(prompt, num_steps=steps)).words
+        return Attention().output_spec(engine.denoiser, engine.job(prompt, num_steps=steps)).words
 
     jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
     noised = [

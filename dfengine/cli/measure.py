@@ -81,7 +81,7 @@ def layers(
         revision=revision,
         random_weights=random_weights,
     )
-    found = Cam(layers=tuple(pattern or ["*"])).chosen(engine.denoiser)
+    found = Cam(layers=tuple(pattern or ["*"])).select_layers(engine.denoiser)
     if as_json:
         print(json.dumps({name: list(layer.shape) for name, layer in found.items()}, indent=2))
         return

@@ -1,7 +1,8 @@
-"""The one convention every model is brought to: `denoiser(x_t, t, condition) → ε`.
+"""The one convention that every model is brought to, and what a model may offer beyond it.
 
-An adapter implements `Denoiser` for a family of models. What is explained, and how a trajectory is guided, are
-wrappers around it, so neither the sampler nor the explainers ask what kind of model they have.
+Four methods make a model explainable by masks: `condition`, `predict`, `decode` and `encode`. Explainers that need more
+ask for a capability (`require(denoiser, HasLayers, "DF-CAM")`). Guidance is a wrapper (`diffusion.guidance`), so that
+neither the sampler nor the explainers ask what kind of model they have.
 """
 
 from __future__ import annotations
@@ -10,50 +11,51 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dfengine.diffusion.path import NoiseSchedule, Prediction
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.path import NoiseSchedule
 from dfengine.tokens import Tokens
 
 #: Images [n, 3, H, W] in [0, 1] → features [n, d].
 Features = Callable[[Tensor], Tensor]
 
-#: Shown the probabilities [n, heads, s, t] of an attention, each row of which sums to 1, and the (height, width) of the
-#: grid that its s positions lie on, (1, s) for a text; returns the probabilities to go on with.
+#: Called with the probabilities [n, heads, s, t] of an attention, whose rows sum to 1, and the (height, width) of the
+#: grid of its s positions, (1, s) for a text; returns the probabilities to continue with.
 AttentionHook = Callable[[Tensor, tuple[int, int]], Tensor]
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A part of a network, and the (channels, height, width) of the feature map that it makes of a latent."""
-
-    module: nn.Module
-    shape: tuple[int, int, int]
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the network is told of n prompts: named tensors, each with the prompts along its first axis."""
+    """What the network is told about n jobs besides latent and time-step: named tensors with the jobs along axis 0."""
 
     tensors: dict[str, Tensor]
+    num_jobs: int = 0
+    """n of a model that is told nothing; otherwise the tensors' own length counts"""
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(next(iter(self.tensors.values()))) if self.tensors else self.num_jobs
 
     def __getitem__(self, rows: Tensor | slice) -> Condition:
+        if not self.tensors:
+            return Condition({}, len(torch.arange(self.num_jobs)[rows if isinstance(rows, slice) else rows.cpu()]))
         return Condition({name: value[rows] for name, value in self.tensors.items()})
 
     @classmethod
     def cat(cls, conditions: Sequence[Condition]) -> Condition:
-        """The prompts of several conditions in one."""
-        return cls({name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors})
+        """The jobs of several conditions in one."""
+        tensors = {name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors}
+        return cls(tensors, sum(map(len, conditions)))
 
 
 class Denoiser(ABC):
-    """A denoising network with its noise schedule, text conditioning and image codec.
+    """A denoising network with its path, its conditioning and its image codec.
 
     Networks are not trained here: adapters hold them in evaluation mode without parameter gradients.
     """
@@ -64,28 +66,36 @@ class Denoiser(ABC):
     latent_shape: tuple[int, int, int]
     """(channels, height, width) of R_t"""
     image_shape: tuple[int, int]
-    """(height, width) of decoded images, in pixels"""
+    """(height, width) of decoded images in pixels"""
     device: torch.device
     dtype: torch.dtype
     """of the network; ε, x0 and latents are float32"""
     batch_size: int
-    """latents in one forward, at most; halved where they do not fit"""
+    """latents in one forward, at most; halved if they do not fit into memory"""
     attention_backend: str = "its own"
-    """what computes attention, by name"""
+    """the name of what computes attention"""
     compiled: bool = False
-    """whether `compile` has been called; what it has no shape for runs as it is"""
+    """whether `compile` has been called; shapes it was not compiled for run uncompiled"""
     features: Features | None = None
-    """image features for comparisons on decoded images, if the model comes with them"""
+    """image features for comparisons of decoded images, if the model comes with them"""
+
+    def condition(self, jobs: Sequence[Job], *, negative: bool = False) -> Condition:
+        """What the network is told about each job, or about its negative (the unconditional half of guidance).
+
+        By default the job's prompt, or its negative prompt, by `encode_prompts`; a model that is told anything else
+        (a class label, a control image, nothing) overrides this. Raises ValueError for what the model cannot be told.
+        """
+        return self.encode_prompts([job.negative_prompt if negative else job.prompt for job in jobs])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of plain prompts. Raises ValueError for one that the model does not take in full."""
+        raise ValueError(f"{self.name} takes no prompts")
 
     @abstractmethod
     def predict(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition
     ) -> Float[Tensor, "n c h w"]:
-        """The network's own output, whatever its parametrisation."""
-
-    @abstractmethod
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts. Raises ValueError for one that the model cannot be told whole."""
+        """The network's own output in latent layout, whatever its parametrisation."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
@@ -98,73 +108,28 @@ class Denoiser(ABC):
     def __call__(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition
     ) -> Float[Tensor, "n c h w"]:
-        """The noise prediction ε, float32."""
-        return self.read(x_t, timesteps, condition).epsilon
+        """The predicted noise ε, float32."""
+        return self.schedule.epsilon(self.predict(x_t, timesteps, condition), x_t, timesteps)
 
     def with_prompts(self, condition: Condition) -> PromptedDenoiser:
-        """The network bound to prompts, which many latents are going to share."""
+        """The network with its conditions fixed, which many latents are going to share."""
         return PromptedDenoiser(self, condition)
-
-    def use_attention(self, backend: str) -> None:
-        """Compute attention by one of several backends. Raises ValueError where there is no choice, or not this one."""
-        raise ValueError(f"{self.name} has no choice of attention: leave it out")
-
-    def layers(self) -> dict[str, Layer]:
-        """The parts whose feature maps can be looked at, by their name in the module tree, in the forward's order.
-
-        Raises ValueError where there are none.
-        """
-        raise ValueError(f"{self.name} does not tell its layers: DF-CAM is not possible with it")
 
     def differentiable(self) -> AbstractContextManager[None]:
         """While inside, `torch.func` can differentiate `predict`."""
         return nullcontext()
 
-    def tokens(self, prompt: str) -> Tokens:
-        """What the positions of a prompt's encoding stand for. Raises ValueError as `condition` does."""
-        raise ValueError(f"{self.name} does not tell its tokens: relevance and attention are not possible with it")
-
-    def require_attention(self) -> None:
-        """Raise ValueError where attention is not to be seen."""
-        raise ValueError(f"{self.name} does not show its attention: relevance and attention are not possible with it")
-
-    def with_attention_hook(
-        self, condition: Condition, text: AttentionHook, image: AttentionHook | None = None
-    ) -> PromptedDenoiser:
-        """The network bound to prompts, `text` being shown every cross-attention as it is computed, and `image` every
-        self-attention. Differentiable. Raises ValueError as `require_attention` does.
-        """
-        raise NotImplementedError
-
-    def with_text_attention_hook(self, prompts: Sequence[str], watch: AttentionHook) -> Condition:
-        """`condition`, `watch` being shown every self-attention of the text encoders. Differentiable.
-
-        Raises ValueError where attention is not to be seen.
-        """
-        raise ValueError(f"{self.name} does not show its text encoder's attention: leave text_attention out")
-
-    def zero_tokens(self, condition: Condition, places: Sequence[int]) -> Condition:
-        """Prompts whose encoding is zero at some positions. Raises ValueError where it has none."""
-        raise ValueError(f"{self.name} does not tell its tokens: none can be left out")
+    def use_attention(self, backend: str) -> None:
+        """Compute attention by a backend. Raises ValueError if there is no choice, or not this one."""
+        raise ValueError(f"{self.name} has no choice of attention: leave it out")
 
     def performance_warnings(self) -> list[str]:
-        """Fast paths that this network does not take, and why, a line each."""
+        """Fast paths that this network does not take and why, a line each."""
         return []
-
-    def compile(self) -> None:
-        """Compile the network, for batches of exactly `batch_size` latents that share a prompt.
-
-        Raises ValueError where it cannot be compiled.
-        """
-        raise ValueError(f"{self.name} cannot be compiled: leave compile out")
-
-    def read(self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition) -> Prediction:
-        """x0 and ε, each straight from the network's output."""
-        return self.schedule.to_x0_and_eps(self.predict(x_t, timesteps, condition), x_t, timesteps)
 
 
 class PromptedDenoiser:
-    """A network bound to some prompts: what depends on neither latent nor time-step can be made once, here."""
+    """A network with its conditions fixed, so that what depends on neither latent nor time-step is computed once."""
 
     def __init__(self, denoiser: Denoiser, condition: Condition) -> None:
         self.denoiser, self.condition = denoiser, condition
@@ -172,8 +137,8 @@ class PromptedDenoiser:
     def __call__(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
-        """The network's own output for each latent under the prompt of its row, or of one row for all of them."""
-        rows = torch.full_like(timesteps, rows) if isinstance(rows, int) else rows
+        """The network's own output for each latent under the condition of its row, or of one row for all of them."""
+        rows = torch.full((len(x_t),), rows, device=x_t.device) if isinstance(rows, int) else rows
         return self.denoiser.predict(x_t, timesteps, self.condition[rows])
 
     def both(
@@ -182,9 +147,89 @@ class PromptedDenoiser:
         timesteps: Shaped[Tensor, " n"],
         rows: Int[Tensor, "2 n"] | tuple[int, int],
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-        """The outputs for each latent under two prompts: those of its two rows, or of one pair for all of them."""
+        """The outputs for each latent under two conditions: of its two rows, or of one pair of rows for all of them."""
         if isinstance(rows, tuple) or 2 * len(x_t) > self.denoiser.batch_size:  # two batches of the one size
             first, second = rows
             return self(x_t, timesteps, first), self(x_t, timesteps, second)
         outputs = self(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), rows.flatten())
         return outputs[: len(x_t)], outputs[len(x_t) :]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module of a network, and the (channels, height, width) of the feature map that it outputs."""
+
+    module: nn.Module
+    shape: tuple[int, int, int]
+
+
+@runtime_checkable
+class HasLayers(Protocol):
+    """Feature maps by layer."""
+
+    def layers(self) -> dict[str, Layer]:
+        """The layers by their name in the module tree, in the forward's order."""
+        ...
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """Known positions of the prompt's tokens in its encoding."""
+
+    def tokens(self, prompt: str) -> Tokens:
+        """What each position of a prompt's encoding stands for. Raises ValueError as `Denoiser.condition` does."""
+        ...
+
+    def zero_tokens(self, condition: Condition, places: Sequence[int]) -> Condition:
+        """A condition whose encoding is zero at some positions."""
+        ...
+
+
+@runtime_checkable
+class HasAttention(HasTokens, Protocol):
+    """Accessible attention probabilities and their gradients."""
+
+    def require_attention(self) -> None:
+        """Raises ValueError if the attention is not accessible as the network is at present."""
+        ...
+
+    def with_attention_hook(
+        self, condition: Condition, text: AttentionHook, image: AttentionHook | None = None
+    ) -> PromptedDenoiser:
+        """`with_prompts`, `text` being called in every cross-attention and `image` in every self-attention.
+
+        Differentiable. Raises ValueError as `require_attention` does.
+        """
+        ...
+
+    def with_text_attention_hook(self, prompts: Sequence[str], hook: AttentionHook) -> Condition:
+        """`encode_prompts`, the hook being called in every self-attention of the text encoder. Differentiable.
+
+        Raises ValueError if that attention is not accessible.
+        """
+        ...
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """A network that `torch.compile` can speed up."""
+
+    def compile(self) -> None:
+        """Compile the network for batches of exactly `batch_size` latents that share a condition.
+
+        Raises ValueError if it cannot be compiled.
+        """
+        ...
+
+
+_EXPOSED = {HasLayers: "layers", HasTokens: "tokens", HasAttention: "attention"}
+
+
+def require(denoiser: Denoiser, capability: type[C], purpose: str) -> C:
+    """The denoiser, seen as one with a capability. Raises ValueError, which names the purpose, if it lacks it."""
+    if not isinstance(denoiser, capability):
+        raise ValueError(
+            f"{denoiser.name} does not expose its {_EXPOSED[capability]}: {purpose} is not possible with it; "
+            "use an explainer that only needs predictions, such as rise"
+        )
+    return denoiser

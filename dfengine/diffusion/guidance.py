@@ -13,25 +13,25 @@ TARGETS = ("conditional", "guided", "unconditional")
 
 
 class GuidedDenoiser:
-    """A denoiser bound to prompts and to one of the three targets: `explained(x_t, t, rows) → Prediction`.
+    """A denoiser with its conditions and its target fixed: `explained(x_t, t, rows) → Prediction`.
 
     conditional    f(x | prompt): one forward
     unconditional  f(x | negative prompt): one forward
     guided         f(x | negative) + scale (f(x | prompt) − f(x | negative)): two forwards
 
-    `rows` says whose prompt each latent is under: [n], or one number where they share it, which costs less.
+    `rows` is the condition of each latent, [n], or one number if they share it, which costs less.
     """
 
     def __init__(
         self, denoiser: Denoiser, prompts: Condition, negatives: Condition, target: str, scale: Float[Tensor, " rows"]
     ) -> None:
-        """Raises ValueError for a target that is not known."""
+        """`scale` is w of each condition. Raises ValueError for an unknown target."""
         if target not in TARGETS:
             raise ValueError(f"target {target!r} is not known: expected one of {', '.join(TARGETS)}")
         self.denoiser, self.schedule, self.target, self.scale = denoiser, denoiser.schedule, target, scale
         self._count = len(prompts)
-        told = {"conditional": prompts, "unconditional": negatives}
-        self._network = denoiser.with_prompts(told.get(target) or Condition.cat([negatives, prompts]))
+        conditions = {"conditional": prompts, "unconditional": negatives}
+        self._network = denoiser.with_prompts(conditions.get(target) or Condition.cat([negatives, prompts]))
 
     def __call__(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
@@ -51,5 +51,5 @@ class GuidedDenoiser:
         if self.target != "guided":
             return self._network(x_t, timesteps, rows)
         both = (rows, rows + self._count) if isinstance(rows, int) else torch.stack([rows, rows + self._count])
-        without, given = (output.float() for output in self._network.both(x_t, timesteps, both))
-        return without + self.scale[rows].reshape(-1, 1, 1, 1) * (given - without)
+        unconditional, conditional = (output.float() for output in self._network.both(x_t, timesteps, both))
+        return unconditional + self.scale[rows].reshape(-1, 1, 1, 1) * (conditional - unconditional)

@@ -159,7 +159,7 @@ class NoiseSchedule:
                 raise ValueError(f"time-step {t:g} is outside [0, {last}]: steps index the training schedule")
         for earlier, later in itertools.pairwise(steps):
             if later >= earlier:
-                raise ValueError(f"time-steps must fall strictly, but {later:g} follows {earlier:g}")
+                raise ValueError(f"time-steps must decrease strictly, but {later:g} follows {earlier:g}")
         is_whole = not self.is_flow and all(t == int(t) for t in steps)
         return [int(t) for t in steps] if is_whole else [float(t) for t in steps]
 
@@ -242,7 +242,7 @@ def exponential_timesteps(
     """Time-steps concentrated in the early (noisy) or latter part of the process, Eqs. 12–14.
 
     With l steps of T and δ = T^(1/(l+γ)): early is T − 1, then T − ⌊δ^(i+γ)⌋ for i = 1 … l − 1; latter is ⌊δ^(i+γ)⌋
-    for i = l … 1 with T replaced by T − 1. Repeats are spread, so the list falls strictly inside [0, T − 1].
+    for i = l … 1 with T replaced by T − 1. Repeats are spread, so that the list decreases strictly inside [0, T − 1].
 
     Raises ValueError for l outside [1, T], γ < 0 or an unknown stage.
     """
@@ -270,10 +270,10 @@ def exponential_timesteps(
 
 
 def schedule_name(timesteps: Sequence[float], num_train_timesteps: int = 1000) -> str:
-    """What a list of time-steps is called: "uniform", "early, γ = 60", or its ends where it is neither or too short.
+    """A name for a list of time-steps: "uniform", "early, γ = 60", or its two ends if it is neither or too short.
 
-    Uniform is what falls by the same number, give or take one; γ is looked for among the whole numbers to 300, and left
-    out where several make the same list.
+    A list is uniform if its gaps differ by at most one; γ is searched among the whole numbers up to 300, and omitted if
+    several give the same list.
     """
     steps = [int(t) for t in timesteps]
     if len(steps) > 2:
@@ -299,7 +299,7 @@ def _check_num_steps(num_steps: int, total: int) -> None:
 
 
 def _betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:
-    """β_t in float64, by the configuration's `trained_betas` or `beta_schedule`."""
+    """β_t in float64 from the configuration's `trained_betas` or `beta_schedule`."""
     if config.get("trained_betas") is not None:
         return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
     total, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
@@ -325,7 +325,7 @@ def _cosine_level(total: int) -> Float[Tensor, " edges"]:
 
 
 def _laplace_level(total: int) -> Float[Tensor, " edges"]:
-    """√(SNR/(1 + SNR)) at s = 0 … 1, SNR = (1 − |1 − 2s| + 1e-6)^(∓1/2), as diffusers' DDPMScheduler has it."""
+    """√(SNR/(1 + SNR)) at s = 0 … 1, SNR = (1 − |1 − 2s| + 1e-6)^(∓1/2), as in diffusers' DDPMScheduler."""
     from_middle = 1 - 2 * torch.arange(total + 1, dtype=torch.float64) / total
     log_snr = -0.5 * torch.where(from_middle < 0, -1.0, 1.0) * (1 - from_middle.abs() + 1e-6).log()
     return log_snr.sigmoid().sqrt()

@@ -1,13 +1,10 @@
-"""The sampling loop, batched over prompts: R_t and ε(R_t) of every step, and the image they end in."""
+"""The sampling loop, batched over jobs: R_t and ε(R_t) of every step, and the image they end in."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,45 +12,13 @@ from torch import Tensor
 
 from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.job import Job
 from dfengine.diffusion.path import END
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image to generate, or a given image to stand in for a generation, and the steps to visit."""
-
-    prompt: str
-    timesteps: tuple[float, ...]
-    seed: int = 0
-    negative_prompt: str = ""
-    guidance: float = 7.5
-    image: UInt8[Tensor, "H W 3"] | None = None
-    """a given image: it is encoded and noised to each step instead of being generated"""
-
-    def __post_init__(self) -> None:
-        if not self.prompt.strip() and self.image is None:
-            raise ValueError("the prompt is empty: say what the image should show")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed} is outside [0, 2^63): choose one inside")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance {self.guidance} is not possible: expected a finite number")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What makes it beside its prompts and its seed, as JSON values; a given image is told by its SHA-256."""
-        image = None if self.image is None else hashlib.sha256(self.image.numpy().tobytes()).hexdigest()
-        return {"timesteps": list(self.timesteps), "guidance": self.guidance, "image": image}
-
-    @property
-    def mask_seed(self) -> int:
-        """64 bits from seed and prompt (signed), so that no two items share their masks."""
-        digest = hashlib.sha256(f"{self.seed}\n{self.prompt}".encode()).digest()
-        return int.from_bytes(digest[:8], "big", signed=True)
-
-
-@dataclass(frozen=True)
 class Trajectory:
-    """One finished generation; everything that is explained is computed from it.
+    """One finished generation, from which everything that is explained is computed.
 
     Tensors are float32 on the denoiser's device.
     """
@@ -64,7 +29,7 @@ class Trajectory:
     epsilon: Float[Tensor, "steps c h w"]
     """ε(R_t), with guidance"""
     x0: Float[Tensor, "steps c h w"] | None
-    """the clean latent predicted at each step, with guidance; None if the trajectory was restored from a file"""
+    """the clean latent predicted at each step, with guidance; None in a trajectory restored from a file"""
     signal: Float[Tensor, " steps"]
     """a of each step: R_t = a·x0 + b·n"""
     noise: Float[Tensor, " steps"]
@@ -74,17 +39,17 @@ class Trajectory:
     prompt: Condition
     negative: Condition
     explain_steps: Sequence[int] = ()
-    """indices of the steps that are to be explained; all unless given"""
+    """indices of the steps to explain; empty means all"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a step that is not there."""
+        """Raises ValueError for a step outside the trajectory."""
         object.__setattr__(self, "explain_steps", tuple(map(operator.index, self.explain_steps)))
         if outside := [step for step in self.explain_steps if not 0 <= step < len(self.latents)]:
             raise ValueError(f"step {outside[0]} is outside [0, {len(self.latents) - 1}]: steps index the time-steps")
 
     @property
     def steps(self) -> Sequence[int]:
-        """Indices of the steps that are to be explained."""
+        """Indices of the steps to explain."""
         return self.explain_steps or range(len(self.latents))
 
     def __len__(self) -> int:
@@ -92,21 +57,20 @@ class Trajectory:
 
 
 def start_noise(seed: int, shape: tuple[int, int, int]) -> Float[Tensor, "c h w"]:
-    """N(0, 1) drawn on the CPU in float32: a seed is the same noise on every device and in every batch."""
+    """N(0, 1) drawn on the CPU in float32, so that a seed is the same noise on every device and in every batch."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
 @torch.no_grad()
 def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
-    """Sample all jobs together by deterministic DDIM; they must have equally many steps.
+    """Sample all jobs together by the deterministic step; they must have equally many steps.
 
-    Raises ValueError for a prompt that the model cannot take, or an image of another size than it makes.
+    Raises ValueError for a job that the model cannot be told about, or an image of another size than it generates.
     """
     if len({len(job.timesteps) for job in jobs}) > 1:
         raise ValueError("jobs sampled together must have equally many steps")
     schedule, device = denoiser.schedule, denoiser.device
-    prompts = denoiser.condition([job.prompt for job in jobs])
-    negatives = denoiser.condition([job.negative_prompt for job in jobs])
+    prompts, negatives = denoiser.condition(jobs), denoiser.condition(jobs, negative=True)
     scale = torch.tensor([job.guidance for job in jobs], dtype=torch.float32, device=device)
     guided = GuidedDenoiser(denoiser, prompts, negatives, "guided", scale)
     rows = torch.arange(len(jobs), device=device)
@@ -155,7 +119,7 @@ def restore(
     epsilon: Float[Tensor, "steps c h w"],
     image: UInt8[Tensor, "H W 3"],
 ) -> Trajectory:
-    """A trajectory from what was stored of it."""
+    """A trajectory from its stored parts."""
     device = denoiser.device
     a, b = denoiser.schedule.coefficients(torch.tensor(job.timesteps, device=device))
     return Trajectory(
@@ -166,23 +130,23 @@ def restore(
         signal=a.flatten(),
         noise=b.flatten(),
         image=image,
-        prompt=denoiser.condition([job.prompt]),
-        negative=denoiser.condition([job.negative_prompt]),
+        prompt=denoiser.condition([job]),
+        negative=denoiser.condition([job], negative=True),
     )
 
 
 def to_bytes(images: Float[Tensor, "n 3 H W"]) -> UInt8[Tensor, "n H W 3"]:
-    """Images in [0, 1] as bytes on the CPU."""
+    """Images in [0, 1] as uint8 on the CPU."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def check_image(denoiser: Denoiser, image: Tensor) -> None:
-    """Raise ValueError for an image that is not uint8 of the size that the model makes."""
+    """Raises ValueError for an image that is not uint8 of the model's image size."""
     height, width = denoiser.image_shape
     if tuple(image.shape) != (height, width, 3) or image.dtype != torch.uint8:
         raise ValueError(
-            f"the image is {image.dtype} {tuple(image.shape)}, but the model makes torch.uint8 ({height}, {width}, 3): "
-            "resize it"
+            f"the image is {image.dtype} {tuple(image.shape)}, but the model generates torch.uint8 "
+            f"({height}, {width}, 3): resize it"
         )
 
 

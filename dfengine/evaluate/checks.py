@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dfengine.diffusion.denoiser import Condition, Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
+from dfengine.diffusion.denoiser import Condition, Denoiser, HasLayers, HasTokens, require
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.evaluate.intervals import Interval, interval, rate
 from dfengine.evaluate.truth import area, auroc, has_distinct_colours
 from dfengine.explain import Attention, Cam, Explainer, Relevance, Rise
@@ -122,7 +123,7 @@ def _randomised(
     tell: Callable[[str], None],
 ) -> dict[str, dict[str, Interval]]:
     """Weights made random a stage at a time, from the output on: how far maps then agree with the model's own."""
-    names = denoiser.layers()
+    names = require(denoiser, HasLayers, "randomising layers").layers()
     stages = [(stage, list(layers)) for stage, layers in groupby(names, key=_stage)]
     own = {explainer.name: _maps(explainer, denoiser, paths) for explainer in explainers}
     agreement: dict[str, dict[str, Interval]] = {explainer.name: {} for explainer in explainers}
@@ -180,7 +181,11 @@ def _reset(module: torch.nn.Module) -> None:
 @contextmanager
 def _restored(denoiser: Denoiser) -> Iterator[None]:
     """While inside, weights may be changed."""
-    parameters = {id(p): p for layer in denoiser.layers().values() for p in layer.module.parameters()}
+    parameters = {
+        id(p): p
+        for layer in require(denoiser, HasLayers, "randomising layers").layers().values()
+        for p in layer.module.parameters()
+    }
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     try:
         yield
@@ -196,18 +201,19 @@ def _removed(denoiser: Denoiser, paths: Sequence[Trajectory]) -> tuple[list[floa
     What is left of its share of the relevance; and for each prompt, over its words, the rank correlation of that share
     with how much the prediction changes.
     """
+    known = require(denoiser, HasTokens, "removing words")
     relevance = Relevance()
     ratios: list[float] = []
     weighs: list[float] = []
     for path in paths:
-        tokens, prompt = denoiser.tokens(path.job.prompt), path.job.prompt
+        tokens, prompt = known.tokens(path.job.prompt), path.job.prompt
         before = _shares(relevance, denoiser, path)
         shares, changes = [], []
         for start, stop in words(prompt):
             if prompt[start:stop].casefold() in STOP_WORDS:
                 continue
             places = tokens.places(start, stop)
-            without = dataclasses.replace(path, prompt=denoiser.zero_tokens(path.prompt, places))
+            without = dataclasses.replace(path, prompt=known.zero_tokens(path.prompt, places))
             shares.append(float(before[places].sum()))
             ratios.append(float(_shares(relevance, denoiser, without)[places].sum()) / shares[-1])
             changes.append(_change(denoiser, path, without.prompt))

@@ -16,11 +16,12 @@ from numpy import ndarray
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser, Features
-from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory
 from dfengine.evaluate.games import fitted, play, usable
 from dfengine.evaluate.kept import Kept, Turn
 from dfengine.explain import Explainer, check_behaviour, describe, is_serializable
-from dfengine.recorder import item_key
+from dfengine.plan import item_key
 
 #: Items in a group, as a share of a batch of latents: masks and points fill batches all the same, and a run that is cut
 #: off loses a group at most.
@@ -111,7 +112,7 @@ def games(
         given[name] = fitted(array, denoiser, f"map {name!r}", behaviour)
     for explainer in explainers:
         for job in jobs:
-            explainer.contents(denoiser, job)
+            explainer.output_spec(denoiser, job)
 
     told = {"name": extractor, "dtype": str(getattr(extract, "dtype", None))}
     keys = _Keys(denoiser, step, told, behaviour, is_named=features is None or hasattr(features, "name"))
@@ -120,7 +121,7 @@ def games(
     missing = [i for i in range(len(jobs)) if any(kept.get(table[name][i]) is None for name in names)]
     with torch.no_grad():
         for text in {text for i in missing for text in (jobs[i].prompt, jobs[i].negative_prompt)}:
-            denoiser.condition([text])
+            denoiser.encode_prompts([text])
     for _ in range((len(jobs) - len(missing)) * len(names)):
         tell()
     size = max(1, denoiser.batch_size // _SHARE)

@@ -1,18 +1,17 @@
-"""Explainers: each is its settings, and turns finished trajectories into a stream of maps."""
+"""Explainers: frozen settings that turn sampled trajectories into a stream of maps."""
 
 from dfengine.explain.attention import Attention
-from dfengine.explain.base import BEHAVIOURS, Explainer, OutputSpec, StepMap, check_behaviour
+from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
 from dfengine.explain.cam import Cam
 from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
-from dfengine.explain.registry import EXPLAINERS, describe, is_serializable, rebuild
+from dfengine.explain.registry import describe, entries, entry_of, is_serializable, make, rebuild, register
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
-from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionLime, XDiffusionRise, to_xdiffusion
+from dfengine.explain.steps import Steps, by_steps
+from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionLime, XDiffusionRise
 
 __all__ = [
-    "BEHAVIOURS",
-    "EXPLAINERS",
     "Attention",
     "Cam",
     "Explainer",
@@ -22,12 +21,34 @@ __all__ = [
     "Relevance",
     "Rise",
     "StepMap",
+    "Steps",
     "XDiffusionCam",
     "XDiffusionLime",
     "XDiffusionRise",
-    "check_behaviour",
+    "by_steps",
     "describe",
+    "entries",
+    "entry_of",
     "is_serializable",
+    "make",
+    "option",
     "rebuild",
-    "to_xdiffusion",
+    "register",
 ]
+
+# Until their callers have moved on.
+EXPLAINERS = {entry.explainer.__name__: entry.explainer for entry in entries().values()}
+
+
+def check_behaviour(behaviour: str) -> None:
+    if behaviour not in ("paper", "xdiffusion"):
+        raise ValueError(f"behaviour {behaviour!r} is not known: expected one of paper, xdiffusion")
+
+
+def to_xdiffusion(explainer: Explainer) -> Explainer:
+    entry = entry_of(explainer)
+    settings = {k: v for k, v in describe(explainer).items() if k != "explainer"}
+    assert entry is not None
+    default = describe(type(explainer)())
+    changed = {k: getattr(explainer, k) for k in settings if k == "name" or settings[k] != default[k]}
+    return make(entry.name, preset="xdiffusion", **changed)

@@ -1,83 +1,88 @@
-"""What every explainer is: frozen settings that say what they will make, and make it."""
+"""What every explainer is: frozen settings that declare what they produce, and produce it step by step."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory
 from dfengine.tokens import Tokens
 
-#: The paper's equations, or what the authors' released code does instead.
-BEHAVIOURS = ("paper", "xdiffusion")
 
+def option(default: Any, help: str) -> Any:
+    """A setting of an explainer: a dataclass field whose default and help are declared here alone.
 
-def check_behaviour(behaviour: str) -> None:
-    """Raise ValueError for a behaviour that is not known."""
-    if behaviour not in BEHAVIOURS:
-        raise ValueError(f"behaviour {behaviour!r} is not known: expected one of {', '.join(BEHAVIOURS)}")
+    The command line, sweeps, the stored settings and the documentation derive from it.
+    """
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class StepMap:
-    """What one explainer makes of one step of one item: float32, on the CPU, before any normalisation."""
+    """What one explainer produced for one step of one item: float32, on the CPU, before any normalisation."""
 
     item: int
     """index among the trajectories given to the explainer"""
     step: int
-    """index in the item's list of time-steps"""
+    """index in the item's list of time-steps, from 0"""
     method: str
+    """the explainer's `name`"""
     saliency: Float[Tensor, "h w"]
     error: Float[Tensor, "h w"] | None = None
-    """standard error per pixel, infinite where nothing was measured, for methods that have one"""
+    """standard error per pixel, infinite where nothing was measured"""
     scores: Float[Tensor, " masks"] | None = None
-    """of methods with masks, each mask's (mean) score, NaN for masks that an early stop spared"""
+    """each mask's (mean) score, NaN for masks that an early stop skipped"""
     layers: Mapping[str, Float[Tensor, "_ _"]] = field(default_factory=dict)
-    """of DF-CAM, each layer's map at its own resolution"""
+    """each layer's map at its own resolution"""
     relevance: Float[Tensor, " tokens"] | None = None
-    """of relevance, each token's"""
+    """each token's relevance"""
     word_maps: Float[Tensor, "words h w"] | None = None
-    """of attention, each word's map"""
+    """each word's map"""
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What an explainer's step maps of one job will hold beside their saliency."""
+    """What the step maps of one job will hold besides their saliency."""
 
     num_masks: int = 0
     has_error: bool = False
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """each layer's resolution"""
     tokens: Tokens | None = None
-    """those that relevance is given for"""
+    """the tokens that `relevance` has a value for"""
     words: Sequence[str] = ()
-    """those that have maps"""
+    """the words that `word_maps` has a map for"""
 
 
-@runtime_checkable
-class Explainer(Protocol):
-    """A frozen dataclass of settings; `dataclasses.asdict` of it runs it again."""
+@dataclass(frozen=True)
+class Explainer(ABC):
+    """Base of all explainers: a frozen dataclass whose fields are its settings, declared with `option`.
+
+    `explain.registry.register` makes one available by name.
+    """
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """What its maps are filed under."""
-        ...
+        """The name its maps are stored under; two explainers of one run need different names."""
 
     def num_forwards(self, num_steps: int) -> int:
-        """Forwards of one latent that so many steps of one item cost, at most: what a job's time is predicted from."""
-        ...
+        """Network evaluations of one latent that so many steps cost at most, from which running time is predicted."""
+        return num_steps
 
-    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """What it will make of a job. Raises ValueError for what this model or this prompt does not have."""
-        ...
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+        """What it will produce for a job. Raises ValueError if the model or the prompt lacks what it needs."""
+        return OutputSpec()
 
+    @abstractmethod
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
-        """Stream the maps of all trajectories as they are made, leaving out the (item, step) pairs in `done`."""
-        ...
+        """Stream the maps of every trajectory's steps, except the (item, step) pairs in `done`."""

@@ -1,6 +1,6 @@
-"""DF-CAM: what each layer of the denoiser attends to, as a gradient-weighted map of its features [10][11].
+"""DF-CAM: what each layer of the network attends to, as a gradient-weighted map of its features (Eqs. 10, 11).
 
-One forward and one backward tell all layers of a batch of steps: a zero δ is added to every feature map, and the
+One forward and one backward serve all layers of a batch of steps: a zero δ is added to every feature map, and the
 gradient is taken with respect to all δ at once.
 """
 
@@ -18,58 +18,70 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
-from dfengine.diffusion.trajectory import Job, Trajectory
-from dfengine.explain.base import OutputSpec, StepMap
-from dfengine.explain.steps import Steps, by_steps, check_scale, in_range
+from dfengine.diffusion.denoiser import Condition, Denoiser, HasLayers, Layer, require
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory
+from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
+from dfengine.explain.registry import checked, register
+from dfengine.explain.steps import Steps, by_steps, check_loss_scale, with_loss_scaling
 from dfengine.result import COMBINED
 
 
+@register("cam", label="DF-CAM", form="layers")
 @dataclass(frozen=True)
-class Cam:
-    """DF-CAM of every layer [10][11].
+class Cam(Explainer):
+    """What each layer's features add to the prediction, all layers from one backward pass (Eqs. 10, 11).
 
-    α_k = mean_ij ∂y/∂A^k_ij,  L = ReLU(Σ_k α_k A^k),  y = Σ f(R_t)
+        α_k = mean_ij ∂y/∂A^k_ij,  L = ReLU(Σ_k α_k A^k),  y = Σ f(R_t)
 
-    The saliency, "combined", is the sum over the layers of their maps, each brought to the latent's size (bilinear) and
-    to [0, 1] (min–max); a layer that is the same everywhere adds nothing.
+    The saliency, "combined", is the sum over the layers of their maps, each resized to the latent (bilinear) and scaled
+    to [0, 1] (min–max, Eq. 9); a constant layer contributes zero.
     """
 
-    layers: Sequence[str] = ("*",)
-    """names of layers, or patterns of them as in "up_blocks.*.resnets.*" (`dfengine layers` lists them)"""
-    target: str = "conditional"
-    """which prediction is explained: "conditional" or "unconditional" """
-    scale: float = 256.0
-    """what y is multiplied by while gradients are taken in float16, which loses small ones; divided out again"""
-    name: str = "cam"
+    layers: Sequence[str] = option(("*",), "layers, or patterns such as up_blocks.* (`dfengine layers` lists them)")
+    target: str = option("conditional", "prediction to explain: conditional or unconditional")
+    loss_scale: float = option(256.0, "factor on y while float16 gradients are taken, divided out again")
+    name: str = option("cam", "name that the maps are stored under")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what is not possible."""
+        """Raises ValueError for an empty list of layers, an unknown target, or a loss scale that is not positive."""
         patterns = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         object.__setattr__(self, "layers", patterns)
         if not patterns:
-            raise ValueError("DF-CAM of no layer is not possible: name some, or leave layers out for all")
+            raise ValueError("DF-CAM needs at least one layer: name some, or leave layers out for all")
         if self.target not in ("conditional", "unconditional"):
             raise ValueError(
                 f"target {self.target!r} is not possible with DF-CAM: expected conditional or unconditional, since a "
-                "guided prediction comes of two feature maps a layer"
+                "guided prediction has two feature maps a layer"
             )
-        check_scale(self.scale)
+        check_loss_scale(self.loss_scale)
+
+    @classmethod
+    def paper(cls, **settings: Any) -> Cam:
+        """The equations as printed, of all layers."""
+        return cls(**checked(cls, settings))
+
+    @classmethod
+    def xdiffusion(cls, **settings: Any) -> Explainer:
+        """What the authors' released code computes. Raises ValueError for a setting that it does not have."""
+        from dfengine.explain.xdiffusion import XDiffusionCam
+
+        return XDiffusionCam(**checked(XDiffusionCam, settings))
 
     def num_forwards(self, num_steps: int) -> int:
-        """A forward and a backward a step; without gradients of weights that costs what a forward does."""
+        """A forward and a backward a step; without gradients of weights a backward costs what a forward does."""
         return 2 * num_steps
 
-    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """The layers that are looked at. Raises ValueError for a pattern that no layer has."""
-        return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.chosen(denoiser).items()})
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+        """The selected layers. Raises ValueError for a pattern that matches none."""
+        return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.select_layers(denoiser).items()})
 
-    def chosen(self, denoiser: Denoiser) -> dict[str, Layer]:
-        """The layers of a network that the patterns name. Raises ValueError for a pattern that no layer has."""
-        layers = denoiser.layers()
+    def select_layers(self, denoiser: Denoiser) -> dict[str, Layer]:
+        """The layers that the patterns match. Raises ValueError for a pattern that matches none."""
+        layers = require(denoiser, HasLayers, "DF-CAM").layers()
         if not layers or COMBINED in layers:
             raise ValueError(
-                f"{denoiser.name} has no layers, or one called {COMBINED!r}, which is all of them together"
+                f"{denoiser.name} has no layers, or one called {COMBINED!r}, the name of all of them together"
             )
         for pattern in self.layers:
             if not any(fnmatchcase(name, pattern) for name in layers):
@@ -83,40 +95,57 @@ class Cam:
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
-        """Stream the maps of every step of every trajectory.
+        layers = self.select_layers(denoiser)
+        negatives = Condition.cat([path.negative for path in trajectories])
 
-        Raises ValueError where the network has no such layers.
-        """
-        layers = self.chosen(denoiser)
-        told = [path.prompt if self.target == "conditional" else path.negative for path in trajectories]
-        conditions = Condition.cat(told)
+        def maps(steps: Steps) -> dict[str, Tensor]:
+            condition = steps.condition if self.target == "conditional" else negatives[steps.items]
+            return self._maps(denoiser, layers, steps, condition)
 
-        def work(steps: Steps) -> dict[str, Tensor]:
-            return self._maps(denoiser, layers, steps, conditions[steps.items])
-
-        yield from by_layer(self.name, denoiser, trajectories, done, work)
+        yield from by_layer(self.name, denoiser, trajectories, done, maps)
 
     def _maps(
         self, denoiser: Denoiser, layers: Mapping[str, Layer], steps: Steps, condition: Condition
     ) -> dict[str, Float[Tensor, "n _ _"]]:
         """L of every layer, at its own resolution."""
 
-        def target(deltas: dict[str, Tensor], scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-            with tapped(layers, deltas) as features:
-                output = denoiser.predict(steps.latents, steps.timesteps, condition)
-            return scale * denoiser.schedule.epsilon(output, steps.latents, steps.timesteps).sum(), features
-
         def maps(scale: float) -> dict[str, Tensor]:
-            gradients, features = torch.func.grad(target, has_aux=True)(zeros, scale)
+            gradients, features = feature_gradients(
+                denoiser, layers, steps.latents, steps.timesteps, condition, loss_scale=scale
+            )
             alphas = {name: gradients.pop(name).float().mean((2, 3)) / scale for name in layers}
-            return {name: F.relu(torch.einsum("nk,nkuv->nuv", alphas[name], features[name].float())) for name in layers}
+            return {name: weighted_map(alphas[name], features[name].float()) for name in layers}
 
-        zeros = {
-            name: torch.zeros(len(steps.latents), *layer.shape, dtype=denoiser.dtype, device=denoiser.device)
-            for name, layer in layers.items()
-        }
-        with denoiser.differentiable():
-            return in_range(denoiser.dtype, self.scale, maps, lambda found: found.values())
+        return with_loss_scaling(denoiser.dtype, self.loss_scale, maps, lambda result: result.values())
+
+
+def feature_gradients(
+    denoiser: Denoiser,
+    layers: Mapping[str, Layer],
+    latents: Float[Tensor, "n c h w"],
+    timesteps: Tensor,
+    condition: Condition,
+    *,
+    loss_scale: float,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """∂(loss_scale·y)/∂A and A of every layer, y = Σ f(R_t), by one forward and one backward."""
+
+    def loss(deltas: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        with add_deltas(layers, deltas) as features:
+            output = denoiser.predict(latents, timesteps, condition)
+        return loss_scale * denoiser.schedule.epsilon(output, latents, timesteps).sum(), features
+
+    deltas = {
+        name: torch.zeros(len(latents), *layer.shape, dtype=denoiser.dtype, device=denoiser.device)
+        for name, layer in layers.items()
+    }
+    with denoiser.differentiable():
+        return torch.func.grad(loss, has_aux=True)(deltas)
+
+
+def weighted_map(alphas: Float[Tensor, "n k"], features: Float[Tensor, "n k u v"]) -> Float[Tensor, "n u v"]:
+    """ReLU(Σ_k α_k A^k) (Eq. 11)."""
+    return F.relu(torch.einsum("nk,nkuv->nuv", alphas, features))
 
 
 def by_layer(
@@ -126,22 +155,22 @@ def by_layer(
     done: Collection[tuple[int, int]],
     maps: Callable[[Steps], dict[str, Tensor]],
 ) -> Iterator[StepMap]:
-    """Step maps of what `maps` makes of some steps, layer by layer, with all of them combined."""
+    """The step maps of layer-wise `maps`, with all layers combined as the saliency."""
 
-    def work(steps: Steps) -> dict[str, Tensor]:
-        found = maps(steps)
-        return {COMBINED: combine(found, denoiser.latent_shape[1:])} | found
+    def compute(steps: Steps) -> dict[str, Tensor]:
+        layers = maps(steps)
+        return {COMBINED: combine(layers, denoiser.latent_shape[1:])} | layers
 
-    for item, step, made in by_steps(denoiser, trajectories, done, work):
-        combined = made.pop(COMBINED)
-        if not all(part.isfinite().all() for part in made.values()):
+    for item, step, layers in by_steps(denoiser, trajectories, done, compute):
+        combined = layers.pop(COMBINED)
+        if not all(part.isfinite().all() for part in layers.values()):
             warnings.warn(f"a DF-CAM map of step {step} is not finite: its features overflow", stacklevel=3)
-        yield StepMap(item, step, name, combined, layers=made)
+        yield StepMap(item, step, name, combined, layers=layers)
 
 
 @contextmanager
-def tapped(layers: Mapping[str, Layer], deltas: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """While inside, each layer's δ is added to its feature map, and the sum kept."""
+def add_deltas(layers: Mapping[str, Layer], deltas: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """While inside, each layer's δ is added to its feature map; yields the sums, filled in by the forward."""
     features: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
@@ -159,7 +188,7 @@ def tapped(layers: Mapping[str, Layer], deltas: Mapping[str, Tensor]) -> Iterato
 
 
 def combine(maps: Mapping[str, Float[Tensor, "n _ _"]], size: tuple[int, int]) -> Float[Tensor, "n h w"]:
-    """The sum of all layers' maps, each brought to one size and to [0, 1]."""
+    """The sum of all layers' maps, each resized to one size and scaled to [0, 1]."""
     scaled = []
     for part in maps.values():
         resized = F.interpolate(part[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

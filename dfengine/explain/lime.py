@@ -1,10 +1,11 @@
-"""LIME (Ribeiro, Singh & Guestrin 2016) for a denoiser: which segments of the image its noise prediction rests on."""
+"""LIME (Ribeiro, Singh & Guestrin 2016) for a denoiser: the segments of the image that its prediction relies on."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import dfkernels
 import numpy as np
@@ -15,61 +16,62 @@ from numpy import ndarray
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory
-from dfengine.explain.base import OutputSpec, StepMap
-from dfengine.explain.masking import Masking
-from dfengine.explain.rise_settings import RiseSettings
-from dfengine.runtime.batching import AsyncHostCopy
+from dfengine.diffusion.guidance import TARGETS
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory
+from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
+from dfengine.explain.masking import MaskedForwards
+from dfengine.explain.registry import checked, register
+from dfengine.explain.rise import checked_num_masks, num_forwards
 
-#: The fewest segments that an image is divided into.
-FEWEST = 4
+#: An image is divided into at least so many segments.
+MIN_SEGMENTS = 4
 
 
+@register("lime", label="LIME")
 @dataclass(frozen=True)
-class Lime:
-    """The coefficients of a ridge regression of the structure score, over all pixels, on which segments are kept.
+class Lime(Explainer):
+    """Which segments of the image the prediction relies on: ridge regression of the structure score on kept segments.
 
-    Segments are quickshift's of the image, carried to the latent; what is not kept is zero. Samples are drawn by
-    counter, the first keeps everything; each has the weight √exp(−d²/width²), d the cosine distance from that one.
+    Segments are quickshift's of the image, carried over to the latent; hidden ones are zero. The score is structure
+    (Eq. 7) over all pixels. Samples are drawn by counter, and the first keeps everything; each has the weight
+    √exp(−d²/width²), d its cosine distance from the first.
     """
 
-    num_samples: int = 1000
-    kernel_size: float = 4
-    """of quickshift, in pixels"""
-    max_distance: float = 200
-    """of quickshift: what is farther apart is another segment; halved until there are at least 4"""
-    ratio: float = 0.2
-    """of quickshift: how much colour counts beside nearness"""
-    width: float = 0.25
-    """of the samples' weights"""
-    alpha: float = 1.0
-    """of the ridge regression"""
-    target: str = "conditional"
-    """which prediction is explained"""
-    name: str = "lime"
+    num_samples: int = option(1000, "samples a step")
+    kernel_size: float = option(4.0, "quickshift: kernel size in pixels")
+    max_distance: float = option(200.0, "quickshift: distance of separate segments, halved until there are at least 4")
+    ratio: float = option(0.2, "quickshift: weight of colour against distance")
+    width: float = option(0.25, "width of the samples' weights")
+    alpha: float = option(1.0, "strength of the ridge regression")
+    target: str = option("conditional", "prediction to explain: conditional, guided or unconditional")
+    name: str = option("lime", "name that the maps are stored under")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what is not possible."""
-        for field in ("kernel_size", "max_distance", "ratio", "width", "alpha"):
-            object.__setattr__(self, field, float(getattr(self, field)))
-            if not 0 < getattr(self, field) < float("inf"):
-                raise ValueError(f"{field} {getattr(self, field)} is not possible: expected a number above 0")
+        """Raises ValueError for settings that are out of range."""
+        for setting in ("kernel_size", "max_distance", "ratio", "width", "alpha"):
+            object.__setattr__(self, setting, float(getattr(self, setting)))
+            if not 0 < getattr(self, setting) < float("inf"):
+                raise ValueError(f"{setting} {getattr(self, setting)} is not possible: expected a number above 0")
         if self.kernel_size < 1:
-            raise ValueError(f"kernel_size {self.kernel_size} is not possible: quickshift's is at least 1 pixel")
+            raise ValueError(f"kernel_size {self.kernel_size} is not possible: quickshift needs at least 1 pixel")
+        object.__setattr__(self, "num_samples", checked_num_masks(self.num_samples, "samples"))
         if self.num_samples < 2:
             raise ValueError(f"{self.num_samples} samples are not possible: expected at least 2")
-        object.__setattr__(self, "num_samples", self.masking.num_masks)
+        if self.target not in TARGETS:
+            raise ValueError(f"target {self.target!r} is not known: expected one of {', '.join(TARGETS)}")
 
-    @property
-    def masking(self) -> RiseSettings:
-        """The samples, as masks."""
-        return RiseSettings(self.num_samples, score="global", target=self.target, name=self.name)
+    @classmethod
+    def xdiffusion(cls, **settings: Any) -> Explainer:
+        """What the authors' released code computes. Raises ValueError for a setting that it does not have."""
+        from dfengine.explain.xdiffusion import XDiffusionLime
+
+        return XDiffusionLime(**checked(XDiffusionLime, settings))
 
     def num_forwards(self, num_steps: int) -> int:
-        """Forwards of one latent that so many steps cost."""
-        return num_steps * (self.num_samples + 1) * (2 if self.target == "guided" else 1)
+        return num_forwards(num_steps, self.num_samples, self.target)
 
-    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """A score a sample."""
         return OutputSpec(num_masks=self.num_samples)
 
@@ -77,31 +79,27 @@ class Lime:
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
-        """Stream a map for every step of every trajectory; batches fill across samples, steps and items."""
-        rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
-        if set(rows) - set(done):
-            yield from _Samples(self, denoiser, trajectories, rows, done).run()
+        """Batches fill across samples, steps and items."""
+        if any((i, k) not in done for i, path in enumerate(trajectories) for k in path.steps):
+            yield from _LimeForwards(self, denoiser, trajectories, done).run()
 
-    def segments(self, image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
-        """Quickshift's segments of an image, numbered from 0, each latent pixel in the one that it shows most of."""
+    def segment(self, image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
+        """Quickshift's segments of an image at the latent's size, numbered from 0."""
         from skimage.segmentation import quickshift
 
         distance = float(self.max_distance)
         while True:
-            found = quickshift(image, kernel_size=self.kernel_size, max_dist=distance, ratio=self.ratio)
-            carried = carry(found, shape)
+            fine = quickshift(image, kernel_size=self.kernel_size, max_dist=distance, ratio=self.ratio)
+            labels = downsample_labels(fine, shape)
             # Below a distance of 1 every pixel is a segment by itself.
-            if carried.max() + 1 >= FEWEST or distance < 1:
-                return carried
+            if labels.max() + 1 >= MIN_SEGMENTS or distance < 1:
+                return labels
             distance /= 2
 
     def regress(
         self, kept: Bool[ndarray, "samples segments"], scores: Float[ndarray, " samples"]
     ) -> Float[ndarray, " segments"]:
-        """Each segment's coefficient, NaN of scores that are not finite.
-
-        The cosine distance of a sample that keeps nothing is 1.
-        """
+        """Each segment's coefficient, NaN if a score is not finite. A sample that keeps nothing has distance 1."""
         from sklearn.linear_model import Ridge
 
         if not np.isfinite(scores).all():
@@ -111,77 +109,74 @@ class Lime:
         weight = np.sqrt(np.exp(-(distance**2) / self.width**2))
         return Ridge(alpha=self.alpha).fit(kept.astype(np.float64), scores, sample_weight=weight).coef_
 
-    def paint(
+    def to_map(
         self, coefficients: Float[ndarray, " segments"], segments: Int[ndarray, "h w"], image: UInt8[ndarray, "H W 3"]
     ) -> Float[ndarray, "h w"]:
-        """The map: each pixel has its segment's coefficient."""
+        """Each pixel's value is its segment's coefficient."""
         return coefficients[segments]
 
 
-class _Samples(Masking):
-    """The hot loop of DF-RISE with segments in place of pixels, and a regression at a row's end in place of sums."""
+class _LimeForwards(MaskedForwards):
+    """The hot loop with segments in place of pixels, and a regression of each row's scores on the host."""
 
     def __init__(
         self,
         lime: Lime,
         denoiser: Denoiser,
         trajectories: Sequence[Trajectory],
-        rows: Sequence[tuple[int, int]],
         done: Collection[tuple[int, int]],
     ) -> None:
-        super().__init__(lime.masking, denoiser, trajectories, rows, done)
+        super().__init__(denoiser, trajectories, done, name=lime.name, num_masks=lime.num_samples, target=lime.target)
         self.lime = lime
         self.images = [path.image.numpy() for path in trajectories]
-        self.segments = torch.stack([torch.from_numpy(lime.segments(image, self.shape)) for image in self.images])
+        self.segments = torch.stack([torch.from_numpy(lime.segment(image, self.shape)) for image in self.images])
         self._segments = self.segments.to(denoiser.device)
-        self._most = int(self.segments.max()) + 1
+        self._max_segments = int(self.segments.max()) + 1
 
     def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
-        """R ⊙ M, channels-last; zeros for padding."""
         real = rows.clamp(min=0)
-        kept = drawn(self.seeds[real], self.steps[real], indices, self._most)
+        kept = sample_segments(self.seeds[real], self.steps[real], indices, self._max_segments)
         mask = kept.gather(1, self._segments[self.items[real]].flatten(1)).unflatten(1, self.shape)
         masked = self.latents[real] * (mask & (rows >= 0)[:, None, None])[:, None]
         return masked.contiguous(memory_format=torch.channels_last)
 
-    def _accumulate(
-        self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
+    def accumulate(
+        self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        return dfkernels.similarity(answers, self.references[rows], "structure", "global")
+        return dfkernels.similarity(outputs, self.references[rows], "structure", "global")
 
-    def _estimate(self, row: int, num_masks: int) -> tuple[()]:
-        """Nothing on the device: the regression is made of the scores when they are here."""
+    def estimate(self, row: int, num_masks: int) -> tuple[Tensor, ...]:
+        """Nothing: the regression needs only the scores, on the host."""
         return ()
 
-    def _step_map(self, row: int, download: AsyncHostCopy) -> StepMap:
-        (item, step), (scores,) = self.rows[row], download.wait()
-        segments = self.segments[item]
-        seed, at = torch.tensor([self.mask_seeds[row]]), torch.tensor([step])
-        indices = torch.arange(self.lime.num_samples)
-        kept = drawn(seed.expand_as(indices), at.expand_as(indices), indices, int(segments.max()) + 1)
+    def to_step_map(self, row: int, tensors: Sequence[Tensor], scores: Float[Tensor, " masks"]) -> StepMap:
+        item, step = self.rows[row]
+        segments, indices = self.segments[item], torch.arange(self.num_masks)
+        seeds, steps = torch.full_like(indices, self.mask_seeds[row]), torch.full_like(indices, step)
+        kept = sample_segments(seeds, steps, indices, int(segments.max()) + 1)
         coefficients = self.lime.regress(kept.numpy(), scores.double().numpy())
-        painted = self.lime.paint(coefficients, segments.numpy(), self.images[item])
-        return StepMap(item, step, self.rise.name, torch.from_numpy(painted).float(), scores=scores)
+        saliency = self.lime.to_map(coefficients, segments.numpy(), self.images[item])
+        return StepMap(item, step, self.name, torch.from_numpy(saliency).float(), scores=scores)
 
 
-def drawn(
+def sample_segments(
     seeds: Int[Tensor, " n"], steps: Int[Tensor, " n"], indices: Int[Tensor, " n"], count: int
 ) -> Bool[Tensor, "n count"]:
-    """Which of so many segments each sample keeps: each with probability ½, by counter; of sample 0, all."""
+    """Which of the segments each sample keeps: each with probability ½, by counter; sample 0 keeps all."""
     return (words(seeds, steps, indices, count, LIME_STREAM) < 2**31) | (indices == 0)[:, None]
 
 
-def carry(segments: Int[ndarray, "H W"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
-    """Segments on a coarser grid, each cell in the one that has most pixels there, numbered anew from 0.
+def downsample_labels(segments: Int[ndarray, "H W"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
+    """Segments on a coarser grid, numbered anew from 0: each cell belongs to the segment with most pixels in it.
 
-    A pixel is of the cell that its centre is in; of equal segments the first is taken.
+    A pixel belongs to the cell that contains its centre; of equally large segments the first wins.
     """
     count = int(segments.max()) + 1
     rows, columns = (
         (2 * np.arange(size) + 1) * cells // (2 * size) for size, cells in zip(segments.shape, shape, strict=True)
     )
-    # By pairs that there are: a table of every cell and segment would not fit into memory for large images.
+    # Only the pairs that occur: a table of every cell and segment would not fit into memory for large images.
     pairs, sizes = np.unique((rows[:, None] * shape[1] + columns) * count + segments, return_counts=True)
     pairs = pairs[np.lexsort((-sizes, pairs // count))]
-    most = pairs[np.unique(pairs // count, return_index=True)[1]] % count
-    return np.unique(most, return_inverse=True)[1].reshape(shape)
+    largest = pairs[np.unique(pairs // count, return_index=True)[1]] % count
+    return np.unique(largest, return_inverse=True)[1].reshape(shape)

@@ -1,14 +1,15 @@
-"""The hot loop of DF-RISE: masked forwards in full batches, their scores, and the maps as they are completed.
+"""The hot loop of the explainers that mask: masked forwards in full batches, and maps as soon as they are complete.
 
-Nothing in it waits for the device but the finished maps, and those are waited for one batch later.
+Nothing in the loop waits for the device except finished maps, and those are fetched one batch later.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dfkernels
 import torch
@@ -20,224 +21,289 @@ from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.guidance import GuidedDenoiser
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import StepMap
-from dfengine.explain.rise_settings import RiseSettings
 from dfengine.runtime.batching import PADDING, AsyncHostCopy, in_batches
 
-#: With an early stop, the standard error is looked at after every so many masks.
+if TYPE_CHECKING:
+    from dfengine.explain.rise import Rise
+
+#: With an early stop, the standard error is checked after every so many masks.
 MASKS_BETWEEN_CHECKS = 64
 
 
-class Masking:
-    """The running sums of one call: a row is one step of one item, an entry one mask of one row."""
+class MaskedForwards(ABC):
+    """The masks of some steps of some items, batched: a row is one step of one item, an entry one mask of one row.
+
+    A method that explains by masking says how latents are masked (`mask`), what is kept of the network's output for
+    each mask (`accumulate`), and how a row's map is made of that (`estimate` on the device, `to_step_map` on the host).
+    """
 
     def __init__(
         self,
-        rise: RiseSettings,
         denoiser: Denoiser,
         trajectories: Sequence[Trajectory],
-        rows: Sequence[tuple[int, int]],
         done: Collection[tuple[int, int]],
+        *,
+        name: str,
+        num_masks: int,
+        target: str,
+        stop_at_error: float | None = None,
     ) -> None:
-        def column(values: list[int]) -> Int[Tensor, " rows"]:
-            return torch.tensor(values, dtype=torch.int64, device=denoiser.device)
-
+        """`done` has the (item, step) pairs whose maps are not needed."""
         jobs = [trajectory.job for trajectory in trajectories]
-        self.rise, self.denoiser, self.rows = rise, denoiser, rows
-        self.wanted = [row not in done for row in rows]
+        self.rows = rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
+        device = denoiser.device
+        self.denoiser, self.name, self.num_masks, self.stop_at_error = denoiser, name, num_masks, stop_at_error
+        self.pending = [row not in done for row in rows]
         self.latents = torch.stack([trajectories[i].latents[k] for i, k in rows])
         self.mask_seeds = [jobs[i].mask_seed for i, _ in rows]
-        self.items = column([i for i, _ in rows])
-        self.steps = column([k for _, k in rows])
-        self.seeds = column(self.mask_seeds)
-        self.timesteps = torch.tensor([jobs[i].timesteps[k] for i, k in rows], device=denoiser.device)
+        self.items = torch.tensor([i for i, _ in rows], device=device)
+        self.steps = torch.tensor([k for _, k in rows], device=device)
+        self.seeds = torch.tensor(self.mask_seeds, device=device)
+        self.timesteps = torch.tensor([jobs[i].timesteps[k] for i, k in rows], device=device)
         self.explained = GuidedDenoiser(
             denoiser,
             Condition.cat([trajectory.prompt for trajectory in trajectories]),
             Condition.cat([trajectory.negative for trajectory in trajectories]),
-            rise.target,
-            torch.tensor([job.guidance for job in jobs], device=denoiser.device),
+            target,
+            torch.tensor([job.guidance for job in jobs], device=device),
         )
-        self.masks: dict[str, Any] = {
-            "keep_probability": rise.keep_probability,
-            "kind": rise.masks,
-            "grid": rise.grid,
-        }
         self.shape = denoiser.latent_shape[1:]
-        self.sums = dfkernels.Sums.zeros(len(rows), self.shape, denoiser.device)
         # Both have a spare last row, which padded entries (row −1) write to: no branch, and no synchronisation.
-        self.references = torch.empty((len(rows) + 1, *denoiser.latent_shape), device=denoiser.device)
-        self.scores = torch.full((len(rows) + 1, rise.num_masks), torch.nan, device=denoiser.device)
-        self.stream = torch.cuda.Stream(denoiser.device) if denoiser.device.type == "cuda" else None
-        for _ in in_batches(len(rows), denoiser, self._refer):
-            pass
+        self.references = torch.empty((len(rows) + 1, *denoiser.latent_shape), device=device)
+        self.scores = torch.full((len(rows) + 1, num_masks), torch.nan, device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def run(self) -> Iterator[StepMap]:
-        """Rounds of masks over the rows that still want some; without an early stop there is one round."""
-        total = self.rise.num_masks
-        if self.rise.stop_at_error is None:
-            yield from self.step_maps(self._round(range(len(self.rows)), 0, total), total)
-            return
-        active = list(range(len(self.rows)))
-        for first in range(0, total, MASKS_BETWEEN_CHECKS):
-            count = min(MASKS_BETWEEN_CHECKS, total - first)
-            for _ in self._round(active, first, count):
-                pass
-            active = [row for row in active if self.wanted[row]]
-            sure = set(active if first + count == total else self._sure(active, first + count))
-            yield from self.step_maps([[row for row in active if row in sure]], first + count)
-            active = [row for row in active if row not in sure]
-            if not active:
-                return
+    @abstractmethod
+    def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
+        """R ⊙ M of each entry (row, index of the mask), channels-last; zeros for padding."""
 
-    def _round(self, active: Sequence[int], first: int, count: int) -> Iterator[list[int]]:
-        """Measure the masks first … first + count − 1 of the active rows.
+    @abstractmethod
+    def accumulate(
+        self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        """Keep what the map needs of f(R ⊙ M), and return each mask's (mean) score."""
 
-        Yields after each batch, which the device may still be working on, the wanted rows that it completes. Rows that
-        are done keep their place: the batches of the others are the same as without them, to the bit. (After an early
-        stop's first round they drop out, and sums agree to rounding.)
-        """
-        table = torch.tensor(active, dtype=torch.int64, device=self.denoiser.device)
+    @abstractmethod
+    def estimate(self, row: int, num_masks: int) -> tuple[Tensor, ...]:
+        """The tensors on the device that a row's map is made of after so many masks, besides its scores."""
 
-        def touched(entries: range) -> Sequence[int]:
-            return active[entries.start // count : -(-entries.stop // count)]
+    @abstractmethod
+    def to_step_map(self, row: int, tensors: Sequence[Tensor], scores: Float[Tensor, " masks"]) -> StepMap:
+        """A row's map from what `estimate` returned, on the CPU."""
 
-        def measure(entries: Int[Tensor, " n"], known: range) -> tuple[Tensor, Tensor, Tensor]:
-            rows = torch.where(entries == PADDING, PADDING, table[entries.clamp(min=0) // count])
-            indices = first + entries % count
-            items = {self.rows[row][0] for row in touched(known)}
-            return self.measure(rows, indices, items.pop() if len(items) == 1 else None), rows, indices
+    def converged(self, rows: Sequence[int], num_masks: int) -> set[int]:
+        """The rows that need no more masks, asked with an early stop only."""
+        return set()
 
-        def needed(entries: range) -> bool:
-            return any(self.wanted[row] for row in touched(entries))
-
-        seen = 0
-        for known, measured in in_batches(len(active) * count, self.denoiser, measure, needed):
-            if measured is not None:
-                # Not before the batch is whole: what is added cannot be taken back.
-                with record_function("dfengine: scores"):
-                    self.score(*measured)
-            complete = known.stop // count
-            yield [row for row in active[seen:complete] if self.wanted[row]]
-            seen = complete
-
-    def _refer(self, rows: Int[Tensor, " n"], _: range) -> None:
-        """f(R) of some rows, the answer that every masked one is compared with."""
+    def compute_references(self, rows: Int[Tensor, " n"], _: range) -> None:
+        """f(R) of some rows, which every masked output is compared with."""
         real = rows.clamp(min=0)
         self.references[rows] = self.explained.epsilon(self.latents[real], self.timesteps[real], self.items[real])
 
-    def measure(
+    def run(self) -> Iterator[StepMap]:
+        """The maps of all pending rows."""
+        if not any(self.pending):
+            return
+        for _ in in_batches(len(self.rows), self.denoiser, self.compute_references):
+            pass
+        rows, total = list(range(len(self.rows))), self.num_masks
+        if self.stop_at_error is None:
+            yield from self.step_maps(self.run_masks(rows, 0, total), total)
+            return
+        for first in range(0, total, MASKS_BETWEEN_CHECKS):
+            count = min(MASKS_BETWEEN_CHECKS, total - first)
+            for _ in self.run_masks(rows, first, count):
+                pass
+            rows = [row for row in rows if self.pending[row]]
+            converged = set(rows) if first + count == total else self.converged(rows, first + count)
+            yield from self.step_maps([[row for row in rows if row in converged]], first + count)
+            rows = [row for row in rows if row not in converged]
+            if not rows:
+                return
+
+    def run_masks(self, active: Sequence[int], first: int, count: int) -> Iterator[list[int]]:
+        """Evaluate the masks first … first + count − 1 of the active rows.
+
+        Yields after each batch, which the device may still be working on, the pending rows that it completes. Rows that
+        are not pending keep their place, so the batches of the others are bit for bit the same with and without them.
+        (After the first round of an early stop they drop out, and sums agree to rounding.)
+        """
+        table = torch.tensor(active, device=self.denoiser.device)
+
+        def rows_in(entries: range) -> Sequence[int]:
+            return active[entries.start // count : -(-entries.stop // count)]
+
+        def forward(entries: Int[Tensor, " n"], known: range) -> tuple[Tensor, Tensor, Tensor]:
+            rows = torch.where(entries == PADDING, PADDING, table[entries.clamp(min=0) // count])
+            indices = first + entries % count
+            items = {self.rows[row][0] for row in rows_in(known)}
+            return self.forward(rows, indices, items.pop() if len(items) == 1 else None), rows, indices
+
+        def is_needed(entries: range) -> bool:
+            return any(self.pending[row] for row in rows_in(entries))
+
+        complete = 0
+        for known, batch in in_batches(len(active) * count, self.denoiser, forward, is_needed):
+            if batch is not None:
+                # Only once the whole batch has succeeded: a sum cannot be taken back.
+                with record_function("dfengine: scores"):
+                    self.score(*batch)
+            before, complete = complete, known.stop // count
+            yield [row for row in active[before:complete] if self.pending[row]]
+
+    def forward(
         self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"], item: int | None
     ) -> Float[Tensor, "n c h w"]:
-        """f(R ⊙ M) of one batch; `item` if it is of one item only."""
+        """f(R ⊙ M) of one batch; `item` if all of it belongs to one item."""
         with record_function("dfengine: masks"):
             masked = self.mask(rows, indices)
         with record_function("dfengine: network"):
-            return self.answer(masked, rows, item)
+            return self.predict(masked, rows, item)
 
-    def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
-        """R ⊙ M, channels-last; zeros for padding."""
-        return dfkernels.blend(self.latents, self.seeds, self.steps, rows, indices, **self.masks)
-
-    def answer(
+    def predict(
         self, masked: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], item: int | None
     ) -> Float[Tensor, "n c h w"]:
-        """f(R ⊙ M)."""
+        """f of masked latents."""
         real = rows.clamp(min=0)
         return self.explained.epsilon(masked, self.timesteps[real], self.items[real] if item is None else item)
 
-    def score(self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> None:
-        """Add each mask's scores to the sums, and keep its mean score."""
-        self.scores[rows, indices] = self._accumulate(answers, rows, indices).float()
+    def score(self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> None:
+        """Accumulate a batch of outputs and store each mask's score."""
+        self.scores[rows, indices] = self.accumulate(outputs, rows, indices).float()
 
-    def _accumulate(
-        self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
+    def step_maps(self, completed: Iterable[list[int]], num_masks: int) -> Iterator[StepMap]:
+        """The maps of rows as batches complete them, copied to the host while the device works on the next batch."""
+
+        def fetch(row: int, copy: AsyncHostCopy) -> StepMap:
+            *tensors, scores = copy.wait()
+            return self.to_step_map(row, tensors, scores)
+
+        copies: list[tuple[int, AsyncHostCopy]] = []
+        for rows in completed:
+            yield from itertools.starmap(fetch, copies)
+            with record_function("dfengine: maps"):
+                copies = [
+                    (row, AsyncHostCopy(*self.estimate(row, num_masks), self.scores[row], stream=self._stream))
+                    for row in rows
+                ]
+        yield from itertools.starmap(fetch, copies)
+
+
+class RiseForwards(MaskedForwards):
+    """DF-RISE: similarity scores, summed over the masks of each row."""
+
+    def __init__(
+        self,
+        rise: Rise,
+        denoiser: Denoiser,
+        trajectories: Sequence[Trajectory],
+        done: Collection[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(
+            denoiser,
+            trajectories,
+            done,
+            name=rise.name,
+            num_masks=rise.num_masks,
+            target=rise.target,
+            stop_at_error=rise.stop_at_error,
+        )
+        self.rise = rise
+        self.masks: dict[str, Any] = {
+            "keep_probability": rise.keep_probability,
+            "kind": rise.mask_kind,
+            "grid": rise.grid,
+        }
+        self.sums = dfkernels.Sums.zeros(len(self.rows), self.shape, denoiser.device)
+
+    def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
+        return dfkernels.blend(self.latents, self.seeds, self.steps, rows, indices, **self.masks)
+
+    def accumulate(
+        self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        where = (self.seeds, self.steps, rows, indices)
+        entries = (self.seeds, self.steps, rows, indices)
         if isinstance(self.rise.similarity, str) and self.rise.similarity != "frechet":
             return dfkernels.accumulate(
-                answers,
+                outputs,
                 self.references[:-1],
                 self.sums,
-                *where,
+                *entries,
                 similarity=self.rise.similarity,
                 score=self.rise.score,
                 window=self.rise.window,
                 sigma=self.rise.sigma,
                 keep_probability=self.rise.keep_probability,
-                mask_kind=self.rise.masks,
+                mask_kind=self.rise.mask_kind,
                 grid=self.rise.grid,
             )
-        frechet = self.rise.similarity == "frechet"
-        scores = self._frechet(answers, rows.clamp(min=0)) if frechet else self._ask(answers, rows)
-        dfkernels.add(self.sums, scores, *where, **self.masks)
+        if self.rise.similarity == "frechet":
+            scores = self._frechet(outputs, rows.clamp(min=0))
+        else:
+            scores = self._call_user_similarity(outputs, rows)
+        return self.add(scores, rows, indices)
+
+    def add(
+        self, scores: Float[Tensor, " n *pixels"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        """Add scores to the sums of their rows; returns each mask's mean score."""
+        dfkernels.add(self.sums, scores, self.seeds, self.steps, rows, indices, **self.masks)
         return scores.flatten(1).mean(1) if scores.ndim > 1 else scores
 
-    def _ask(self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"]) -> Tensor:
-        """The caller's own similarity, called once for each row in the batch; padding is not shown to it."""
+    def _call_user_similarity(self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"]) -> Tensor:
+        """The caller's own similarity, called once for each row of the batch, without the padding."""
         assert callable(self.rise.similarity)
-        wanted = self.shape if self.rise.score == "local" else ()
-        scores = answers.new_full((len(rows), *wanted), torch.nan)
+        shape = self.shape if self.rise.score == "local" else ()
+        scores = outputs.new_full((len(rows), *shape), torch.nan)
         for row in rows[rows != PADDING].unique().tolist():
-            asked = answers[rows == row]
-            given = torch.as_tensor(self.rise.similarity(asked, self.references[row]))
-            if given.shape != (len(asked), *wanted):
+            some = outputs[rows == row]
+            values = torch.as_tensor(self.rise.similarity(some, self.references[row]))
+            if values.shape != (len(some), *shape):
                 raise ValueError(
-                    f"the similarity returned {tuple(given.shape)} for {len(asked)} masks, but "
-                    f"score={self.rise.score!r} expects {('n', *wanted)}"
+                    f"the similarity returned {tuple(values.shape)} for {len(some)} masks, but "
+                    f"score={self.rise.score!r} expects {('n', *shape)}"
                 )
-            scores[rows == row] = given.to(scores)
+            scores[rows == row] = values.to(scores)
         return scores
 
-    def _frechet(self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """−(‖f₁ − f₂‖² + (s₁ − s₂)²) between features of the images decoded from the x0 that two answers predict.
+    def _frechet(self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """−(‖f₁ − f₂‖² + (s₁ − s₂)²) of features of the images decoded from the x0 that two outputs imply.
 
-        Both x0 are read at the unmasked R, so that the images differ by the answers alone.
+        Both x0 are computed at the unmasked R, so that the images differ by the outputs alone.
         """
         extract = self.denoiser.features
         assert extract is not None
 
-        def look(epsilon: Tensor) -> Tensor:
+        def features(epsilon: Tensor) -> Tensor:
             a, b = self.denoiser.schedule.coefficients(self.timesteps[rows])
-            x0 = (self.latents[rows] - b * epsilon) / a
-            return extract(self.denoiser.decode(self.denoiser.schedule.threshold_x0(x0))).float()
+            x0 = self.denoiser.schedule.threshold_x0((self.latents[rows] - b * epsilon) / a)
+            return extract(self.denoiser.decode(x0)).float()
 
-        ours, reference = look(answers), look(self.references[rows])
-        return -((ours - reference).square().sum(1) + (ours.std(1) - reference.std(1)).square())
+        masked, reference = features(outputs), features(self.references[rows])
+        return -((masked - reference).square().sum(1) + (masked.std(1) - reference.std(1)).square())
 
-    def _estimate(self, row: int, num_masks: int) -> tuple[Tensor, ...]:
-        """The map of one row and its standard error."""
-        if self.rise.estimates == "ridge":
+    def estimate(self, row: int, num_masks: int) -> tuple[Tensor, ...]:
+        """The map and its standard error."""
+        if self.rise.resolved_estimator == "ridge":
             seed, step = self.mask_seeds[row], self.rows[row][1]
             return dfkernels.ridge(self.scores[row, :num_masks], seed, step, self.shape, **self.masks)
         sums = dfkernels.Sums(self.sums.moments[row : row + 1])
-        saliency, error = dfkernels.estimate(sums, self.rise.estimates)
+        saliency, error = dfkernels.estimate(sums, self.rise.resolved_estimator)
         return saliency[0], error[0]
 
-    def _sure(self, rows: Sequence[int], num_masks: int) -> list[int]:
-        """Those rows whose mean standard error is below `stop_at_error` of their map's range."""
-        assert self.rise.stop_at_error is not None
+    def converged(self, rows: Sequence[int], num_masks: int) -> set[int]:
+        """The rows whose mean standard error is below `stop_at_error` times their map's range."""
+        if not rows:
+            return set()
         shares = []
         for row in rows:
-            saliency, error = self._estimate(row, num_masks)
+            saliency, error = self.estimate(row, num_masks)
             shares.append(error.mean() / (saliency.max() - saliency.min()))
-        below = torch.stack(shares) < self.rise.stop_at_error if shares else torch.zeros(0)
-        return [row for row, is_sure in zip(rows, below.tolist(), strict=True) if is_sure]
+        below = torch.stack(shares) < torch.tensor(self.stop_at_error)
+        return {row for row, is_below in zip(rows, below.tolist(), strict=True) if is_below}
 
-    def step_maps(self, completed: Iterable[list[int]], num_masks: int) -> Iterator[StepMap]:
-        """The maps of rows, told of as batches complete them: fetched while the device works on the next batch."""
-        coming: list[tuple[int, AsyncHostCopy]] = []
-        for rows in completed:
-            yield from itertools.starmap(self._step_map, coming)
-            with record_function("dfengine: maps"):
-                coming = [
-                    (row, AsyncHostCopy(*self._estimate(row, num_masks), self.scores[row], stream=self.stream))
-                    for row in rows
-                ]
-        yield from itertools.starmap(self._step_map, coming)
-
-    def _step_map(self, row: int, download: AsyncHostCopy) -> StepMap:
-        item, step = self.rows[row]
-        saliency, error, scores = download.wait()
+    def to_step_map(self, row: int, tensors: Sequence[Tensor], scores: Float[Tensor, " masks"]) -> StepMap:
+        (item, step), (saliency, error) = self.rows[row], tensors
         if not saliency.isfinite().all():
             warnings.warn("a map is not finite: the similarity returned NaN or infinite scores", stacklevel=2)
-        return StepMap(item, step, self.rise.name, saliency=saliency.float(), error=error.float(), scores=scores)
+        return StepMap(item, step, self.name, saliency=saliency.float(), error=error.float(), scores=scores)

@@ -1,82 +1,221 @@
-"""An explainer is its settings: as JSON values, which a file keeps, and back."""
+"""The explainers by name, and everything that the rest of dfengine derives from their declaration.
+
+    @register("rise", label="DF-RISE")
+    @dataclass(frozen=True)
+    class Rise(Explainer): ...
+
+makes `Rise` available to the command line, to sweeps, to files and in `dfengine`'s own namespace. Every module of this
+package is found automatically; other packages name theirs in the entry-point group "dfengine.explainers".
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import difflib
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
-from dfengine.explain.attention import Attention
 from dfengine.explain.base import Explainer
-from dfengine.explain.cam import Cam
-from dfengine.explain.lime import Lime
-from dfengine.explain.random import Random
-from dfengine.explain.relevance import Relevance
-from dfengine.explain.rise import Rise
-from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionLime, XDiffusionRise
 
-#: Every explainer that a file can name.
-EXPLAINERS: dict[str, type] = {
-    explainer.__name__: explainer
-    for explainer in (Rise, Cam, Relevance, Attention, Lime, Random, XDiffusionRise, XDiffusionCam, XDiffusionLime)
-}
+#: How maps are drawn and shown: one map a step, a map for each layer, a value for each token, or a map for each word.
+FORMS = ("saliency", "layers", "tokens", "words")
+#: default: what explains best; paper: the equations as printed; xdiffusion: the authors' released code.
+PRESETS = ("default", "paper", "xdiffusion")
+
+E = TypeVar("E", bound=Explainer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One setting of an explainer."""
+
+    name: str
+    type: type
+    """int, float, bool or str"""
+    default: Any
+    help: str
+    is_repeated: bool = False
+    """whether it takes several values"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One registered explainer."""
+
+    name: str
+    """its name on the command line and in sweeps"""
+    explainer: type[Explainer]
+    label: str
+    """its name in figures, reports and tables"""
+    form: str
+    """one of `FORMS`"""
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the explainer's docstring."""
+        return " ".join((self.explainer.__doc__ or "").strip().partition("\n\n")[0].split())
+
+    @cached_property
+    def options(self) -> tuple[Option, ...]:
+        """The explainer's settings except `name`, in the order of their declaration."""
+        hints = typing.get_type_hints(self.explainer)
+        fields = (one for one in dataclasses.fields(self.explainer) if one.name != "name")
+        return tuple(_option(one, hints[one.name]) for one in fields)
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(name: str, *, label: str, form: str = "saliency") -> Callable[[type[E]], type[E]]:
+    """Register an explainer class under a name. Raises ValueError if the name is taken or the form unknown."""
+
+    def add(explainer: type[E]) -> type[E]:
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} is not known: expected one of {', '.join(FORMS)}")
+        if not dataclasses.is_dataclass(explainer):
+            raise ValueError(f"{explainer.__name__} is not a dataclass: an explainer is its settings")
+        # The same class may be defined again, as a notebook's cell or a reloaded module does.
+        if name in _entries and _entries[name].explainer.__qualname__ != explainer.__qualname__:
+            raise ValueError(f"the name {name!r} belongs to {_entries[name].explainer.__qualname__}: choose another")
+        _entries[name] = Entry(name, explainer, label, form)
+        return explainer
+
+    return add
+
+
+def entries() -> dict[str, Entry]:
+    """Every explainer by name, those of this package first."""
+    _discover()
+    return dict(_entries)
+
+
+@cache
+def _discover() -> None:
+    package = import_module("dfengine.explain")
+    for module in pkgutil.iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    for plugin in entry_points(group="dfengine.explainers"):
+        plugin.load()
+
+
+def entry_of(explainer: Explainer | type | str) -> Entry | None:
+    """The entry of an explainer, of its class, or of its class's name; None if it is not registered."""
+    match explainer:
+        case str():
+            name = explainer
+        case type():
+            name = explainer.__name__
+        case _:
+            name = type(explainer).__name__
+    return next((entry for entry in entries().values() if entry.explainer.__name__ == name), None)
+
+
+def make(explainer: str, /, preset: str = "default", **settings: Any) -> Explainer:
+    """The explainer of a name with the given settings, all others at the preset's values.
+
+    An explainer without such a preset has its defaults. Raises ValueError for an unknown name, preset or setting.
+    """
+    known = entries()
+    if explainer not in known:
+        names = ", ".join(known)
+        raise ValueError(f"explainer {explainer!r} is not known: expected one of {names}{_nearest(explainer, known)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is not known: expected one of {', '.join(PRESETS)}")
+    cls = known[explainer].explainer
+    if preset != "default" and hasattr(cls, preset):
+        return getattr(cls, preset)(**settings)
+    return cls(**checked(cls, settings))
+
+
+def checked(explainer: type[Explainer], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, if the explainer has all of them. Raises ValueError for one that it does not have."""
+    names = [one.name for one in dataclasses.fields(explainer)]
+    for name in settings:
+        if name not in names:
+            raise ValueError(
+                f"{explainer.__name__} has no setting {name!r}: expected some of {', '.join(names)}"
+                f"{_nearest(name, names)}"
+            )
+    return dict(settings)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class MissingCallable:
-    """Stands for a function of the caller's own, of which a file keeps the name only."""
+    """Stands for a function of the caller's, of which a file keeps only the name."""
 
     name: str
 
     def __call__(self, *_: Any) -> Any:
-        """Raises ValueError: the function has to be given again."""
+        """Raises ValueError: the function must be given again."""
         raise ValueError(
-            f"{self.name} is not in the file, which keeps a function's name only: "
+            f"{self.name} is not in the file, which keeps only the names of functions: "
             "give it again, as in dataclasses.replace(rise, similarity=...)"
         )
 
 
 def describe(explainer: Explainer) -> dict[str, Any]:
-    """An explainer's class and settings as JSON values; a function is told by its qualified name."""
+    """An explainer's class and settings as JSON values; a function is described by its qualified name."""
     return {"explainer": type(explainer).__name__} | {
-        name: {"function": _qualified(value)} if callable(value) else value for name, value in _settings(explainer)
+        name: {"function": _qualified_name(value)} if callable(value) else value
+        for name, value in _settings(explainer).items()
     }
 
 
-def rebuild(settings: Mapping[str, Any]) -> Any:
-    """The explainer that `describe` was given, with `MissingCallable` for its functions.
+def rebuild(description: Mapping[str, Any]) -> Explainer:
+    """The explainer that `describe` described, with `MissingCallable` for its functions.
 
-    Raises ValueError where its class or one of its settings is not known here.
+    Raises ValueError if its class or one of its settings is not known here.
     """
-    given = dict(settings)
-    name = given.pop("explainer", None)
-    if name not in EXPLAINERS:
-        known = ", ".join(EXPLAINERS)
+    settings = dict(description)
+    name = settings.pop("explainer", None)
+    entry = entry_of(str(name))
+    if entry is None:
+        known = ", ".join(one.explainer.__name__ for one in entries().values())
         raise ValueError(f"explainer {name!r} is not known: expected one of {known}, or a newer dfengine")
-    if unknown := set(given) - {field.name for field in dataclasses.fields(EXPLAINERS[name])}:
+    if unknown := set(settings) - {one.name for one in dataclasses.fields(entry.explainer)}:
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))} here: read the file with a newer dfengine")
-    return EXPLAINERS[name](
+    return entry.explainer(
         **{
-            field: MissingCallable(value["function"])
-            if isinstance(value, dict) and set(value) == {"function"}
-            else value
-            for field, value in given.items()
+            key: MissingCallable(value["function"]) if isinstance(value, dict) and set(value) == {"function"} else value
+            for key, value in settings.items()
         }
     )
 
 
 def is_serializable(explainer: Explainer) -> bool:
-    """Whether the settings alone say what is computed: a caller's own function is told by its name only."""
-    return not any(callable(value) for _, value in _settings(explainer))
+    """Whether the settings alone determine what is computed: of a caller's function only the name is known."""
+    return not any(callable(value) for value in _settings(explainer).values())
 
 
-def _settings(explainer: Explainer) -> list[tuple[str, Any]]:
-    fields = dataclasses.fields(explainer)  # type: ignore[arg-type]  # every explainer is a dataclass
-    return [(field.name, getattr(explainer, field.name)) for field in fields]
+def _settings(explainer: Explainer) -> dict[str, Any]:
+    return {one.name: getattr(explainer, one.name) for one in dataclasses.fields(explainer)}
 
 
-def _qualified(function: Any) -> str:
+def _qualified_name(function: Any) -> str:
     if isinstance(function, MissingCallable):
         return function.name
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
+    """A field as an option: the first plain type of its annotation, repeated where that is a sequence of it."""
+    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for alternative in alternatives:
+        arguments = typing.get_args(alternative)
+        is_repeated = bool(arguments) and alternative is not str and arguments[0] is str
+        plain = str if is_repeated else alternative
+        if plain in (int, float, bool, str):
+            return Option(field.name, plain, field.default, field.metadata.get("help", ""), is_repeated)
+    raise TypeError(f"the setting {field.name!r} is {hint}: expected int, float, bool, str or a sequence of str")

@@ -1,38 +1,115 @@
-"""DF-RISE: which pixels of a noisy latent must be seen for the noise prediction to keep its structure.
+"""DF-RISE: which pixels of a noisy latent must be visible for the prediction to keep its structure (Algorithm 1).
 
-Algorithm 1 of the paper: random masks hide latent pixels, the denoiser answers each masked latent, and a pixel's
-saliency is how well the answers agree with the unmasked one when that pixel is kept.
+Random masks hide latent pixels, the network predicts from each masked latent, and a pixel's saliency is how similar
+those predictions are to the unmasked one when the pixel is kept.
 """
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import dfkernels
 import torch
+from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory
-from dfengine.explain.base import OutputSpec, StepMap
-from dfengine.explain.masking import Masking
-from dfengine.explain.rise_settings import RiseSettings
+from dfengine.diffusion.guidance import TARGETS
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory
+from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
+from dfengine.explain.masking import RiseForwards
+from dfengine.explain.registry import checked, register
+
+SIMILARITIES = (*dfkernels.SIMILARITIES, "frechet")
+ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")
+
+#: Masks a step, at most: the score of each is stored.
+_MAX_MASKS = 2**24
 
 
+@register("rise", label="DF-RISE")
 @dataclass(frozen=True)
-class Rise(RiseSettings):
-    """DF-RISE and its variations [8][9].
+class Rise(Explainer):
+    """Which latent pixels must be visible for the prediction to keep its structure, by random masks (Eqs. 8, 9).
 
-    Maps are Σ M·s ("sum", as printed), Σ M·s / Σ M ("coverage"), the mean score with a pixel kept minus the mean with
-    it dropped ("contrast"), or the ridge regression of a global score on the masks ("ridge").
+    The map of a step is Σ M·s ("sum", as printed), Σ M·s / Σ M ("coverage"), the mean score with a pixel kept minus
+    the mean with it dropped ("contrast"), or the ridge regression of a global score on the masks ("ridge").
     """
 
-    def num_forwards(self, num_steps: int) -> int:
-        """Forwards of one latent that so many steps cost, if no step stops early."""
-        return num_steps * (self.num_masks + 1) * (2 if self.target == "guided" else 1)
+    num_masks: int = option(500, "masks a step; with stop_at_error, at most")
+    keep_probability: float = option(0.5, "share of latent pixels that a mask keeps, in (0, 1)")
+    mask_kind: str = option("gaussian", "gaussian (every pixel independently) or rise (a smooth random grid)")
+    grid: int = option(8, "cells a side of a rise mask")
+    similarity: str | Callable[[Tensor, Tensor], Tensor] = option("structure", ", ".join(SIMILARITIES))
+    """by name, or a function (a [n, c, h, w], b [c, h, w]) → scores, [n, h, w] if local and [n] if global"""
+    score: str = option("local", "local (a map of scores a mask) or global (a number a mask)")
+    estimator: str | None = option(
+        None, "sum, coverage, contrast or ridge; by default coverage (local) or ridge (global)"
+    )
+    window: int = option(11, "side in pixels of the Gaussian window of local statistics, odd")
+    sigma: float = option(1.5, "standard deviation of that window in latent pixels")
+    target: str = option("conditional", "prediction to explain: conditional, guided or unconditional")
+    stop_at_error: float | None = option(
+        None, "end a step once its mean standard error is this share of the map's range"
+    )
+    name: str = option("rise", "name that the maps are stored under")
 
-    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """A score a mask, and errors. Raises ValueError where the similarity needs features, and there are none."""
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that are out of range or exclude each other."""
+        # Plain numbers, so that settings from NumPy compare, store and print like any other.
+        object.__setattr__(self, "num_masks", checked_num_masks(self.num_masks))
+        object.__setattr__(self, "keep_probability", float(self.keep_probability))
+        if not 2**-32 <= self.keep_probability <= 1 - 2**-32:
+            raise ValueError(
+                f"keep_probability {self.keep_probability} is outside (0, 1): a mask keeps some pixels and hides some"
+            )
+        if self.grid < 1:
+            raise ValueError(f"grid {self.grid} is not possible: expected at least 1 cell a side")
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"window {self.window} has no middle pixel: expected an odd number")
+        if not self.sigma > 0:
+            raise ValueError(f"sigma {self.sigma} is not possible: expected more than 0")
+        if self.stop_at_error is not None and not self.stop_at_error > 0:
+            raise ValueError(f"stop_at_error {self.stop_at_error} is not possible: expected more than 0")
+        self._check_choice("mask_kind", dfkernels.MASK_KINDS)
+        self._check_choice("score", dfkernels.SCORES)
+        self._check_choice("target", TARGETS)
+        if not callable(self.similarity):
+            self._check_choice("similarity", SIMILARITIES)
+        if self.estimator is not None:
+            self._check_choice("estimator", ESTIMATORS)
+        if self.score == "local" and self.estimator == "ridge":
+            raise ValueError("the ridge estimator regresses one score a mask: it needs score='global'")
+        if self.score == "local" and self.similarity == "frechet":
+            raise ValueError("the Fréchet similarity compares whole images: it needs score='global'")
+
+    @classmethod
+    def paper(cls, **settings: Any) -> Rise:
+        """The equations as printed: structure of ε, local scores, the printed sum in its scale-free form."""
+        printed = {"similarity": "structure", "score": "local", "target": "conditional"}
+        return cls(**printed | checked(cls, settings))
+
+    @classmethod
+    def xdiffusion(cls, **settings: Any) -> Explainer:
+        """What the authors' released code computes. Raises ValueError for a setting that it does not have."""
+        from dfengine.explain.xdiffusion import XDiffusionRise
+
+        return XDiffusionRise(**checked(XDiffusionRise, settings))
+
+    @property
+    def resolved_estimator(self) -> str:
+        """The estimator in force."""
+        return self.estimator or ("coverage" if self.score == "local" else "ridge")
+
+    def num_forwards(self, num_steps: int) -> int:
+        return num_forwards(num_steps, self.num_masks, self.target)
+
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+        """A score a mask, and errors. Raises ValueError if the similarity needs features and the model has none."""
         self._check_features(denoiser)
         return OutputSpec(num_masks=self.num_masks, has_error=True)
 
@@ -40,21 +117,20 @@ class Rise(RiseSettings):
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
-        """Stream a map for every step of every trajectory; batches fill across masks, steps and items.
-
-        Raises ValueError where the similarity needs what the model does not come with.
-        """
+        """Batches fill across masks, steps and items."""
         self._check_features(denoiser)
         _, height, width = denoiser.latent_shape
-        if self.estimates == "ridge" and self.num_masks < 2 * height * width:
+        if self.resolved_estimator == "ridge" and self.num_masks < 2 * height * width:
             warnings.warn(
                 f"{self.num_masks} masks are few for the ridge of a global score on {height}×{width} pixels: "
                 f"it wants {2 * height * width} or more",
                 stacklevel=2,
             )
-        rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
-        if set(rows) - set(done):
-            yield from Masking(self, denoiser, trajectories, rows, done).run()
+        yield from RiseForwards(self, denoiser, trajectories, done).run()
+
+    def _check_choice(self, setting: str, choices: Sequence[str]) -> None:
+        if getattr(self, setting) not in choices:
+            raise ValueError(f"{setting} {getattr(self, setting)!r} is not known: expected one of {', '.join(choices)}")
 
     def _check_features(self, denoiser: Denoiser) -> None:
         if self.similarity == "frechet" and denoiser.features is None:
@@ -62,3 +138,16 @@ class Rise(RiseSettings):
                 f"the Fréchet similarity compares image features, and {denoiser.name} comes with no extractor: "
                 "set denoiser.features to one"
             )
+
+
+def checked_num_masks(num_masks: int, what: str = "masks") -> int:
+    """A number of masks as a plain int. Raises ValueError if it is below 1 or more than can be stored."""
+    num_masks = operator.index(num_masks)
+    if not 1 <= num_masks <= _MAX_MASKS:
+        raise ValueError(f"{num_masks} {what} are not possible: expected at least 1 and at most {_MAX_MASKS}")
+    return num_masks
+
+
+def num_forwards(num_steps: int, num_masks: int, target: str) -> int:
+    """Forwards of one latent for every mask and for f(R), twice as many with guidance, if no step stops early."""
+    return num_steps * (num_masks + 1) * (2 if target == "guided" else 1)

@@ -1,4 +1,4 @@
-"""What the explainers share that ask once about a step: steps of all items in batches, and gradients within range."""
+"""What explainers share that evaluate each step once: batches across steps and items, and loss scaling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.runtime.batching import in_batches
 
@@ -19,26 +19,28 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: A backward pass keeps what a forward alone lets go of: it begins with batches so many times smaller.
-_SHARE = 4
-#: While gradients are beyond float16 their target is made so many times smaller, so often at most.
-_SMALLER, _TRIES = 16, 5
+#: A backward pass keeps activations that a forward alone frees, so its batches begin this many times smaller.
+_BATCH_DIVISOR = 4
+#: Where float16 gradients overflow, the loss is scaled down by this factor, so many times at most.
+_BACKOFF, _MAX_BACKOFFS = 16, 5
 
 
 @dataclass
 class Steps:
-    """Some steps of some items, each of which is done by itself whatever is in a batch with it."""
+    """A batch of steps of some items. Samples do not interact: a step's result does not depend on its batch."""
 
     latents: Float[Tensor, "n c h w"]
     """R_t"""
     timesteps: Shaped[Tensor, " n"]
     items: Int[Tensor, " n"]
-    """whose trajectory each is of"""
+    """the index of each step's trajectory"""
+    condition: Condition
+    """of each step's prompt"""
 
 
 @dataclass
 class _Batches:
-    """Their own size, so that running out of memory here does not make the masks' batches smaller."""
+    """A batch size of its own, so that running out of memory here does not shrink the batches of masks."""
 
     batch_size: int
     device: torch.device
@@ -48,54 +50,54 @@ def by_steps(
     denoiser: Denoiser,
     trajectories: Sequence[Trajectory],
     done: Collection[tuple[int, int]],
-    work: Callable[[Steps], Mapping[str, Tensor]],
+    compute: Callable[[Steps], Mapping[str, Tensor]],
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """Do some work on the steps of all trajectories: yields item, step and what `work` made of it, on the CPU.
+    """Call `compute` on the steps of all trajectories in batches; yields item, step and its tensors, on the CPU.
 
-    `work` returns tensors with the steps along the first axis. Batches are the same whatever is in `done`, so that a
-    run that was cut off ends in the same bits.
+    `compute` returns tensors with the steps along the first axis. Batches do not depend on `done`, so that an
+    interrupted run ends in the same bits.
     """
     rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
     device = denoiser.device
+    conditions = Condition.cat([path.prompt for path in trajectories])
 
     def run(_: Tensor, known: range) -> dict[str, Tensor]:
-        chosen = [rows[row] for row in known]
+        batch = [rows[row] for row in known]
+        items = torch.tensor([i for i, _ in batch], device=device)
         steps = Steps(
-            torch.stack([trajectories[i].latents[k] for i, k in chosen]),
-            torch.tensor([trajectories[i].job.timesteps[k] for i, k in chosen], device=device),
-            torch.tensor([i for i, _ in chosen], device=device),
+            torch.stack([trajectories[i].latents[k] for i, k in batch]),
+            torch.tensor([trajectories[i].job.timesteps[k] for i, k in batch], device=device),
+            items,
+            conditions[items],
         )
-        return {name: value.cpu() for name, value in work(steps).items()}
+        return {name: value.cpu() for name, value in compute(steps).items()}
 
-    def needed(known: range) -> bool:
+    def is_needed(known: range) -> bool:
         return any(rows[row] not in done for row in known)
 
-    batches = _Batches(max(1, denoiser.batch_size // _SHARE), device)
-    for known, made in in_batches(len(rows), batches, run, needed):
+    batches = _Batches(max(1, denoiser.batch_size // _BATCH_DIVISOR), device)
+    for known, tensors in in_batches(len(rows), batches, run, is_needed):
         for place, row in enumerate(known):
-            if made is not None and rows[row] not in done:
-                yield *rows[row], {name: value[place] for name, value in made.items()}
+            if tensors is not None and rows[row] not in done:
+                yield *rows[row], {name: value[place] for name, value in tensors.items()}
 
 
-def check_scale(scale: float) -> None:
-    """Raise ValueError for a scale that gradients cannot have."""
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale {scale} is not possible: expected a finite number above 0")
+def check_loss_scale(loss_scale: float) -> None:
+    """Raises ValueError if the loss scale is not finite and positive."""
+    if not 0 < loss_scale < float("inf"):
+        raise ValueError(f"loss_scale {loss_scale} is not possible: expected a finite number above 0")
 
 
-def in_range(
-    dtype: torch.dtype, scale: float, compute: Callable[[float], T], told: Callable[[T], Iterable[Tensor]]
+def with_loss_scaling(
+    dtype: torch.dtype, loss_scale: float, compute: Callable[[float], T], tensors: Callable[[T], Iterable[Tensor]]
 ) -> T:
-    """What `compute` makes with gradients of a target times a scale: 1, but in float16 the given one.
-
-    Where a tensor that is `told` of the result is not finite, it is computed again with a smaller scale.
-    """
-    scale = scale if dtype == torch.float16 else 1.0
+    """What `compute` returns for a loss scale: 1, or in float16 the given one, lowered while `tensors` overflow."""
+    scale = loss_scale if dtype == torch.float16 else 1.0
     result = compute(scale)
-    for _ in range(_TRIES if dtype == torch.float16 else 0):
-        if all(part.isfinite().all() for part in told(result)):
+    for _ in range(_MAX_BACKOFFS if dtype == torch.float16 else 0):
+        if all(part.isfinite().all() for part in tensors(result)):
             break
-        scale /= _SMALLER
-        log.info("gradients overflow in float16: their target is scaled by %g", scale)
+        scale /= _BACKOFF
+        log.info("gradients overflow in float16: their loss is scaled by %g", scale)
         result = compute(scale)
     return result

@@ -1,16 +1,15 @@
 """DF-RISE, DF-CAM and LIME with the departures from the paper's equations that the authors' released code makes.
 
-Each explainer here is the one of the same method elsewhere but for what its docstring says. The sampler, the masks and
-the names of layers are the engine's own, so that the maps of the two can be compared one by one.
+Each class is the explainer of the same method but for what its docstring says. Sampler, masks and layer names are the
+engine's own, so that the maps of both can be compared one by one. docs/xdiffusion.md lists all differences.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import dfkernels
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,59 +18,59 @@ from numpy import ndarray
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
-from dfengine.diffusion.trajectory import Job, Trajectory
-from dfengine.explain.base import Explainer, OutputSpec, StepMap
-from dfengine.explain.cam import Cam, by_layer, tapped
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.path import END
+from dfengine.diffusion.trajectory import Trajectory
+from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
+from dfengine.explain.cam import Cam, by_layer, feature_gradients, weighted_map
 from dfengine.explain.lime import Lime
-from dfengine.explain.masking import Masking
-from dfengine.explain.rise import Rise
-from dfengine.explain.rise_settings import RiseSettings
-from dfengine.explain.steps import Steps, check_scale, in_range
+from dfengine.explain.masking import RiseForwards
+from dfengine.explain.registry import register
+from dfengine.explain.rise import Rise, checked_num_masks
+from dfengine.explain.steps import Steps, check_loss_scale, with_loss_scaling
 
 SIMILARITIES = ("structure", "contrast", "cosine")
 
 WINDOW, SIGMA = 15, 1.5
-#: Segments of LIME that are painted.
-PAINTED = 5
+#: LIME paints the segments of so many coefficients.
+NUM_PAINTED = 5
 #: C₃ = C₂ / 2, C₂ = (0.03 L)², L = 1.
 C3 = 0.03**2 / 2
 
-_ATTENTION_OF_MID_BLOCK = "mid_block.attentions."
+_MID_BLOCK_ATTENTION = "mid_block.attentions."
 
 
 # DF-RISE -------------------------------------------------------------------------------------------------------------
 
 
+@register("xdiffusion-rise", label="DF-RISE (released code)")
 @dataclass(frozen=True)
-class XDiffusionRise:
+class XDiffusionRise(Explainer):
     """DF-RISE as released: S = Σ_n M_n ⊙ s(f(R⊙M_n), x_next).
 
-    f is the guided prediction, x_next the latent that the unmasked step leads to (the paper: f(R) itself), s the
-    similarity of `released_similarity`, and every mask keeps half of the pixels. The masks are those of `Rise`.
+    f is the guided prediction, x_next the latent that the unmasked step leads to (the paper: f(R) itself), s is
+    `released_similarity`, and every mask keeps half of the pixels. The masks are those of `Rise`.
     """
 
-    num_masks: int = 500
-    """N a step"""
-    similarity: str = "structure"
-    """"structure"; "contrast", which is structure again; or "cosine", over the channels of a pixel"""
-    name: str = "rise"
+    num_masks: int = option(500, "masks a step")
+    similarity: str = option("structure", "structure; contrast, which is structure again; or cosine over channels")
+    name: str = option("rise", "name that the maps are stored under")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what is not possible."""
+        """Raises ValueError for a similarity that the released code does not have, or an impossible number of masks."""
         if self.similarity not in SIMILARITIES:
             raise ValueError(
                 f"similarity {self.similarity!r} is not among those of the released code: expected one of "
                 f"{', '.join(SIMILARITIES)}, or Rise, which has others"
             )
-        object.__setattr__(self, "num_masks", self.settings.num_masks)
+        object.__setattr__(self, "num_masks", checked_num_masks(self.num_masks))
 
     @property
     def settings(self) -> Rise:
-        """The same in the terms of DF-RISE, as far as it has them."""
+        """The nearest settings of `Rise`: masks, target and sums are those."""
         return Rise(
-            self.num_masks,
+            num_masks=self.num_masks,
             keep_probability=0.5,
-            similarity=self.similarity,
             score="local",
             estimator="sum",
             window=WINDOW,
@@ -81,64 +80,58 @@ class XDiffusionRise:
         )
 
     def num_forwards(self, num_steps: int) -> int:
-        """Both halves of the guidance for every mask, and once for x_next."""
         return self.settings.num_forwards(num_steps)
 
-    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """A score a mask, and errors."""
-        return self.settings.contents(denoiser, job)
+        return OutputSpec(num_masks=self.num_masks, has_error=True)
 
     @torch.no_grad()
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
-        """Stream a map for every step of every trajectory that is to be explained."""
-        rows = [(i, k) for i, path in enumerate(trajectories) for k in path.steps]
-        if set(rows) - set(done):
-            yield from _ReleasedMasking(self.settings, denoiser, trajectories, rows, done).run()
+        yield from _XDiffusionForwards(self, denoiser, trajectories, done).run()
 
 
-class _ReleasedMasking(Masking):
+class _XDiffusionForwards(RiseForwards):
     """The hot loop of DF-RISE with another reference and another similarity."""
 
     def __init__(
         self,
-        rise: RiseSettings,
+        rise: XDiffusionRise,
         denoiser: Denoiser,
         trajectories: Sequence[Trajectory],
-        rows: Sequence[tuple[int, int]],
-        done: Collection[tuple[int, int]],
+        done: Collection[tuple[int, int]] = (),
     ) -> None:
-        # −1 is the end of the list, as NoiseSchedule.step has it. First, since the references are made at once.
-        following = [(*trajectories[i].job.timesteps[1:], -1)[k] for i, k in rows]
-        self.following = torch.tensor(following, device=denoiser.device)
-        super().__init__(rise, denoiser, trajectories, rows, done)
+        super().__init__(rise.settings, denoiser, trajectories, done)
+        self.similarity = rise.similarity
+        following = [(*trajectories[i].job.timesteps[1:], END)[k] for i, k in self.rows]
+        self.next_timesteps = torch.tensor(following, device=denoiser.device)
 
-    def _refer(self, rows: Int[Tensor, " n"], _: range) -> None:
-        """x_next of some rows: their guided DDIM step to the list's next entry, or to its end."""
+    def compute_references(self, rows: Int[Tensor, " n"], _: range) -> None:
+        """x_next of some rows: their guided deterministic step to the list's next entry, or to its end."""
         real = rows.clamp(min=0)
         prediction = self.explained(self.latents[real], self.timesteps[real], self.items[real])
-        self.references[rows] = self.denoiser.schedule.step(prediction, self.following[real])
+        self.references[rows] = self.denoiser.schedule.step(prediction, self.next_timesteps[real])
 
-    def _accumulate(
-        self, answers: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
+    def accumulate(
+        self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"]:
-        assert isinstance(self.rise.similarity, str)
-        scores = released_similarity(answers, self.references[rows.clamp(min=0)], self.rise.similarity)
-        dfkernels.add(self.sums, scores, self.seeds, self.steps, rows, indices, **self.masks)
-        return scores.mean((1, 2))
+        return self.add(
+            released_similarity(outputs, self.references[rows.clamp(min=0)], self.similarity), rows, indices
+        )
 
 
 def released_similarity(
     a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"], kind: str = "structure"
 ) -> Float[Tensor, "n h w"]:
-    """Similarity of a = f(R⊙M) and b = x_next around each pixel, the mean over channels.
+    """Local similarity of a = f(R⊙M) and b = x_next, the mean over channels.
 
         structure, contrast   (2σ_ab + C₃) / (σ_a σ_b + C₃)          the paper: (σ_ab + C₃) / …
         cosine                a·b / (‖a‖ ‖b‖), over channels
 
-    σ² = E[x²] − E[x]² and σ_ab = E[ab] − E[a]E[b] under `zero_padded_mean`. NaN where a variance is below 0, which
-    rounding makes of a constant neighbourhood.
+    σ² = E[x²] − E[x]² and σ_ab = E[ab] − E[a]E[b] under `zero_padded_mean`. NaN where rounding makes the variance of a
+    constant neighbourhood negative.
     """
     if kind == "cosine":
         return F.cosine_similarity(a, b, dim=1, eps=1e-6)
@@ -148,9 +141,9 @@ def released_similarity(
 
 
 def zero_padded_mean(x: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n h w"]:
-    """Σ_k g_k x_{λ+k}, Σ g = 1 over the whole window, x = 0 outside the image: towards the border it falls.
+    """Σ_k g_k x_{λ+k}, with Σ g = 1 over the whole window and x = 0 outside the image, so that it falls at the border.
 
-    Shifted sums: a convolution may be rounded to TF32, which would make negative variances of its own.
+    Computed as shifted sums: a convolution may round to TF32, which would add negative variances of its own.
     """
     radius = WINDOW // 2
     weights = [math.exp(-0.5 * (k / SIGMA) ** 2) for k in range(-radius, radius + 1)]
@@ -165,144 +158,103 @@ def zero_padded_mean(x: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n h w"]:
 # DF-CAM --------------------------------------------------------------------------------------------------------------
 
 
+@register("xdiffusion-cam", label="DF-CAM (released code)", form="layers")
 @dataclass(frozen=True)
-class XDiffusionCam:
-    """DF-CAM as released, of every layer but the mid block's attention.
+class XDiffusionCam(Explainer):
+    """DF-CAM as released, of every layer except the mid block's attention.
 
-    y = Σ f(R_t | prompt) + Σ f(R_t | negative); of a feature map A with ∂y/∂A = G in either half of the guidance w,
-    A = A_n + w (A_p − A_n), G = G_n + w (G_p − G_n), α_k = mean_ij G^k_ij, L = ReLU(Σ_k α_k A^k).
+    y = Σ f(R_t | prompt) + Σ f(R_t | negative). A feature map A and its gradient G = ∂y/∂A have a conditional (c) and
+    an unconditional (u) half; with the guidance scale w, A = A_u + w (A_c − A_u) and G = G_u + w (G_c − G_u), then
+    α_k = mean_ij G^k_ij and L = ReLU(Σ_k α_k A^k).
     """
 
-    scale: float = 256.0
-    """what y is multiplied by while gradients are taken in float16, which loses small ones; divided out again"""
-    name: str = "cam"
+    loss_scale: float = option(256.0, "factor on y while float16 gradients are taken, divided out again")
+    name: str = option("cam", "name that the maps are stored under")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what is not possible."""
-        check_scale(self.scale)
+        """Raises ValueError if the loss scale is not positive."""
+        check_loss_scale(self.loss_scale)
 
     def num_forwards(self, num_steps: int) -> int:
         """A forward and a backward of both halves a step."""
         return 4 * num_steps
 
-    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """The layers that are looked at. Raises ValueError where there are none."""
-        return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.chosen(denoiser).items()})
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+        """The layers. Raises ValueError if the model has none."""
+        return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.select_layers(denoiser).items()})
 
-    def chosen(self, denoiser: Denoiser) -> dict[str, Layer]:
-        """43 of the 44 layers of Stable Diffusion 1 and 2. Raises ValueError where there are none."""
-        layers = Cam().chosen(denoiser)
-        return {name: layer for name, layer in layers.items() if not name.startswith(_ATTENTION_OF_MID_BLOCK)}
+    def select_layers(self, denoiser: Denoiser) -> dict[str, Layer]:
+        """43 of the 44 layers of Stable Diffusion 1 and 2. Raises ValueError if the model has none."""
+        layers = Cam().select_layers(denoiser)
+        return {name: layer for name, layer in layers.items() if not name.startswith(_MID_BLOCK_ATTENTION)}
 
     @torch.no_grad()
     def explain(
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
-        """Stream the maps of every step of every trajectory that is to be explained.
-
-        Raises ValueError where the network has no layers to look at.
-        """
-        layers = self.chosen(denoiser)
-        prompts = Condition.cat([path.prompt for path in trajectories])
+        layers = self.select_layers(denoiser)
         negatives = Condition.cat([path.negative for path in trajectories])
         guidance = torch.tensor([path.job.guidance for path in trajectories], device=denoiser.device)
 
-        def work(steps: Steps) -> dict[str, Tensor]:
-            both = Condition.cat([negatives[steps.items], prompts[steps.items]])
-            return _halves(denoiser, layers, steps, both, guidance[steps.items], self.scale)
+        def maps(steps: Steps) -> dict[str, Tensor]:
+            halves = Condition.cat([negatives[steps.items], steps.condition])
+            return _guided_maps(denoiser, layers, steps, halves, guidance[steps.items], self.loss_scale)
 
-        yield from by_layer(self.name, denoiser, trajectories, done, work)
+        yield from by_layer(self.name, denoiser, trajectories, done, maps)
 
 
-def _halves(
+def _guided_maps(
     denoiser: Denoiser,
     layers: Mapping[str, Layer],
     steps: Steps,
-    both: Condition,
+    halves: Condition,
     guidance: Float[Tensor, " n"],
-    scale: float,
+    loss_scale: float,
 ) -> dict[str, Float[Tensor, "n _ _"]]:
-    """L of every layer, at its own resolution; `both` is the negative prompts, then the prompts."""
+    """L of every layer, at its own resolution; `halves` has the negative prompts, then the prompts."""
     latents, timesteps = torch.cat([steps.latents] * 2), torch.cat([steps.timesteps] * 2)
 
-    def target(deltas: dict[str, Tensor], scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        with tapped(layers, deltas) as features:
-            output = denoiser.predict(latents, timesteps, both)
-        return scale * denoiser.schedule.epsilon(output, latents, timesteps).sum(), features
-
-    def guided(of_both: Tensor) -> Tensor:
-        without, given = of_both.float().chunk(2)
-        return without + guidance.reshape(-1, *[1] * (given.ndim - 1)) * (given - without)
+    def guide(values: Tensor) -> Tensor:
+        unconditional, conditional = values.float().chunk(2)
+        weight = guidance.reshape(-1, *[1] * (conditional.ndim - 1))
+        return unconditional + weight * (conditional - unconditional)
 
     def maps(scale: float) -> dict[str, Tensor]:
-        gradients, features = torch.func.grad(target, has_aux=True)(zeros, scale)
-        alphas = {name: guided(gradients.pop(name).float().mean((2, 3))) / scale for name in layers}
-        return {name: F.relu(torch.einsum("nk,nkuv->nuv", alphas[name], guided(features[name]))) for name in layers}
+        gradients, features = feature_gradients(denoiser, layers, latents, timesteps, halves, loss_scale=scale)
+        alphas = {name: guide(gradients.pop(name).float().mean((2, 3))) / scale for name in layers}
+        return {name: weighted_map(alphas[name], guide(features[name])) for name in layers}
 
-    zeros = {
-        name: torch.zeros(len(latents), *layer.shape, dtype=denoiser.dtype, device=denoiser.device)
-        for name, layer in layers.items()
-    }
-    with denoiser.differentiable():
-        return in_range(denoiser.dtype, scale, maps, lambda found: found.values())
+    return with_loss_scaling(denoiser.dtype, loss_scale, maps, lambda result: result.values())
 
 
 # LIME ----------------------------------------------------------------------------------------------------------------
 
 
+@register("xdiffusion-lime", label="LIME (released code)")
 @dataclass(frozen=True)
 class XDiffusionLime(Lime):
-    """LIME as released: segments of the image made as small as the latent, which is painted, and its brightness ranked.
+    """LIME as released: segments of the image resized to the latent, painted, and ranked by brightness.
 
     The segments of the five largest coefficients are painted: their green is the image's brightest value.
     """
 
-    def segments(self, image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
-        """Quickshift's segments of the small image, numbered from 0."""
-        return super().segments((small(image, shape) * 255).round().astype(np.uint8), shape)
+    def segment(self, image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
+        """Quickshift's segments of the resized image, numbered from 0."""
+        return super().segment((resize(image, shape) * 255).round().astype(np.uint8), shape)
 
-    def paint(
+    def to_map(
         self, coefficients: Float[ndarray, " segments"], segments: Int[ndarray, "h w"], image: UInt8[ndarray, "H W 3"]
     ) -> Float[ndarray, "h w"]:
         """The mean of the painted image's red, green and blue, each in [0, 1]; NaN without coefficients."""
         if not np.isfinite(coefficients).all():
             return np.full(segments.shape, np.nan)
-        painted = small(image, segments.shape)
-        first = np.argsort(-np.abs(coefficients), kind="stable")[:PAINTED]
-        painted[np.isin(segments, first), 1] = painted.max()
+        painted = resize(image, segments.shape)
+        largest = np.argsort(-np.abs(coefficients), kind="stable")[:NUM_PAINTED]
+        painted[np.isin(segments, largest), 1] = painted.max()
         return painted.mean(-1)
 
 
-def small(image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Float[ndarray, "h w 3"]:
+def resize(image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Float[ndarray, "h w 3"]:
     """An image in [0, 1] at the latent's size: bilinear, antialiased."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255
     return F.interpolate(pixels, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-
-
-# Any -----------------------------------------------------------------------------------------------------------------
-
-
-def to_xdiffusion(explainer: Explainer) -> Explainer:
-    """The explainer of the same method as the released code has it; of another method, the same.
-
-    Raises ValueError for settings that the released code does not have.
-    """
-    if isinstance(explainer, Rise):
-        released = XDiffusionRise(explainer.num_masks, explainer.similarity, explainer.name)  # type: ignore[arg-type]
-        _refuse(explainer, Rise(explainer.num_masks, similarity=explainer.similarity, name=explainer.name))
-        return released
-    if isinstance(explainer, Cam):
-        _refuse(explainer, Cam(scale=explainer.scale, name=explainer.name))
-        return XDiffusionCam(scale=explainer.scale, name=explainer.name)
-    if isinstance(explainer, Lime):
-        return XDiffusionLime(**asdict(explainer))
-    return explainer
-
-
-def _refuse(given: Rise | Cam, possible: Rise | Cam) -> None:
-    """Raise ValueError where settings are not those that can be had."""
-    for name, value in asdict(given).items():
-        if value != asdict(possible)[name]:
-            raise ValueError(
-                f"{name}={value!r} is not what the released code does: leave it out, or take the paper's behaviour"
-            )

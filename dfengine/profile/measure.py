@@ -23,14 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser, PromptedDenoiser
-from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
-from dfengine.engine import Engine, Event, Generated
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, trajectories
+from dfengine.engine import Engine
+from dfengine.events import Event, Generated
 from dfengine.explain import Rise
-from dfengine.explain.masking import Masking
+from dfengine.explain.masking import RiseForwards
 from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling, processor
 from dfengine.profile.operations import flops_by_kind, profiled, time_by_kind
-from dfengine.recorder import device_name, plan
-from dfengine.runtime.tuning import synchronize
+from dfengine.runtime.tuning import device_name, synchronize
 from dfengine.store import Writer, nbytes
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ def profile(
     denoiser, steps = engine.denoiser, len(job.timesteps)
     clock = Clock(denoiser.device, seconds)
     tell("finding the batch that fits")
-    engine.prepare([job] * images, [rise])
+    engine.prepare(engine.plan([job] * images, rise))
     tell("sampling")
     once, twice = (clock.median(partial(trajectories, denoiser, [_shortened(job, n)])) for n in (1, 2))
     (path,) = trajectories(denoiser, [_shortened(job, 1)])
@@ -138,7 +139,7 @@ def profile(
             "masks": rise.num_masks,
             "forwards": images * rise.num_forwards(steps),
             "seconds": images * (once + (steps - 1) * a_step) + _padded(images * steps * rise.num_masks, batch) * loop,
-            "bytes": images * nbytes(plan(engine.denoiser, [job], [rise], previews=True)),
+            "bytes": images * nbytes(engine.plan([job], rise).file_plan(engine.denoiser, previews=True)),
         },
         missed=_missed(engine),
     )
@@ -148,7 +149,7 @@ def trace(engine: Engine, rise: Rise, job: Job, path: Path) -> None:
     """Write a Chrome trace (chrome://tracing, Perfetto) of two steps of a job, a few batches each."""
     few = replace(rise, num_masks=min(rise.num_masks, 2 * engine.denoiser.batch_size))
     job = _shortened(job, 2)
-    engine.prepare([job], [few])
+    engine.prepare(engine.plan([job], few))
     with profiled(engine.denoiser.device) as profiler:
         for _ in engine.stream([job], few):
             pass
@@ -159,7 +160,7 @@ class _Stages:
     """One batch of one step, as the loop makes it, each stage by itself."""
 
     def __init__(self, denoiser: Denoiser, rise: Rise, path: Trajectory, size: int) -> None:
-        self._masking = Masking(rise, denoiser, [path], [(0, 0)], ())
+        self._masking = RiseForwards(rise, denoiser, [path])
         self._rows = torch.zeros(size, dtype=torch.int64, device=denoiser.device)
         self._indices = torch.arange(size, device=denoiser.device) % rise.num_masks
         self._masking.scores.uniform_()  # for ridge, which is not asked to make sense of what is not there
@@ -169,14 +170,14 @@ class _Stages:
         return self._masking.mask(self._rows, self._indices)
 
     def forward(self) -> Tensor:
-        return self._masking.answer(self._masked, self._rows, 0)
+        return self._masking.predict(self._masked, self._rows, 0)
 
     def score(self) -> None:
         # What is scored takes the same time whatever it is.
         self._masking.score(self._masked, self._rows, self._indices)
 
     def maps(self) -> None:
-        list(self._masking.step_maps([[0]], self._masking.rise.num_masks))
+        list(self._masking.step_maps([[0]], self._masking.num_masks))
 
 
 class _Watched(PromptedDenoiser):
@@ -257,7 +258,7 @@ def _file_seconds(engine: Engine, rise: Rise, job: Job, path: Trajectory, steps:
     maps = np.random.default_rng(0).standard_normal((2, h, w), np.float32)
     scores = np.zeros(rise.num_masks, np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        whole = plan(engine.denoiser, [job], [rise], previews=False)
+        whole = engine.plan([job], rise).file_plan(engine.denoiser, previews=False)
         with Writer.create(Path(folder) / "run.h5", whole) as writer:
             writer.trajectory(
                 0,

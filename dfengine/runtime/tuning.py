@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.denoiser import Compiles, Denoiser
 from dfengine.runtime.batching import run_or_halve_batch
 
 log = logging.getLogger(__name__)
@@ -103,13 +103,15 @@ def maybe_compile(
         return
     expected = COMPILING.get(denoiser.device.type)
     if wanted is None:
-        if expected is None or type(denoiser).compile is Denoiser.compile:
+        if expected is None or not isinstance(denoiser, Compiles):
             return
         uncompiled, cost = num_forwards * pace.seconds, expected.seconds
         if uncompiled * (1 - 1 / expected.speedup) < MARGIN * cost:
             log.debug("about %s for %d forwards: not compiling", duration(uncompiled), num_forwards)
             return
         log.info("about %s for %d forwards: compiling, in %s", duration(uncompiled), num_forwards, duration(cost))
+    if not isinstance(denoiser, Compiles):
+        raise ValueError(f"{denoiser.name} cannot be compiled: leave compile out")
     try:
         began, whole = time.monotonic(), False
         with torch.no_grad():
@@ -144,6 +146,11 @@ def disable_malloc_trim() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
+def device_name(device: torch.device) -> str:
+    """The device's name: of a GPU its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def on_gpu(denoiser: Denoiser) -> bool:
     """Whether the denoiser's memory and time are a GPU's."""
     return denoiser.device.type == "cuda"
@@ -151,7 +158,7 @@ def on_gpu(denoiser: Denoiser) -> bool:
 
 def forwards(denoiser: Denoiser, *, guided: bool = False) -> Callable[[int], object]:
     """Forwards of so many latents of one prompt, or with guidance of a pair, as the explainers make them."""
-    network = denoiser.with_prompts(denoiser.condition([""]))
+    network = denoiser.with_prompts(denoiser.encode_prompts([""]))
     last = denoiser.schedule.num_train_timesteps - 1
     noise = torch.Generator(denoiser.device).manual_seed(0)  # of its own: a caller's is left as it was
 

@@ -15,7 +15,7 @@ from dfengine.store.plan import Item, Plan, StoreError
 from dfengine.tokens import Tokens
 
 if TYPE_CHECKING:
-    from dfengine.diffusion.trajectory import Job
+    from dfengine.diffusion.job import Job
 
 
 @runtime_checkable
@@ -164,7 +164,7 @@ class StoredItem(Explanation):
         """What was generated, as `Engine.stream` takes it."""
         from torch import from_numpy
 
-        from dfengine.diffusion.trajectory import Job
+        from dfengine.diffusion.job import Job
 
         settings = self.item.settings
         return Job(

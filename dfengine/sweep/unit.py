@@ -9,10 +9,14 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 import numpy as np
 
 from dfengine import store
-from dfengine.diffusion.trajectory import Job
-from dfengine.engine import Engine, Finished
+from dfengine.diffusion.job import Job
+from dfengine.engine import Engine
+from dfengine.events import Finished
 from dfengine.explain import StepMap
-from dfengine.recorder import Recorder, contents, device_name, plan
+from dfengine.plan import Plan
+from dfengine.recorder import Recorder
+from dfengine.runtime.grouping import group_size
+from dfengine.runtime.tuning import device_name
 from dfengine.sweep.records import Closed, Failed, Progress, Record
 from dfengine.sweep.spec import Schedule, Shared
 
@@ -53,17 +57,14 @@ def _explain_held(
     if refused:
         yield Failed(unit.name, tuple(refused))
     if jobs:
-        described = plan(
-            engine.denoiser,
-            list(jobs.values()),
-            shared.explainers,
-            previews=shared.previews,
-            mantissa_bits=shared.mantissa_bits,
-        )
+        plan = engine.plan(list(jobs.values()), shared.explainers)
+        described = plan.file_plan(engine.denoiser, previews=shared.previews, mantissa_bits=shared.mantissa_bits)
         device = device_name(engine.denoiser.device)
         try:
             with folder.segment(unit.name, described, compression=shared.compression, device=device) as writer:
-                yield from _Work(engine, shared, unit, jobs, troubles, writer).rest(times)
+                yield from _Work(
+                    engine, shared, unit, dict(zip(jobs, range(len(jobs)), strict=True)), plan, troubles, writer
+                ).rest(times)
         except _Broken as error:
             yield Failed(unit.name, error.failures, fresh=True)
             return
@@ -87,9 +88,8 @@ def _jobs(
                 sampling=how.sampling,
                 gamma=how.gamma,
                 guidance=how.guidance,
-                behaviour=shared.behaviour,
             )
-            contents(engine.denoiser, job, shared.explainers)
+            engine.plan([job], shared.explainers)
             jobs[item] = job
         except ValueError as error:
             if item not in troubles.aside:
@@ -105,25 +105,26 @@ class _Work:
         engine: Engine,
         shared: Shared,
         unit: store.Unit,
-        jobs: Mapping[int, Job],
+        places: Mapping[int, int],
+        plan: Plan,
         troubles: store.Troubles,
         writer: store.Writer,
     ) -> None:
-        self._engine, self._shared, self._unit, self._jobs = engine, shared, unit, jobs
+        self._engine, self._shared, self._unit, self._plan = engine, shared, unit, plan
         self._troubles, self._writer = troubles, writer
-        self._places = {item: place for place, item in enumerate(jobs)}
+        self._places = places
         self._maps, self._finished, self._told = 0, list[tuple[int, float]](), time.monotonic()
 
     def rest(self, times: int) -> Iterator[Record]:
         """Explain all that is neither finished nor set aside. Raises _Broken."""
-        left = [item for item in self._jobs if np.isnan(self._writer.stored(self._places[item]).seconds)]
+        left = [item for item in self._places if np.isnan(self._writer.stored(self._places[item]).seconds)]
         if found := self._troubles.after_crash(left):
             yield Failed(self._unit.name, tuple(found))
         left = [item for item in left if item not in self._troubles.aside]
-        self._engine.prepare([self._jobs[item] for item in left], self._shared.explainers, times=times)
+        self._engine.prepare(self._plan.select([self._places[item] for item in left]), times=times)
         alone = [item for item in self._troubles.suspects if item in left]
         together = [item for item in left if item not in alone]
-        size = self._engine.group_size
+        size = group_size(self._engine.denoiser)
         groups = deque([*(together[start : start + size] for start in range(0, len(together), size))])
         # Last, so that what they do to the process costs the others nothing.
         groups.extend([item] for item in alone)
@@ -159,19 +160,11 @@ class _Work:
 
     def _explain(self, group: Sequence[int]) -> Iterator[Progress]:
         shared, engine = self._shared, self._engine
-        jobs = [self._jobs[item] for item in group]
-        recorders = [
-            Recorder(
-                engine.denoiser,
-                job,
-                shared.explainers,
-                previews=shared.previews,
-                writer=self._writer,
-                item=self._places[item],
-            )
-            for item, job in zip(group, jobs, strict=True)
-        ]
-        for event in engine.record(jobs, shared.explainers, recorders):
+        places = [self._places[item] for item in group]
+        plan = self._plan.select(places)
+        recorder = Recorder(engine.denoiser, plan, previews=shared.previews, writer=self._writer, items=places)
+        for event in engine.run(plan, restored=recorder.restored, done=recorder.done):
+            recorder.take(event)
             self._maps += isinstance(event, StepMap)
             if isinstance(event, Finished):
                 self._finished.append((group[event.item], event.seconds))

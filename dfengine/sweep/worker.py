@@ -17,7 +17,7 @@ import torch
 
 from dfengine import store
 from dfengine.engine import Engine
-from dfengine.recorder import contents, device_name, plan
+from dfengine.runtime.tuning import device_name
 from dfengine.sweep.records import Idle, Kind, Note, Probed, Record, Refused, Taken
 from dfengine.sweep.spec import Schedule, Shared, Source
 from dfengine.sweep.unit import explain_unit
@@ -137,7 +137,6 @@ class Worker:
                 sampling=how.sampling,
                 gamma=how.gamma,
                 guidance=how.guidance,
-                behaviour=shared.behaviour,
             )
             for how in request.schedules
         ]
@@ -145,11 +144,11 @@ class Worker:
         kinds = []
         for how, job in zip(request.schedules, jobs, strict=True):
             job = engine.job(prompt, num_steps=how.steps, sampling=job.timesteps)
-            described = plan(engine.denoiser, [job], shared.explainers, previews=shared.previews)
+            described = engine.plan([job], shared.explainers).file_plan(engine.denoiser, previews=shared.previews)
             steps = len(job.timesteps)
             forwards = 2 * steps + sum(explainer.num_forwards(steps) for explainer in shared.explainers)
             kinds.append(Kind(steps, forwards, store.nbytes(described)))
-        return Probed(device_name(engine.denoiser.device), engine.pace().seconds, tuple(kinds))
+        return Probed(device_name(engine.denoiser.device), engine.forward_cost().seconds, tuple(kinds))
 
 
 def _possible(engine: Engine, shared: Shared, request: Probe) -> str:
@@ -158,8 +157,8 @@ def _possible(engine: Engine, shared: Shared, request: Probe) -> str:
     for prompt in request.prompts[:_TRIED]:
         job = engine.job(prompt, num_steps=1)
         try:
-            contents(engine.denoiser, job, shared.explainers)
-            engine.denoiser.condition([prompt, shared.negative_prompt])
+            engine.plan([job], shared.explainers)
+            engine.denoiser.encode_prompts([prompt, shared.negative_prompt])
             return prompt
         except ValueError as error:
             first = first or error

@@ -111,7 +111,7 @@ class StableDiffusion(Denoiser):
     def layers(self) -> dict[str, Layer]:
         """Every resnet, transformer, down- and upsampler."""
         if self._layers is None:
-            self._layers = layers_of(self.unet, self.latent_shape, self.condition([""]))
+            self._layers = layers_of(self.unet, self.latent_shape, self.encode_prompts([""]))
         return self._layers
 
     def require_attention(self) -> None:
@@ -146,7 +146,7 @@ class StableDiffusion(Denoiser):
         encoder.set_attn_implementation("eager")  # the others do not tell their probabilities
         hooks = [part.register_forward_hook(shown_to(watch), with_kwargs=True) for part in parts]
         try:
-            return self.condition(prompts)
+            return self.encode_prompts(prompts)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -201,7 +201,7 @@ class StableDiffusion(Denoiser):
         with self._attention.chosen(), _searching(len(embedding) == self.batch_size):
             return forward(self.unet, x, embedding, texts, self._attention.attend, kernels=kernels)
 
-    def condition(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         self.check(prompts)
         text, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return Condition({"text": text.to(self.dtype)})

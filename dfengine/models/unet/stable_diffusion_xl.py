@@ -31,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
             )
         super().__init__(pipeline, **options)
 
-    def condition(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts. The empty one, "", is the unconditional one: zeros, where the pipeline's configuration says
         `force_zeros_for_empty_prompt`. Raises ValueError for one that a text encoder cannot be told whole.
         """

@@ -1,0 +1,132 @@
+"""What a run will produce, worked out once: the jobs, the explainers, and the shape of everything they will output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfengine import store
+from dfengine.diffusion.denoiser import Denoiser
+from dfengine.diffusion.job import Job
+from dfengine.explain import Explainer, OutputSpec, describe, entry_of
+from dfengine.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job and what each explainer, by its name, will output for it."""
+
+    job: Job
+    outputs: Mapping[str, OutputSpec]
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """The tokens that relevance is computed for."""
+        return next((spec.tokens for spec in self.outputs.values() if spec.tokens), None)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that have maps."""
+        return tuple(word for spec in self.outputs.values() for word in spec.words)
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """The layers that have maps, and their resolutions."""
+        return {name: size for spec in self.outputs.values() for name, size in spec.layers.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of a run, in order, and its explainers."""
+
+    jobs: tuple[PlannedJob, ...]
+    explainers: tuple[Explainer, ...]
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def select(self, items: Sequence[int]) -> Plan:
+        """Some of the jobs, as a plan of their own."""
+        return Plan(tuple(self.jobs[item] for item in items), self.explainers)
+
+    def file_plan(self, denoiser: Denoiser, *, previews: bool, mantissa_bits: int = 23) -> store.Plan:
+        """What a file of the run will hold. Jobs must have equally many steps."""
+        first, settings = self.jobs[0], {one.name: describe(one) for one in self.explainers}
+        return store.Plan(
+            items=tuple(
+                store.Item(
+                    item_key(denoiser, planned.job, settings),
+                    planned.job.prompt,
+                    planned.job.negative_prompt,
+                    planned.job.seed,
+                    tokens=planned.tokens.texts if planned.tokens else (),
+                    spans=planned.tokens.spans if planned.tokens else (),
+                    words=planned.words,
+                    settings=planned.job.settings,
+                )
+                for planned in self.jobs
+            ),
+            methods=tuple(
+                store.Method(
+                    explainer.name,
+                    settings[explainer.name],
+                    spec.num_masks,
+                    has_error=spec.has_error,
+                    has_layers=bool(spec.layers),
+                )
+                for explainer, spec in zip(self.explainers, first.outputs.values(), strict=True)
+            ),
+            layers=tuple(first.layers.items()),
+            num_steps=len(first.job.timesteps),
+            latent=denoiser.latent_shape,
+            image=denoiser.image_shape,
+            previews=previews,
+            model=denoiser.name,
+            mantissa_bits=mantissa_bits,
+            settings={"dtype": str(denoiser.dtype).removeprefix("torch.")},
+        )
+
+
+def plan(denoiser: Denoiser, jobs: Sequence[Job], explainers: Sequence[Explainer]) -> Plan:
+    """Work out what a run will produce; nothing is computed.
+
+    Raises ValueError for what the model or a prompt lacks, and if two explainers would fill what a result holds once.
+    """
+    by_prompt: dict[str, Mapping[str, OutputSpec]] = {}
+    for job in jobs:
+        if job.prompt not in by_prompt:
+            by_prompt[job.prompt] = _outputs(denoiser, job, explainers)
+    return Plan(tuple(PlannedJob(job, by_prompt[job.prompt]) for job in jobs), tuple(explainers))
+
+
+def _outputs(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> dict[str, OutputSpec]:
+    outputs = {explainer.name: explainer.output_spec(denoiser, job) for explainer in explainers}
+    for what in ("layers", "tokens", "words"):
+        names = [name for name, spec in outputs.items() if getattr(spec, what)]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} both output {what}, and a result holds one set: run them apart")
+    return outputs
+
+
+def label_and_form(explainer: Explainer) -> tuple[str, str]:
+    """How an explainer's maps are labelled and drawn; its name and "saliency" if it is not registered."""
+    entry = entry_of(explainer)
+    return (entry.label, entry.form) if entry else (explainer.name, "saliency")
+
+
+def item_key(denoiser: Denoiser, job: Job, settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical description of an item: equal keys are equal work."""
+    description = {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        **job.settings,
+        "model": denoiser.name,
+        "dtype": str(denoiser.dtype),
+        "explainers": settings,
+        "schema": store.FORMAT_VERSION,
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""The maps, errors, images and lists of the embedded model stay what they were when these values were recorded."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from dfengine import Attention, Cam, Engine, Lime, Random, Relevance, Rise
+from dfengine.explain import Explainer
+
+GOLDEN = Path(__file__).parent / "data/golden.npz"
+PROMPTS = ["a red circle above a blue square on a gray background", "a yellow star on a black background"]
+RISE = {
+    "local": {},
+    "global": {"score": "global", "num_masks": 96},
+    "sum": {"estimator": "sum"},
+    "contrast": {"estimator": "contrast"},
+    "rise-masks": {"mask_kind": "rise"},
+    "guided": {"target": "guided"},
+    "unconditional": {"target": "unconditional"},
+    "p03": {"keep_probability": 0.3},
+    "window5": {"window": 5},
+} | {name: {"similarity": name} for name in ("luminance", "contrast_structure", "contrast", "ssim", "cosine")}
+
+
+@cache
+def engine() -> Engine:
+    return Engine.from_pretrained("shapes", device="cpu", batch_size=32)
+
+
+def computed(i: int, sampling: str) -> dict[str, np.ndarray]:
+    """What the engine computes now, by the names of the golden file."""
+    explainers: list[Explainer] = [Cam(), Relevance(), Attention(), Random(), Lime(num_samples=64)]
+    explainers += [Rise.paper(**{"num_masks": 48} | kwargs, name=f"rise {name}") for name, kwargs in RISE.items()]
+    result = engine().explain(PROMPTS[i], explainers, num_steps=4, seed=7 + i, sampling=sampling, progress=False)
+    arrays = {name: getattr(result, name) for name in ("image", "timesteps", "latents", "epsilon", "relevance")}
+    arrays["heat"] = result.word_maps
+    arrays |= {f"cam | {layer}": maps for layer, maps in result.maps["cam"].items()}
+    arrays |= {name: maps for name, maps in result.maps.items() if name != "cam"}
+    return arrays | {f"{name} | error": values for name, values in result.errors.items()}
+
+
+def assert_same(name: str, ours: np.ndarray, golden: np.ndarray) -> None:
+    assert ours.shape == golden.shape, name
+    if name.endswith("timesteps"):
+        np.testing.assert_array_equal(ours, golden)
+        return
+    if name.endswith("image"):
+        assert np.abs(ours.astype(int) - golden.astype(int)).max() <= 1, name
+        return
+    # Relative to what a map spans: a coverage map lies in a narrow band far from zero.
+    both = np.isfinite(golden)
+    np.testing.assert_array_equal(both, np.isfinite(ours), err_msg=name)
+    scale = np.ptp(golden[both]) or np.abs(golden[both]).max()
+    assert np.abs(ours[both] - golden[both]).max() <= 1e-3 * scale, name
+    for mine, theirs in zip(ours, golden, strict=True):
+        if "error" not in name and np.isfinite(theirs).all() and np.ptp(theirs) > 0:
+            assert spearmanr(mine.ravel(), theirs.ravel()).statistic >= 0.9999, name
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "early"])
+@pytest.mark.parametrize("i", range(2))
+def test_every_method_computes_what_it_computed(i: int, sampling: str) -> None:
+    golden = np.load(GOLDEN)
+    ours = computed(i, sampling)
+    names = [key for key in golden.files if key.startswith(f"{i} {sampling} | ")]
+    assert sorted(f"{i} {sampling} | {name}" for name in ours) == sorted(names)
+    for name, values in ours.items():
+        assert_same(name, np.asarray(values), golden[f"{i} {sampling} | {name}"])
+
+
+def test_the_released_code_computes_what_it_computed() -> None:
+    golden = np.load(GOLDEN)
+    result = engine().explain(
+        PROMPTS[0], [Rise.xdiffusion(num_masks=48), Cam.xdiffusion()], num_steps=4, seed=7, progress=False
+    )
+    assert_same("rise", result.maps["rise"], golden["xdiffusion | rise"])
+    assert_same("cam", result.maps["cam"]["combined"], golden["xdiffusion | cam"])
