@@ -1,9 +1,12 @@
-"""The command line: each verb reads its options and calls the engine."""
+"""The command line: each verb parses its options, calls the engine and prints."""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,35 +16,55 @@ from dfengine.cli.explain import explain
 from dfengine.cli.figures import figures
 from dfengine.cli.report import report
 from dfengine.cli.sample import sample
+from dfengine.cli.settings import with_settings
 from dfengine.cli.sweep import sweep, worker
 from dfengine.cli.watch import watch
 
-app = typer.Typer(
-    help="Explain how diffusion models make images.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-for verb in (
-    explain,
-    sample,
-    sweep,
-    worker,
-    measure.profile,
-    measure.layers,
-    evaluate,
-    watch,
-    files.info,
-    files.merge,
-    files.export,
-    figures,
-    report,
-):
-    app.command()(verb)
+if TYPE_CHECKING:
+    from dfengine.explain.registry import Entry
+
+
+def build_app(words: Sequence[str]) -> typer.Typer:
+    """The command line's parser. Settings of explainers are imported only if the words ask for a verb that has them."""
+    app = typer.Typer(
+        help="Explain how diffusion models make images.",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    entries: Mapping[str, Entry] = {}
+    if {"explain", "profile"} & set(words):
+        from dfengine.explain.registry import entries as registered
+
+        entries = registered()
+    app.command("explain")(with_settings(explain, entries))
+    for verb in (sample, sweep, worker, evaluate, figures, report, watch):
+        app.command()(verb)
+    app.command("profile")(with_settings(measure.profile, {k: v for k, v in entries.items() if k == "rise"}))
+    for other in (measure.layers, files.info, files.merge, files.export):
+        app.command()(other)
+    return app
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from dfengine import __version__
+
+        print(f"dfengine {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Explain how diffusion models make images."""
 
 
 def main() -> None:
-    """Run the command line: what a user can get wrong is one line on stderr and exit status 2."""
+    """Run the command line: a user's error is one line on stderr and exit status 2."""
 
     def note(message: Warning | str, *_: object) -> None:
         screen.err.print(f"dfengine: note: {message}", markup=False)
@@ -49,7 +72,8 @@ def main() -> None:
     with warnings.catch_warnings(), screen.logged(note):
         warnings.showwarning = note  # type: ignore[assignment]  # restored on leaving the block
         try:
-            sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+            app = build_app([*sys.argv[1:], *os.environ.get("COMP_WORDS", "").split()])
+            sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="dfengine"))
         except typer.TyperException as error:
             mistake = error.format_message()
         except MemoryError as error:

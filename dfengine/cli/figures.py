@@ -13,7 +13,7 @@ from dfengine.cli import options
 if TYPE_CHECKING:
     from dfengine.store import Run, RunFolder
 
-#: What the name of a single picture ends in, those included that are refused; any other name is a folder's.
+#: Endings of single pictures, including formats that are refused; any other name is a folder.
 _PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".eps", ".ps")
 
 
@@ -21,19 +21,19 @@ def figures(
     run: options.Run,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="a folder, beside the run by default; or one picture: .png, .pdf or .svg"),
+        options.path_option(
+            "-o", "--out", "--output", help="a folder, by default next to the run; or one picture: .png, .pdf or .svg"
+        ),
     ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="whose maps to draw, all by default; repeat for several")
+    method: Annotated[list[str] | None, typer.Option(help="method to draw, all by default; repeat for several")] = None,
+    step: Annotated[list[int] | None, typer.Option(help="step to show, counted from 0; repeat for several")] = None,
+    item: Annotated[
+        list[int] | None, typer.Option(help="image of the file, counted from 0; repeat for several")
     ] = None,
-    step: Annotated[list[int] | None, typer.Option(help="step to show, from 0; repeat for several")] = None,
-    item: Annotated[list[int] | None, typer.Option(help="which image of the file, from 0; repeat for several")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="without --item, images that have figures of their own")] = 8,
-    gif: Annotated[
-        bool, typer.Option("--gif", help="each method's maps through all steps, too, as an animation")
-    ] = False,
+    limit: Annotated[int, typer.Option(min=1, help="images to draw if no --item is named")] = 8,
+    gif: Annotated[bool, typer.Option("--gif", help="animate each method's maps over all steps as well")] = False,
 ) -> None:
-    """Draw every figure that a file allows, as PNG and PDF in a folder; or one picture of an image's maps."""
+    """Draw every figure that the run has data for, as PNG and PDF in a folder, or one picture of an image's maps."""
     from dfengine import store
 
     with store.open(run) as opened:
@@ -72,10 +72,10 @@ def _draw_all(
         print(*figures.save_both(figure, folder / name), sep="\n", flush=True)
         drawn += 1
     if not drawn:
-        raise ValueError(f"there is nothing to draw in {opened.path} yet: expected an image with a finished step")
+        raise ValueError(f"there is nothing to draw in {opened.path} yet: no image has a finished step")
     if gif:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # how many are left out is told already
+            warnings.simplefilter("ignore")  # the number left out has been reported
             chosen = figures.drawings(opened, only=items, methods=methods, steps=steps, limit=limit)
         for one in chosen:
             path = folder / f"{one.name}.gif"
@@ -83,11 +83,11 @@ def _draw_all(
 
 
 def _folder(run: Path, out: Path | None) -> Path:
-    """Where the figures go. Raises ValueError where that can be no folder."""
+    """The folder for the figures. Raises ValueError if it is a file or has no parent."""
     if out is None:
-        out = options.beside(run, ".figures")
+        out = options.sibling(run, ".figures")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder for the figures (-o)")
     if not out.parent.is_dir():
-        raise ValueError(f"the folder {str(out.parent)!r} does not exist: make it first")
+        raise ValueError(f"the folder {str(out.parent)!r} does not exist: create it first")
     return out

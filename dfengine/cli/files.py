@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from dfengine.cli import options
 
 
 def info(run: options.Run, as_json: options.Json = False) -> None:
-    """Say what a file holds, what of it is done, and how it was made."""
+    """Print what a file holds, how much of it is done, and how it was computed."""
     import json
 
     from dfengine import store
@@ -21,11 +19,11 @@ def info(run: options.Run, as_json: options.Json = False) -> None:
 
 
 def merge(
-    runs: Annotated[list[Path], typer.Argument(help="files and run folders, made with the same settings")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="HDF5 file to write")],
+    runs: Annotated[list[Path], options.path_argument("files and run folders with the same settings")],
+    out: Annotated[Path, options.path_option("-o", "--out", "--output", help="HDF5 file to write")],
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make one file of several: every image once, whatever file it is in."""
+    """Merge several files into one; an image that several of them have is kept once."""
     from dfengine import store
 
     with store.open(store.merge(runs, out, overwrite=overwrite)) as merged:
@@ -34,9 +32,10 @@ def merge(
 
 def export(
     run: options.Run,
-    zarr: Annotated[Path, typer.Option("--zarr", help="Zarr group to write: what xarray sees of the run")],
+    out: Annotated[Path, options.path_option("-o", "--out", "--output", "--zarr", help="Zarr group to write")],
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """Write maps, scores, images and schedules in another format, as tools on object stores read it."""
+    """Export maps, scores, images and schedules to Zarr, for xarray.open_zarr and tools on object stores."""
     from dfengine import store
 
-    print(store.export_zarr(run, zarr))
+    print(store.export_zarr(run, out, overwrite=overwrite))

@@ -1,10 +1,11 @@
-"""The verbs that look at a model: profile, layers, evaluate."""
+"""The verbs that look at a model: profile and layers."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,25 +21,22 @@ def profile(
     batch_size: options.BatchSize = "auto",
     attention: options.AttentionBackend = "auto",
     compile: options.Compile = None,
-    images: Annotated[int, typer.Option(help="of the job whose time is predicted")] = 1,
-    steps: Annotated[int, typer.Option(help="of each image")] = 30,
-    masks: Annotated[int, typer.Option(help="of each step")] = 500,
-    score: Annotated[str, typer.Option(help="local or global")] = "local",
-    target: Annotated[str, typer.Option(help="conditional, guided or unconditional prediction")] = "conditional",
-    seconds: Annotated[float, typer.Option(help="for each measurement, about")] = 3.0,
-    trace: Annotated[Path | None, typer.Option(help="write a Chrome trace of a few batches, too")] = None,
+    images: Annotated[int, typer.Option(help="images of the job whose duration is predicted")] = 1,
+    num_steps: options.NumSteps = 30,
+    seconds: Annotated[float, typer.Option(help="duration of each measurement, about")] = 3.0,
+    trace: Annotated[Path | None, options.path_option(help="write a Chrome trace of a few batches as well")] = None,
     as_json: options.Json = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Measure how fast a model is explained here, where the time goes, and how long a job would take."""
-    import json
-
     from dfengine import Rise
     from dfengine import profile as profiling
 
     if images < 1 or not 0 < seconds < 1e6:
         raise ValueError(f"{images} images and {seconds} seconds are not possible: expected at least 1 and more than 0")
     if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
-        raise ValueError(f"{str(trace)!r} is no name for a trace: expected a file in a folder that exists")
+        raise ValueError(f"{str(trace)!r} cannot be written: expected a file in a folder that exists")
     engine = options.engine(
         model,
         device=device,
@@ -49,18 +47,21 @@ def profile(
         attention=attention,
         compile=compile,
     )
-    rise = Rise(masks, score=score, target=target)
-    job = engine.job("a blue square" if model == "shapes" else "a photo of a cat", num_steps=steps)
+    rise = Rise(**settings)
+    job = engine.job("a blue square" if model == "shapes" else "a photo of a cat", num_steps=num_steps)
     with screen.err.status("measuring") as status:
-        told = lambda what: status.update(f"measuring {what}")  # noqa: E731
-        found = profiling.profile(engine, rise, job, images=images, seconds=seconds, tell=told)
+
+        def on_progress(what: str) -> None:
+            status.update(f"measuring {what}")
+
+        measured = profiling.profile(engine, rise, job, images=images, seconds=seconds, tell=on_progress)
         if trace is not None:
             profiling.trace(engine, rise, job, trace)
-    print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else "\n".join(profiling.lines(found)))
+    print(json.dumps(dataclasses.asdict(measured), indent=2) if as_json else "\n".join(profiling.lines(measured)))
 
 
 def layers(
-    pattern: Annotated[list[str] | None, typer.Argument(help="only those named so, as in 'up_blocks.*'")] = None,
+    pattern: Annotated[list[str] | None, typer.Argument(help="names or patterns, such as 'up_blocks.*'")] = None,
     model: options.Model = "shapes",
     random_weights: options.RandomWeights = False,
     image_size: options.ImageSize = None,
@@ -68,9 +69,7 @@ def layers(
     revision: options.Revision = None,
     as_json: options.Json = False,
 ) -> None:
-    """List the layers of a model that DF-CAM looks at, with the channels and resolution of their feature maps."""
-    import json
-
+    """List the layers that DF-CAM can explain, with the channels and resolution of their feature maps."""
     from dfengine import Cam
 
     engine = options.engine(
@@ -81,10 +80,10 @@ def layers(
         revision=revision,
         random_weights=random_weights,
     )
-    found = Cam(layers=tuple(pattern or ["*"])).select_layers(engine.denoiser)
+    selected = Cam(layers=tuple(pattern or ["*"])).select_layers(engine.denoiser)
     if as_json:
-        print(json.dumps({name: list(layer.shape) for name, layer in found.items()}, indent=2))
+        print(json.dumps({name: list(layer.shape) for name, layer in selected.items()}, indent=2))
         return
-    for name, layer in found.items():
+    for name, layer in selected.items():
         channels, height, width = layer.shape
         print(f"{name:<30} {type(layer.module).__name__:<20} {channels:>5} channels, {height} × {width}")

@@ -11,19 +11,19 @@ from dfengine.cli import options, screen
 
 
 def sample(
-    out: Annotated[Path, typer.Option("-o", "--out", help="picture to write: .png, .pdf or .svg")],
+    out: Annotated[Path, options.path_option("-o", "--out", "--output", help="picture to write: .png, .pdf or .svg")],
     prompt: Annotated[list[str] | None, typer.Argument(help="what the images should show; a row each")] = None,
     prompts: options.Prompts = None,
     limit: Annotated[int, typer.Option(help="prompts of the file, at most")] = 8,
-    seeds: Annotated[int, typer.Option(help="images a prompt and schedule, of the seeds that follow --seed")] = 1,
+    seeds: Annotated[int, typer.Option(help="images a prompt and schedule, with --seed and the seeds after it")] = 1,
     seed: options.Seed = 0,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 30,
+    num_steps: options.NumSteps = 30,
     gamma: Annotated[
         list[float] | None, typer.Option(help="shift of early and latter sampling, 60 by default; repeat for several")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale; the model's own by default")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="what the image should not show")] = "",
-    images: Annotated[Path | None, typer.Option(help="a folder for the single images, too")] = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = "",
+    images: Annotated[Path | None, options.path_option(help="a folder to write the single images to as well")] = None,
     model: options.Model = "shapes",
     random_weights: options.RandomWeights = False,
     image_size: options.ImageSize = None,
@@ -36,7 +36,7 @@ def sample(
     """Generate the same prompts and seeds by uniform, early and latter sampling, side by side (Figures 6 and 10)."""
     from dfengine import figures
 
-    texts = [*(prompt or []), *options.texts(prompts, limit)]
+    texts = [*(prompt or []), *options.prompts_of(prompts, limit)]
     if not texts or seeds < 1:
         raise ValueError("there is nothing to show: name a prompt, or a file of them (--prompts), and at least 1 seed")
     figures.check_name(out)
@@ -60,7 +60,7 @@ def sample(
             text,
             negative_prompt=negative_prompt,
             seed=start,
-            num_steps=steps,
+            num_steps=num_steps,
             sampling=sampling,
             gamma=shift,
             guidance=guidance,
@@ -68,15 +68,15 @@ def sample(
         for text, start in rows
         for sampling, shift in schedules.values()
     ]
-    made = [path.image.numpy() for path in screen.counted(engine.sample(jobs), "generating", len(jobs))]
-    shown = {
-        f"{text}, seed {start}" if seeds > 1 else text: made[len(schedules) * row :][: len(schedules)]
+    generated = [path.image.numpy() for path in screen.counted(engine.sample(jobs), "generating", len(jobs))]
+    by_row = {
+        f"{text}, seed {start}" if seeds > 1 else text: generated[len(schedules) * row :][: len(schedules)]
         for row, (text, start) in enumerate(rows)
     }
     lists = {name: job.timesteps for name, job in zip(schedules, jobs, strict=False)}
-    print(figures.save(figures.samples(shown, lists, engine.denoiser.schedule.num_train_timesteps - 1), out))
+    print(figures.save(figures.samples(by_row, lists, engine.denoiser.schedule.num_train_timesteps - 1), out))
     if images is not None:
         names = [
             f"{row:04}-seed{start}-{s}-{g:g}" for row, (_, start) in enumerate(rows) for s, g in schedules.values()
         ]
-        print(f"{figures.save_images(dict(zip(names, made, strict=True)), images)}: {len(made)} images")
+        print(f"{figures.save_images(dict(zip(names, generated, strict=True)), images)}: {len(generated)} images")

@@ -1,4 +1,4 @@
-"""`python -m dfengine.cli`."""
+"""`python -m dfengine`."""
 
 from dfengine.cli import main
 
