@@ -56,43 +56,38 @@ __all__ = [
     "XDiffusionRise",
     "__version__",
     "exponential_timesteps",
-    "open",
 ]
 
-_HOMES = {
-    "Attention": "explain",
-    "Cam": "explain",
+#: Where the public names are defined; explainers are found through their registry. `open` is not in `__all__`, so that
+#: a star import leaves the builtin alone.
+_MODULES = {
     "Engine": "engine",
     "ExponentialDDIMScheduler": "models.scheduler",
     "Finished": "events",
     "Generated": "events",
-    "Job": "diffusion.trajectory",
-    "Lime": "explain",
-    "Random": "explain",
-    "XDiffusionCam": "explain",
-    "XDiffusionLime": "explain",
-    "XDiffusionRise": "explain",
-    "Relevance": "explain",
+    "Job": "diffusion.job",
     "Result": "display",
-    "Rise": "explain",
     "StepMap": "explain",
     "exponential_timesteps": "diffusion.path",
     "open": "display",
 }
 
-
-#: Parts that the package has under its own name.
-_ROOMS = ("evaluate", "figures", "prompts", "report", "store", "sweep")
+#: Subpackages that are attributes of the package without an import.
+_SUBPACKAGES = ("evaluate", "figures", "prompts", "report", "store", "sweep")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `dfengine --help` need not wait for torch or matplotlib."""
-    if name in _ROOMS:
+    """Import a public name when it is first used, so that `dfengine --help` need not wait for torch."""
+    if name in _SUBPACKAGES:
         return import_module(f"dfengine.{name}")
-    if name in _HOMES:
-        return getattr(import_module(f"dfengine.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"dfengine.{_MODULES[name]}"), name)
+    if not name.startswith("_"):
+        for entry in import_module("dfengine.explain.registry").entries().values():
+            if entry.explainer.__name__ == name:
+                return entry.explainer
     raise AttributeError(f"module 'dfengine' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, *_MODULES, *_SUBPACKAGES})

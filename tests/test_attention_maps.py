@@ -168,5 +168,5 @@ def test_words_that_are_not_in_the_prompt(tiny: Denoiser) -> None:
 def test_a_model_that_shows_no_attention_says_so() -> None:
     denoiser = Analytic(lambda x_t, number: x_t)
     for explainer in (Attention(), Relevance()):
-        with pytest.raises(ValueError, match="analytic does not show its attention"):
+        with pytest.raises(ValueError, match="analytic does not expose its attention"):
             Engine(denoiser).explain("1", explainer, num_steps=1)

@@ -304,5 +304,5 @@ def test_settings_that_are_not_possible(settings: dict[str, object], said: str) 
 
 def test_a_model_without_layers_says_so() -> None:
     denoiser = Analytic(lambda x_t, number: x_t)
-    with pytest.raises(ValueError, match="analytic does not tell its layers"):
+    with pytest.raises(ValueError, match="analytic does not expose its layers"):
         list(Cam().explain(denoiser, [denoiser.trajectory(torch.zeros(1, 2, 6, 5))]))

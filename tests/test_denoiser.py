@@ -124,7 +124,12 @@ def test_without_signal_x0_and_epsilon_come_straight_from_the_prediction(predict
 def test_a_denoiser_called_is_its_epsilon() -> None:
     denoiser, x = network(prediction_type="v_prediction"), latents(4)
     condition = denoiser.encode_prompts(["1", "2", "3", "4"])
-    assert_close(denoiser(x, T, condition), denoiser.read(x, T, condition).epsilon, rtol=0, atol=0)
+    assert_close(
+        denoiser(x, T, condition),
+        denoiser.schedule.to_x0_and_eps(denoiser.predict(x, T, condition), x, T).epsilon,
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_half_precision_outputs_are_read_in_float32() -> None:

@@ -171,7 +171,7 @@ def test_a_denoiser_of_ones_own_is_explained() -> None:
         ({"num_steps": 0}, "0 steps .* at least 1"),
         ({"num_steps": 1001}, "1001 steps are more than the 1000"),
         ({"sampling": "middle"}, "sampling 'middle'"),
-        ({"sampling": [5, 7]}, "fall strictly"),
+        ({"sampling": [5, 7]}, "decrease strictly"),
         ({"sampling": "early", "gamma": -1}, "gamma -1"),
         ({"seed": -1}, "seed -1"),
         ({"negative_prompt": "ugly"}, "does not know 'ugly'"),

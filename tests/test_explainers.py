@@ -12,7 +12,6 @@ import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, store
 from dfengine.explain import Explainer, StepMap, describe, rebuild
 from dfengine.models import load
-from dfengine.recorder import plan
 from dfengine.result import Explanation
 
 CAPTION = "a red circle above a red square on a gray background"
@@ -94,9 +93,9 @@ def test_a_run_that_was_cut_off_is_gone_on_with_to_the_bit(engine: Engine, tmp_p
 @pytest.mark.parametrize(
     ("explainers", "said"),
     [
-        ([Cam(), Cam(layers="mid*", name="deep")], "cam and deep both keep layers, of which a result has one set"),
-        ([Relevance(), Relevance(self_attention=False, name="cheap")], "relevance and cheap both keep tokens"),
-        ([Attention(), Attention(words="red", name="red")], "attention and red both keep words"),
+        ([Cam(), Cam(layers="mid*", name="deep")], "cam and deep both output layers, and a result holds one set"),
+        ([Relevance(), Relevance(self_attention=False, name="cheap")], "relevance and cheap both output tokens"),
+        ([Attention(), Attention(words="red", name="red")], "attention and red both output words"),
         ([Rise(2), Cam(layers=("nowhere",))], "no layer is called 'nowhere'"),
         ([Rise(2), Attention(words=("dog",))], "'dog' is not in the prompt"),
         ([Rise(2), Rise(3)], "share a name"),
@@ -115,7 +114,7 @@ def test_a_stream_refuses_before_anything_is_computed(engine: Engine) -> None:
     jobs = [engine.job(prompt, num_steps=2) for prompt in (CAPTION, "a red star on a black background")]
     with pytest.raises(ValueError, match="'circle' is not in the prompt 'a red star"):
         next(engine.stream(jobs, Attention(words="circle")))
-    with pytest.raises(ValueError, match="both keep words"):
+    with pytest.raises(ValueError, match="both output words"):
         next(engine.stream(jobs, [Attention(), Attention(name="again")]))
 
 
@@ -142,7 +141,7 @@ def test_a_step_is_done_when_all_of_it_is(engine: Engine, tmp_path: Path, monkey
 
 def test_a_plan_of_several_prompts_has_the_tokens_and_words_of_each(engine: Engine, tmp_path: Path) -> None:
     jobs = [engine.job(prompt, num_steps=1) for prompt in ("a red star on a black background", CAPTION)]
-    planned = plan(engine.denoiser, jobs, ALL, previews=False)
+    planned = engine.plan(jobs, ALL).file_plan(engine.denoiser, previews=False)
     assert [len(item.words) for item in planned.items] == [7, 11]
     assert [item.tokens[-2:] for item in planned.items] == [("<|endoftext|>", "<padding>")] * 2
     assert [method.has_layers for method in planned.methods] == [False, True, False, False]

@@ -23,7 +23,7 @@ from dfengine import Engine, Lime
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.evaluate import scenes
 from dfengine.explain import StepMap, describe, rebuild
-from dfengine.explain.lime import carry
+from dfengine.explain.lime import downsample_labels
 
 SHAPE = (6, 5)
 C3 = 0.03**2 / 2
@@ -143,13 +143,13 @@ def test_segments_are_carried_by_majority(image: tuple[int, int], shape: tuple[i
     for seed in range(5):
         # Few and many segments: with three, cells are full of ties.
         segments = np.random.default_rng(seed).integers(0, 3 + 20 * seed, image)
-        np.testing.assert_array_equal(carry(segments, shape), carried_literally(segments, shape))
+        np.testing.assert_array_equal(downsample_labels(segments, shape), carried_literally(segments, shape))
 
 
 def test_carried_by_hand() -> None:
     # Five columns on three cells, by their centres: 2, 1 and 2. Segment 7 wins nowhere and leaves no number free.
-    np.testing.assert_array_equal(carry(np.array([[3, 3, 9, 5, 5]]), (1, 3)), [[0, 2, 1]])
-    np.testing.assert_array_equal(carry(np.array([[3, 7, 7, 9], [3, 3, 9, 9]]), (1, 2)), [[0, 1]])
+    np.testing.assert_array_equal(downsample_labels(np.array([[3, 3, 9, 5, 5]]), (1, 3)), [[0, 2, 1]])
+    np.testing.assert_array_equal(downsample_labels(np.array([[3, 7, 7, 9], [3, 3, 9, 9]]), (1, 2)), [[0, 1]])
 
 
 def test_the_distance_is_halved_until_the_latent_has_four(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +165,11 @@ def test_the_distance_is_halved_until_the_latent_has_four(monkeypatch: pytest.Mo
         return answers[given["max_dist"]]
 
     monkeypatch.setattr("skimage.segmentation.quickshift", divide)
-    found = Lime().segments(np.zeros((8, 8, 3), np.uint8), (2, 2))
+    found = Lime().segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
     np.testing.assert_array_equal(found, [[0, 1], [2, 3]])
     assert asked == [{"kernel_size": 4, "max_dist": distance, "ratio": 0.2} for distance in (200, 100, 50)]
     monkeypatch.setitem(answers, 7.0, quarters)
-    Lime(kernel_size=2, max_distance=7, ratio=0.9).segments(np.zeros((8, 8, 3), np.uint8), (2, 2))
+    Lime(kernel_size=2, max_distance=7, ratio=0.9).segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
     assert asked[-1] == {"kernel_size": 2, "max_dist": 7, "ratio": 0.9}
 
 
@@ -187,7 +187,7 @@ def test_the_distance_is_halved_until_the_latent_has_four(monkeypatch: pytest.Mo
     ],
 )
 def test_a_constant_image_is_divided(image: tuple[int, int], shape: tuple[int, int], least: int) -> None:
-    segments = Lime().segments(np.full((*image, 3), 128, np.uint8), shape)
+    segments = Lime().segment(np.full((*image, 3), 128, np.uint8), shape)
     assert segments.shape == shape
     assert np.unique(segments).tolist() == list(range(int(segments.max()) + 1))
     assert segments.max() + 1 >= least
@@ -199,7 +199,7 @@ def test_a_constant_image_is_divided(image: tuple[int, int], shape: tuple[int, i
 def test_images_of_few_segments_are_divided_as_the_peer_does() -> None:
     for image in (*IMAGES[1:3], np.full((20, 30, 3), 9, np.uint8)):
         for shape in ((2, 2), (3, 7)):
-            np.testing.assert_array_equal(Lime().segments(image, shape), divided_literally(image, shape))
+            np.testing.assert_array_equal(Lime().segment(image, shape), divided_literally(image, shape))
 
 
 def test_samples_are_drawn_by_counter_and_the_first_keeps_everything() -> None:

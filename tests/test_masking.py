@@ -12,7 +12,7 @@ from dfengine.diffusion.denoiser import Condition
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain import Rise
-from dfengine.explain.masking import Masking
+from dfengine.explain.masking import RiseForwards
 from dfengine.models import adapt
 from dfengine.models.architectures import build
 from dfengine.models.loading import quiet
@@ -21,7 +21,7 @@ META = torch.device("meta")
 BATCH = 7
 
 
-def masking_of(rise: Rise, folder: Path, name: str) -> Masking:
+def masking_of(rise: Rise, folder: Path, name: str) -> RiseForwards:
     """Two steps of two items of a published topology, in half precision."""
     with quiet():
         pipeline = build(reduced(name, folder), device=META, dtype=torch.float16)
@@ -47,7 +47,7 @@ def masking_of(rise: Rise, folder: Path, name: str) -> Masking:
         )
         for seed in range(2)
     ]
-    return Masking(rise, denoiser, paths, [(i, k) for i in range(2) for k in range(2)], ())
+    return RiseForwards(rise, denoiser, paths).start()
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def masking_of(rise: Rise, folder: Path, name: str) -> Masking:
 def test_a_round_waits_for_nothing(tmp_path: Path, name: str, rise: Rise) -> None:
     """From the first batch to the last, over items, steps and a padded tail: 16 masks in batches of 7."""
     masking = masking_of(rise, tmp_path, name)
-    completed = [list(rows) for rows in masking._round(range(4), 0, 4)]
+    completed = [list(rows) for rows in masking.run_masks(range(4), 0, 4)]
     assert [row for rows in completed for row in rows] == [0, 1, 2, 3]
     assert len(completed) == 3
 

@@ -24,7 +24,14 @@ from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.explain.relevance import by_token
-from dfengine.explain.rules import Relevancy, lowered, nearest, positive, rownorm, self_relevance
+from dfengine.explain.rules import (
+    RelevanceRules,
+    average_rows,
+    coarse_positions,
+    normalize_rows,
+    relevance_weights,
+    self_relevance,
+)
 from dfengine.models import load
 from dfengine.models.attention import watched
 from dfengine.tokens import PADDING, Tokens
@@ -59,12 +66,12 @@ def by_the_product(
 
     def gathered(batch: list[AttentionLayer]) -> Tensor:
         pairs = [(layer.probabilities, layer.gradient) for layer in batch]
-        return positive(*(torch.from_numpy(np.stack(part)).float() for part in zip(*pairs, strict=True)))
+        return relevance_weights(*(torch.from_numpy(np.stack(part)).float() for part in zip(*pairs, strict=True)))
 
     text = torch.zeros(len(layers[0]), num_tokens, num_tokens)
     if text_layers:
         text = self_relevance([gathered(batch) for batch in text_layers])
-    relevancy = Relevancy(finest, text)
+    relevancy = RelevanceRules(finest, text)
     for batch in layers:
         pass_on = relevancy.self_attention if batch[0].kind == "image" else relevancy.cross_attention
         pass_on(gathered(batch), batch[0].grid)
@@ -120,8 +127,8 @@ def test_small_numbers_worked_out_by_hand(
 
 def test_a_coarser_grid_worked_out_by_hand() -> None:
     # Of three positions two lie on the first of two coarse ones: U = [1 0; 1 0; 0 1], D = [1/2 1/2 0; 0 0 1].
-    assert nearest((1, 3), (1, 2), torch.device("cpu")).tolist() == [0, 0, 1]
-    assert lowered(torch.tensor([[[1.0], [2.0], [5.0]]]), torch.tensor([0, 0, 1])).tolist() == [[[1.5], [5.0]]]
+    assert coarse_positions((1, 3), (1, 2), torch.device("cpu")).tolist() == [0, 0, 1]
+    assert average_rows(torch.tensor([[[1.0], [2.0], [5.0]]]), torch.tensor([0, 0, 1])).tolist() == [[[1.5], [5.0]]]
     # U Ā D = [1/2 1/2 2; 1/2 1/2 2; 0 0 3], R̄_ss = [7/6 1/6 2/3; 1/6 7/6 2/3; 0 0 2], U Ā of the other = [3 3 1]ᵀ.
     layers = [
         products("image", [[[1 / 2, 1 / 2], [0, 1]]], [[[2, 4], [1, 3]]], (1, 2)),
@@ -132,10 +139,10 @@ def test_a_coarser_grid_worked_out_by_hand() -> None:
 
 
 def test_parts_of_the_rules_worked_out_by_hand() -> None:
-    A = positive(*(torch.from_numpy(part)[None].float() for part in (SELF.probabilities, SELF.gradient)))
+    A = relevance_weights(*(torch.from_numpy(part)[None].float() for part in (SELF.probabilities, SELF.gradient)))
     assert_close(A, torch.tensor([[[1 / 2, 1 / 2, 1 / 2], [0, 1, 1 / 2], [0, 0, 0]]]), **BY_HAND)
     normal = torch.tensor([[[1 / 3, 1 / 3, 1 / 3], [0, 2 / 3, 1 / 3], [0, 0, 0]]])
-    assert_close(rownorm(A), normal, **BY_HAND)
+    assert_close(normalize_rows(A), normal, **BY_HAND)
     assert_close(self_relevance([A]), A, **BY_HAND)
     # (I + Ā)² = I + 2 Ā + Ā²
     assert_close(self_relevance([A, A]), 2 * A + A @ A, **BY_HAND)
@@ -409,7 +416,7 @@ def test_with_the_text_encoders_attention(shapes: Any, paths: list[Trajectory]) 
 def test_small_products_are_not_lost_in_half_precision() -> None:
     """1e-4 · 1e-4 is nothing in float16."""
     small = torch.full((1, 2, 1, 1), 1e-4, dtype=torch.float16)
-    assert_close(positive(small, small), torch.full((1, 1, 1), 1e-8), rtol=1e-3, atol=0)
+    assert_close(relevance_weights(small, small), torch.full((1, 1, 1), 1e-8), rtol=1e-3, atol=0)
 
 
 def test_large_queries_and_keys_stay_within_half_precision() -> None:

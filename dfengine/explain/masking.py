@@ -9,7 +9,7 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import dfkernels
 import torch
@@ -100,12 +100,17 @@ class MaskedForwards(ABC):
         real = rows.clamp(min=0)
         self.references[rows] = self.explained.epsilon(self.latents[real], self.timesteps[real], self.items[real])
 
+    def start(self) -> Self:
+        """Compute the references of all rows."""
+        for _ in in_batches(len(self.rows), self.denoiser, self.compute_references):
+            pass
+        return self
+
     def run(self) -> Iterator[StepMap]:
         """The maps of all pending rows."""
         if not any(self.pending):
             return
-        for _ in in_batches(len(self.rows), self.denoiser, self.compute_references):
-            pass
+        self.start()
         rows, total = list(range(len(self.rows))), self.num_masks
         if self.stop_at_error is None:
             yield from self.step_maps(self.run_masks(rows, 0, total), total)
