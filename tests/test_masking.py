@@ -47,7 +47,9 @@ def masking_of(rise: Rise, folder: Path, name: str) -> RiseForwards:
         )
         for seed in range(2)
     ]
-    return RiseForwards(rise, denoiser, paths).start()
+    masking = RiseForwards(rise, denoiser, paths)
+    masking.start()
+    return masking
 
 
 @torch.no_grad()

@@ -169,7 +169,8 @@ def test_b_is_what_the_sampler_went_on_with(tiny: Denoiser) -> None:
     job = Job(CAPTION, TIMESTEPS, guidance=4.0, negative_prompt="a pink star on a black background")
     (path,) = trajectories(tiny, [job])
     with torch.no_grad():
-        masking = xdiffusion._XDiffusionForwards(XDiffusionRise(2), tiny, [path]).start()
+        masking = xdiffusion._XDiffusionForwards(XDiffusionRise(2), tiny, [path])
+        masking.start()
         assert_close(masking.references[:2], path.latents[1:], rtol=1e-4, atol=1e-4)
         image = to_bytes(tiny.decode(masking.references[2:3]))[0]
     assert (image.int() - path.image.int()).abs().max() <= 1

@@ -9,7 +9,7 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import dfkernels
 import torch
@@ -100,11 +100,10 @@ class MaskedForwards(ABC):
         real = rows.clamp(min=0)
         self.references[rows] = self.explained.epsilon(self.latents[real], self.timesteps[real], self.items[real])
 
-    def start(self) -> Self:
+    def start(self) -> None:
         """Compute the references of all rows."""
         for _ in in_batches(len(self.rows), self.denoiser, self.compute_references):
             pass
-        return self
 
     def run(self) -> Iterator[StepMap]:
         """The maps of all pending rows."""

@@ -160,7 +160,8 @@ class _Stages:
     """One batch of one step, as the loop makes it, each stage by itself."""
 
     def __init__(self, denoiser: Denoiser, rise: Rise, path: Trajectory, size: int) -> None:
-        self._masking = RiseForwards(rise, denoiser, [path]).start()
+        self._masking = RiseForwards(rise, denoiser, [path])
+        self._masking.start()
         self._rows = torch.zeros(size, dtype=torch.int64, device=denoiser.device)
         self._indices = torch.arange(size, device=denoiser.device) % rise.num_masks
         self._masking.scores.uniform_()  # for ridge, which is not asked to make sense of what is not there
