@@ -40,8 +40,8 @@ def read(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
     .txt has one prompt a line, without empty lines and those that begin with #; .csv has a column "prompt", and .jsonl
     an object with "prompt" on each line, both optionally with "subject", "relation" and "object" ("prompt" may be
-    omitted if the three make it up); .json is Karpathy's dataset_coco.json (the first sentence of each image of the test
-    split) or Visual Genome's relationships.json (each distinct "subject predicate object").
+    omitted if the three make it up); .json is Karpathy's dataset_coco.json (the first sentence of each image of the
+    test split) or Visual Genome's relationships.json (each distinct "subject predicate object").
 
     Raises ValueError if the file cannot be read, has no prompts, or is malformed, with the line or image at fault.
     """

@@ -1,4 +1,4 @@
-"""The store: explanations in HDF5, written so that completed results survive any interruption, and readable by any tool.
+"""The store: explanations in HDF5, readable by any tool; completed results survive any interruption.
 
 It handles plain arrays, strings and settings, and knows no models or explainers. docs/format.md describes the format.
 """
@@ -19,9 +19,9 @@ from dfengine.store.run.table import summary_lines
 from dfengine.store.run.units import Unit, plan_units, planned_specs, planned_units
 
 __all__ = [
-    "Busy",
     "DATASETS",
     "FORMAT_VERSION",
+    "Busy",
     "Failure",
     "FailureLog",
     "Folder",

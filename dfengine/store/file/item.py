@@ -48,7 +48,7 @@ class StoredItem(Explanation):
 
     def settings_of(self, method: str) -> Mapping[str, Any]:
         """A method's settings as plain values, with its class's name as "explainer"; empty for an unknown method."""
-        return self.settings.get(method, {})
+        return self._method(method).settings
 
     def label(self, method: str) -> str:
         """The method's name for readers, such as "DF-RISE"; `method` itself if the file has no label."""

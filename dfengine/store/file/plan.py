@@ -1,4 +1,4 @@
-"""The plan of a file: its items, methods and sizes, fixed before anything is written. Plain values that survive JSON."""
+"""The plan of a file: items, methods and sizes, fixed before anything is written, as plain values that survive JSON."""
 
 import json
 import re

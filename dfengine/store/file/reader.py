@@ -98,7 +98,7 @@ class Run:
         return dataset
 
     def marks(self, name: str, item: int | None = None) -> Bool[np.ndarray, " ..."]:
-        """Where a marker of `items/` is set, over its axes, for one item or all; False if the file has no such marker."""
+        """Where a marker of `items/` is set, over its axes, for one item or all; all False without one."""
         path, where = f"items/{name}", {} if item is None else {"item": item}
         if path in self.layout:
             return self.read(path, where).astype(bool)

@@ -1,9 +1,9 @@
 """Failed items of a sweep (failures/<unit>.json), and the items that a worker is computing at the moment.
 
-A crashed process cannot report what caused the crash. A worker therefore records on disk which items it begins, and for
-which driver, and the next worker of the unit reads that record. If the driver survived the crash, the recorded items are
-blamed: a single one has failed, several are suspects and are tried one at a time. If the driver is gone as well (a kill,
-a power cut), no item is blamed.
+A crashed process cannot report what caused the crash. A worker therefore records on disk which items it begins, and
+for which driver, and the next worker of the unit reads that record. If the driver survived the crash, the recorded
+items are blamed: a single one has failed, several are suspects and are tried one at a time. If the driver is gone as
+well (a kill, a power cut), no item is blamed.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ class Folder:
         run_id: str = "",
         settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Use the folder, or create it with the settings that all units share. Raises StoreError if it is not a run's."""
+        """Use the folder, or create it with the settings that all units share.
+
+        Raises StoreError if something else is there.
+        """
         self.path = Path(path)
         with translate_os_errors(self.path):
             if not (self.path / "run.json").exists():

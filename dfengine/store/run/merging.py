@@ -80,9 +80,8 @@ def _describe(files: Sequence[Path], selection: Mapping[Path, list[int]], out: P
         with open_file(file) as run:
             first = first or run.plan
             if differences := first.differences(replace(run.plan, items=first.items)):
-                raise StoreError(
-                    f"{file} has other settings than {files[0]}: {'; '.join(differences)}; merge files of equal settings"
-                )
+                changed = "; ".join(differences)
+                raise StoreError(f"{file} has other settings than {files[0]}: {changed}; merge files of equal settings")
             items[file] = tuple(run.plan.items[index] for index in selection.get(file, []))
             source = {"file": file.name, "run_id": run.run_id, "environment": run.environment}
             sources += (run.merged_from or [source]) if items[file] else []

@@ -94,7 +94,7 @@ def readable_segments(files: Sequence[Path], listed: Mapping[str, Segment] = Map
             yield listed.get(file.name) or Segment.read(file)
         except StoreError as error:
             if file.exists():
-                warnings.warn(f"{error}: the segment is skipped", stacklevel=3)
+                warnings.warn(f"{error}; the segment is skipped", stacklevel=3)
 
 
 def select_items(files: Iterable[ItemProgress]) -> list[tuple[int, int]]:
