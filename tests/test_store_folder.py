@@ -196,7 +196,7 @@ def test_an_unreadable_attempt_is_skipped(tmp_path):
 def test_a_missing_segment_is_reported(path):
     (path / "segments/u1.1.h5").unlink()
     with (
-        pytest.warns(UserWarning, match=r"u1.1.h5 is missing, although the manifest lists it"),
+        pytest.warns(UserWarning, match="u1.1.h5 is missing, although the manifest lists it"),
         store.open(path) as run,
     ):
         assert (len(run), run.finished, run.lost) == (1, False, ["u1.1.h5"])

@@ -53,7 +53,7 @@ def test_sources_are_recorded(tmp_path):
         assert [item.environment for item in unlike] == [
             {},
             {},
-        ]  # the file does not say which of the two produced an item
+        ]  # one of the two, unknown which
         assert [item.environment["device"] for item in alone] == ["one"]
 
 

@@ -767,7 +767,7 @@ def test_where_nothing_can_be_written_a_line_says_so(tmp_path):
     release_units(tmp_path, ["u"])  # whatever ends a run is not hidden by this
 
 
-# FailureLog: of each process its own, from the disk ---------------------------------------------------------------------
+# FailureLog: of each process its own, from the disk -------------------------------------------------------------------
 
 
 def seen(folder):
@@ -827,7 +827,7 @@ def test_one_that_was_in_hand_alone_is_to_blame_for_a_crash(tmp_path):
     assert (found.item, found.state, found.errors) == (
         3,
         "failed",
-        ("its process ended without a word, or was ended as it told nothing any more",),
+        ("its process crashed, or was ended because it no longer responded",),
     )
     assert FailureLog(tmp_path, UNIT).recover([1, 2, 3]) == [], "once"
     FailureLog(tmp_path, UNIT).take([3])

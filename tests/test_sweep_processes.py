@@ -190,7 +190,7 @@ def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch):
     assert lines[0] == {"event": "Begun", "worker": 0, "items": ITEMS, "maps": 24, "units": ITEMS, "workers": 1}
     assert {line["event"] for line in lines} == {"Begun", "Progress", "Failed", "Closed", "Outcome"}
     assert sum(line["maps"] for line in lines if line["event"] == "Progress") > 0
-    assert (lines[-1]["finished"], lines[-1]["units_left"], len(lines[-1]["quarantined"])) == (False, 0, 2)
+    assert (lines[-1]["finished"], lines[-1]["units_left"], len(lines[-1]["aside"])) == (False, 0, 2)
     assert "poisoned on purpose" in errors
 
 
@@ -231,7 +231,7 @@ def test_mistakes_are_one_line_before_anything_is_begun(described, tmp_path):
             spec,
             "-o",
             str(tmp_path / "other"),
-        ): "is not a run folder, and not empty: name a new or an empty folder",
+        ): "is not a run folder, and not empty",
         ("sweep", spec, "-o", spec): "is a file: name a folder",
         (
             "sweep",

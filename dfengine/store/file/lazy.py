@@ -50,12 +50,12 @@ class LazyArray:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         selection = self._selection(key)
-        lists = [axis for axis, part in selection.items() if isinstance(part, np.ndarray)]
-        if not lists:
+        arrays = {axis: part for axis, part in selection.items() if isinstance(part, np.ndarray)}
+        if not arrays:
             return self._read(selection)
         # HDF5 reads indices in increasing order and without repetition.
-        (axis,) = lists
-        increasing, order = np.unique(selection[axis], return_inverse=True)
+        ((axis, indices),) = arrays.items()
+        increasing, order = np.unique(indices, return_inverse=True)
         values = self._read(selection | {axis: increasing})
         axes = list(selection)
         kept_before = [name for name in axes[: axes.index(axis)] if isinstance(selection[name], slice)]
