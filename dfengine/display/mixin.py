@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dfengine import result, store
-from dfengine.diffusion.trajectory import Job
+from dfengine.diffusion.job import Job
 from dfengine.display.dataset import dataset
 from dfengine.explain import rebuild
 from dfengine.result import Explanation
