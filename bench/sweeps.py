@@ -27,8 +27,8 @@ import record
 import torch
 
 from dfengine import Cam, Engine, Random, Rise, evaluate, store, sweep
-from dfengine.store import empty
-from dfengine.store.files import append_lines
+from dfengine.store.file import template
+from dfengine.store.file.files import append_lines
 from dfengine.sweep.planning import prepare, units
 from dfengine.sweep.records import Kind, Probed
 from dfengine.sweep.spec import Shared
@@ -204,8 +204,8 @@ def _segments(out: Path) -> int:
         )
         plan = store.Plan(items, (store.Method("random"),), num_steps=1, latent=(1, 1, 1), image=(1, 1))
         path = out / "segments" / f"{unit.name}.1.h5"
-        attributes = {"run_id": "simulated", "unit_id": unit.name, "environment": empty.environment("none")}
-        path.write_bytes(empty.image(plan, compression="none", attributes=attributes))
+        attributes = {"run_id": "simulated", "unit_id": unit.name, "environment": template.environment("none")}
+        path.write_bytes(template.build_file(plan, compression="none", attributes=attributes))
         with h5py.File(path, "r+", libver=("v110", "v110")) as h5:
             h5["entry/items/seconds"][...] = 1.0
         segment = {"file": path.name, "unit": unit.name, "attempt": 1, "keys": [item.key for item in items]}

@@ -74,8 +74,9 @@ class Plan:
                     explainer.name,
                     settings[explainer.name],
                     spec.num_masks,
-                    has_error=spec.has_error,
-                    has_layers=bool(spec.layers),
+                    spec.has_error,
+                    bool(spec.layers),
+                    *label_and_form(explainer),
                 )
                 for explainer, spec in zip(self.explainers, first.outputs.values(), strict=True)
             ),

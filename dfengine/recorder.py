@@ -97,7 +97,7 @@ class _ItemRecorder:
                 if (
                     (not spec.layers or writer.has_cam(self._item, step))
                     and (spec.tokens is None or writer.has_relevance(self._item, step))
-                    and (not spec.words or writer.has_heat(self._item, step))
+                    and (not spec.words or writer.has_word_maps(self._item, step))
                 ):
                     self.done.add((name, step))
                     self._keep(self._stored_map(stored, name, step))

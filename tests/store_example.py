@@ -1,4 +1,4 @@
-"""A small run for the store's tests, with values known for every place."""
+"""A small run for the store's tests, with known values everywhere."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ SMALL = store.Plan(
     image=(4, 4),
     layers=(("mid", (2, 2)),),
 )
-#: By name: the shapes that faults are tried on.
+#: Plans of various shapes, by name.
 PLANS = {
     "small": SMALL,
     "two": PLAN,
@@ -56,13 +56,13 @@ PLANS = {
 
 
 def half(plan: store.Plan, item: int) -> store.Plan:
-    """The plan of one half of its items, the first or the second; their values follow from their keys."""
+    """The plan of the first or second half of the items, whose values depend only on their keys."""
     middle = len(plan.items) // 2
     return dataclasses.replace(plan, items=plan.items[:middle] if item == 0 else plan.items[middle:])
 
 
 def seed_of(plan: store.Plan, item: int) -> int:
-    """What an item's values follow from, whatever file it is in."""
+    """The seed of an item's values, which is the same in every file."""
     return int(plan.items[item].key[1:] or 0)
 
 
@@ -80,7 +80,7 @@ def trajectory(plan: store.Plan, item: int) -> dict[str, np.ndarray]:
 
 
 def step(plan: store.Plan, item: int, place: int, step: int) -> dict[str, np.ndarray]:
-    """One map; scores come one fewer with each step, as after an early stop."""
+    """One map; each step has one score fewer than the one before, as after an early stop."""
     method, random = plan.methods[place], np.random.default_rng((seed_of(plan, item), place, step))
     drawn = {"saliency": random.standard_normal(plan.latent[1:]).astype(np.float32)}
     if method.has_error:
@@ -96,22 +96,22 @@ def cam(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
 
 
 def curves(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
-    random, told = np.random.default_rng((seed_of(plan, item), 200, step)), plan.items[item]
+    random, planned = np.random.default_rng((seed_of(plan, item), 200, step)), plan.items[item]
     drawn = {
-        "relevance": random.random(len(told.tokens)).astype(np.float32),
-        "heat": random.random((len(told.words), *plan.latent[1:])).astype(np.float32),
+        "relevance": random.random(len(planned.tokens)).astype(np.float32),
+        "word_maps": random.random((len(planned.words), *plan.latent[1:])).astype(np.float32),
     }
     return {name: values for name, values in drawn.items() if len(values)}
 
 
-def kept(plan: store.Plan, values: np.ndarray) -> np.ndarray:
-    """What a file keeps of rounded values: so many bits after the leading one."""
+def rounded(plan: store.Plan, values: np.ndarray) -> np.ndarray:
+    """Rounded values as a file stores them, with the plan's number of bits after the leading one."""
     mantissa, exponent = np.frexp(values)
     return np.ldexp(np.rint(mantissa * 2 ** (plan.mantissa_bits + 1)) / 2 ** (plan.mantissa_bits + 1), exponent)
 
 
 def fill(writer: store.Writer) -> None:
-    """Writes all that is not stored yet, in an engine's order."""
+    """Write everything that is not stored yet, in the engine's order."""
     plan, done = writer.plan, writer.done
     for item in range(len(plan.items)):
         if not writer.has_trajectory(item):
@@ -122,13 +122,16 @@ def fill(writer: store.Writer) -> None:
         for at in range(plan.num_steps):
             if plan.layers and not writer.has_cam(item, at):
                 writer.cam(item, at, cam(plan, item, at))
-            drawn, stored = curves(plan, item, at), {"relevance": writer.has_relevance, "heat": writer.has_heat}
+            drawn, stored = (
+                curves(plan, item, at),
+                {"relevance": writer.has_relevance, "word_maps": writer.has_word_maps},
+            )
             writer.curves(item, at, **{name: drawn[name] for name in drawn if not stored[name](item, at)})
         writer.finish(item, 1.5 + item)
 
 
 def check(run: store.Run) -> int:
-    """Asserts that all that is marked in a run is there and right; the number of marks."""
+    """Assert that all marked values of a run are correct; returns the number of marks."""
     equal, plan, marks = np.testing.assert_array_equal, run.plan, 0
     for index, item in enumerate(run):
         if item.has_trajectory:
@@ -142,22 +145,22 @@ def check(run: store.Run) -> int:
                 given = step(plan, index, place, at)
                 equal(item.maps[method.name][at], given["saliency"])
                 if "error" in given:
-                    equal(item.errors[method.name][at], kept(plan, given["error"]))
+                    equal(item.errors[method.name][at], rounded(plan, given["error"]))
                 if "scores" in given:
                     equal(item.scores[method.name][at], np.append(given["scores"], [np.nan] * at).astype(np.float32))
         for at in np.flatnonzero(run.marks("cam_done")[index]).tolist():
             marks += 1
             for name, values in cam(plan, index, at).items():
-                equal(item.cam[name][at], kept(plan, values))
-        for name in ("relevance", "heat"):
-            for at in np.flatnonzero(run.marks(f"{name}_done")[index]).tolist():
+                equal(item.cam[name][at], rounded(plan, values))
+        for name, marker in (("relevance", "relevance_done"), ("word_maps", "heat_done")):
+            for at in np.flatnonzero(run.marks(marker)[index]).tolist():
                 marks += 1
                 given = curves(plan, index, at)[name]
-                equal(getattr(item, name)[:, at], kept(plan, given) if name == "heat" else given)
+                equal(getattr(item, name)[:, at], rounded(plan, given) if name == "word_maps" else given)
     return marks
 
 
 def total(plan: store.Plan) -> int:
-    """The number of marks of a whole run."""
-    told = sum(bool(item.tokens) + bool(item.words) for item in plan.items)
-    return len(plan.items) * (1 + plan.num_steps * (len(plan.methods) + bool(plan.layers))) + plan.num_steps * told
+    """The number of marks of a complete run."""
+    curves = sum(bool(item.tokens) + bool(item.words) for item in plan.items)
+    return len(plan.items) * (1 + plan.num_steps * (len(plan.methods) + bool(plan.layers))) + plan.num_steps * curves

@@ -1,10 +1,10 @@
-"""Writes a run again and again with the disk failing at every single write; run by test_store_faults.
+"""Writes a run repeatedly, with the disk failing at every single write; run by test_store_faults.
 
     LD_PRELOAD=shim.so python store_faults.py shim.so FOLDER ERRNO SCENARIO PLAN
 
-Each run is a fork. Its process is ended before its Nth write (ERRNO 0), or that write and all later ones fail with
-ERRNO, for every N until a run gets through. What is left is read and compared; every eighth is gone on with, too. A
-scenario is a new file, one that was interrupted, a segment of a run folder (new or gone on with), or a merger.
+Each run is a fork. Its process is killed before its Nth write (ERRNO 0), or that write and all later ones fail with
+ERRNO, for every N until a run completes. What remains is read and compared, and every eighth run is then resumed. A
+scenario is a new file, a resumed file, a segment of a run folder (new or resumed), or a merge.
 """
 
 import ctypes
@@ -16,23 +16,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-# A fork of a process without torch is quick; the store itself does not need it.
-STANDING_IN = {
+# Forking a process without torch is fast, and the store itself does not need torch.
+STUBS = {
     "dfengine": {"__path__": ["dfengine"]},
-    "dfengine.result": {"Explanation": object, "COMBINED": "combined"},
+    "dfengine.result": {"Explanation": object, "COMBINED": "combined", "as_call": str},
 }
-for name, contents in STANDING_IN.items():
+for name, contents in STUBS.items():
     sys.modules[name] = ModuleType(name)
     vars(sys.modules[name]).update(contents)
 
-from store_example import PLANS, check, curves, fill, half, step, total, trajectory  # noqa: E402  # after the stand-ins
+from store_example import PLANS, check, curves, fill, half, step, total, trajectory  # noqa: E402  # after the stubs
 
 from dfengine import store  # noqa: E402
-from dfengine.store import empty  # noqa: E402
+from dfengine.store.file import template  # noqa: E402
 
 
 class Scenario(NamedTuple):
-    """What is there before, what is done, how much is safe (−1: nothing to read yet), and what is there at the end."""
+    """The initial state, the operation, the number of marks (−1: nothing to read yet), and the files at the end."""
 
     prepare: Callable[[Path, store.Plan], None]
     run: Callable[[Path, store.Plan], None]
@@ -45,7 +45,7 @@ def nothing(folder: Path, plan: store.Plan) -> None:
 
 
 def begin(writer: store.Writer) -> None:
-    """An interrupted run, with some of the marks."""
+    """An interrupted run with a few marks."""
     plan = writer.plan
     writer.trajectory(0, **trajectory(plan, 0))
     writer.step(0, plan.methods[0].name, 1, **step(plan, 0, 0, 1))
@@ -79,8 +79,8 @@ def marks_of(path: Path) -> int:
 
 
 def marks_of_file(folder: Path, plan: store.Plan) -> int:
-    found = [path for path in (folder / "run.h5", folder / "run.part.h5") if path.exists()]
-    return marks_of(found[0]) if found else -1
+    files = [path for path in (folder / "run.h5", folder / "run.part.h5") if path.exists()]
+    return marks_of(files[0]) if files else -1
 
 
 def marks_of_folder(folder: Path, plan: store.Plan) -> int:
@@ -92,8 +92,8 @@ def marks_of_folder(folder: Path, plan: store.Plan) -> int:
     return max(marks, default=-1)
 
 
-def marks_of_merger(folder: Path, plan: store.Plan) -> int:
-    """Nothing or all; and what it is made of is as it was."""
+def marks_of_merge(folder: Path, plan: store.Plan) -> int:
+    """None or all, and the sources are unchanged."""
     assert sum(marks_of(folder / f"{item}.h5") for item in range(2)) == total(plan)
     return marks_of(folder / "run.h5") if (folder / "run.h5").exists() else -1
 
@@ -112,12 +112,12 @@ SCENARIOS = {
         marks_of_folder,
         {"run", "run/run.json", "run/manifest.jsonl", "run/segments"},
     ),
-    "merger": Scenario(two_files, merge, marks_of_merger, {"0.h5", "1.h5", "run.h5"}),
+    "merge": Scenario(two_files, merge, marks_of_merge, {"0.h5", "1.h5", "run.h5"}),
 }
 
 
 def in_a_fork(shim: ctypes.CDLL, scenario: Scenario, folder: Path, plan: store.Plan, nth: int, error: int) -> int:
-    """The status of a run in a process of its own: 77 killed, 3 refused with an error, 0 through."""
+    """The exit status of a run in a process of its own: 77 killed, 3 refused with an error, 0 completed."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 0
@@ -126,17 +126,17 @@ def in_a_fork(shim: ctypes.CDLL, scenario: Scenario, folder: Path, plan: store.P
         scenario.run(folder, plan)
     except store.StoreError as refused:
         status = 3 if "the disk is full" in str(refused) else 4
-    # Not os._exit: HDF5 clears up on leaving, while the disk is still full; and Python, which takes longer.
+    # Not os._exit: HDF5 cleans up at exit while the disk is still full. Python does, too, but takes longer.
     if nth % 8:
         ctypes.CDLL(None).exit(status)
     sys.exit(status)
 
 
 def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: store.Plan) -> None:
-    # Made in memory, without a write to the disk: once for each plan is enough.
-    made, image = {}, empty.image
-    empty.environment = lambda device: "{}"
-    empty.image = lambda plan, **more: made.setdefault(plan.to_json(), image(plan, **more))
+    # Built in memory, without a write to the disk: once for each plan is enough.
+    built, build_file = {}, template.build_file
+    template.environment = lambda device: "{}"
+    template.build_file = lambda plan, **options: built.setdefault(plan.to_json(), build_file(plan, **options))
     start, folder = folder / "start", folder / "run"
     start.mkdir()
     scenario.prepare(start, plan)
@@ -153,7 +153,7 @@ def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: 
         assert status == (3 if error else 77), f"write {nth}: status {status}"
         if nth % 8 == 0 and marks < total(plan):
             scenario.run(folder, plan)
-            assert scenario.marks(folder, plan) == total(plan), f"write {nth}: not whole after resume"
+            assert scenario.marks(folder, plan) == total(plan), f"write {nth}: incomplete after resuming"
             left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name != "segments"}
             assert left == scenario.end, f"write {nth}: {left}"
             segments = [path.name for path in folder.glob("run/segments/*")]

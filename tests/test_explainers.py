@@ -121,7 +121,7 @@ def test_a_stream_refuses_before_anything_is_computed(engine: Engine) -> None:
 def test_a_step_is_done_when_all_of_it_is(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, relevance or heat maps that are not there (damage after a power cut) are made again with their map."""
     whole = engine.explain(CAPTION, ALL, num_steps=2)
-    for explainer, marker in ((ALL[1], "has_cam"), (ALL[2], "has_relevance"), (ALL[3], "has_heat")):
+    for explainer, marker in ((ALL[1], "has_cam"), (ALL[2], "has_relevance"), (ALL[3], "has_word_maps")):
         out = tmp_path / f"{explainer.name}.h5"
 
         def interrupt(event: Any, last: str = explainer.name) -> None:

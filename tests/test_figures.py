@@ -21,7 +21,7 @@ from dfengine import Attention, Cam, Engine, Relevance, Rise, figures
 from dfengine.figures import choosing, chosen_steps, overlay, save, strip
 from dfengine.figures.parts import COLOUR_MAP, ERROR_MAP
 from dfengine.result import COMBINED, Result, heatmap
-from dfengine.tokens import Tokens, content_words, words
+from dfengine.tokens import Tokens, content_words, word_spans
 
 MAPS = np.random.default_rng(0).normal(size=(30, 2, 3)).astype(np.float32)
 #: Twenty words.
@@ -37,7 +37,7 @@ LAYERS: dict[str, int] = {
 def explained(prompt: str, steps: int = 5, size: tuple[int, int] = (8, 12), **changes: Any) -> Result:
     """All that can be drawn, of random numbers: every word of the prompt is a token, between start and end."""
     random = np.random.default_rng(1)
-    spans = tuple(words(prompt))
+    spans = tuple(word_spans(prompt))
     told = tuple(prompt[first:last] for first, last in spans)
 
     def maps(*shape: int) -> np.ndarray:

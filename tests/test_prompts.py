@@ -82,7 +82,7 @@ def test_visual_genome_gives_each_relationship_once(
     tmp_path: Path, indent: int | None, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However the file is cut into pieces while it is read."""
-    monkeypatch.setattr(prompts, "_PIECE", piece)
+    monkeypatch.setattr(prompts, "_CHUNK", piece)
     file = written(tmp_path / "relationships.json", json.dumps(GENOME, indent=indent))
     assert read(file) == [
         Prompt("shade on street", {"subject": "shade", "relation": "on", "object": "street"}),
@@ -102,7 +102,7 @@ def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.xml", "<a/>", "is no file of prompts: expected .txt, .csv, .jsonl, .json"),
+        ("a.xml", "<a/>", "is not a file of prompts: expected .txt, .csv, .jsonl, .json"),
         ("a.txt", "\n# nothing\n", "has no prompts"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read"),
         (
@@ -112,7 +112,7 @@ def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
         ),
         ("a.csv", 'prompt\n"a cat\n', "cannot be read"),
         ("a.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', r"a\.jsonl, line 2 is not JSON"),
-        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: \[1\] is no prompt"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: \[1\] is not a prompt"),
         ("a.jsonl", '{"prompt": 3}', r"line 1: no prompt in {\"prompt\": 3}"),
         ("a.jsonl", '{"prompt": "a cat", "subject": "dog"}', r"line 1: 'dog' is not in the prompt 'a cat'"),
         ("a.json", "{}", r'expected {"images": \[\.\.\.\]}'),
@@ -121,10 +121,10 @@ def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
         (
             "a.json",
             '{"images": [{"split": "test", "sentences": []}]}',
-            r"image 0: expected .*found {\"split\": \"test\"",
+            r"image 0: expected .*got {\"split\": \"test\"",
         ),
         ("a.json", '{"images": [{"sentences": []}]}', "image 0: expected"),
-        ("a.json", '[{"relationships": [{"predicate": "on"}]}]', r"image 0: expected .*found {\"relationships\""),
+        ("a.json", '[{"relationships": [{"predicate": "on"}]}]', r"image 0: expected .*got {\"relationships\""),
         (
             "a.json",
             '[{"relationships": [{"predicate": 1, "subject": {"name": "a"}, "object": {"name": "b"}}]}]',
@@ -143,10 +143,10 @@ def test_malformed_files_are_one_line_with_the_place(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize(("path", "limit"), [("none.txt", None), (".", None)])
 def test_files_that_are_not_there(tmp_path: Path, path: str, limit: Any) -> None:
-    with pytest.raises(ValueError, match=r"cannot be read: No such file|is no file of prompts"):
+    with pytest.raises(ValueError, match=r"cannot be read: No such file|is not a file of prompts"):
         read(tmp_path / path, limit)
 
 
 def test_no_prompts_are_not_possible(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 prompts are not possible"):
+    with pytest.raises(ValueError, match="limit is 0: expected at least 1 prompt"):
         read(written(tmp_path / "a.txt", "a cat"), 0)

@@ -14,7 +14,7 @@ import pytest
 from store_example import SMALL, check, fill, step, total
 
 from dfengine import store
-from dfengine.store.sink import Sink
+from dfengine.store.file.swmr import SWMRFile
 
 HERE = Path(__file__).parent
 
@@ -106,7 +106,7 @@ except store.StoreError as refused:
 
 def test_an_error_of_the_thread_reaches_the_next_call(tmp_path, monkeypatch):
     writer = store.Writer.create(tmp_path / "run.h5", SMALL)
-    monkeypatch.setattr(Sink, "write", lambda self, job: (_ for _ in ()).throw(OSError(errno.EIO, "")))
+    monkeypatch.setattr(SWMRFile, "write", lambda self, job: (_ for _ in ()).throw(OSError(errno.EIO, "")))
     writer.finish(0, 1.0)
     writer._queue.put(None)
     writer._thread.join()
@@ -121,9 +121,9 @@ def test_an_error_of_the_thread_reaches_the_next_call(tmp_path, monkeypatch):
 def test_a_truncated_file(path, kept):
     size = path.stat().st_size
     os.truncate(path, int(size * kept) if 0 < kept < 1 else kept % size)
-    with pytest.raises(store.StoreError, match=r"is truncated|is damaged|is not an HDF5 file") as told:
+    with pytest.raises(store.StoreError, match=r"is truncated|is damaged|is not an HDF5 file") as message:
         store.open(path)
-    assert ("not an HDF5 file" in str(told.value)) == (kept in (0, 1, 7, 8, 9, 11)), told.value
+    assert ("not an HDF5 file" in str(message.value)) == (kept in (0, 1, 7, 8, 9, 11)), message.value
 
 
 def test_a_damaged_value_is_told_and_the_others_are_read(path):
@@ -167,7 +167,7 @@ def test_files_that_are_not_ours(path, tmp_path):
     with h5py.File(path, "r+") as h5:
         h5.attrs["format_version"] = store.FORMAT_VERSION + 1
     with store.Writer.create(tmp_path / "unfinished.h5", SMALL) as writer:
-        for name, told in {
+        for name, message in {
             "text.h5": "text.h5 is not an HDF5 file",
             "foreign.h5": "foreign.h5 is an HDF5 file, but dfengine did not write it",
             "run.h5": "run.h5 has format version 2, this dfengine reads up to 1: upgrade dfengine",
@@ -175,7 +175,7 @@ def test_files_that_are_not_ours(path, tmp_path):
             "unfinished.h5": f"unfinished.h5 is not finished: open {tmp_path / 'unfinished.part.h5'}",
             ".": "is a folder, but not a run's: it has no run.json",
         }.items():
-            with pytest.raises(store.StoreError, match=told) as refused:
+            with pytest.raises(store.StoreError, match=message) as refused:
                 store.open(tmp_path / name)
             assert "\n" not in str(refused.value)
         assert writer.done.sum() == 0
@@ -194,32 +194,33 @@ def test_a_file_that_another_program_is_writing(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("nowhere/run.h5", "cannot write .*run.h5: the folder does not exist: create it first"),
         ("file/run.h5", "a part of its path is a file, not a folder"),
         ("folder.h5", "folder.h5 is a folder: name a file in it"),
     ],
 )
-def test_places_that_cannot_be_written(tmp_path, name, told):
+def test_places_that_cannot_be_written(tmp_path, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "folder.h5").mkdir()
-    with pytest.raises(store.StoreError, match=told):
+    with pytest.raises(store.StoreError, match=message):
         store.Writer.create(tmp_path / name, SMALL)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.h5"]
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [(errno.EACCES, "permission denied: its folder must be writable"), (errno.EROFS, "read-only")]
+    ("number", "message"),
+    [(errno.EACCES, "permission denied: its folder must be writable"), (errno.EROFS, "read-only")],
 )
-def test_a_read_only_folder(tmp_path, monkeypatch, number, told):
+def test_a_read_only_folder(tmp_path, monkeypatch, number, message):
     """Said by a stand-in for the system: permissions do not bind the administrator that tests may run as."""
 
     def refuse(name, flags, *mode):
         raise OSError(number, os.strerror(number), name)
 
-    monkeypatch.setattr("dfengine.store.files.os.open", refuse)
-    with pytest.raises(store.StoreError, match=f"cannot write .*run.h5: .*{told}"):
+    monkeypatch.setattr("dfengine.store.file.files.os.open", refuse)
+    with pytest.raises(store.StoreError, match=f"cannot write .*run.h5: .*{message}"):
         store.Writer.create(tmp_path / "run.h5", SMALL)
 
 

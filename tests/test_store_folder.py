@@ -1,4 +1,4 @@
-"""A run folder: segments of many writers read as one, whatever became of them."""
+"""A run folder: segments of many writers are read as one run, however the writers ended."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ for number in range(int(sys.argv[2]), int(sys.argv[3])):
 
 
 def part_of(writer: store.Writer, steps: int = 2) -> None:
-    """A trajectory and a few maps, and then the process is gone."""
+    """Write a trajectory and a few maps, and stop there."""
     writer.trajectory(0, **trajectory(writer.plan, 0))
     for at in range(steps):
         writer.step(0, "rise", at, **step(writer.plan, 0, 0, at))
     writer.close(publish=False)
 
 
-def whole(folder: store.Folder, unit: str, plan: store.Plan) -> None:
+def complete(folder: store.Folder, unit: str, plan: store.Plan) -> None:
     with folder.segment(unit, plan) as writer:
         fill(writer)
 
@@ -46,8 +46,8 @@ def whole(folder: store.Folder, unit: str, plan: store.Plan) -> None:
 def path(tmp_path):
     """Two finished segments, of one item each."""
     folder = store.Folder(tmp_path / "run")
-    whole(folder, "u1", SECOND)
-    whole(folder, "u0", FIRST)
+    complete(folder, "u1", SECOND)
+    complete(folder, "u0", FIRST)
     return tmp_path / "run"
 
 
@@ -55,7 +55,7 @@ def test_it_reads_as_one(path):
     with store.open(path) as run:
         assert isinstance(run, store.RunFolder)
         assert (len(run), run.finished) == (2, True)
-        assert [item.key for item in run] == ["k0", "k1"], "by unit, whoever was done first"
+        assert [item.key for item in run] == ["k0", "k1"], "by unit, not in order of completion"
         np.testing.assert_array_equal(run[-1].maps["random"][2], step(SECOND, 0, 1, 2)["saliency"])
         np.testing.assert_array_equal(run[0].image, trajectory(FIRST, 0)["image"])
         assert run[1].heatmap("rise", 1).shape == (10, 12)
@@ -102,7 +102,7 @@ def test_to_xarray_is_that_of_one_file(path, tmp_path):
         fill(writer)
     with store.open(path) as run, store.open(tmp_path / "one.h5") as one:
         assert run.to_xarray().drop_attrs().identical(one.to_xarray().drop_attrs())
-        whole(store.Folder(path), "u2", PLANS["wide"])
+        complete(store.Folder(path), "u2", PLANS["wide"])
     with (
         store.open(path) as run,
         pytest.raises(store.StoreError, match=r"differ in shape: step \(3, 2\), .*; open them one by one"),
@@ -110,7 +110,7 @@ def test_to_xarray_is_that_of_one_file(path, tmp_path):
         run.to_xarray()
 
 
-def test_a_unit_goes_on_where_its_last_attempt_stopped(tmp_path):
+def test_a_unit_continues_where_its_last_attempt_stopped(tmp_path):
     folder = store.Folder(tmp_path / "run")
     part_of(folder.segment("u", PLAN))
     writer = folder.segment("u", PLAN)
@@ -134,14 +134,14 @@ def test_a_unit_that_closed_with_items_missing_can_be_begun_again(tmp_path):
         writer.trajectory(0, **trajectory(PLAN, 0))
         writer.finish(0, 1.0)
     assert folder.finished() == {"k0"}
-    whole(folder, "u", PLAN)
+    complete(folder, "u", PLAN)
     assert folder.finished() == {"k0", "k1"}
     with store.open(tmp_path / "run") as run:
         assert (len(run), run.finished) == (2, True)
 
 
-def test_a_unit_goes_on_from_all_its_attempts(tmp_path):
-    """The first, stalled, got further than the second, which began from it; both are then gone."""
+def test_a_unit_continues_all_its_attempts(tmp_path):
+    """The first, stalled, got further than the second, which continued it; both are then removed."""
     folder = store.Folder(tmp_path / "run")
     stalled = folder.segment("u", PLAN)
     second = folder.segment("u", PLAN)
@@ -166,7 +166,7 @@ def test_ten_attempts_are_in_order(tmp_path):
     held += [folder.segment("u", FIRST) for _ in range(10)]
     with store.open(tmp_path / "run") as run:
         assert [segment.attempt for segment in run.segments] == list(range(1, 12))
-        assert run[0]._run.path.name == "u.11.part.h5", "of equals the latest"
+        assert run[0]._run.path.name == "u.11.part.h5", "the latest of equals"
     for writer in held:
         writer.close(publish=False)
 
@@ -183,19 +183,22 @@ def test_overwriting_a_unit(tmp_path):
     folder.segment("u", PLAN, overwrite=True).close(publish=False)
 
 
-def test_an_attempt_that_cannot_be_read_is_passed_over(tmp_path):
+def test_an_unreadable_attempt_is_skipped(tmp_path):
     folder = store.Folder(tmp_path / "run")
     part_of(folder.segment("u", PLAN))
     os.truncate(tmp_path / "run/segments/u.1.part.h5", 1000)
-    with pytest.warns(UserWarning, match=r"u.1.part.h5 .*: it is left out"):
+    with pytest.warns(UserWarning, match=r"u.1.part.h5 .*; the segment is skipped"):
         writer = folder.segment("u", PLAN)
     assert not writer.done.any()
     writer.close(publish=False)
 
 
-def test_a_finished_segment_that_is_gone_is_told(path):
+def test_a_missing_segment_is_reported(path):
     (path / "segments/u1.1.h5").unlink()
-    with pytest.warns(UserWarning, match=r"u1.1.h5 was finished, and is not there any more"), store.open(path) as run:
+    with (
+        pytest.warns(UserWarning, match="u1.1.h5 is missing, although the manifest lists it"),
+        store.open(path) as run,
+    ):
         assert (len(run), run.finished, run.lost) == (1, False, ["u1.1.h5"])
 
 
@@ -209,7 +212,7 @@ def test_the_summary_of_a_part_that_got_its_name(tmp_path):
 
 
 def test_a_stalled_writer_does_not_hold_its_unit(tmp_path):
-    """It is gone on from while it is at work, keeps its file, and may yet finish it: every item is read once."""
+    """Another attempt continues it meanwhile; it keeps its file and may yet finish it. Every item is read once."""
     folder = store.Folder(tmp_path / "run")
     stalled = folder.segment("u", PLAN)
     stalled.trajectory(0, **trajectory(PLAN, 0))
@@ -247,18 +250,18 @@ def test_many_processes_write_one_folder(tmp_path):
     lines = (folder / "manifest.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["unit"] for line in lines) == [f"u{number:03}" for number in range(24)]
     with store.open(folder) as run:
-        assert (len(run), len(run.segments), run.finished) == (2, 24, True), "two items, each done twelve times"
+        assert (len(run), len(run.segments), run.finished) == (2, 24, True), "two items, each computed twelve times"
 
 
 def test_a_folder_that_another_process_is_making(tmp_path, monkeypatch):
-    """It comes first between the look for run.json and the look at what else is there."""
+    """It creates run.json between the check for that file and the check for other entries."""
     exists, path = Path.exists, tmp_path / "run"
 
     def late(self):
         found = exists(self)
         if self.name == "run.json" and not found:
             monkeypatch.undo()
-            whole(store.Folder(path, run_id="first"), "u", FIRST)
+            complete(store.Folder(path, run_id="first"), "u", FIRST)
         return found
 
     monkeypatch.setattr(Path, "exists", late)
@@ -267,7 +270,7 @@ def test_a_folder_that_another_process_is_making(tmp_path, monkeypatch):
 
 
 def test_more_segments_than_files_may_be_open(path, monkeypatch):
-    monkeypatch.setattr("dfengine.store.folder_reader._OPEN_FILES", 1)
+    monkeypatch.setattr("dfengine.store.run.reader._MAX_OPEN_FILES", 1)
     with store.open(path) as run:
         first, second = run
         assert len(run._files) == 1
@@ -289,42 +292,42 @@ def test_a_part_that_gets_its_final_name_is_still_read(tmp_path):
 
 @pytest.mark.parametrize("torn", ['{"file": "u1.1.h5", "un', "", "[]\n", '{"file": 3}\n', "\x00\x00\n", b"\xff\xfe\n"])
 def test_the_manifest_is_an_index_and_no_more(path, torn):
-    """Cut off by a kill, damaged or gone: the segments are there all the same, and the next line is whole."""
+    """Torn by a kill, damaged or missing: the segments are still read, and the next line is intact."""
     (path / "manifest.jsonl").write_bytes(torn if isinstance(torn, bytes) else torn.encode())
-    whole(store.Folder(path), "u2", dataclasses.replace(FIRST, items=(store.Item("k5", "a cat"),)))
+    complete(store.Folder(path), "u2", dataclasses.replace(FIRST, items=(store.Item("k5", "a cat"),)))
     assert json.loads((path / "manifest.jsonl").read_bytes().splitlines()[-1])["unit"] == "u2"
     with store.open(path) as run:
         assert [item.key for item in run] == ["k0", "k1", "k5"]
 
 
-def test_a_damaged_segment_is_left_out_and_named(path):
+def test_a_damaged_segment_is_skipped_and_named(path):
     (path / "manifest.jsonl").unlink()
     os.truncate(path / "segments/u0.1.h5", 1000)
-    with pytest.warns(UserWarning, match=r"u0.1.h5 is truncated: .*: it is left out"), store.open(path) as run:
+    with pytest.warns(UserWarning, match=r"u0.1.h5 is truncated: .*; the segment is skipped"), store.open(path) as run:
         assert [item.key for item in run] == ["k1"]
 
 
-def test_folders_that_are_not_ours(tmp_path):
+def test_other_folders_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(store.StoreError, match="is a folder of something else: name a new or an empty one"):
+    with pytest.raises(store.StoreError, match="is not a run folder, and not empty: name a new or an empty folder"):
         store.Folder(tmp_path)
     with pytest.raises(store.StoreError, match="file is a file: name a folder"):
         store.Folder(tmp_path / "file")
-    for content, told in {
+    for content, message in {
         "{": "its run.json cannot be read",
         "{}": "its run.json cannot be read",
         '{"format": "other", "format_version": 1}': "dfengine did not write its run.json",
-        '{"format": "dfengine run", "format_version": 9}': "format version 9, this dfengine reads up to 1: upgrade",
+        '{"format": "dfengine run", "format_version": 9}': "format version 9, this dfengine reads up to 2: upgrade",
     }.items():
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(store.StoreError, match=told) as refused:
+        with pytest.raises(store.StoreError, match=message) as refused:
             store.open(tmp_path)
         assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("unit", ["", "a/b", "../u", "u\0"])
-def test_a_unit_has_the_name_of_a_file(tmp_path, unit):
-    with pytest.raises(store.StoreError, match="is no name for a unit"):
+def test_a_units_name_must_be_that_of_a_file(tmp_path, unit):
+    with pytest.raises(store.StoreError, match="cannot be the name of a unit"):
         store.Folder(tmp_path / "run").segment(unit, PLAN)
     assert os.listdir(tmp_path / "run/segments") == []
 

@@ -12,7 +12,7 @@ import xarray
 from store_example import PLAN, fill, step, trajectory
 
 from dfengine import store
-from dfengine.store import schema
+from dfengine.store.file import schema
 
 AXES = {
     "maps": ("item", "method", "step", "y", "x"),

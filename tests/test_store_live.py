@@ -10,7 +10,7 @@ import pytest
 from store_example import PLANS, SMALL, check, fill, total, trajectory
 
 from dfengine import store
-from dfengine.store.files import network_storage
+from dfengine.store.file.files import network_storage
 
 READER = """
 import sys, time
@@ -34,7 +34,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import store_faults
-from dfengine.store.files import Lock
+from dfengine.store.file.locks import Lock
 
 lock = Lock(Path(sys.argv[1]))
 os._exit(0)
@@ -108,7 +108,7 @@ def network(tmp_path, monkeypatch):
     (tmp_path / "local").mkdir()
     mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {str(tmp_path / 'on nfs').replace(' ', chr(92) + '040')} nfs4 rw 0 0\n"
     (tmp_path / "mounts").write_text(mounts)
-    monkeypatch.setattr("dfengine.store.files._MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr("dfengine.store.file.files._MOUNTS", tmp_path / "mounts")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "local"))
     return tmp_path / "on nfs"
 
@@ -162,7 +162,7 @@ def test_which_file_systems_are_others(tmp_path, monkeypatch, kind):
     """The last mount of the deepest folder counts, as for the system."""
     mounts = [f"a / {kind} rw 0 0", f"a {tmp_path} tmpfs rw 0 0", f"b {tmp_path} {kind} rw 0 0", "c /else xfs rw 0 0"]
     (tmp_path / "mounts").write_text("\n".join(mounts))
-    monkeypatch.setattr("dfengine.store.files._MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr("dfengine.store.file.files._MOUNTS", tmp_path / "mounts")
     assert network_storage(tmp_path / "sub") == ("" if kind == "ext4" else kind)
     (tmp_path / "mounts").unlink()
     assert network_storage(tmp_path) == "", "no such list: not Linux"
@@ -195,7 +195,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, calls):
 
 
 def test_values_reach_the_disk_while_a_run_goes_on(tmp_path, calls, monkeypatch):
-    monkeypatch.setattr("dfengine.store.sink.SYNC_SECONDS", 0)
+    monkeypatch.setattr("dfengine.store.file.swmr.SYNC_SECONDS", 0)
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         calls.clear()
         writer.trajectory(0, **trajectory(SMALL, 0))
@@ -216,4 +216,4 @@ def test_the_chunk_cache_holds_an_item_twice(tmp_path):
     """A smaller one writes chunks half-filled, again and again."""
     with store.Writer.create(tmp_path / "run.h5", PLANS["latent64"]) as writer:
         latents = 4 * 4 * 64 * 64 * 4
-        assert writer._sink._h5.id.get_access_plist().get_cache()[2] == 2 * latents
+        assert writer._file._h5.id.get_access_plist().get_cache()[2] == 2 * latents

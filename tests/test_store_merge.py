@@ -1,4 +1,4 @@
-"""A merger holds every item once, as it was, and is there whole or not at all."""
+"""A merged file holds every item once, unchanged, and appears completely or not at all."""
 
 import dataclasses
 import json
@@ -11,10 +11,10 @@ from store_example import PLAN, PLANS, check, fill, half, step, total, trajector
 from test_store_resume import data
 
 from dfengine import store
-from dfengine.store import merging
+from dfengine.store.run import merging
 
 
-def made(path, plan, **options):
+def written(path, plan, **options):
     with store.Writer.create(path, plan, **options) as writer:
         fill(writer)
     return path
@@ -22,13 +22,13 @@ def made(path, plan, **options):
 
 @pytest.mark.parametrize("compression", ["gzip", "none"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_a_merger_is_the_file_that_would_have_been_written_at_once(tmp_path, plan, compression):
-    """Chunk by chunk, whether the halves agree in their numbers of tokens and words or not."""
+def test_a_merged_file_equals_one_written_directly(tmp_path, plan, compression):
+    """Also by number of chunks, whether or not the halves have equally many tokens and words."""
     if len(plan.items) == 1:
         plan = dataclasses.replace(plan, items=(*plan.items, store.Item("k9", "a dog", tokens=("a", "dog"))))
-    halves = [made(tmp_path / f"{item}.h5", half(plan, item), compression=compression) for item in range(2)]
+    halves = [written(tmp_path / f"{item}.h5", half(plan, item), compression=compression) for item in range(2)]
     merged = store.merge(halves, tmp_path / "all.h5")
-    whole = made(tmp_path / "whole.h5", plan, compression=compression)
+    whole = written(tmp_path / "whole.h5", plan, compression=compression)
     assert data(merged) == data(whole)
     with store.open(merged) as run, h5py.File(merged) as one, h5py.File(whole) as other:
         assert check(run) == total(plan)
@@ -40,9 +40,9 @@ def test_a_merger_is_the_file_that_would_have_been_written_at_once(tmp_path, pla
     assert sorted(os.listdir(tmp_path)) == ["0.h5", "1.h5", "all.h5", "whole.h5"]
 
 
-def test_where_it_came_from_is_told(tmp_path):
-    first = made(tmp_path / "a.h5", half(PLAN, 0), device="one", run_id="r1")
-    second = made(tmp_path / "b.h5", half(PLAN, 1), device="other", run_id="r2")
+def test_sources_are_recorded(tmp_path):
+    first = written(tmp_path / "a.h5", half(PLAN, 0), device="one", run_id="r1")
+    second = written(tmp_path / "b.h5", half(PLAN, 1), device="other", run_id="r2")
     with h5py.File(store.merge([first, second], tmp_path / "all.h5")) as h5:
         sources = json.loads(h5.attrs["merged_from"])
     assert [(source["file"], source["run_id"], source["environment"]["device"]) for source in sources] == [
@@ -50,22 +50,25 @@ def test_where_it_came_from_is_told(tmp_path):
         ("b.h5", "r2", "other"),
     ]
     with store.open(tmp_path / "all.h5") as unlike, store.open(first) as alone:
-        assert [item.environment for item in unlike] == [{}, {}]  # which of the two it was is not in the file
+        assert [item.environment for item in unlike] == [
+            {},
+            {},
+        ]  # one of the two, unknown which
         assert [item.environment["device"] for item in alone] == ["one"]
 
 
-def test_each_item_is_taken_once_and_finished_if_it_can_be(tmp_path):
+def test_each_item_is_taken_once_and_finished_if_possible(tmp_path):
     writer = store.Writer.create(tmp_path / "cut.h5", PLAN)
     writer.trajectory(1, **trajectory(PLAN, 1))
     writer.step(1, "rise", 1, **step(PLAN, 1, 0, 1))
     writer.close(publish=False)
-    first = made(tmp_path / "first.h5", half(PLAN, 0))
+    first = written(tmp_path / "first.h5", half(PLAN, 0))
     with store.open(store.merge([tmp_path / "cut.part.h5", first], tmp_path / "one.h5")) as run:
         assert [item.key for item in run] == ["k0", "k1"]
         assert [item.seconds for item in run] == pytest.approx([1.5, np.nan], nan_ok=True)
-        assert check(run) == 2 + total(half(PLAN, 0)), "what is not done stays not done"
+        assert check(run) == 2 + total(half(PLAN, 0)), "unfinished items stay unfinished"
         assert not run.finished
-    second = made(tmp_path / "second.h5", half(PLAN, 1))
+    second = written(tmp_path / "second.h5", half(PLAN, 1))
     paths = [tmp_path / "cut.part.h5", first, second, first]
     with store.open(store.merge(paths, tmp_path / "two.h5")) as run:
         assert [item.key for item in run] == ["k0", "k1"]
@@ -77,14 +80,14 @@ def test_a_run_folder_is_merged_with_its_segments_and_with_files(tmp_path):
     for unit, item in (("b", 0), ("a", 1)):
         with folder.segment(unit, half(PLAN, item)) as writer:
             fill(writer)
-    other = made(tmp_path / "more.h5", dataclasses.replace(PLAN, items=(store.Item("k5", "a cat"),)))
+    other = written(tmp_path / "more.h5", dataclasses.replace(PLAN, items=(store.Item("k5", "a cat"),)))
     with store.open(store.merge([tmp_path / "run", other], tmp_path / "all.h5")) as run:
         assert [item.key for item in run] == ["k1", "k0", "k5"]
         check(run)
 
 
 def test_a_part_is_merged_as_it_was_when_it_was_read(tmp_path, monkeypatch):
-    """Its writer goes on meanwhile, to the end: what was not copied is not marked."""
+    """Its writer completes it meanwhile: values that were not copied are not marked."""
     plan, copied = half(PLAN, 0), merging._copy_chunk
     writer = store.Writer.create(tmp_path / "run.h5", plan)
     writer.step(0, "rise", 0, **step(plan, 0, 0, 0))
@@ -102,40 +105,40 @@ def test_a_part_is_merged_as_it_was_when_it_was_read(tmp_path, monkeypatch):
         assert (check(run), run.finished) == (1, False)
 
 
-def test_chunks_of_other_filters_are_copied_by_value(tmp_path):
-    first = made(tmp_path / "a.h5", half(PLAN, 0), compression="gzip")
-    second = made(tmp_path / "b.h5", half(PLAN, 1), compression="none")
+def test_chunks_with_other_filters_are_copied_by_value(tmp_path):
+    first = written(tmp_path / "a.h5", half(PLAN, 0), compression="gzip")
+    second = written(tmp_path / "b.h5", half(PLAN, 1), compression="none")
     for paths in ([first, second], [second, first]):
         with store.open(store.merge(paths, tmp_path / "all.h5", overwrite=True)) as run:
             assert check(run) == total(PLAN)
 
 
 def test_equal_keys_of_other_settings_are_refused(tmp_path):
-    first = made(tmp_path / "a.h5", PLAN)
-    other = made(tmp_path / "b.h5", dataclasses.replace(PLAN, previews=False, model="m" * 70 + "b"))
+    first = written(tmp_path / "a.h5", PLAN)
+    other = written(tmp_path / "b.h5", dataclasses.replace(PLAN, previews=False, model="m" * 70 + "b"))
     with pytest.raises(store.StoreError, match=r"other settings than .*a.h5: previews \(true, now false\); model"):
         store.merge([first, other], tmp_path / "all.h5")
 
 
-def test_a_merger_of_mergers_tells_where_all_of_it_came_from(tmp_path):
-    files = [made(tmp_path / f"{item}.h5", half(PLAN, item)) for item in range(2)]
+def test_merging_merged_files_records_all_sources(tmp_path):
+    files = [written(tmp_path / f"{item}.h5", half(PLAN, item)) for item in range(2)]
     store.merge(files[:1], tmp_path / "one.h5")
     with store.open(store.merge([tmp_path / "one.h5", files[1]], tmp_path / "all.h5")) as run:
         assert [source["file"] for source in run.merged_from] == ["0.h5", "1.h5"]
 
 
-def test_what_cannot_be_merged(tmp_path):
-    first = made(tmp_path / "a.h5", half(PLAN, 0))
+def test_invalid_merges_are_refused(tmp_path):
+    first = written(tmp_path / "a.h5", half(PLAN, 0))
     other = dataclasses.replace(half(PLAN, 1), num_steps=2, methods=(store.Method("rise", {"p": 1}, 7, True),))
-    second, out = made(tmp_path / "b.h5", other), tmp_path / "all.h5"
+    second, out = written(tmp_path / "b.h5", other), tmp_path / "all.h5"
     with pytest.raises(
         store.StoreError,
-        match=r"b.h5 was made with other settings than .*a.h5: random \(now not\); methods.*merge like",
+        match=r"b.h5 has other settings than .*a.h5: random \(removed\); methods.*merge files of equal settings",
     ):
         store.merge([first, second], out)
     with pytest.raises(store.StoreError, match="there is nothing to merge"):
         store.merge([], out)
-    with pytest.raises(store.StoreError, match="is no name for a result"):
+    with pytest.raises(store.StoreError, match="cannot be the name of a result"):
         store.merge([first], tmp_path / "all.txt")
     with store.Writer.create(out, PLAN) as writer:
         with pytest.raises(store.StoreError, match=r"all.h5 is being written by another run"):

@@ -1,4 +1,4 @@
-"""An interrupted run goes on where it stopped, recomputes nothing, and ends with the same data."""
+"""An interrupted run continues where it stopped, computes nothing twice, and ends with the same data."""
 
 import dataclasses
 import shutil
@@ -16,23 +16,23 @@ class Stopped(Exception):
 
 
 class Counting:
-    """A writer that counts what it is given, and stops after so many."""
+    """A writer that counts its calls, and raises after so many."""
 
     def __init__(self, writer, stop=None, how=Stopped):
-        self.writer, self.stop, self.how, self.given = writer, stop, how, []
+        self.writer, self.stop, self.how, self.calls = writer, stop, how, []
 
     def __getattr__(self, name):
-        found = getattr(self.writer, name)
+        method = getattr(self.writer, name)
         if name not in ("trajectory", "step", "cam", "curves"):
-            return found
+            return method
 
         def count(*place, **values):
             if name == "curves" and not values:
                 return
-            if len(self.given) == self.stop:
+            if len(self.calls) == self.stop:
                 raise self.how
-            self.given.append((name, *place))
-            found(*place, **values)
+            self.calls.append((name, *place))
+            method(*place, **values)
 
         return count
 
@@ -43,17 +43,17 @@ def interrupt(path, stop, plan=PLAN):
 
 
 def data(path):
-    """All values of a file as bytes, but for how often and how long items ran."""
-    found = {}
+    """All values of a file as bytes, except attempts and seconds."""
+    datasets = {}
 
     def visit(name, thing):
         if isinstance(thing, h5py.Dataset) and name.rpartition("/")[2] not in ("attempt", "seconds"):
             values = thing[()]
-            found[name] = values.tolist() if values.dtype == object else values.tobytes()
+            datasets[name] = values.tolist() if values.dtype == object else values.tobytes()
 
     with h5py.File(path) as h5:
         h5["entry"].visititems(visit)
-        return found
+        return datasets
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def whole(tmp_path_factory):
     return data(path)
 
 
-def test_a_run_that_stopped_before_anything_was_done_leaves_nothing(tmp_path):
+def test_a_run_interrupted_before_the_first_result_leaves_no_file(tmp_path):
     interrupt(tmp_path / "run.h5", 0)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stop", [1, 2, 9, 13, 14, 20])
-def test_resumed_is_the_same_as_uninterrupted(tmp_path, whole, stop):
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, whole, stop):
     path = tmp_path / "run.h5"
     interrupt(path, stop)
     assert not path.exists()
@@ -81,7 +81,7 @@ def test_resumed_is_the_same_as_uninterrupted(tmp_path, whole, stop):
         counting = Counting(writer)
         fill(counting)
     full = len(PLAN.items) * (1 + PLAN.num_steps * (len(PLAN.methods) + 2))
-    assert len(counting.given) == full - stop, "nothing is computed twice"
+    assert len(counting.calls) == full - stop, "nothing is computed twice"
     assert data(path) == whole
     assert marks >= stop
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.h5"]
@@ -110,7 +110,7 @@ def test_attempts_are_counted_for_items_that_were_not_finished(tmp_path):
 def test_a_finished_or_interrupted_file_is_not_lost_by_mistake(tmp_path):
     path = tmp_path / "run.h5"
     interrupt(path, 5)
-    with pytest.raises(store.StoreError, match=r"run.part.h5 holds an interrupted run: .*resume.* or .*--overwrite"):
+    with pytest.raises(store.StoreError, match=r"run.part.h5 holds an interrupted run: resume it, or .*--overwrite"):
         store.Writer.create(path, PLAN)
     with store.Writer.create(path, SMALL, overwrite=True) as writer:
         fill(writer)
@@ -120,7 +120,7 @@ def test_a_finished_or_interrupted_file_is_not_lost_by_mistake(tmp_path):
         assert check(run) == total(SMALL)
     with store.Writer.create(path, PLAN, overwrite=True) as writer:
         with store.open(path) as run:
-            assert run.plan == SMALL, "kept until the new one is whole"
+            assert run.plan == SMALL, "kept until the new one is complete"
         fill(writer)
     with store.open(path) as run:
         assert check(run) == total(PLAN)
@@ -142,7 +142,7 @@ def test_other_settings_are_refused_and_named(tmp_path):
     assert str(refused.value) == (
         f"{tmp_path / 'run.part.h5'} was begun with other settings: items.0.seed (1, now 2); "
         'methods.rise.settings.kind ("gaussian", now "rise"); settings.gamma (60, now 10); '
-        "use those, or --overwrite to start afresh"
+        "use those, or discard it with --overwrite"
     )
     with store.open(tmp_path / "run.part.h5") as run:
         assert check(run) >= 5
@@ -166,7 +166,7 @@ def test_settings_are_the_same_whatever_their_order_and_sequence_type():
     assert mine.differences(SMALL) == ["settings.a ([1, 2], now unset)", "settings.b (1, now unset)"]
 
 
-def test_what_is_damaged_is_computed_again(tmp_path, whole):
+def test_damaged_values_are_computed_again(tmp_path, whole):
     path = tmp_path / "run.h5"
     interrupt(path, 20)
     part = tmp_path / "run.part.h5"
@@ -192,7 +192,7 @@ def test_a_part_is_kept_until_the_fresh_file_holds_it(tmp_path, monkeypatch):
     def fail(handle):
         raise OSError(5, "")
 
-    monkeypatch.setattr("dfengine.store.files.os.fsync", fail)
+    monkeypatch.setattr("dfengine.store.file.files.os.fsync", fail)
     with pytest.raises(store.StoreError, match="input/output"):
         store.Writer.resume(path, PLAN)
     assert part.read_bytes() == (tmp_path / "before").read_bytes()

@@ -12,8 +12,8 @@ import pytest
 from store_example import PLAN, SMALL, check, fill, step, total, trajectory
 
 from dfengine import store
-from dfengine.store.sink import Sink, Write
-from dfengine.store.values import rounded
+from dfengine.store.file.swmr import SWMRFile, Write
+from dfengine.store.file.values import round_mantissa
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,8 @@ def run(path):
 
 def test_every_value_comes_back(run):
     assert check(run) == total(PLAN)
-    assert [len(found) for found in (run[0].relevance, run[1].relevance, run[0].heat, run[1].heat)] == [3, 2, 2, 1]
+    assert [len(item.relevance) for item in run] == [3, 2]
+    assert [len(item.word_maps) for item in run] == [2, 1]
     assert list(run[0].errors) == list(run[0].scores) == ["rise"]
 
 
@@ -138,14 +139,14 @@ def test_what_is_not_written_yet_reads_as_nan(tmp_path):
 
 def test_arrays_may_change_after_the_call(tmp_path, monkeypatch):
     started, blocked = threading.Event(), threading.Event()
-    write = Sink.write
+    write = SWMRFile.write
 
     def slow(self, job):
         started.set()
         blocked.wait()
         write(self, job)
 
-    monkeypatch.setattr(Sink, "write", slow)
+    monkeypatch.setattr(SWMRFile, "write", slow)
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         given = step(SMALL, 0, 0, 0)
         writer.step(0, "rise", 0, **given)
@@ -157,7 +158,7 @@ def test_arrays_may_change_after_the_call(tmp_path, monkeypatch):
 
 
 def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
-    blocked, returned, write = threading.Event(), [], Sink.write
+    blocked, returned, write = threading.Event(), [], SWMRFile.write
 
     def slow(self, job):
         blocked.wait()
@@ -168,7 +169,7 @@ def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
             writer.step(0, "rise", 0, **step(SMALL, 0, 0, 0))
             returned.append(True)
 
-    monkeypatch.setattr(Sink, "write", slow)
+    monkeypatch.setattr(SWMRFile, "write", slow)
     with store.Writer.create(tmp_path / "run.h5", SMALL, queue_size=1) as writer:
         producer = threading.Thread(target=produce)
         producer.start()
@@ -180,11 +181,11 @@ def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             dict.fromkeys(("saliency", "error"), np.zeros((5, 4), np.float32)),
-            r"shape \(5, 4\): expected \(4, 4\), y × x",
+            r"has shape \(5, 4\): expected \(4, 4\), y × x",
         ),
         ({"scores": np.zeros(4, np.float32)}, "4 scores of method 'rise': the plan has 3 masks"),
         ({"error": None}, "error of method 'rise': in the plan, but not given"),
@@ -193,10 +194,10 @@ def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
         ({"method": "lime"}, "'lime' is not in the plan: expected one of rise"),
     ],
 )
-def test_what_the_plan_does_not_have_is_refused(tmp_path, change, told):
+def test_what_the_plan_does_not_have_is_refused(tmp_path, change, message):
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         given = {"item": 0, "method": "rise", "step": 0} | step(SMALL, 0, 0, 0) | change
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             writer.step(**given)
         given = trajectory(SMALL, 0)
         with pytest.raises(ValueError, match="previews: given, but not in the plan"):
@@ -208,19 +209,19 @@ def test_what_the_plan_does_not_have_is_refused(tmp_path, change, told):
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("plan", "message"),
     [
-        ({"items": ()}, "items of size 0"),
-        ({"num_steps": 0}, "num_steps of size 0"),
-        ({"methods": (store.Method("rise"), store.Method("rise"))}, "method names repeat: rise"),
-        ({"items": (store.Item("k", "a"), store.Item("k", "b"))}, "item keys repeat: k"),
+        ({"items": ()}, "items has size 0"),
+        ({"num_steps": 0}, "num_steps has size 0"),
+        ({"methods": (store.Method("rise"), store.Method("rise"))}, "duplicate method names: rise"),
+        ({"items": (store.Item("k", "a"), store.Item("k", "b"))}, "duplicate item keys: k"),
         ({"items": (store.Item("k", "a", seed=-1),)}, r"seed -1 is outside \[0, 2\^64\)"),
-        ({"items": (store.Item("k", "a\0b"),)}, "has a NUL character"),
-        ({"mantissa_bits": 0}, "0 mantissa bits are not possible: expected 1 to 23"),
+        ({"items": (store.Item("k", "a\0b"),)}, "contains a NUL character"),
+        ({"mantissa_bits": 0}, "mantissa_bits is 0: expected 1 to 23"),
     ],
 )
-def test_impossible_plans_are_refused(plan, told):
-    with pytest.raises(store.StoreError, match=told):
+def test_impossible_plans_are_refused(plan, message):
+    with pytest.raises(store.StoreError, match=message):
         store.Plan(**vars(SMALL) | plan)
 
 
@@ -230,7 +231,7 @@ def test_compression_is_none_or_what_every_reader_has(tmp_path):
     with h5py.File(tmp_path / "run.h5") as h5:
         made = h5["entry/maps/saliency"]
         assert (made.compression, made.shuffle, made.fletcher32) == (None, True, True)
-    with pytest.raises(store.StoreError, match="compression 'zstd' is not known: expected one of gzip, none"):
+    with pytest.raises(store.StoreError, match="compression 'zstd' is not supported: expected one of gzip, none"):
         store.Writer.create(tmp_path / "other.h5", SMALL, compression="zstd")
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.h5"]
 
@@ -256,20 +257,20 @@ def test_nothing_is_created_while_writing(path, tmp_path):
 
 
 def test_the_file_itself_is_out_of_reach(tmp_path):
-    """HDF5 lets a writer create objects and attributes under its readers' eyes, and ruins the file; the sink does not.
+    """In SWMR mode HDF5 would create objects and attributes, and corrupt the file; `SWMRFile` refuses.
 
-    Only what `empty` made has a handle, and nothing else in the store creates anything.
+    It has handles only of what the template created, and nothing else in the store creates anything.
     """
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
-        with pytest.raises(store.StoreError, match=r"maps/new was not made with the file: .* SWMR"):
-            writer._sink.write(Write({}, {"maps/new": np.zeros(1)}))
+        with pytest.raises(store.StoreError, match=r"maps/new is not in the file: .* SWMR"):
+            writer._file.write(Write({}, {"maps/new": np.zeros(1)}))
         writer.trajectory(0, **trajectory(SMALL, 0))
     with store.open(tmp_path / "run.h5") as run:
         assert check(run) == 1, "refused before anything is written"
     verbs = re.compile(r"\.(create_\w+|require_\w+|\w+_scale|resize|move)\(|\.attrs(\.update|\[[^]]*\] =)")
-    for source in Path(store.__file__).parent.glob("*.py"):
+    for source in Path(store.__file__).parent.rglob("*.py"):
         found = verbs.findall(source.read_text())
-        assert bool(found) == (source.name == "empty.py"), (source.name, found)
+        assert bool(found) == (source.name == "template.py"), (source.name, found)
 
 
 @pytest.mark.parametrize("bits", [1, 10, 22, 23])
@@ -278,12 +279,12 @@ def test_rounding_is_to_nearest_and_even(bits):
     values = np.concatenate([random.standard_normal(10_000), 2.0 ** np.arange(-126, 128)]).astype(np.float32)
     mantissa, exponent = np.frexp(values.astype(np.float64))
     nearest = np.ldexp(np.rint(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent)
-    np.testing.assert_array_equal(rounded(values, bits), nearest.astype(np.float32))
+    np.testing.assert_array_equal(round_mantissa(values, bits), nearest.astype(np.float32))
     halfway = np.float32(1 + 2.0**-bits / 2) if bits < 23 else np.float32(1)
-    assert rounded(np.array([halfway, -halfway]), bits).tolist() == [1, -1]
+    assert round_mantissa(np.array([halfway, -halfway]), bits).tolist() == [1, -1]
     special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0, -0.0, np.finfo(np.float32).max], np.float32)
     expected = special if bits == 23 else np.append(special[:-1], np.float32(np.inf))
-    np.testing.assert_array_equal(rounded(special, bits), expected)
+    np.testing.assert_array_equal(round_mantissa(special, bits), expected)
 
 
 def test_rounded_are_errors_cam_and_heat_maps_only(tmp_path):
@@ -295,9 +296,9 @@ def test_rounded_are_errors_cam_and_heat_maps_only(tmp_path):
         np.testing.assert_array_equal(run[1].maps["rise"][2], step(PLAN, 1, 0, 2)["saliency"])
         assert (run[1].errors["rise"][2] != step(PLAN, 1, 0, 2)["error"]).any()
     with h5py.File(tmp_path / "run.h5") as h5:
-        told = {}
-        h5.visititems(lambda name, thing: told.update({name: thing.attrs.get("mantissa_bits")}))
-    assert {name for name, bits in told.items() if bits == 10} == {
+        message = {}
+        h5.visititems(lambda name, thing: message.update({name: thing.attrs.get("mantissa_bits")}))
+    assert {name for name, bits in message.items() if bits == 10} == {
         "entry/maps/error",
         "entry/cam/5x6/saliency",
         "entry/cam/3x3/saliency",

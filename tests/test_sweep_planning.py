@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfengine import Random, store
-from dfengine.store import Troubles, Unit, failures, let_go, plan_units, planned_specs, planned_units, units_left
+from dfengine.store import (
+    FailureLog,
+    Unit,
+    failures,
+    plan_units,
+    planned_specs,
+    planned_units,
+    release_units,
+    units_left,
+)
 from dfengine.sweep.planning import check_same, estimate, prepare, units
 from dfengine.sweep.records import Kind, Probed
 from dfengine.sweep.spec import Schedule, Source, Sweep
@@ -135,7 +144,7 @@ def written(path):
 
 def set_aside(path, unit, *items):
     for item in items:
-        Troubles(path, unit).failed([item], f"item {item} is broken", for_good=True)
+        FailureLog(path, unit).failed([item], f"item {item} is broken", for_good=True)
 
 
 @pytest.fixture
@@ -400,7 +409,10 @@ def test_other_settings_are_refused(path, changed, said):
 def test_a_folder_that_is_of_no_sweep_is_refused(path, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("")
-    for place, said in ((tmp_path / "other", "folder of something else"), (tmp_path / "other/file", "is a file")):
+    for place, said in (
+        (tmp_path / "other", "is not a run folder, and not empty"),
+        (tmp_path / "other/file", "is a file"),
+    ):
         with pytest.raises(ValueError, match=said):
             prepare(swept(), place, unprobed)
     store.Folder(path)
@@ -552,8 +564,8 @@ def five(path):
     first, _ = planned_units(path)
     assert [len(unit) for unit in planned_units(path)] == [5, 1]
     set_aside(path, first, 3, 1)
-    Troubles(path, first).failed([0], "perhaps")
-    Troubles(path, first).failed([2, 4], "who knows")
+    FailureLog(path, first).failed([0], "perhaps")
+    FailureLog(path, first).failed([2, 4], "who knows")
     return sweep
 
 
@@ -638,7 +650,7 @@ def test_what_was_set_aside_later_is_tried_again_apart(path, five):
     assert {third.describe(0)["prompt"], fourth.describe(0)["prompt"]} == {"b", "c"}
 
 
-@pytest.mark.parametrize("step", ["plan_units", "hand_on"])
+@pytest.mark.parametrize("step", ["plan_units", "mark_rescheduled"])
 def test_what_was_set_aside_is_not_lost_to_a_kill(path, five, monkeypatch, step):
     """Before the new unit is planned, or before its items are marked: they are then planned twice."""
 
@@ -646,8 +658,8 @@ def test_what_was_set_aside_is_not_lost_to_a_kill(path, five, monkeypatch, step)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        if step == "hand_on":
-            patched.setattr(store.Troubles, "hand_on", killed)
+        if step == "mark_rescheduled":
+            patched.setattr(store.FailureLog, "mark_rescheduled", killed)
         else:
             patched.setattr(store, "plan_units", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -675,8 +687,8 @@ def test_a_unit_of_which_all_was_set_aside_is_not_left(path):
     sweep = swept(seeds=2)
     prepare(sweep, path, Probe(sweep, seconds=1, forwards=1))
     (unit,) = planned_units(path)
-    Troubles(path, unit).failed([0], "once")
-    Troubles(path, unit).failed([0, 1], "both")
+    FailureLog(path, unit).failed([0], "once")
+    FailureLog(path, unit).failed([0, 1], "both")
     assert list(units_left(path, [])) == [unit], "they may yet do"
     set_aside(path, unit, 0)
     assert list(units_left(path, [])) == [unit], "the other one may yet do"
@@ -748,14 +760,14 @@ def test_where_nothing_can_be_written_a_line_says_so(tmp_path):
     with pytest.raises(store.StoreError, match=r"cannot write .*plan.jsonl: the folder does not exist"):
         plan_units(tmp_path / "none", [UNIT])
     with pytest.raises(store.StoreError, match=r"cannot write .*failures: the folder does not exist"):
-        Troubles(tmp_path / "none", UNIT)
+        FailureLog(tmp_path / "none", UNIT)
     (tmp_path / "failures").write_text("")
     with pytest.raises(store.StoreError, match=r"cannot write .*failures"):
-        Troubles(tmp_path, UNIT)
-    let_go(tmp_path, ["u"])  # whatever ends a run is not hidden by this
+        FailureLog(tmp_path, UNIT)
+    release_units(tmp_path, ["u"])  # whatever ends a run is not hidden by this
 
 
-# Troubles: of each process its own, from the disk ---------------------------------------------------------------------
+# FailureLog: of each process its own, from the disk -------------------------------------------------------------------
 
 
 def seen(folder):
@@ -764,57 +776,63 @@ def seen(folder):
 
 
 def test_one_alone_is_set_aside_at_its_second_time(tmp_path):
-    (found,) = Troubles(tmp_path, UNIT).failed([2], "first")
+    (found,) = FailureLog(tmp_path, UNIT).failed([2], "first")
     assert found == store.Failure("u", 2, UNIT.describe(2), "failed", ("first",))
     assert list(failures(tmp_path)) == [found]
-    troubles = Troubles(tmp_path, UNIT)
-    assert (list(troubles.suspects), troubles.aside) == ([2], set())
+    troubles = FailureLog(tmp_path, UNIT)
+    assert (list(troubles.suspects), troubles.quarantined) == ([2], set())
     (found,) = troubles.failed([2], "second")
-    assert found == store.Failure("u", 2, UNIT.describe(2), "aside", ("first", "second"))
-    for known in (troubles, Troubles(tmp_path, UNIT)):
-        assert (list(known.suspects), known.aside) == ([], {2})
+    assert found == store.Failure("u", 2, UNIT.describe(2), "quarantined", ("first", "second"))
+    for known in (troubles, FailureLog(tmp_path, UNIT)):
+        assert (list(known.suspects), known.quarantined) == ([], {2})
     assert list(failures(tmp_path)) == [found]
 
 
 def test_one_alone_is_set_aside_at_once_where_it_is_for_good(tmp_path):
-    Troubles(tmp_path, UNIT).failed([1], "no such word", for_good=True)
-    assert seen(tmp_path) == {1: ("aside", "no such word")}
+    FailureLog(tmp_path, UNIT).failed([1], "no such word", for_good=True)
+    assert seen(tmp_path) == {1: ("quarantined", "no such word")}
 
 
 def test_several_are_suspects_until_each_has_failed_alone(tmp_path):
-    assert [one.state for one in Troubles(tmp_path, UNIT).failed([0, 1, 3], "crash", for_good=True)] == ["suspect"] * 3
+    assert [one.state for one in FailureLog(tmp_path, UNIT).failed([0, 1, 3], "crash", for_good=True)] == [
+        "suspect"
+    ] * 3
     assert seen(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("suspect",)}, "nobody's error"
-    Troubles(tmp_path, UNIT).failed([3], "first")
-    Troubles(tmp_path, UNIT).failed([0, 3], "crash")
+    FailureLog(tmp_path, UNIT).failed([3], "first")
+    FailureLog(tmp_path, UNIT).failed([0, 3], "crash")
     assert seen(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("failed", "first")}
-    troubles = Troubles(tmp_path, UNIT)
-    assert (set(troubles.suspects), troubles.aside) == ({0, 1, 3}, set())
+    troubles = FailureLog(tmp_path, UNIT)
+    assert (set(troubles.suspects), troubles.quarantined) == ({0, 1, 3}, set())
     troubles.failed([3], "second")
     troubles.failed([0], "no such word", for_good=True)
-    assert seen(tmp_path) == {0: ("aside", "no such word"), 1: ("suspect",), 3: ("aside", "first", "second")}
-    assert (list(troubles.suspects), troubles.aside) == ([1], {0, 3})
+    assert seen(tmp_path) == {
+        0: ("quarantined", "no such word"),
+        1: ("suspect",),
+        3: ("quarantined", "first", "second"),
+    }
+    assert (list(troubles.suspects), troubles.quarantined) == ([1], {0, 3})
 
 
 def test_suspects_that_have_failed_come_last(tmp_path):
     """So that others are done before they end the process once more."""
-    Troubles(tmp_path, UNIT).failed([0], "first")
-    Troubles(tmp_path, UNIT).failed([0, 3, 1], "crash")
-    assert list(Troubles(tmp_path, UNIT).suspects) == [3, 1, 0]
+    FailureLog(tmp_path, UNIT).failed([0], "first")
+    FailureLog(tmp_path, UNIT).failed([0, 3, 1], "crash")
+    assert list(FailureLog(tmp_path, UNIT).suspects) == [3, 1, 0]
 
 
 def test_one_that_was_in_hand_alone_is_to_blame_for_a_crash(tmp_path):
-    Troubles(tmp_path, UNIT).take([0, 1, 2])
-    Troubles(tmp_path, UNIT).take([3])
-    (found,) = Troubles(tmp_path, UNIT).after_crash([1, 2, 3])
+    FailureLog(tmp_path, UNIT).take([0, 1, 2])
+    FailureLog(tmp_path, UNIT).take([3])
+    (found,) = FailureLog(tmp_path, UNIT).recover([1, 2, 3])
     assert (found.item, found.state, found.errors) == (
         3,
         "failed",
-        ("its process ended without a word, or was ended as it told nothing any more",),
+        ("its process crashed, or was ended because it no longer responded",),
     )
-    assert Troubles(tmp_path, UNIT).after_crash([1, 2, 3]) == [], "once"
-    Troubles(tmp_path, UNIT).take([3])
-    (found,) = Troubles(tmp_path, UNIT).after_crash([1, 2, 3])
-    assert (found.state, len(found.errors)) == ("aside", 2)
+    assert FailureLog(tmp_path, UNIT).recover([1, 2, 3]) == [], "once"
+    FailureLog(tmp_path, UNIT).take([3])
+    (found,) = FailureLog(tmp_path, UNIT).recover([1, 2, 3])
+    assert (found.state, len(found.errors)) == ("quarantined", 2)
 
 
 @pytest.mark.parametrize(
@@ -828,77 +846,77 @@ def test_one_that_was_in_hand_alone_is_to_blame_for_a_crash(tmp_path):
     ],
 )
 def test_of_several_those_that_are_left_are_suspects(tmp_path, left, blamed):
-    Troubles(tmp_path, UNIT).take([0, 1, 3])
-    found = Troubles(tmp_path, UNIT).after_crash(left)
+    FailureLog(tmp_path, UNIT).take([0, 1, 3])
+    found = FailureLog(tmp_path, UNIT).recover(left)
     assert {one.item: one.state for one in found} == blamed
     assert {item: state for item, (state, *_) in seen(tmp_path).items()} == blamed
-    assert Troubles(tmp_path, UNIT).after_crash([0, 1, 2, 3]) == []
+    assert FailureLog(tmp_path, UNIT).recover([0, 1, 2, 3]) == []
 
 
 def test_nobody_is_to_blame_for_what_was_put_down(tmp_path):
-    troubles, other = Troubles(tmp_path, UNIT), Troubles(tmp_path, dataclasses.replace(UNIT, name="v"))
-    assert troubles.after_crash([0, 1]) == [], "nothing was ever in hand"
+    troubles, other = FailureLog(tmp_path, UNIT), FailureLog(tmp_path, dataclasses.replace(UNIT, name="v"))
+    assert troubles.recover([0, 1]) == [], "nothing was ever in hand"
     other.take([1])
-    for put_down in (troubles.put_down, troubles.settle, lambda: let_go(tmp_path, ["none", "u"])):
+    for put_down in (troubles.release, troubles.settle, lambda: release_units(tmp_path, ["none", "u"])):
         troubles.take([0])
         put_down()
-        assert Troubles(tmp_path, UNIT).after_crash([0, 1]) == []
+        assert FailureLog(tmp_path, UNIT).recover([0, 1]) == []
         put_down()
-    assert [one.unit for one in other.after_crash([0, 1])] == ["v"]
+    assert [one.unit for one in other.recover([0, 1])] == ["v"]
     assert [one.unit for one in failures(tmp_path)] == ["v"]
 
 
 def test_nobody_is_to_blame_where_it_is_not_known(tmp_path):
-    troubles = Troubles(tmp_path, UNIT)
+    troubles = FailureLog(tmp_path, UNIT)
     troubles.take([0])
     (in_hand,) = (tmp_path / "failures").iterdir()
     in_hand.write_text("[0, ")
-    assert troubles.after_crash([0, 1]) == []
+    assert troubles.recover([0, 1]) == []
 
 
 def test_what_is_in_hand_is_no_failure(tmp_path):
-    Troubles(tmp_path, UNIT).take([0])
+    FailureLog(tmp_path, UNIT).take([0])
     assert list(failures(tmp_path)) == []
-    let_go(tmp_path / "none", ["u"])
+    release_units(tmp_path / "none", ["u"])
 
 
 def test_what_is_not_set_aside_has_worked_after_all(tmp_path):
-    troubles = Troubles(tmp_path, UNIT)
+    troubles = FailureLog(tmp_path, UNIT)
     troubles.failed([0], "for good", for_good=True)
-    troubles.hand_on([0])
+    troubles.mark_rescheduled([0])
     troubles.failed([1], "once")
     troubles.failed([2, 3], "who knows")
     troubles.failed([3], "for good", for_good=True)
     troubles.settle()
-    assert seen(tmp_path) == {0: ("retried", "for good"), 3: ("aside", "for good")}
-    assert (troubles.aside, list(troubles.suspects)) == ({0, 3}, [])
+    assert seen(tmp_path) == {0: ("retried", "for good"), 3: ("quarantined", "for good")}
+    assert (troubles.quarantined, list(troubles.suspects)) == ({0, 3}, [])
 
 
 def test_no_failures_leave_nothing_behind(tmp_path):
-    troubles = Troubles(tmp_path, UNIT)
+    troubles = FailureLog(tmp_path, UNIT)
     troubles.failed([0, 1], "who knows")
     troubles.take([0])
     troubles.settle()
     assert list((tmp_path / "failures").iterdir()) == []
     troubles.settle()
-    troubles.hand_on([])
+    troubles.mark_rescheduled([])
     assert list((tmp_path / "failures").iterdir()) == []
 
 
 def test_what_is_tried_again_elsewhere_is_not_tried_here(tmp_path):
-    troubles = Troubles(tmp_path, UNIT)
+    troubles = FailureLog(tmp_path, UNIT)
     troubles.failed([0], "for good", for_good=True)
     troubles.failed([1], "once")
-    troubles.hand_on([0])
+    troubles.mark_rescheduled([0])
     assert seen(tmp_path) == {0: ("retried", "for good"), 1: ("failed", "once")}
-    for known in (troubles, Troubles(tmp_path, UNIT)):
-        assert (known.aside, list(known.suspects)) == ({0}, [1])
+    for known in (troubles, FailureLog(tmp_path, UNIT)):
+        assert (known.quarantined, list(known.suspects)) == ({0}, [1])
 
 
 def test_failures_are_told_by_unit(tmp_path):
     for name in ("v", "u", "w-again1"):
-        Troubles(tmp_path, dataclasses.replace(UNIT, name=name)).failed([3, 1], "who knows")
-    Troubles(tmp_path, dataclasses.replace(UNIT, name="x")).take([1])
+        FailureLog(tmp_path, dataclasses.replace(UNIT, name=name)).failed([3, 1], "who knows")
+    FailureLog(tmp_path, dataclasses.replace(UNIT, name="x")).take([1])
     (tmp_path / "failures/u.json.1.new").write_text("[")
     assert [(one.unit, one.item) for one in failures(tmp_path)] == [
         (name, item) for name in ("u", "v", "w-again1") for item in (3, 1)
@@ -917,7 +935,7 @@ def test_what_a_worker_is_at_is_tried_again_another_time(path, five):
 
 def test_that_all_is_planned_is_written_when_all_is_on_the_disk(path, monkeypatch):
     calls = []
-    monkeypatch.setattr("dfengine.store.units.append_lines", lambda path, lines: calls.append(list(lines)))
+    monkeypatch.setattr("dfengine.store.run.units.append_lines", lambda path, lines: calls.append(list(lines)))
     planned(swept(seeds=3, models=["m"]), path)
     assert [len(lines) for lines in calls] == [3, 1]
     assert "planned" in calls[1][0]
@@ -938,5 +956,5 @@ def test_a_folder_that_another_process_just_makes_is_free(tmp_path):
         (tmp_path / name).mkdir()
     store.check_free(tmp_path)
     (tmp_path / "mine").touch()
-    with pytest.raises(store.StoreError, match="is a folder of something else"):
+    with pytest.raises(store.StoreError, match="is not a run folder, and not empty"):
         store.check_free(tmp_path)

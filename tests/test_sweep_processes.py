@@ -143,8 +143,8 @@ def test_an_error_gets_a_fresh_process_and_an_impossible_item_none(described, tm
         for prompt in (PROMPTS[0], POISONED)
     }
     # An item alone in its unit is to blame the first time.
-    assert sorted(by_prompt[PROMPTS[0]]) == [(True, "aside")] * 2 + [(True, "failed")] * 2
-    assert by_prompt[POISONED] == [(False, "aside")] * 2
+    assert sorted(by_prompt[PROMPTS[0]]) == [(True, "quarantined")] * 2 + [(True, "failed")] * 2
+    assert by_prompt[POISONED] == [(False, "quarantined")] * 2
     assert {one.errors[-1] for one in sweep.outcome(out).aside} == {
         "RuntimeError: poisoned on purpose",
         "poisoned on purpose",
@@ -226,7 +226,12 @@ def test_mistakes_are_one_line_before_anything_is_begun(described, tmp_path):
     (tmp_path / "other/file").write_text("mine")
     mistakes = {
         ("sweep", str(tmp_path / "no.yaml"), "-o", "run"): "cannot be read: No such file or directory",
-        ("sweep", spec, "-o", str(tmp_path / "other")): "is a folder of something else: name a new or an empty one",
+        (
+            "sweep",
+            spec,
+            "-o",
+            str(tmp_path / "other"),
+        ): "is not a run folder, and not empty",
         ("sweep", spec, "-o", spec): "is a file: name a folder",
         (
             "sweep",

@@ -112,12 +112,12 @@ def test_an_impossible_item_is_set_aside_and_the_others_are_done(engine, folder)
     records = do(engine, shared(explainer, Rise(4)), folder, unit_of("1", "x", "2", "3"))
     failed = [one for record in records if isinstance(record, Failed) for one in record.failures]
     # First the two that were tried together, then the one alone.
-    assert [(one.item, one.state) for one in failed] == [(0, "suspect"), (1, "suspect"), (1, "aside")]
+    assert [(one.item, one.state) for one in failed] == [(0, "suspect"), (1, "suspect"), (1, "quarantined")]
     assert not any(record.fresh for record in records if isinstance(record, Failed))
     assert records[-1] == Closed("u-00000")
     assert len(maps_by_item(folder)) == 3
     (aside,) = store.failures(folder.path)
-    assert (aside.item, aside.state, aside.described["prompt"]) == (1, "aside", "x")
+    assert (aside.item, aside.state, aside.described["prompt"]) == (1, "quarantined", "x")
     assert "could not convert string to float: 'x'" in aside.errors[0]
     # The third and fourth were explained before the suspects, which were explained alone.
     assert explainer.seen == [["2", "3"], ["1"]]
@@ -159,14 +159,14 @@ def test_another_error_asks_for_a_fresh_process_and_is_set_aside_the_second_time
     assert [(one.item, one.state, one.errors) for one in second[-1].failures] == [(2, "failed", (told,))]
     third = do(engine, common, folder, unit)
     assert third[-1].fresh
-    assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "aside", (told, told))]
+    assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "quarantined", (told, told))]
     assert do(engine, common, folder, unit)[-1] == Closed("u-00000")
     # Whoever was done is not done again, and suspects come alone, after the others.
     assert explainer.seen == [["1", "2"], ["3", "4"], ["5"], ["3"], ["4"], ["3"]]
     with store.open(folder.path) as run:
         done = {item.prompt: bool(item.done["random"].all()) for item in run}
     assert done == {"1": True, "2": True, "3": False, "4": True, "5": True}
-    assert [one.state for one in store.failures(folder.path)] == ["aside"]
+    assert [one.state for one in store.failures(folder.path)] == ["quarantined"]
 
 
 def test_what_worked_the_second_time_leaves_no_trace(engine, folder):
@@ -243,7 +243,7 @@ def test_a_crash_is_blamed_on_what_was_in_hand(engine, folder, monkeypatch, hand
 
 def test_an_item_that_was_set_aside_is_left_alone(engine, folder):
     unit = unit_of("1", "2", "3")
-    store.Troubles(folder.path, unit).failed([1], "no", for_good=True)
+    store.FailureLog(folder.path, unit).failed([1], "no", for_good=True)
     explainer = harmful()
     assert do(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
     assert Counter(prompt for group in explainer.seen for prompt in group) == {"1": 1, "3": 1}
@@ -300,19 +300,19 @@ def test_nobody_is_blamed_for_the_end_of_a_driver(engine, folder):
     """A kill of everything, or a power cut, which may come again and again."""
     unit = unit_of("1", "2")
     for driver in "abc":
-        store.Troubles(folder.path, unit, driver=driver).take([1])
-        troubles = store.Troubles(folder.path, unit, driver="now")
-        assert [(one.item, one.state, one.errors) for one in troubles.after_crash([0, 1])] == [(1, "suspect", ())]
-    store.Troubles(folder.path, unit, driver="now").take([1])
-    (blamed,) = store.Troubles(folder.path, unit, driver="now").after_crash([0, 1])
+        store.FailureLog(folder.path, unit, driver=driver).take([1])
+        troubles = store.FailureLog(folder.path, unit, driver="now")
+        assert [(one.item, one.state, one.errors) for one in troubles.recover([0, 1])] == [(1, "suspect", ())]
+    store.FailureLog(folder.path, unit, driver="now").take([1])
+    (blamed,) = store.FailureLog(folder.path, unit, driver="now").recover([0, 1])
     assert (blamed.state, len(blamed.errors)) == ("failed", 1)
 
 
 def test_a_driver_lets_go_of_its_own_only(folder):
     unit = unit_of("1", "2")
-    store.Troubles(folder.path, unit, driver="a").take([1])
+    store.FailureLog(folder.path, unit, driver="a").take([1])
     marker = folder.path / "failures/.u-00000.json"
-    store.let_go(folder.path, [unit.name], driver="b")
+    store.release_units(folder.path, [unit.name], driver="b")
     assert marker.exists()
-    store.let_go(folder.path, [unit.name], driver="a")
+    store.release_units(folder.path, [unit.name], driver="a")
     assert not marker.exists()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfengine.tokens import PADDING, Tokens, concepts, occurrences, words
+from dfengine.tokens import PADDING, Tokens, concept_spans, find_occurrences, word_spans
 
 PROMPT = "A red circle above a red  square, l'été art-deco 3.5!"
 
@@ -14,7 +14,7 @@ def texts(prompt: str, spans: list[tuple[int, int]]) -> list[str]:
 
 
 def test_words_are_what_a_reader_would_count() -> None:
-    assert texts(PROMPT, words(PROMPT)) == [
+    assert texts(PROMPT, word_spans(PROMPT)) == [
         "A", "red", "circle", "above", "a", "red", "square", "l'été", "art-deco", "3.5",
     ]  # fmt: skip
 
@@ -28,33 +28,33 @@ def test_words_are_what_a_reader_would_count() -> None:
     ],
 )
 def test_punctuation_parts_words(prompt: str, found: list[str]) -> None:
-    assert texts(prompt, words(prompt)) == found
+    assert texts(prompt, word_spans(prompt)) == found
 
 
 def test_a_repeated_word_is_found_wherever_it_stands() -> None:
-    assert occurrences(PROMPT, "red") == [(2, 5), (21, 24)]
-    assert occurrences(PROMPT, "a") == [(0, 1), (19, 20)]
+    assert find_occurrences(PROMPT, "red") == [(2, 5), (21, 24)]
+    assert find_occurrences(PROMPT, "a") == [(0, 1), (19, 20)]
 
 
 def test_a_phrase_is_found_whatever_its_case_and_spaces() -> None:
-    assert texts(PROMPT, occurrences(PROMPT, "RED square")) == ["red  square"]
+    assert texts(PROMPT, find_occurrences(PROMPT, "RED square")) == ["red  square"]
 
 
 @pytest.mark.parametrize("concept", ["circ", "ed", "red circles", "red square above", "", "  ", "été!!", "."])
 def test_what_is_not_there_is_refused_with_what_is(concept: str) -> None:
-    with pytest.raises(ValueError, match=r"is not in .* name one of its words \(A, red, circle, above, a, square"):
-        occurrences(PROMPT, concept)
+    with pytest.raises(ValueError, match=r"is not in .* expected one of its words \(A, red, circle, above, a, square"):
+        find_occurrences(PROMPT, concept)
 
 
 def test_signs_of_a_pattern_are_only_signs() -> None:
-    assert occurrences("a cat (sitting) on 1+1", "1+1") == [(19, 22)]
-    assert occurrences("a <cat-toy>", "<cat-toy>") == [(2, 11)]
+    assert find_occurrences("a cat (sitting) on 1+1", "1+1") == [(19, 22)]
+    assert find_occurrences("a <cat-toy>", "<cat-toy>") == [(2, 11)]
 
 
 @given(st.text())
 def test_every_word_of_any_prompt_is_found_in_it(prompt: str) -> None:
-    for start, stop in words(prompt):
-        assert (start, stop) in occurrences(prompt, prompt[start:stop])
+    for start, stop in word_spans(prompt):
+        assert (start, stop) in find_occurrences(prompt, prompt[start:stop])
 
 
 #: "photo" in two pieces, and "cat" twice.
@@ -77,5 +77,5 @@ def test_special_tokens_are_apart() -> None:
 
 
 def test_concepts_are_all_words_or_those_that_are_named() -> None:
-    assert [name for name, _ in concepts("a cat and a dog", None)] == ["a", "cat", "and", "a", "dog"]
-    assert concepts("a cat and a dog", ["a", "dog"]) == [("a", [(0, 1), (10, 11)]), ("dog", [(12, 15)])]
+    assert [name for name, _ in concept_spans("a cat and a dog", None)] == ["a", "cat", "and", "a", "dog"]
+    assert concept_spans("a cat and a dog", ["a", "dog"]) == [("a", [(0, 1), (10, 11)]), ("dog", [(12, 15)])]

@@ -45,8 +45,8 @@ def shown(seen, rate=None, **options):
 def test_a_file_that_is_being_written(tmp_path):
     cut_off(tmp_path / "run.h5", maps=4)
     for name in ("run.h5", "run.part.h5"):
-        seen = store.look(tmp_path / name)
-        assert (seen.items, seen.done, seen.aside, seen.finished) == (2, 4 / MAPS, 0, False)
+        seen = store.progress(tmp_path / name)
+        assert (seen.items, seen.done, seen.quarantined, seen.finished) == (2, 4 / MAPS, 0, False)
         assert seen.parts == [store.Part("run.part.h5", 2, 0, 4, 2 * MAPS)]
     assert (seen.latest.method, seen.latest.step, seen.latest.timestep) == ("random", 0, 900)
     assert (seen.latest.prompt, seen.latest.seed) == ("a red circle", 1)
@@ -56,11 +56,11 @@ def test_a_file_that_is_being_written(tmp_path):
 
 def test_a_file_of_which_nothing_is_there_yet(tmp_path):
     with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
-        seen = store.look(tmp_path / "run.h5")
+        seen = store.progress(tmp_path / "run.h5")
         assert (seen.done, seen.latest) == (0, None)
         assert "0 of 2 items" in shown(seen)
         fill(writer)
-    seen = store.look(tmp_path / "run.h5")
+    seen = store.progress(tmp_path / "run.h5")
     assert (seen.done, seen.finished) == (2, True)
     assert (seen.latest.method, seen.latest.step, seen.latest.prompt) == ("random", 2, "ein Würfel")
     assert "finished" in shown(seen)
@@ -68,7 +68,7 @@ def test_a_file_of_which_nothing_is_there_yet(tmp_path):
 
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(store.StoreError, match="does not exist"):
-        store.look(tmp_path / "run.h5")
+        store.progress(tmp_path / "run.h5")
     with pytest.raises(ValueError, match=r"0\.0 seconds are not possible"):
         watch.watch(tmp_path / "run.h5", every=0.0)
 
@@ -86,13 +86,13 @@ def folder(tmp_path):
         writer = made.segment("u1", HALF)
         some(writer, maps)
         writer.close(publish=False)
-    store.Troubles(made.path, units[3]).failed([0], "no", for_good=True)
+    store.FailureLog(made.path, units[3]).failed([0], "no", for_good=True)
     return made.path
 
 
 def test_a_run_folder(folder):
-    seen = store.look(folder)
-    assert (seen.items, seen.done, seen.aside, seen.finished) == (4, 1 + 5 / MAPS, 1, False)
+    seen = store.progress(folder)
+    assert (seen.items, seen.done, seen.quarantined, seen.finished) == (4, 1 + 5 / MAPS, 1, False)
     assert seen.parts == [store.Part("u1.2.part.h5", 1, 0, 5, MAPS)]
     assert (seen.latest.method, seen.latest.step) == ("random", 1)
     rate = Rate()
@@ -107,7 +107,7 @@ def test_a_run_folder(folder):
 
 def test_an_empty_folder(tmp_path):
     store.Folder(tmp_path / "run")
-    seen = store.look(tmp_path / "run")
+    seen = store.progress(tmp_path / "run")
     assert (seen.items, seen.done, seen.parts, seen.latest) == (0, 0, [], None)
     assert "0 of 0 items" in shown(seen)
 
@@ -128,7 +128,7 @@ def test_the_picture_has_the_images_colours(tmp_path):
     """A red upper half over a blue lower one, beside its map."""
     image = np.zeros((24, 24, 3), np.uint8)
     image[:12, :, 0], image[12:, :, 2] = 255, 255
-    latest = store.Latest("p", 0, "rise", 0, 1, image, np.zeros((24, 24), np.float32))
+    latest = store.LatestMap("p", 0, "rise", 0, 1, image, np.zeros((24, 24), np.float32))
     lines = watch.picture(latest)
     colours = [(span.style.color.triplet, span.style.bgcolor.triplet) for span in lines.spans]
     assert len(colours) == 12 * 48
@@ -151,7 +151,7 @@ def test_a_view_ends_when_the_run_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "Console", lambda **_: Console(force_terminal=True, width=120, file=screen))
     watch.watch(tmp_path / "run.h5", every=0.05)
     later.join()
-    assert store.look(tmp_path / "run.h5").finished
+    assert store.progress(tmp_path / "run.h5").finished
     assert "finished" in screen.getvalue()
 
 

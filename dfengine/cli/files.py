@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from dfengine.cli import options
 
@@ -15,7 +17,27 @@ def info(run: options.Run, as_json: options.Json = False) -> None:
     from dfengine import store
 
     with store.open(run) as opened:
-        print(json.dumps(opened.summary(), indent=2) if as_json else "\n".join(store.lines(opened)))
+        print(
+            json.dumps(opened.summary(), indent=2)
+            if as_json
+            else "\n".join(store.summary_lines(opened, _format_settings))
+        )
+
+
+def _format_settings(settings: Mapping[str, Any]) -> str:
+    """The explainer with the settings that are not defaults; all settings if the explainer is not known here."""
+    from dfengine.explain import rebuild
+    from dfengine.result import as_call
+
+    try:
+        explainer = rebuild(settings)
+    except ValueError:
+        return as_call(settings)
+    values = {field.name: getattr(explainer, field.name) for field in dataclasses.fields(explainer)}
+    changed = {
+        field.name: values[field.name] for field in dataclasses.fields(explainer) if values[field.name] != field.default
+    }
+    return f"{type(explainer).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
 
 def merge(

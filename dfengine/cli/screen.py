@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STATES = {"failed": "it is tried again", "aside": "set aside"}
+_STATES = {"failed": "it is tried again", "quarantined": "set aside"}
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -142,7 +142,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 @contextmanager
 def interruptible(out: Path) -> Iterator[None]:
     """On Ctrl-C say where what was done is, and leave with status 130."""
-    from dfengine.store.files import part_path
+    from dfengine.store import part_path
 
     try:
         yield

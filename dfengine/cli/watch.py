@@ -21,7 +21,7 @@ from dfengine.cli import options
 if TYPE_CHECKING:
     from numpy import ndarray
 
-    from dfengine.store import Latest, Look
+    from dfengine.store import LatestMap, RunProgress
 
 #: Seconds over which the rate is taken.
 _WINDOW = 120.0
@@ -42,7 +42,7 @@ def watch(
     if not every > 0:
         raise ValueError(f"{every} seconds are not possible: expected more than 0")
     console = Console(highlight=False)
-    seen, rate = store.look(run), Rate()
+    seen, rate = store.progress(run), Rate()
     rate.add(time.monotonic(), seen.done)
     if once or not console.is_terminal:
         console.print(view(seen, rate, is_coloured=console.is_terminal))
@@ -53,7 +53,7 @@ def watch(
             time.sleep(max(every, took / _SHARE))
             began = time.monotonic()
             try:
-                seen = store.look(run)
+                seen = store.progress(run)
             except store.StoreError:  # it gets another name just now
                 continue
             took = time.monotonic() - began
@@ -80,7 +80,7 @@ class Rate:
         return (after - before) / (now - then) if after > before else None
 
 
-def view(seen: Look, rate: Rate, *, is_coloured: bool = True) -> RenderableType:
+def view(seen: RunProgress, rate: Rate, *, is_coloured: bool = True) -> RenderableType:
     """What a look shows: a bar for all items, one for each file at work, and the latest map where there are colours."""
     from dfengine.runtime.tuning import duration
 
@@ -90,8 +90,8 @@ def view(seen: Look, rate: Rate, *, is_coloured: bool = True) -> RenderableType:
         told.append("finished")
     elif speed is not None:
         told += [f"{60 * speed:.1f} a minute", f"{duration((seen.items - seen.done) / speed)} left"]
-    if seen.aside:
-        told.append(f"{seen.aside} set aside")
+    if seen.quarantined:
+        told.append(f"{seen.quarantined} set aside")
     bars = Table.grid(padding=(0, 1))
     bars.add_row(Text(str(seen.path)), ProgressBar(seen.items, seen.done, width=30), Text(", ".join(told)))
     for part in seen.parts if not seen.finished else []:
@@ -100,7 +100,7 @@ def view(seen: Look, rate: Rate, *, is_coloured: bool = True) -> RenderableType:
     return bars if seen.latest is None or not is_coloured else Group(bars, Text(), picture(seen.latest))
 
 
-def picture(latest: Latest) -> RenderableType:
+def picture(latest: LatestMap) -> RenderableType:
     """The image and its map over it, side by side, in half blocks, and what they are."""
     from dfengine import figures
 

@@ -11,12 +11,10 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dfengine.result import COMBINED, Explanation
-from dfengine.store import schema
+from dfengine.store import DATASETS
 
 if TYPE_CHECKING:
     import xarray
-
-_ROWS = {row.path: row for row in schema.TABLE}
 
 
 def dataset(result: Explanation) -> xarray.Dataset:
@@ -33,13 +31,13 @@ def dataset(result: Explanation) -> xarray.Dataset:
     coordinates = {axis: (axis, values) for axis, values in texts.items() if values}
     variables: dict[str, Any] = {}
     for path, values in _arrays(result):
-        axes = _ROWS[path].axis_names[1:]
-        variables[path.rpartition("/")[2]] = axes, np.asarray(values), {"long_name": _ROWS[path].long_name}
+        axes = DATASETS[path].axis_names[1:]
+        variables[path.rpartition("/")[2]] = axes, np.asarray(values), {"long_name": DATASETS[path].long_name}
     for (u, v), layers in _layers(result).items():
         path, axes = "cam/{u}x{v}/saliency", tuple(f"{axis}_{u}x{v}" for axis in ("layer", "u", "v"))
         coordinates[axes[0]] = axes[0], list(layers)
         stacked = np.stack([np.asarray(maps) for maps in layers.values()])
-        variables[f"cam_{u}x{v}"] = (axes[0], "step", *axes[1:]), stacked, {"long_name": _ROWS[path].long_name}
+        variables[f"cam_{u}x{v}"] = (axes[0], "step", *axes[1:]), stacked, {"long_name": DATASETS[path].long_name}
     return xarray.Dataset(variables, coordinates, _attributes(result))
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dfengine import result, store
+from dfengine.diffusion.job import Job
 from dfengine.display.dataset import dataset
+from dfengine.explain import rebuild
 from dfengine.result import Explanation
 
 if TYPE_CHECKING:
@@ -74,6 +78,27 @@ class Result(DisplayMixin, result.Result):
 
 class Item(DisplayMixin, store.StoredItem):
     __doc__ = store.StoredItem.__doc__
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The explainer of each method; with `job`, all that is needed to compute the item again.
+
+        Raises ValueError if one is not known to this dfengine; `settings_of` gives its settings all the same.
+        """
+        return {name: rebuild(description) for name, description in super().settings.items()}
+
+    @property
+    def job(self) -> Job:
+        """What was generated, as `Engine.stream` takes it."""
+        settings = self.item.settings
+        return Job(
+            prompt=self.prompt,
+            timesteps=tuple(settings["timesteps"]),
+            seed=self.seed,
+            negative_prompt=self.negative_prompt,
+            guidance=settings["guidance"],
+            image=torch.from_numpy(self.image) if settings["image"] else None,
+        )
 
 
 def open(path: str | os.PathLike[str]) -> store.Run | store.RunFolder:

@@ -21,7 +21,7 @@ from dfengine.explain import Attention, Cam, Explainer, Relevance, Rise
 from dfengine.result import heatmap
 from dfengine.shapes.judge import Judge
 from dfengine.shapes.world import Caption, sample_scenes
-from dfengine.tokens import STOP_WORDS, words
+from dfengine.tokens import STOP_WORDS, word_spans
 
 #: Denoising steps of the generations that are checked.
 STEPS = 4
@@ -209,7 +209,7 @@ def _removed(denoiser: Denoiser, paths: Sequence[Trajectory]) -> tuple[list[floa
         tokens, prompt = known.tokens(path.job.prompt), path.job.prompt
         before = _shares(relevance, denoiser, path)
         shares, changes = [], []
-        for start, stop in words(prompt):
+        for start, stop in word_spans(prompt):
             if prompt[start:stop].casefold() in STOP_WORDS:
                 continue
             places = tokens.places(start, stop)

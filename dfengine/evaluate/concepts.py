@@ -20,7 +20,7 @@ from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
 from dfengine.shapes.judge import ATTRIBUTES, Judge, read
 from dfengine.shapes.world import SIZE, Caption
-from dfengine.tokens import Tokens, content_words, words
+from dfengine.tokens import Tokens, content_words, word_spans
 
 #: Table 3 of the paper: subject, relation and object, summed over 30 steps.
 PAPER = {"uniform": (21.61, 2.99, 17.61), "early": (19.98, 3.04, 18.51), "latter": (21.30, 2.40, 17.98)}
@@ -242,7 +242,7 @@ def with_concepts(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts, those that name no concepts with every word of theirs that is no stop word."""
     found = []
     for prompt in prompts:
-        told = content_words(prompt.text[slice(*span)] for span in words(prompt.text))
+        told = content_words(prompt.text[slice(*span)] for span in word_spans(prompt.text))
         found.append(prompt if prompt.concepts else Prompt(prompt.text, {word: word for word in told}))
     return found
 

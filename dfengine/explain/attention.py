@@ -16,7 +16,7 @@ from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
 from dfengine.explain.registry import register
 from dfengine.explain.steps import Steps, by_steps
-from dfengine.tokens import concepts
+from dfengine.tokens import concept_spans
 
 
 @register("attention", label="attention", form="words")
@@ -42,7 +42,7 @@ class Attention(Explainer):
     def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         """The words. Raises ValueError for one that is not in the prompt, or if attention is not accessible."""
         require(denoiser, HasAttention, "attention").require_attention()
-        return OutputSpec(words=[concept for concept, _ in concepts(job.prompt, self.words)])
+        return OutputSpec(words=[concept for concept, _ in concept_spans(job.prompt, self.words)])
 
     @torch.no_grad()
     def explain(
@@ -51,7 +51,7 @@ class Attention(Explainer):
         prompts = Condition.cat([path.prompt for path in trajectories])
         attentive = require(denoiser, HasAttention, "attention")
         tokens = [attentive.tokens(path.job.prompt) for path in trajectories]
-        spans = [concepts(path.job.prompt, self.words) for path in trajectories]
+        spans = [concept_spans(path.job.prompt, self.words) for path in trajectories]
 
         def compute(steps: Steps) -> dict[str, Tensor]:
             return {"maps": self._maps(attentive, steps, prompts, denoiser.latent_shape[1:])}

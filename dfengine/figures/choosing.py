@@ -11,8 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dfengine.result import COMBINED, Explanation, normalised
-from dfengine.tokens import content_words
-from dfengine.tokens import words as spans_of
+from dfengine.tokens import content_words, word_spans
 
 
 def chosen_steps(num_steps: int, count: int = 6) -> list[int]:
@@ -81,7 +80,7 @@ def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) ->
     if result.tokens is None:
         raise ValueError("there is no relevance: explain with Relevance()")
     prompt = result.prompt
-    wanted = content_words(prompt[slice(*span)] for span in spans_of(prompt)) if concepts is None else concepts
+    wanted = content_words(prompt[slice(*span)] for span in word_spans(prompt)) if concepts is None else concepts
     wanted = [wanted] if isinstance(wanted, str) else wanted
     places = {concept: result.tokens.find(concept) for concept in wanted}
     # A text encoder reads so many tokens, and none of what stands behind them.

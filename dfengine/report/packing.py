@@ -16,8 +16,7 @@ from dfengine.diffusion.path import schedule_name
 from dfengine.figures.choosing import leading
 from dfengine.result import COMBINED, Explanation, as_call, model_name, normalised
 from dfengine.store import StoredItem
-from dfengine.tokens import content_words
-from dfengine.tokens import words as spans_of
+from dfengine.tokens import content_words, word_spans
 
 #: Sides in pixels up to which images are kept as they are; larger ones are WebP, of this quality.
 _LOSSLESS_SIDE, _QUALITY = 256, 85
@@ -124,7 +123,7 @@ def _lines(item: Explanation) -> list[dict[str, Any]]:
     raw = np.asarray(item.relevance, dtype=np.float64)
     scales = {"raw": raw, "normalised": normalised(raw, item.tokens)}
     distinct: dict[str, str] = {}
-    for span in spans_of(item.prompt):
+    for span in word_spans(item.prompt):
         word = item.prompt[slice(*span)]
         distinct.setdefault(word.casefold(), word)
     places = {word: found for word in distinct.values() if (found := item.tokens.find(word))}

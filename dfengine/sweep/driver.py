@@ -111,7 +111,7 @@ class Driver:
                     working -= self._heed(worker, Gone())
         finally:
             self._crew.close()
-            store.let_go(self._folder, (unit.name for unit in self._in_hand.values()), driver=self._driver)
+            store.release_units(self._folder, (unit.name for unit in self._in_hand.values()), driver=self._driver)
 
     def _heed(self, worker: int, record: Record) -> bool:
         """Act on a record; true where the worker was the last's, and is ended."""

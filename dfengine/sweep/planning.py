@@ -170,7 +170,7 @@ def _retry(folder: store.Folder) -> None:
     names = {unit.name for unit in planned}
     aside: dict[str, list[int]] = {}
     for one in store.failures(folder.path):
-        if one.state == "aside":
+        if one.state == "quarantined":
             aside.setdefault(one.unit, []).append(one.item)
     for unit in planned:
         if unit.name not in aside:
@@ -181,7 +181,7 @@ def _retry(folder: store.Folder) -> None:
         again = replace(unit, name=name, items=tuple(unit.items[item] for item in aside[unit.name]), retry_of=first)
         with contextlib.suppress(store.Busy), folder.hold(unit.name):  # what a worker is at may fail again just now
             store.plan_units(folder.path, [again])
-            store.Troubles(folder.path, unit).hand_on(aside[unit.name])
+            store.FailureLog(folder.path, unit).mark_rescheduled(aside[unit.name])
 
 
 def _first(folder: store.Folder) -> Iterator[store.Unit]:

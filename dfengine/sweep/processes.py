@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from dfengine.store import let_go
+from dfengine.store import release_units
 from dfengine.sweep.records import Gone, Idle, Record
 from dfengine.sweep.worker import Explain, Setup, Worker
 
@@ -117,5 +117,5 @@ def _end_with(parent: int, setup: Setup, in_hand: list[str]) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(GRACE)
-    let_go(setup.folder, in_hand, driver=setup.driver)
+    release_units(setup.folder, in_hand, driver=setup.driver)
     os._exit(1)

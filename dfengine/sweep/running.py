@@ -140,7 +140,7 @@ def outcome(out: str | Path) -> Outcome:
     return Outcome(
         items=sum(len(unit) for unit in store.planned_units(path) if not unit.retry_of),
         units_left=sum(1 for _ in store.units_left(path, folder.closed())),
-        aside=tuple(one for one in store.failures(path) if one.state == "aside"),
+        aside=tuple(one for one in store.failures(path) if one.state == "quarantined"),
     )
 
 

@@ -52,7 +52,7 @@ def explain_unit(
 def _explain_held(
     engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, times: int, driver: str
 ) -> Iterator[Record]:
-    troubles = store.Troubles(folder.path, unit, driver=driver)
+    troubles = store.FailureLog(folder.path, unit, driver=driver)
     jobs, refused = _jobs(engine, shared, unit, troubles)
     if refused:
         yield Failed(unit.name, tuple(refused))
@@ -72,7 +72,7 @@ def _explain_held(
 
 
 def _jobs(
-    engine: Engine, shared: Shared, unit: store.Unit, troubles: store.Troubles
+    engine: Engine, shared: Shared, unit: store.Unit, troubles: store.FailureLog
 ) -> tuple[dict[int, Job], list[store.Failure]]:
     """The jobs that are possible, by item, and the failures of others that were not known yet."""
     schedules = [Schedule(**one) for one in unit.schedules]
@@ -92,7 +92,7 @@ def _jobs(
             engine.plan([job], shared.explainers)
             jobs[item] = job
         except ValueError as error:
-            if item not in troubles.aside:
+            if item not in troubles.quarantined:
                 refused += troubles.failed([item], str(error), for_good=True)
     return jobs, refused
 
@@ -107,7 +107,7 @@ class _Work:
         unit: store.Unit,
         places: Mapping[int, int],
         plan: Plan,
-        troubles: store.Troubles,
+        troubles: store.FailureLog,
         writer: store.Writer,
     ) -> None:
         self._engine, self._shared, self._unit, self._plan = engine, shared, unit, plan
@@ -118,9 +118,9 @@ class _Work:
     def rest(self, times: int) -> Iterator[Record]:
         """Explain all that is neither finished nor set aside. Raises _Broken."""
         left = [item for item in self._places if np.isnan(self._writer.stored(self._places[item]).seconds)]
-        if found := self._troubles.after_crash(left):
+        if found := self._troubles.recover(left):
             yield Failed(self._unit.name, tuple(found))
-        left = [item for item in left if item not in self._troubles.aside]
+        left = [item for item in left if item not in self._troubles.quarantined]
         self._engine.prepare(self._plan.select([self._places[item] for item in left]), times=times)
         alone = [item for item in self._troubles.suspects if item in left]
         together = [item for item in left if item not in alone]
@@ -143,7 +143,7 @@ class _Work:
         try:
             yield from self._explain(group)
         except (GeneratorExit, store.StoreError, OSError):
-            self._troubles.put_down()
+            self._troubles.release()
             raise
         except Exception as error:
             is_input = isinstance(error, ValueError)
@@ -151,7 +151,7 @@ class _Work:
             found = self._troubles.failed(
                 group, told if is_input else f"{type(error).__name__}: {told}", for_good=is_input
             )
-            self._troubles.put_down()
+            self._troubles.release()
             if not is_input:
                 raise _Broken(found) from error
             yield Failed(self._unit.name, tuple(found))

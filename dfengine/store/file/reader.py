@@ -1,20 +1,20 @@
-"""The reader of a file: finished, being written, or what a killed writer left, all read the same way."""
+"""The reader of one file, whether it is finished, being written, or left behind by a killed process."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 from jaxtyping import Bool
 
-from dfengine.store import schema
-from dfengine.store.files import cause, part_path
-from dfengine.store.item import StoredItem
-from dfengine.store.plan import NoSuchItem, Plan, StoreError
+from dfengine.store.file import schema, version1
+from dfengine.store.file.errors import explain_error
+from dfengine.store.file.files import part_path
+from dfengine.store.file.item import StoredItem
+from dfengine.store.file.plan import NoSuchItem, Plan, StoreError
 
 if TYPE_CHECKING:
     import xarray
@@ -24,30 +24,32 @@ _SWMR_FLAG = 4
 
 
 class Run:
-    """An open file: a sequence of its items, with what made them. A context manager; `open` makes it."""
+    """An open file: a sequence of its items. A context manager that closes it; `open` creates one."""
 
     def __init__(self, path: Path, h5: h5py.File, *, live: bool, item: type[StoredItem] = StoredItem) -> None:
+        """`live` marks a file that is being written, whose datasets are refreshed before each read."""
         self.path = path
         self._item = item
         self._h5 = h5
         self._live = live
-        self.plan = Plan.from_json(h5.attrs["plan"])
+        self.format_version = int(h5.attrs["format_version"])
+        plan = Plan.from_json(h5.attrs["plan"])
+        self.plan = plan if self.format_version > 1 else version1.upgrade(plan)
         self.layout = schema.layout(self.plan)
+        """every dataset by path, with the lengths of its axes, as of the current format version"""
         self.run_id: str = h5.attrs["run_id"]
         self.merged_from: list[dict[str, Any]] = json.loads(h5.attrs.get("merged_from", "[]"))
-        """the files that this one was merged from, if it was, and what made each"""
+        """for a merged file, the files that it was merged from, with run id and environment"""
         self.environment: dict[str, str] = json.loads(h5.attrs["environment"])
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; arrays not read yet can no longer be."""
+        """Close the file. Lazy arrays cannot be read afterwards."""
         self._h5.close()
 
     def __repr__(self) -> str:
@@ -63,34 +65,40 @@ class Run:
     def __getitem__(self, index: int) -> StoredItem:
         if not -len(self) <= index < len(self):
             raise NoSuchItem(f"item {index} is not in {self.path}: it has {len(self)}, counted from 0")
-        return self._item(self, range(len(self))[index])
+        return self._item(lambda: self, range(len(self))[index])
 
     def __iter__(self) -> Iterator[StoredItem]:
         return (self[index] for index in range(len(self)))
 
     @property
     def finished(self) -> bool:
-        """Whether every item is finished and the file closed; otherwise it is being written, or was cut off."""
+        """Whether every item is finished and the file is closed; otherwise it is being written or was interrupted."""
         return not self._live and bool(np.isfinite(self.read("items/seconds", {})).all())
 
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
-        """The values of one dataset at the given axes, as they are now; StoreError where they are damaged."""
+        """The current values of a dataset at the given axes. Raises StoreError if they are damaged."""
+        stored_path, convert = version1.SCHEDULE[path] if self.is_converted(path) else (path, None)
         try:
-            return np.asarray(self.dataset(path)[self.layout[path][0].index(where)])
+            values = np.asarray(self.dataset(stored_path)[self.layout[path][0].index(where)])
         except (OSError, RuntimeError, KeyError) as error:
             raise StoreError(
-                f"{self.path} is damaged: {path} cannot be read at {dict(where)} ({cause(error)})"
+                f"{self.path} is damaged: {path} cannot be read at {dict(where)} ({explain_error(error)})"
             ) from error
+        return convert(values) if convert else values
+
+    def is_converted(self, path: str) -> bool:
+        """Whether a dataset is stored differently, as an earlier format version did, and converted by `read`."""
+        return self.format_version == 1 and path in version1.SCHEDULE
 
     def dataset(self, path: str) -> h5py.Dataset:
-        """A dataset of the file, as it is now."""
+        """A dataset as stored in the file, up to date. Raises KeyError if the file has none of this path."""
         dataset = self._h5["entry"][path]
         if self._live:
             dataset.refresh()
         return dataset
 
     def marks(self, name: str, item: int | None = None) -> Bool[np.ndarray, " ..."]:
-        """A marker of `items/` over its axes, of one item or all: what is safely stored; false where there is none."""
+        """Where a marker of `items/` is set, over its axes, for one item or all; all False without one."""
         path, where = f"items/{name}", {} if item is None else {"item": item}
         if path in self.layout:
             return self.read(path, where).astype(bool)
@@ -98,7 +106,7 @@ class Run:
         return np.zeros([size[axis] for axis in schema.MARKERS[name].axis_names if axis not in where], dtype=bool)
 
     def counts(self, items: Sequence[int] | None = None) -> dict[str, Any]:
-        """What is done of the given items, or of all: items, trajectories, seconds, and the maps of each method."""
+        """Progress of the given items, or of all: items, trajectories, seconds, and maps by method."""
         chosen = np.arange(len(self)) if items is None else np.asarray(items, dtype=np.int64)
         seconds, done = self.read("items/seconds", {})[chosen], self.marks("done")[chosen]
         return {
@@ -111,11 +119,11 @@ class Run:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What is inside, what is done and how it was made, as JSON values."""
+        """Contents, progress and provenance as JSON values."""
         plan = self.plan
         return {
             "path": str(self.path),
-            "format_version": int(self._h5.attrs["format_version"]),
+            "format_version": self.format_version,
             "finished": self.finished,
             "bytes": os.fstat(self._h5.id.get_vfd_handle()).st_size,
             "run_id": self.run_id,
@@ -137,20 +145,15 @@ class Run:
                 for method in plan.methods
             },
             "layers": [name for name, _ in plan.layers],
-            "jobs": [
-                {"key": item.key, "prompt": item.prompt, "negative_prompt": item.negative_prompt, "seed": item.seed}
-                | dict(item.settings)
-                for item in plan.items
-            ],
+            "jobs": [item.describe() for item in plan.items],
             "datasets": {path: list(size.values()) for path, (_, size) in self.layout.items()},
         }
 
     def to_xarray(self) -> "xarray.Dataset":
-        """Maps, errors, scores, relevance, heat maps, images and schedule in memory, with named axes and coordinates.
+        """Maps, errors, scores, relevance, word maps, images and schedule in memory, with named axes and coordinates.
 
-        Needs xarray. Latents and DF-CAM's layers, which differ in size, are left out.
-
-        For a view that reads lazily: xarray.open_dataset(path, group="/entry/maps", engine="h5netcdf").
+        Needs xarray. Latents and DF-CAM's layers, which differ in size, are left out. For a lazy view of one group:
+        xarray.open_dataset(path, group="/entry/maps", engine="h5netcdf").
         """
         try:
             import xarray
@@ -158,16 +161,12 @@ class Run:
             raise StoreError("to_xarray needs xarray: pip install 'dfengine[xarray]'") from None
         paths = (
             *("maps/saliency", "maps/error", "scores/score", "curves/relevance", "curves/heat"),
-            *("images/rgb", "schedule/timestep", "schedule/signal", "schedule/noise"),
+            *("images/rgb", "schedule/timestep", "schedule/signal", "schedule/noise", "items/done"),
         )
+        datasets = [self.layout[path][0] for path in paths if path in self.layout]
         variables = {
-            path.rpartition("/")[2]: (
-                self.layout[path][0].axis_names,
-                self.read(path, {}),
-                _described(self.layout[path][0]),
-            )
-            for path in (*paths, "items/done")
-            if path in self.layout
+            dataset.name: (dataset.axis_names, self.read(dataset.path, {}), {"long_name": dataset.long_name})
+            for dataset in datasets
         }
         items = self.plan.items
         coordinates = {
@@ -181,15 +180,11 @@ class Run:
         return xarray.Dataset(variables, coordinates, {"model": self.plan.model, "plan": self.plan.to_json()})
 
 
-def _described(dataset: schema.Dataset) -> dict[str, str]:
-    return {"long_name": dataset.long_name}
-
-
 def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem) -> Run:
-    """Opens a finished file, or a .part that is being written or was left by a killed run.
+    """Open a finished file, or a .part that is being written or was left behind by a killed process.
 
-    StoreError tells apart: missing, not finished yet, not HDF5, another program's HDF5, a newer format, truncated, and
-    being written by another program.
+    The StoreError distinguishes a file that is missing, unfinished, not HDF5, from another program, of a newer format,
+    truncated, or being written by another program.
     """
     path = Path(path)
     try:
@@ -201,14 +196,14 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
             f"{path} is not finished: open {part}" if part.exists() else f"{path} does not exist"
         ) from None
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {cause(error)}") from error
+        raise StoreError(f"cannot read {path}: {explain_error(error)}") from error
     if len(head) < 12 or (not head.startswith(_SIGNATURE) and not h5py.is_hdf5(path)):
         raise StoreError(f"{path} is not an HDF5 file")
     live = head[8:9] == b"\x03" and bool(head[11] & _SWMR_FLAG)
     try:
         h5 = h5py.File(path, "r", swmr=live)
     except OSError as error:
-        raise StoreError(_open_error(path, error)) from error
+        raise StoreError(_explain_open_error(path, error)) from error
     try:
         _check_format(path, h5)
         return Run(path, h5, live=live, item=item)
@@ -217,16 +212,16 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         h5.close()
-        raise StoreError(f"{path} is damaged: what it says of itself cannot be read ({cause(error)})") from error
+        raise StoreError(f"{path} is damaged: its description cannot be read ({explain_error(error)})") from error
 
 
-def _open_error(path: Path, error: OSError) -> str:
+def _explain_open_error(path: Path, error: OSError) -> str:
     text = str(error)
     if "truncated" in text:
         return f"{path} is truncated: it was cut short after it was written; copy it again from its source"
     if "lock" in text or "already open" in text:
-        return f"{path} is being written by another program: try again when that has closed it"
-    return f"{path} is damaged: {cause(error)}"
+        return f"{path} is being written by another program: try again when it is closed there"
+    return f"{path} is damaged: {explain_error(error)}"
 
 
 def _check_format(path: Path, h5: h5py.File) -> None:
@@ -234,5 +229,7 @@ def _check_format(path: Path, h5: h5py.File) -> None:
         raise StoreError(f"{path} is an HDF5 file, but dfengine did not write it")
     version = int(h5.attrs["format_version"])
     if version > schema.FORMAT_VERSION:
-        known = schema.FORMAT_VERSION
-        raise StoreError(f"{path} has format version {version}, this dfengine reads up to {known}: upgrade dfengine")
+        supported = schema.FORMAT_VERSION
+        raise StoreError(
+            f"{path} has format version {version}, this dfengine reads up to {supported}: upgrade dfengine"
+        )

@@ -1,34 +1,35 @@
-"""The plan of a sweep: plan.jsonl in its run folder, a unit a line. Lines are only ever added."""
+"""The plan of a sweep: plan.jsonl in its run folder, one unit a line. Lines are only ever appended."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfengine.store.files import append_lines, writing
+from dfengine.store.file.errors import translate_os_errors
+from dfengine.store.file.files import append_lines
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Some items of one model, all with equally many steps: what one worker does at a time, in one segment.
+    """Some items of one model, all with the same number of steps: what a worker computes at a time, in one segment.
 
-    Its line says all that it takes to do it, beside what the whole run shares (run.json).
+    Together with what the whole run shares (run.json), its line determines the work completely.
     """
 
     name: str
     model: Mapping[str, Any]
-    """what loads it, as JSON values"""
+    """how to load the model, as JSON values"""
     schedules: tuple[Mapping[str, Any], ...]
-    """each the sampling, as JSON values"""
+    """the sampling schedules, as JSON values"""
     prompts: tuple[str, ...]
     items: tuple[tuple[int, int, int], ...]
-    """each the number of its prompt and of its schedule, and its seed"""
+    """for each item the index of its prompt, the index of its schedule, and its seed"""
     retry_of: str = ""
-    """the unit of which its items were set aside, if it is one that tries them again"""
+    """the unit whose quarantined items this one tries again, if any"""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -40,35 +41,35 @@ class Unit:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Unit:
-        """From what its line says."""
+        """The unit of a line of the plan. Raises KeyError, TypeError or ValueError if the line is something else."""
         lists = {name: tuple(values[name]) for name in ("schedules", "prompts")}
         return cls(**dict(values) | lists | {"items": tuple(map(tuple, values["items"]))})
 
 
 def plan_units(folder: Path, units: Iterable[Unit], *, spec: str = "") -> None:
-    """Adds units to the plan of a run folder, and what digest of a sweep is planned with them."""
+    """Append units to the plan of a run folder, and then the digest of the sweep that they complete, if given."""
     path = folder / "plan.jsonl"
-    lines = (json.dumps(_plain(unit), ensure_ascii=False) for unit in units)
-    with writing(path):
+    lines = (json.dumps(vars(unit), ensure_ascii=False) for unit in units)
+    with translate_os_errors(path):
         append_lines(path, lines)
-        if spec:  # not until the units are on the disk
+        if spec:  # only once the units are on the disk
             append_lines(path, [json.dumps({"planned": spec})])
 
 
 def planned_specs(folder: Path) -> set[str]:
-    """The digests of sweeps of which all is in the plan."""
-    return {line["planned"] for line in _lines(folder) if set(line) == {"planned"}}
+    """The digests of the sweeps that are planned completely."""
+    return {line["planned"] for line in _read_lines(folder) if set(line) == {"planned"}}
 
 
 def planned_units(folder: Path) -> Iterator[Unit]:
-    """The units of a run folder's plan, in its order; none where it has no plan."""
-    for line in _lines(folder):
-        # What is no unit was cut off by a kill, or is a sweep's digest: whoever plans again adds what is missing.
+    """The units of a run folder's plan, in order; none if it has no plan."""
+    for line in _read_lines(folder):
+        # A line that is not a unit is a sweep's digest, or was cut off by a kill: planning again adds what is missing.
         with contextlib.suppress(KeyError, TypeError, ValueError):
             yield Unit.from_json(line)
 
 
-def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         with (folder / "plan.jsonl").open(encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -78,7 +79,3 @@ def _lines(folder: Path) -> Iterator[dict[str, Any]]:
                         yield values
     except FileNotFoundError:
         return
-
-
-def _plain(unit: Unit) -> dict[str, Any]:
-    return {field.name: getattr(unit, field.name) for field in fields(unit)}

@@ -1,13 +1,14 @@
-"""The schema: one table, from which the writer creates a file, the reader finds its way in it, and resume copies it."""
+"""The schema: one table of datasets, used by the template, the writer, the reader and merging."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from dfengine.store.plan import Plan
+from dfengine.store.file.plan import Plan
 
 FORMAT = "dfengine"
 FORMAT_VERSION = 2
@@ -17,10 +18,10 @@ FORMAT_VERSION = 2
 class Dataset:
     """One dataset of the format, under /entry.
 
-    A starred axis lies whole in one chunk, the others have a chunk an index: one write fills whole chunks.
-    `marker` is the dataset of `items/` that vouches for the values; those without are written before the file is
-    shared, or are markers themselves. A dataset is created where its axes, and what it `needs`, are not of size zero.
-    The `rounded` ones have the mantissa that the plan gives them.
+    A chunk spans the axes marked with a star and one index of each other axis, so that each write fills whole chunks.
+    `marker` names the dataset of `items/` that is set once the values are stored; static datasets, written before the
+    file is shared, and markers themselves have none. A dataset is created unless an axis, or the size that it `needs`,
+    is zero. `rounded` datasets have the mantissa that the plan gives.
     """
 
     path: str
@@ -38,16 +39,20 @@ class Dataset:
         return self.path.rpartition("/")[0]
 
     @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
     def axis_names(self) -> tuple[str, ...]:
         return tuple(self.axes.replace("*", "").split())
 
     @property
     def fill(self) -> float | None:
-        """NaN for floats. HDF5's own for others, which is 0: with one of ours, netCDF would hide all pixels of 255."""
+        """NaN for floats; None, HDF5's default of 0, for others: netCDF would mask pixels equal to a fill of 255."""
         return math.nan if self.dtype[0] == "f" else None
 
     def index(self, where: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The selection of this dataset at the given axes, whole along the others."""
+        """The selection at the given axes, complete along the others."""
         return tuple(where.get(axis, slice(None)) for axis in self.axis_names)
 
 
@@ -61,7 +66,7 @@ TABLE = (
     _image("cam/{u}x{v}/saliency", "item layer step u* v*", "cam_done", "raw DF-CAM map", rounded=True),
     Dataset("scores/score", "f4", "item method step mask*", "done", "score of each mask", "spectrum"),
     Dataset("curves/relevance", "f4", "item token* step", "relevance_done", "relevance of each token", "spectrum"),
-    _image("curves/heat", "item word step y* x*", "heat_done", "cross-attention heat map of each word", rounded=True),
+    _image("curves/heat", "item word step y* x*", "heat_done", "cross-attention map of each word", rounded=True),
     Dataset("curves/token_text", "str", "item* token*", long_name="the item's tokens"),
     Dataset("curves/word_text", "str", "item* word*", long_name="the item's words"),
     Dataset("images/rgb", "u1", "item height* width* color*", "trajectory_done", "image", "rgb-image", compressed=True),
@@ -81,27 +86,28 @@ TABLE = (
     Dataset("schedule/signal", "f8", "item step*", "trajectory_done", "a of latent = a x0 + b noise", "spectrum"),
     Dataset("schedule/noise", "f8", "item step*", "trajectory_done", "b of latent = a x0 + b noise", "spectrum"),
     Dataset("items/key", "str", "item*", long_name="SHA-256 of the item's description"),
-    Dataset("items/prompts", "str", "prompt*", long_name="every prompt, once"),
-    Dataset("items/prompt_index", "u4", "item*", long_name="row of prompts"),
-    Dataset("items/negative_prompt_index", "u4", "item*", long_name="row of prompts"),
-    Dataset("items/seed", "u8", "item*", long_name="seed of the start noise"),
+    Dataset("items/prompts", "str", "prompt*", long_name="every distinct prompt"),
+    Dataset("items/prompt_index", "u4", "item*", long_name="row in prompts"),
+    Dataset("items/negative_prompt_index", "u4", "item*", long_name="row in prompts"),
+    Dataset("items/seed", "u8", "item*", long_name="seed of the initial noise"),
     Dataset("items/settings", "str", "method*", long_name="each method's settings, JSON"),
-    Dataset("items/attempt", "u4", "item*", long_name="how often the item was begun"),
+    Dataset("items/attempt", "u4", "item*", long_name="number of attempts at the item"),
     Dataset("items/seconds", "f8", "item", long_name="wall time in seconds, NaN until the item is finished"),
-    Dataset("items/done", "u1", "item method* step*", long_name="1 where map, error and scores are safe"),
-    Dataset("items/cam_done", "u1", "item step*", long_name="1 where the DF-CAM maps are safe", needs="layers"),
-    Dataset("items/relevance_done", "u1", "item step*", long_name="1 where relevance is safe", needs="token"),
-    Dataset("items/heat_done", "u1", "item step*", long_name="1 where the heat maps are safe", needs="word"),
-    Dataset("items/trajectory_done", "u1", "item", long_name="1 where image, latents and schedule are safe"),
+    Dataset("items/done", "u1", "item method* step*", long_name="1 where map, error and scores are stored"),
+    Dataset("items/cam_done", "u1", "item step*", long_name="1 where the DF-CAM maps are stored", needs="layers"),
+    Dataset("items/relevance_done", "u1", "item step*", long_name="1 where relevance is stored", needs="token"),
+    Dataset("items/heat_done", "u1", "item step*", long_name="1 where the word maps are stored", needs="word"),
+    Dataset("items/trajectory_done", "u1", "item", long_name="1 where image, latents and schedule are stored"),
 )
 
-_BY_PATH = {row.path: row for row in TABLE}
-#: The datasets that vouch for others, by name.
-MARKERS = {name: _BY_PATH[f"items/{name}"] for name in sorted({row.marker for row in TABLE} - {""})}
+#: The table by path. Paths with {u} and {v} stand for one dataset per resolution of DF-CAM's layers.
+DATASETS: Mapping[str, Dataset] = MappingProxyType({row.path: row for row in TABLE})
+#: The datasets that mark values as stored, by name.
+MARKERS = {name: DATASETS[f"items/{name}"] for name in sorted({row.marker for row in TABLE} - {""})}
 
 
 def sizes(plan: Plan) -> dict[str, int]:
-    """The length of every axis, those of one DF-CAM resolution apart."""
+    """The length of every axis, except those that depend on a DF-CAM resolution."""
     channels, h, w = plan.latent
     return {
         "item": len(plan.items),
@@ -124,9 +130,9 @@ def sizes(plan: Plan) -> dict[str, int]:
 
 
 def nbytes(plan: Plan) -> int:
-    """Bytes of everything a file of this plan holds, before any compression; texts are left out."""
-    placed = [(row, size) for row, size in layout(plan).values() if row.dtype != "str"]
-    return sum(np.dtype(row.dtype).itemsize * math.prod(size.values()) for row, size in placed)
+    """Size in bytes of all arrays in a file of this plan, uncompressed and without texts."""
+    arrays = [(dataset, size) for dataset, size in layout(plan).values() if dataset.dtype != "str"]
+    return sum(np.dtype(dataset.dtype).itemsize * math.prod(size.values()) for dataset, size in arrays)
 
 
 def resolutions(plan: Plan) -> dict[tuple[int, int], list[str]]:
@@ -138,18 +144,18 @@ def resolutions(plan: Plan) -> dict[tuple[int, int], list[str]]:
 
 
 def prompts(plan: Plan) -> list[str]:
-    """Every prompt and negative prompt of the plan, once, in order of appearance."""
+    """The distinct prompts and negative prompts, in order of appearance."""
     return list(dict.fromkeys(text for item in plan.items for text in (item.prompt, item.negative_prompt)))
 
 
 def layout(plan: Plan) -> dict[str, tuple[Dataset, dict[str, int]]]:
-    """Every dataset a file of this plan has, by path, with the sizes of its axes."""
-    placed = {}
+    """Every dataset in a file of this plan, by path, with the lengths of its axes."""
+    datasets = {}
     common, by_resolution = sizes(plan), resolutions(plan)
     for row in TABLE:
         for (u, v), layers in by_resolution.items() if "{u}" in row.path else [((0, 0), [])]:
             dataset = replace(row, path=row.path.format(u=u, v=v))
             size = common | {"u": u, "v": v, "layer": len(layers)}
             if size[dataset.needs] and all(size[axis] for axis in dataset.axis_names):
-                placed[dataset.path] = dataset, {axis: size[axis] for axis in dataset.axis_names}
-    return placed
+                datasets[dataset.path] = dataset, {axis: size[axis] for axis in dataset.axis_names}
+    return datasets

@@ -1,4 +1,4 @@
-"""An empty file of a plan: every group, dataset, dimension scale and attribute, and what is known beforehand."""
+"""The template of a file: every group, dataset, dimension scale and attribute, with the static values filled in."""
 
 import importlib.metadata
 import json
@@ -9,34 +9,35 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dfengine.store.plan import Plan, StoreError
-from dfengine.store.schema import FORMAT, FORMAT_VERSION, Dataset, layout, prompts, resolutions, sizes
+from dfengine.store.file.plan import Plan, StoreError
+from dfengine.store.file.schema import FORMAT, FORMAT_VERSION, Dataset, layout, prompts, resolutions, sizes
 
-#: Of maps, images and latents. gzip's fastest level halves exact maps at the most; there is no gain in a slower one.
+#: For maps, images and latents. gzip level 1 about halves exact maps; higher levels gain nothing.
 COMPRESSIONS = ("gzip", "none")
 
 
-def image(plan: Plan, *, compression: str, attributes: Mapping[str, str]) -> bytes:
-    """The file's bytes, made in memory: HDF5 is never left with half a file that it cannot write.
+def build_file(plan: Plan, *, compression: str, attributes: Mapping[str, str]) -> bytes:
+    """The bytes of a file that holds no results yet.
 
-    StoreError where the compression is not known.
+    It is built in memory, so that HDF5 never holds a half-created file that it cannot write to a full disk.
+    Raises StoreError for an unknown compression.
     """
     if compression not in COMPRESSIONS:
         known = ", ".join(COMPRESSIONS)
-        raise StoreError(f"compression {compression!r} is not known: expected one of {known}, which every reader has")
-    with h5py.File("empty", "w", driver="core", backing_store=False, libver=("v110", "v110")) as h5:
-        placed = layout(plan)
-        groups = list(dict.fromkeys(dataset.group for dataset, _ in placed.values()))
+        raise StoreError(f"compression {compression!r} is not supported: expected one of {known}")
+    with h5py.File("template", "w", driver="core", backing_store=False, libver=("v110", "v110")) as h5:
+        datasets = layout(plan)
+        groups = list(dict.fromkeys(dataset.group for dataset, _ in datasets.values()))
         h5.attrs.update({"NX_class": "NXroot", "default": "entry", "format": FORMAT, "format_version": FORMAT_VERSION})
         h5.attrs.update({"plan": plan.to_json(), "model": plan.model, **attributes})
         entry = h5.create_group("entry")
         entry.attrs.update({"NX_class": "NXentry", "default": groups[0]})
         for name in groups:
-            members = [(dataset, size) for dataset, size in placed.values() if dataset.group == name]
+            members = [(dataset, size) for dataset, size in datasets.values() if dataset.group == name]
             _create_group(entry, name, members, plan, compression)
-        for name, values in _static(plan).items():
-            if name in placed:
-                entry[name][...] = values
+        for path, values in _static_values(plan).items():
+            if path in datasets:
+                entry[path][...] = values
         h5.flush()
         return bytes(h5.id.get_file_image())
 
@@ -47,64 +48,62 @@ def _create_group(
     group = entry.require_group(name)
     if "/" in name:
         group.parent.attrs["NX_class"] = "NXcollection"
-    scales = {axis: length for _, lengths in members for axis, length in lengths.items()}
-    for axis, length in scales.items():
-        growing = {"maxshape": (None,), "chunks": (length,)} if axis == "item" else {}
-        scale = group.create_dataset(axis, data=_coordinate(axis, length, name, plan), **growing)
+    lengths = {axis: length for _, size in members for axis, length in size.items()}
+    for axis, length in lengths.items():
+        resizable = {"maxshape": (None,), "chunks": (length,)} if axis == "item" else {}
+        scale = group.create_dataset(axis, data=_coordinates(axis, length, name, plan), **resizable)
         scale.make_scale(axis)
     for dataset, size in members:
-        made = _create_dataset(group, dataset, size, compression, plan.mantissa_bits)
+        created = _create_dataset(group, dataset, size, compression, plan.mantissa_bits)
         for place, axis in enumerate(dataset.axis_names):
-            made.dims[place].attach_scale(group[axis])
-    signal, size = members[0]
+            created.dims[place].attach_scale(group[axis])
     if name == "items":
         group.attrs["NX_class"] = "NXcollection"
         return
-    # A viewer takes numbers only as axes: "." leaves an axis of names without one, while its dimension scale stays.
+    signal, size = members[0]
+    # NXdata viewers accept only numeric axes: "." leaves an axis of names unlabelled, but its dimension scale stays.
     axes = ["." if axis in ("method", "layer") else axis for axis in signal.axis_names]
-    others = [
-        dataset.path.rpartition("/")[2] for dataset, other in members[1:] if other == size and dataset.dtype != "str"
-    ]
-    group.attrs.update({"NX_class": "NXdata", "signal": signal.path.rpartition("/")[2], "axes": axes})
-    if others:
-        group.attrs["auxiliary_signals"] = others
+    auxiliary = [dataset.name for dataset, other in members[1:] if other == size and dataset.dtype != "str"]
+    group.attrs.update({"NX_class": "NXdata", "signal": signal.name, "axes": axes})
+    if auxiliary:
+        group.attrs["auxiliary_signals"] = auxiliary
 
 
 def _create_dataset(
     group: h5py.Group, dataset: Dataset, size: Mapping[str, int], compression: str, mantissa_bits: int
 ) -> h5py.Dataset:
-    stars = dataset.axes.split()
+    axes = dataset.axes.split()
     filters: dict[str, Any] = {"shuffle": True, "fletcher32": True} if dataset.compressed else {}
     if dataset.compressed and compression == "gzip":
         filters |= {"compression": "gzip", "compression_opts": 1}
-    made = group.create_dataset(
-        dataset.path.rpartition("/")[2],
+    created = group.create_dataset(
+        dataset.name,
         shape=tuple(size.values()),
         maxshape=tuple(None if axis == "item" else length for axis, length in size.items()),
-        chunks=tuple(length if star.endswith("*") else 1 for star, length in zip(stars, size.values(), strict=True)),
+        chunks=tuple(length if axis.endswith("*") else 1 for axis, length in zip(axes, size.values(), strict=True)),
         dtype=h5py.string_dtype() if dataset.dtype == "str" else dataset.dtype,
         fillvalue=dataset.fill,
         **filters,
     )
-    made.attrs["long_name"] = dataset.long_name
+    created.attrs["long_name"] = dataset.long_name
     if dataset.rounded:
-        made.attrs["mantissa_bits"] = mantissa_bits
+        created.attrs["mantissa_bits"] = mantissa_bits
     if dataset.interpretation:
-        made.attrs["interpretation"] = dataset.interpretation
-    return made
+        created.attrs["interpretation"] = dataset.interpretation
+    return created
 
 
-def _coordinate(axis: str, size: int, group: str, plan: Plan) -> np.ndarray:
+def _coordinates(axis: str, length: int, group: str, plan: Plan) -> np.ndarray:
     if axis not in ("method", "layer"):
-        return np.arange(size, dtype="i4")
+        return np.arange(length, dtype="i4")
     names = [method.name for method in plan.methods]
     if axis == "layer":
         names = {f"cam/{u}x{v}": layers for (u, v), layers in resolutions(plan).items()}[group]
     return np.array(names, dtype=h5py.string_dtype())
 
 
-def _static(plan: Plan) -> dict[str, Any]:
-    """What is known before the first step, by path."""
+def _static_values(plan: Plan) -> dict[str, Any]:
+    """The values that are known before the first step, by path."""
     rows = {text: row for row, text in enumerate(prompts(plan))}
     size = sizes(plan)
     return {
@@ -121,7 +120,7 @@ def _static(plan: Plan) -> dict[str, Any]:
 
 
 def environment(device: str) -> str:
-    """Where the values were computed, as JSON: Python, platform, package versions and the device."""
+    """What the values are computed with, as JSON: Python, platform, package versions and device."""
     versions = {}
     for package in ("dfengine", "torch", "triton", "diffusers", "numpy", "h5py"):
         try:

@@ -1,0 +1,180 @@
+"""The plan of a file: items, methods and sizes, fixed before anything is written, as plain values that survive JSON."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Settings that follow from others: two plans are compared by them only if nothing else differs.
+_DERIVED = re.compile(r"items\..*\.(key|tokens|spans|words)|layers\..*|layers")
+#: How a method is presented; it does not affect any value.
+_PRESENTATION = re.compile(r"methods\..*\.(label|form)")
+
+
+class StoreError(ValueError):
+    """A file cannot be written or read as requested. The message is one line: the cause, and what to do about it."""
+
+
+class Busy(StoreError):
+    """The file is being written by another process."""
+
+
+class NoSuchItem(StoreError, IndexError):
+    """The file has no item with this index."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to explain: a prompt and a seed, with a key that is unique within the run.
+
+    `tokens` and `words` name the rows of the item's relevance curves and word maps; items may differ in their number.
+    `spans` holds each token's characters [start, stop) of the prompt, (0, 0) for special tokens. `settings` are all
+    other inputs (time-steps, guidance, …) as JSON values.
+    """
+
+    key: str
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    tokens: tuple[str, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+    words: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Key, prompts, seed and settings as one flat dictionary of JSON values."""
+        named = {"key": self.key, "prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
+        return named | dict(self.settings)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One explainer, with a map on the latent grid. `num_masks` scores are stored for each map, 0 for none.
+
+    `has_layers` marks the method whose map combines those of the plan's layers. `label` is its name in figures, and
+    `form` says which figure suits its maps: "saliency", "layers", "tokens" or "words". Both are empty if unknown.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    num_masks: int = 0
+    has_error: bool = False
+    has_layers: bool = False
+    label: str = ""
+    form: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a file will contain, so that all of its objects can be created before the first value is written.
+
+    Sizes: `latent` is (channels, h, w), `image` (H, W); each of DF-CAM's `layers` has its own resolution (u, v).
+    With `previews`, the image predicted at each step is stored. Errors, layer maps and word maps are rounded to
+    `mantissa_bits` (10 halve their size on disk, 23 are exact); saliency is always exact. `settings` apply to the whole
+    file. All settings must be JSON values, and are read back as JSON returns them (tuples become lists).
+
+    Raises StoreError for duplicate names, empty sizes, a seed outside [0, 2^64), or a NUL character in a prompt.
+    """
+
+    items: tuple[Item, ...]
+    methods: tuple[Method, ...]
+    num_steps: int
+    latent: tuple[int, int, int]
+    image: tuple[int, int]
+    layers: tuple[tuple[str, tuple[int, int]], ...] = ()
+    previews: bool = False
+    mantissa_bits: int = 23
+    model: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, names in (
+            ("item keys", [item.key for item in self.items]),
+            ("method names", [method.name for method in self.methods]),
+            ("layer names", [name for name, _ in self.layers]),
+        ):
+            if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+                raise StoreError(f"duplicate {what}: {', '.join(repeated)}; each must be unique")
+        sizes = {"items": len(self.items), "num_steps": self.num_steps, "latent": min(self.latent)}
+        for what, size in (sizes | {"image": min(self.image)}).items():
+            if size < 1:
+                raise StoreError(f"{what} has size {size}: expected at least 1")
+        for item in self.items:
+            if not 0 <= item.seed < 2**64:
+                raise StoreError(f"seed {item.seed} is outside [0, 2^64)")
+            if "\0" in item.prompt + item.negative_prompt:
+                raise StoreError(f"prompt {item.prompt!r} contains a NUL character: remove it")
+        if not 1 <= self.mantissa_bits <= 23:
+            raise StoreError(f"mantissa_bits is {self.mantissa_bits}: expected 1 to 23 (23 is exact)")
+
+    def to_json(self) -> str:
+        """The plan as JSON. Raises StoreError if a setting is not a JSON value."""
+        try:
+            return json.dumps(self, default=_to_plain, ensure_ascii=False)
+        except TypeError as error:
+            raise StoreError(f"settings must be JSON values (numbers, strings, lists, mappings): {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote."""
+        values = json.loads(text)
+        values["items"] = tuple(
+            Item(
+                **item
+                | {"tokens": tuple(item["tokens"]), "words": tuple(item["words"])}
+                | {"spans": tuple(tuple(span) for span in item.get("spans", ()))}
+            )
+            for item in values["items"]
+        )
+        values["methods"] = tuple(Method(**method) for method in values["methods"])
+        values["layers"] = tuple((name, tuple(size)) for name, size in values["layers"])
+        return cls(**values | {"latent": tuple(values["latent"]), "image": tuple(values["image"])})
+
+    def differences(self, other: "Plan") -> list[str]:
+        """Each setting that differs, as "name (this plan's value, now the other's)"; empty if the plans are equal.
+
+        Derived settings (keys, tokens, layers) are listed only if nothing else differs. A method that only one plan has
+        is listed by name alone. Labels and forms are not compared.
+        """
+        mine, theirs = ({method.name for method in plan.methods} for plan in (self, other))
+        unshared = [f"{name} (removed)" for name in mine - theirs] + [f"{name} (added)" for name in theirs - mine]
+        before, after = (dict(_leaves(json.loads(plan.to_json()))) for plan in (self, other))
+        ignored = tuple(f"methods.{name}." for name in mine ^ theirs)
+        names = [
+            name
+            for name in dict.fromkeys((*before, *after))
+            if before.get(name) != after.get(name)
+            and not name.startswith(ignored)
+            and not _PRESENTATION.fullmatch(name)
+        ]
+        primary = [name for name in names if not _DERIVED.fullmatch(name)]
+        changed = [
+            f"{name} ({_shorten(before.get(name, 'unset'))}, now {_shorten(after.get(name, 'unset'))})"
+            for name in primary or ([] if unshared else names)
+        ]
+        return sorted(unshared) + changed
+
+
+def _to_plain(value: Any) -> dict[str, Any]:
+    if isinstance(value, Item | Method | Plan):
+        return dict(vars(value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested JSON under dotted names; list members are identified by their "name" if they have one."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {member.get("name", str(place)): member for place, member in enumerate(value)}
+    if isinstance(value, dict):
+        for key, member in value.items():
+            yield from _leaves(member, f"{name}.{key}" if name else key)
+    else:
+        yield name, json.dumps(value, ensure_ascii=False)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:60]}… of {len(text)} characters"
