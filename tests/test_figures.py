@@ -18,8 +18,8 @@ from test_result import result
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, figures
-from dfengine.figures import choosing, chosen_steps, overlay, save, strip
-from dfengine.figures.parts import COLOUR_MAP, ERROR_MAP
+from dfengine.figures import overlay, save, selection, strip
+from dfengine.figures.panels import COLOUR_MAP, ERROR_MAP
 from dfengine.result import COMBINED, Result, heatmap
 from dfengine.tokens import Tokens, content_words, words
 
@@ -134,9 +134,9 @@ def check_texts(figure: Figure) -> None:
 
 
 def test_steps_are_spread_from_first_to_last() -> None:
-    assert chosen_steps(30) == [0, 6, 12, 17, 23, 29]
-    assert chosen_steps(3) == [0, 1, 2]
-    assert chosen_steps(1) == [0]
+    assert selection.evenly_spaced(30) == [0, 6, 12, 17, 23, 29]
+    assert selection.evenly_spaced(3) == [0, 1, 2]
+    assert selection.evenly_spaced(1) == [0]
 
 
 def test_a_strip_says_prompt_model_seed_step_and_t() -> None:
@@ -271,7 +271,7 @@ def test_without_previews_maps_lie_over_the_image() -> None:
 
 def test_of_many_layers_a_few_are_drawn_down_and_up_again() -> None:
     maps = {name: np.empty((1, side, side)) for name, side in LAYERS.items()}
-    assert choosing.main_layers({COMBINED: np.empty((1, 64, 64)), **maps}) == [
+    assert selection.main_layers({COMBINED: np.empty((1, 64, 64)), **maps}) == [
         "down_blocks.0.attentions.0",
         "down_blocks.2.attentions.0",
         "mid_block.resnets.1",
@@ -286,10 +286,10 @@ def test_of_many_layers_a_few_are_drawn_down_and_up_again() -> None:
     )
     maps = {f"{block}.{part}.0": np.empty((1, n, n)) for block, n in sides.items() for part in ("resnets", "samplers")}
     blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.1", "up_blocks.2")
-    assert choosing.main_layers(maps) == [f"{block}.resnets.0" for block in blocks]
+    assert selection.main_layers(maps) == [f"{block}.resnets.0" for block in blocks]
     only = {name: values for name, values in maps.items() if "samplers" in name}
-    assert choosing.main_layers(only) == [f"{block}.samplers.0" for block in blocks]
-    assert choosing.main_layers({COMBINED: maps["mid_block.resnets.0"], "a": maps["mid_block.resnets.0"]}) == ["a"]
+    assert selection.main_layers(only) == [f"{block}.samplers.0" for block in blocks]
+    assert selection.main_layers({COMBINED: maps["mid_block.resnets.0"], "a": maps["mid_block.resnets.0"]}) == ["a"]
     assert len(labels(figures.layers(explained("a cat")))) == 7
 
 
@@ -375,14 +375,14 @@ def test_telling_steps_are_peaks_and_crossings() -> None:
     a = np.array([0.2, 0.9, 0.4, 0.3, 0.5, 0.6, 0.1, 0.1])
     b = np.array([0.1, 0.3, 0.6, 0.8, 0.4, 0.2, 0.2, 0.3])
     # They cross at 2, 4 and 6; what is lower on the whole does not count.
-    assert figures.telling_steps({"low": np.full(8, 0.05), "a": a, "b": b}) == [1, 2, 3, 6]
+    assert selection.informative_steps({"low": np.full(8, 0.05), "a": a, "b": b}) == [1, 2, 3, 6]
     # Filled up with what is farthest: from 2 that is 8, then 5, then 0.
-    assert figures.telling_steps({"a": np.eye(9)[2]}) == [0, 2, 5, 8]
+    assert selection.informative_steps({"a": np.eye(9)[2]}) == [0, 2, 5, 8]
     unfinished = np.array([0.1, 0.2, 0.1, np.nan, np.nan])
-    assert figures.telling_steps({"a": unfinished, "b": unfinished / 2}) == [0, 1, 2]
+    assert selection.informative_steps({"a": unfinished, "b": unfinished / 2}) == [0, 1, 2]
     # The highest are 0 and 5, and a gap hides where they cross: the step after it.
     a, b = np.array([9, 8, 7, np.nan, 1, 1, 1.0]), np.array([0, 1, 2, np.nan, 4, 5, 4.0])
-    assert figures.telling_steps({"a": a, "b": b}) == [0, 2, 4, 5]
+    assert selection.informative_steps({"a": a, "b": b}) == [0, 2, 4, 5]
     made = explained("a red cat", steps=4, tokens=CAT, relevance=RELEVANCE)
     assert titles(figures.relevance(made)) == ["step 1\nt = 30", "step 2\nt = 20", "step 4\nt = 0"]
 

@@ -36,7 +36,8 @@ def html(result: Explanation) -> str:
     image, maps = _read(result, "image"), _readable_maps(result)
     picture = "" if image is None else f"<div>{_picture(image, IMAGE_SIDE, 'image')}</div>"
     strip = "" if image is None else f'<div style="overflow-x:auto">{_strip(result, image, maps)}</div>'
-    row = f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{picture}{_facts(result, maps)}</div>'
+    facts = picture + _facts(result, maps)
+    row = f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{facts}</div>'
     return f"<div>{row}{strip}</div>"
 
 

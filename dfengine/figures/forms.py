@@ -195,10 +195,9 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
     for a word or step that the result does not have or has not finished.
     """
     if not result.words:
-        remedy = (
-            f"the prompt {result.prompt!r} has no words" if "words" in _forms(result) else "explain with Attention()"
-        )
-        raise ValueError(f"the result has no attention maps of words: {remedy}")
+        has_attention = any(result.form(method) == "words" for method in result.maps)
+        reason = f"the prompt {result.prompt!r} has no words" if has_attention else "explain with Attention()"
+        raise ValueError(f"the result has no attention maps of words: {reason}")
     steps = _table_steps(result, steps, _finished_words(result))
     names = content_words(result.words) if words is None else [words] if isinstance(words, str) else words
     maps = {name: [_word_map(result, name, step) for step in steps] for name in names}
@@ -232,10 +231,6 @@ def check_name(path: str | Path, suffixes: Sequence[str] = (".png", ".pdf", ".sv
     return path
 
 
-def _forms(result: Explanation) -> set[str]:
-    return {result.form(method) for method in result.maps}
-
-
 def _table_steps(result: Explanation, steps: Sequence[int] | None, finished: Sequence[int]) -> list[int]:
     """`resolve_steps` for a `table`: by default as many columns as fit where five square pictures would."""
     return resolve_steps(result, steps, finished, count=max(1, int(5 * CELL / cell_size(result)[0])))
@@ -267,7 +262,7 @@ def _finished_words(result: Explanation, method: str = "") -> list[int]:
 
 
 def _word_map(result: Explanation, word: str, step: int) -> Float[ndarray, "h w"]:
-    """A word's raw map, the mean over its occurrences. (`Explanation.heatmap` prefers methods to words of that name.)"""
+    """A word's raw map, the mean over its occurrences. `Explanation.heatmap` prefers a method of the same name."""
     rows = [row for row, one in enumerate(result.words) if one.casefold() == word.casefold()]
     if not rows:
         known = ", ".join(dict.fromkeys(result.words)) or "none"

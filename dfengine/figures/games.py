@@ -83,7 +83,7 @@ def comparison(
     subtitle: str = "",
     column: str = "image",
 ) -> Figure:
-    """Figure 3: a row per image with its prompt beside it, and a column per method with its map in [0, 1] over the image.
+    """Figure 3: a row per image, labelled with its prompt, and a column per method with its map in [0, 1] over it.
 
     `column` is the title of the images' column. Images share one size; a map that is all NaN is marked "not computed".
     Four methods with short names fit a column of text, twelve fit a page. Raises ValueError for no image, no method, or

@@ -94,10 +94,8 @@ def table(result: Explanation, steps: list[int], rows: Rows, above: float = 0) -
 
     With `above`, the figure has two subfigures: that many inches to draw in, and below them the table.
     """
-    (width, height), labels = (
-        cell_size(result),
-        [line for label in ("predicted x0", *rows) for line in label.split("\n")],
-    )
+    width, height = cell_size(result)
+    labels = [line for label in ("predicted x0", *rows) for line in label.split("\n")]
     columns = max(len(steps), 4 if above else 1)
     width = (width + GAP) * columns + 0.45 * LINE * max(map(len, labels)) + 0.8
     height = (height + GAP) * (len(rows) + 1) + 2.5 * LINE
@@ -162,7 +160,8 @@ def draw_lines(
         axis.text(x, 1.08, str(step), ha="center", fontsize=FONT_SIZE)
     ticks = evenly_spaced(count)
     # t is given only at both ends: between them there is no room.
-    names = [step_tick(step, result.timesteps if step in (0, count - 1) and count > 1 else None) for step in ticks]
+    is_labelled = {0, count - 1} if count > 1 else set()
+    names = [step_tick(step, float(result.timesteps[step]) if step in is_labelled else None) for step in ticks]
     axis.set_xticks(ticks, names, fontsize=FONT_SIZE)
     axis.set_xlabel("step", fontsize=FONT_SIZE, labelpad=-1.1 * FONT_SIZE)
     axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=FONT_SIZE)
@@ -172,9 +171,9 @@ def draw_lines(
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def step_tick(step: int, timesteps: Sequence[float] | None) -> str:
-    """Label of a tick on an axis of steps, with t in a second line where `timesteps` are given."""
-    return str(step) if timesteps is None else f"{step}\nt = {timesteps[step]:g}"
+def step_tick(step: int, t: float | None) -> str:
+    """Label of a tick on an axis of steps, with a second line for t if it is given."""
+    return str(step) if t is None else f"{step}\nt = {t:g}"
 
 
 def spread_labels(positions: Sequence[float], gap: float) -> Float[ndarray, " positions"]:

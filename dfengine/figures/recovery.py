@@ -37,7 +37,7 @@ def recovery(
         axis.set_title(name, fontsize=FONT_SIZE)
         if limits is not None:
             axis.set_ylim(limits)
-        axis.set_xticks(ticks, [step_tick(step, timesteps) for step in ticks])
+        axis.set_xticks(ticks, [step_tick(step, float(timesteps[step])) for step in ticks])
         for label, side in zip(axis.get_xticklabels(), ("left", "right"), strict=False):
             label.set_horizontalalignment(side)
         axis.tick_params(labelsize=FONT_SIZE - 2)
