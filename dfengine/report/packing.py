@@ -13,6 +13,7 @@ from numpy import ndarray
 from PIL import Image
 
 from dfengine.diffusion.path import schedule_name
+from dfengine.explain import entry_of
 from dfengine.figures.panels import unique_labels
 from dfengine.figures.selection import top_by_mean
 from dfengine.result import COMBINED, Explanation, as_call, model_name, normalised
@@ -24,14 +25,6 @@ from dfengine.tokens import words as word_spans
 _LOSSLESS_SIDE, _QUALITY = 256, 85
 #: Maximum number of words whose curves are shown at first.
 _SHOWN_LINES = 8
-#: By form, what the page shows of a method.
-_DESCRIPTIONS = {
-    "saliency": "one map per step",
-    "layers": "one map per layer and step, and the map of all layers combined",
-    "tokens": "one map per step, and the relevance of each word of the prompt over the steps",
-    "words": "one map per word of the prompt and step, and the map of all words",
-}
-
 #: Position and length of an array or picture in the bytes, and how to decode it.
 Reference = dict[str, Any]
 
@@ -113,9 +106,15 @@ def _method(item: Explanation, name: str, label: str, blob: Blob) -> dict[str, A
         "name": name,
         "label": label,
         "form": form,
-        "about": f"{item.label(name)}: {_DESCRIPTIONS.get(form, _DESCRIPTIONS['saliency'])}",
+        "about": _summary(item, name),
         "variants": [main, *variants, *_word_variants(item, words, blob)],
     }
+
+
+def _summary(item: Explanation, name: str) -> str:
+    """What a method's explainer says about itself; its label where it is not registered here."""
+    entry = entry_of(str(item.settings_of(name).get("explainer")))
+    return entry.summary if entry else item.label(name)
 
 
 def _word_variants(item: Explanation, words: Sequence[str], blob: Blob) -> Iterator[dict[str, Any]]:
