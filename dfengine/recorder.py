@@ -14,7 +14,7 @@ from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.trajectory import Trajectory, restore, to_bytes
 from dfengine.display import Result
 from dfengine.events import Event, Finished, Generated
-from dfengine.explain import Explainer, StepMap
+from dfengine.explain import Explainer, StepMap, entry_of
 from dfengine.plan import Plan, PlannedJob
 from dfengine.result import COMBINED
 
@@ -189,6 +189,7 @@ def _empty_result(denoiser: Denoiser, planned: PlannedJob, explainers: Sequence[
     def empty(*size: int) -> np.ndarray:
         return np.full((len(job.timesteps), *size), np.nan, np.float32)
 
+    entries = {explainer.name: entry for explainer in explainers if (entry := entry_of(explainer))}
     maps: dict[str, Any] = {name: empty(height, width) for name in outputs}
     for name, spec in outputs.items():
         if spec.layers:
@@ -211,4 +212,6 @@ def _empty_result(denoiser: Denoiser, planned: PlannedJob, explainers: Sequence[
         words=words,
         word_maps=empty(len(words), height, width).swapaxes(0, 1) if words else None,
         settings={explainer.name: explainer for explainer in explainers},
+        labels={name: entry.label for name, entry in entries.items()},
+        forms={name: entry.form for name, entry in entries.items()},
     )

@@ -1,4 +1,4 @@
-"""What an explanation is to the one who asked for it: arrays, and pictures of them."""
+"""The explanation of one image: its arrays, and heat maps of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from torch.nn import functional as F
 
 from dfengine.tokens import Tokens
 
-#: DF-CAM's map of all layers together.
+#: Name of DF-CAM's map of all layers together.
 COMBINED = "combined"
 
 
 class Explanation:
-    """What a result in memory and an item of a file have in common."""
+    """The interface that a result in memory and an item of a file share."""
 
     prompt: Any
     seed: Any
@@ -41,13 +42,15 @@ class Explanation:
     relevance: Any
     words: Any
     word_maps: Any
+    labels: Mapping[str, str] = MappingProxyType({})
+    forms: Mapping[str, str] = MappingProxyType({})
 
     def heatmap(self, name: str, step: int, layer: str | None = None) -> Float[ndarray, "H W"]:
-        """The map of one step in [0, 1], at the image's size: min–max [9], then bilinear.
+        """One step's map in [0, 1] at the image's size: min–max (Eq. 9), then bilinear.
 
-        `name` is a method's, or a word's that has attention maps (all its occurrences together); `layer` is one of
-        DF-CAM's, by default all "combined".
-        Raises ValueError for a map or a step that is not there, or not computed yet.
+        `name` is a method, or a word that has attention maps (the mean over all its occurrences); `layer` is one of
+        DF-CAM's layers, "combined" by default.
+        Raises ValueError for an unknown map or step, or one that is not computed yet.
         """
         maps = self._maps(name, layer)
         if not -len(maps) <= step < len(maps):
@@ -58,7 +61,7 @@ class Explanation:
         return heatmap(saliency, self.image.shape[:2])
 
     def _maps(self, name: str, layer: str | None) -> Any:
-        """The raw maps of a method, a layer or a word, with the steps along the first axis."""
+        """The raw maps [steps, h, w] of a method, layer or word."""
         rows = [row for row, word in enumerate(self.words) if word.casefold() == name.casefold()]
         if rows and name not in self.maps:
             if layer is not None:
@@ -76,8 +79,17 @@ class Explanation:
             raise ValueError(f"{name!r} has no layer {layer!r}: expected one of {', '.join(maps)}")
         return maps[layer or COMBINED]
 
+    def label(self, method: str) -> str:
+        """The method's name for readers, such as "DF-RISE"; `method` itself where no label is known."""
+        return self.labels.get(method, method)
+
+    def form(self, method: str) -> str:
+        """The kind of figure that suits a method's maps: "saliency", "layers" (a map per layer), "tokens" (relevance of
+        the prompt's tokens) or "words" (a map per word)."""
+        return self.forms.get(method) or ("layers" if isinstance(self.maps[method], Mapping) else "saliency")
+
     def settings_of(self, method: str) -> Mapping[str, Any]:
-        """A method's settings as plain values, and as "explainer" its class's name; nothing of what is not known."""
+        """A method's settings as plain values, with its class's name as "explainer"; empty where they are unknown."""
         explainer = self.settings.get(method)
         if not is_dataclass(explainer):
             return {}
@@ -85,30 +97,20 @@ class Explanation:
             one.name: getattr(explainer, one.name) for one in fields(explainer)
         }
 
-    def explainer_name(self, method: str) -> str:
-        """The name of a method's explainer, as of the paper's form ("Rise" of `XDiffusionRise`); "" where not known.
-
-        What has maps by layer is "Cam".
-        """
-        if isinstance(self.maps[method], Mapping):
-            return "Cam"
-        return str(self.settings_of(method).get("explainer", "")).removeprefix("Released")
-
     def saliency(self, method: str) -> Any:
-        """A method's raw maps, [steps, h, w]: of DF-CAM, those of all layers together."""
+        """A method's raw maps, [steps, h, w]; for maps by layer, those of all layers combined."""
         maps = self.maps[method]
         return maps[COMBINED] if isinstance(maps, Mapping) else maps
 
     def concept(self, concept: str, *, summed: bool = False) -> Float[ndarray, " steps"]:
-        """The relevance of a word or phrase of the prompt at each step: the mean over its tokens, or their sum (as in
-        the authors' released code).
+        """Relevance of a word or phrase of the prompt at each step: the mean over its tokens, or with `summed` their
+        sum (as in the authors' released code).
 
-        Raises ValueError where the prompt does not have it, or no relevance was asked for.
+        Raises ValueError if the phrase is not in the prompt, or the result has no relevance.
         """
         if self.tokens is None:
-            raise ValueError("there is no relevance: explain with Relevance()")
-        places = self.tokens.find(concept)
-        rows = np.asarray(self.relevance)[places]
+            raise ValueError("the result has no relevance: explain with Relevance()")
+        rows = np.asarray(self.relevance)[self.tokens.find(concept)]
         return rows.sum(0) if summed else rows.mean(0)
 
     def __repr__(self) -> str:
@@ -123,7 +125,7 @@ class Explanation:
 
 @dataclass(frozen=True, repr=False)
 class Result(Explanation):
-    """The explanation of one image. Maps are raw: float32, before any normalisation, NaN where not computed."""
+    """The explanation of one image. Maps are raw float32, not normalised, NaN where not computed."""
 
     prompt: str
     seed: int
@@ -141,36 +143,42 @@ class Result(Explanation):
     previews: UInt8[ndarray, "steps H W 3"] | None = None
     """the image predicted at each step (x0, decoded)"""
     maps: Mapping[str, Any] = field(default_factory=dict)
-    """by method, float [steps, h, w]; of DF-CAM by layer, float [steps, u, v], and "combined", float [steps, h, w]"""
+    """by method, float [steps, h, w]; for DF-CAM by layer, float [steps, u, v], and "combined", float [steps, h, w]"""
     errors: Mapping[str, Float[ndarray, "steps h w"]] = field(default_factory=dict)
-    """the standard error of each map, per pixel, of methods that have one"""
+    """standard error of each pixel, for methods that estimate it"""
     scores: Mapping[str, Float[ndarray, "steps masks"]] = field(default_factory=dict)
-    """each mask's mean score, of methods with masks"""
+    """mean score of each mask, for methods that use masks"""
     tokens: Tokens | None = None
     relevance: Float[ndarray, "tokens steps"] | None = None
     words: Sequence[str] = ()
     word_maps: Float[ndarray, "words steps h w"] | None = None
-    """cross-attention map of each word, a row for each occurrence unless words were named"""
+    """cross-attention map of each word; one row per occurrence unless words were named"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """each explainer, under the name its maps are filed by"""
+    """each explainer, by method"""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """each method's name for readers, e.g. DF-RISE"""
+    forms: Mapping[str, str] = field(default_factory=dict)
+    """the kind of figure that suits each method's maps: see `form`"""
 
 
 def model_name(model: str) -> str:
-    """What a model is called where it is shown: its hub id, or the name of its folder without the path to it."""
+    """The name to display for a model: its hub id, or the last part of an absolute path."""
     return PurePath(model).name if PurePath(model).is_absolute() else model
 
 
-def as_call(told: Mapping[str, Any]) -> str:
-    """A method's settings (`Explanation.told`) as they would be given, without those that are left open."""
-    given = {name: told[name] for name in told if name not in ("explainer", "name") and told[name] is not None}
-    settings = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    return f"{told.get('explainer', '')}({settings})" if told else ""
+def as_call(settings: Mapping[str, Any]) -> str:
+    """Settings from `Explanation.settings_of` as a constructor call, without those that are None."""
+    if not settings:
+        return ""
+    given = {name: value for name, value in settings.items() if name not in ("explainer", "name") and value is not None}
+    return f"{settings.get('explainer', '')}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
 def heatmap(saliency: Float[ndarray, "h w"], size: tuple[int, int]) -> Float[ndarray, "H W"]:
-    """Min–max to [0, 1] [9], a constant map to zeros, then bilinear to `size` (half-pixel centres).
+    """A map scaled to [0, 1] by min–max (Eq. 9; zeros if it is constant), then resized bilinearly to `size`
+    (half-pixel centres).
 
-    What is not finite is NaN, and so is what lies between it and its neighbours.
+    Values that are not finite become NaN, and so do pixels interpolated from them.
     """
     saliency = np.where(np.isfinite(saliency), saliency, np.nan)
     low, high = np.nanmin(saliency), np.nanmax(saliency)
@@ -180,9 +188,9 @@ def heatmap(saliency: Float[ndarray, "h w"], size: tuple[int, int]) -> Float[nda
 
 
 def normalised(relevance: Float[ndarray, "tokens steps"], tokens: Tokens) -> Float[ndarray, "tokens steps"]:
-    """Min–max at each step over all tokens between the special ones, as in Table 3; zeros where those are all the same.
+    """Relevance scaled by min–max at each step over the prompt's own tokens, as in Table 3; zeros where they are equal.
 
-    A step that is not computed, or not finite, is NaN.
+    A step is NaN if any of those tokens is not finite there.
     """
     relevance = np.where(np.isfinite(relevance[tokens.own]).all(0), relevance, np.nan)
     own = relevance[tokens.own]

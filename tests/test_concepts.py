@@ -173,7 +173,7 @@ def test_figure_11_has_a_panel_a_schedule_and_bars_of_the_sums() -> None:
     axes = panels(figure)
     assert [axis.get_title() for axis in axes] == ["uniform", "early", "sum over the steps"] * 2
     assert axes[0].lines[0].get_ydata().tolist() == [0.1, 0.9]
-    assert [text.get_text() for text in axes[1].get_xticklabels()] == ["1\nt = 999", "2\nt = 80"]
+    assert [text.get_text() for text in axes[1].get_xticklabels()] == ["0\nt = 999", "1\nt = 80"]
     assert [bar.get_height() for bar in axes[2].patches] == [1.0] * 4
 
 

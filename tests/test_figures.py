@@ -1,4 +1,4 @@
-"""Figures say what they show; the pictures themselves are looked at by people."""
+"""What figures show: pictures, maps, lines, labels, and the layout of their texts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from test_result import result
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, figures
-from dfengine.figures import choosing, chosen_steps, overlay, save, strip
-from dfengine.figures.parts import COLOUR_MAP, ERROR_MAP
+from dfengine.figures import overlay, save, selection, strip
+from dfengine.figures.panels import COLOUR_MAP, ERROR_MAP
 from dfengine.result import COMBINED, Result, heatmap
 from dfengine.tokens import Tokens, content_words, word_spans
 
@@ -35,7 +35,7 @@ LAYERS: dict[str, int] = {
 
 
 def explained(prompt: str, steps: int = 5, size: tuple[int, int] = (8, 12), **changes: Any) -> Result:
-    """All that can be drawn, of random numbers: every word of the prompt is a token, between start and end."""
+    """A result with random numbers for all that can be drawn; each word of the prompt is a token."""
     random = np.random.default_rng(1)
     spans = tuple(word_spans(prompt))
     told = tuple(prompt[first:last] for first, last in spans)
@@ -67,12 +67,14 @@ def explained(prompt: str, steps: int = 5, size: tuple[int, int] = (8, 12), **ch
         words=told,
         word_maps=maps(len(told), steps, 2, 3),
         settings={"rise": Rise(), "relevance": Relevance(), "cam": Cam(), "attention": Attention()},
+        labels={"rise": "DF-RISE", "cam": "DF-CAM"},
+        forms={"rise": "saliency", "relevance": "tokens", "cam": "layers", "attention": "words"},
     )
     return dataclasses.replace(made, **changes)
 
 
 def labels(figure: Figure) -> list[str]:
-    """What stands beside the rows."""
+    """The labels of the rows."""
     return [axis.get_ylabel() for axis in figure.axes if axis.images and axis.get_ylabel()]
 
 
@@ -81,7 +83,7 @@ def titles(figure: Figure) -> list[str]:
 
 
 def pictures(figure: Figure) -> list[np.ndarray]:
-    """All pictures, row by row, without the colour bar."""
+    """All pictures row by row, without the colour bar."""
     return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
 
 
@@ -134,16 +136,16 @@ def check_texts(figure: Figure) -> None:
 
 
 def test_steps_are_spread_from_first_to_last() -> None:
-    assert chosen_steps(30) == [0, 6, 12, 17, 23, 29]
-    assert chosen_steps(3) == [0, 1, 2]
-    assert chosen_steps(1) == [0]
+    assert selection.evenly_spaced(30) == [0, 6, 12, 17, 23, 29]
+    assert selection.evenly_spaced(3) == [0, 1, 2]
+    assert selection.evenly_spaced(1) == [0]
 
 
 def test_a_strip_says_prompt_model_seed_step_and_t() -> None:
     figure = strip(result(MAPS), steps=[0, 29])
     assert figure.get_suptitle() == "“a red circle”  ·  shapes, seed 0"
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[:3] == ["image", "step 1, t = 29", "step 30, t = 0"]
+    assert titles[:3] == ["image", "step 0, t = 29", "step 29, t = 0"]
 
 
 def test_a_strip_has_each_steps_pictures_and_before_them_the_image_with_the_mean() -> None:
@@ -177,8 +179,8 @@ def test_a_step_that_is_not_there_is_named() -> None:
         strip(result(MAPS), steps=[30])
 
 
-def test_a_step_from_the_end_is_told_by_its_number() -> None:
-    assert titles(strip(result(MAPS), steps=[-1]))[1] == "step 30, t = 0"
+def test_a_negative_step_is_labelled_by_its_index() -> None:
+    assert titles(strip(result(MAPS), steps=[-1]))[1] == "step 29, t = 0"
 
 
 def test_a_long_prompt_has_lines_enough() -> None:
@@ -195,7 +197,7 @@ def test_standard_errors_are_a_row_of_shares_of_the_maps_range() -> None:
     errors[0] = [[1, 0.4, 0], [0.2, np.inf, 2]]
     made = dataclasses.replace(explained("a cat", steps=2, size=(2, 3)), maps={"rise": maps}, errors={"rise": errors})
     figure = strip(made, steps=[0, 1])
-    assert labels(figure) == ["predicted $x_0$", "rise,\n7 masks", "standard error,\nshare of range"]
+    assert labels(figure) == ["predicted $x_0$", "DF-RISE,\n7 masks", "standard error,\nshare of range"]
     share, none = (np.ma.filled(axis.images[0].get_array(), np.nan) for axis in error_axes(figure))
     np.testing.assert_allclose(share, [[0.25, 0.1, 0], [0.05, np.nan, 0.5]], rtol=1e-6)
     assert np.isnan(none).all()
@@ -212,9 +214,9 @@ def test_the_colour_bar_is_of_the_maps_colours(method: str) -> None:
 
 def test_methods_without_errors_have_no_such_row() -> None:
     made = explained("a cat", errors={"lime": MAPS[:5]})
-    assert labels(strip(made, steps=[0])) == ["predicted $x_0$", "rise,\n7 masks"]
+    assert labels(strip(made, steps=[0])) == ["predicted $x_0$", "DF-RISE,\n7 masks"]
     constant = dataclasses.replace(made, maps={"rise": np.ones((5, 2, 3), np.float32)}, errors={"rise": MAPS[:5]})
-    assert labels(strip(constant, steps=[0])) == ["predicted $x_0$", "rise,\n7 masks"]
+    assert labels(strip(constant, steps=[0])) == ["predicted $x_0$", "DF-RISE,\n7 masks"]
 
 
 def test_errors_are_drawn_at_the_size_of_the_image() -> None:
@@ -245,7 +247,7 @@ def test_a_strip_is_readable_across_a_page(steps: int, size: tuple[int, int]) ->
 def test_layers_are_rows_and_steps_columns() -> None:
     made = explained("a cat", size=(12, 8))
     figure = figures.layers(made, steps=[3, 0], names=["mid_block.resnets.1", "down_blocks.3.resnets.0"])
-    assert titles(figure) == ["step 4\nt = 10", "step 1\nt = 40"]
+    assert titles(figure) == ["step 3\nt = 10", "step 0\nt = 40"]
     assert labels(figure) == [
         "predicted $x_0$",
         "combined,\n2×3",
@@ -271,7 +273,7 @@ def test_without_previews_maps_lie_over_the_image() -> None:
 
 def test_of_many_layers_a_few_are_drawn_down_and_up_again() -> None:
     maps = {name: np.empty((1, side, side)) for name, side in LAYERS.items()}
-    assert choosing.main_layers({COMBINED: np.empty((1, 64, 64)), **maps}) == [
+    assert selection.main_layers({COMBINED: np.empty((1, 64, 64)), **maps}) == [
         "down_blocks.0.attentions.0",
         "down_blocks.2.attentions.0",
         "mid_block.resnets.1",
@@ -286,10 +288,10 @@ def test_of_many_layers_a_few_are_drawn_down_and_up_again() -> None:
     )
     maps = {f"{block}.{part}.0": np.empty((1, n, n)) for block, n in sides.items() for part in ("resnets", "samplers")}
     blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.1", "up_blocks.2")
-    assert choosing.main_layers(maps) == [f"{block}.resnets.0" for block in blocks]
+    assert selection.main_layers(maps) == [f"{block}.resnets.0" for block in blocks]
     only = {name: values for name, values in maps.items() if "samplers" in name}
-    assert choosing.main_layers(only) == [f"{block}.samplers.0" for block in blocks]
-    assert choosing.main_layers({COMBINED: maps["mid_block.resnets.0"], "a": maps["mid_block.resnets.0"]}) == ["a"]
+    assert selection.main_layers(only) == [f"{block}.samplers.0" for block in blocks]
+    assert selection.main_layers({COMBINED: maps["mid_block.resnets.0"], "a": maps["mid_block.resnets.0"]}) == ["a"]
     assert len(labels(figures.layers(explained("a cat")))) == 7
 
 
@@ -315,7 +317,7 @@ def test_lines_are_min_max_over_the_own_tokens_and_the_mean_over_a_concepts() ->
     assert list(lines(figure)) == ["red", "cat"]
     np.testing.assert_array_equal(lines(figure)["red"], [0.25, 0, np.nan, 1])
     np.testing.assert_array_equal(lines(figure)["cat"], [0.75, 0, np.nan, 0.25])
-    np.testing.assert_array_equal(curves(figure).lines[0].get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_array_equal(curves(figure).lines[0].get_xdata(), [0, 1, 2, 3])
     phrase = figures.relevance(made, ["red cat", "a"], steps=[0])
     np.testing.assert_allclose(lines(phrase)["red cat"], [1.75 / 3, 0, np.nan, 1.5 / 3])
     np.testing.assert_array_equal(lines(phrase)["a"], [0, 0, np.nan, 0])
@@ -331,36 +333,36 @@ def test_a_step_that_overflowed_is_a_gap() -> None:
 def test_steps_are_marked_and_their_maps_are_below() -> None:
     made = explained("a red cat")
     figure = figures.relevance(made, steps=[1, -1])
-    assert titles(figure) == ["step 2\nt = 30", "step 5\nt = 0"]
+    assert titles(figure) == ["step 1\nt = 30", "step 4\nt = 0"]
     marks = [line.get_xdata()[0] for line in curves(figure).lines if line.get_color() == "0.5"]
-    assert marks == [2, 5]
-    assert [text.get_text() for text in curves(figure).texts] == [" red", " cat", "2", "5"]
-    assert curves(figure).get_xticks().tolist() == [1, 2, 3, 4, 5]
+    assert marks == [1, 4]
+    assert [text.get_text() for text in curves(figure).texts] == [" red", " cat", "1", "4"]
+    assert curves(figure).get_xticks().tolist() == [0, 1, 2, 3, 4]
     assert [tick.get_text().strip() for tick in curves(figure).get_xticklabels()] == [
-        "1\nt = 40",
+        "0\nt = 40",
+        "1",
         "2",
         "3",
-        "4",
-        "5\nt = 0",
+        "4\nt = 0",
     ]
     for drawn, step in zip(pictures(figure)[2:], (1, 4), strict=True):
         np.testing.assert_array_equal(drawn, overlay(np.asarray(made.previews)[step], made.heatmap("cam", step)))
 
 
 @pytest.mark.parametrize(
-    ("methods", "label"),
+    ("methods", "background", "label"),
     [
-        (["relevance", "rise", "cam"], "cam,\ncombined"),
-        (["relevance", "rise"], "rise,\n7 masks"),
-        (["attention", "relevance"], "relevance"),
+        (["relevance", "rise", "cam"], "cam", "DF-CAM,\ncombined"),
+        (["relevance", "rise"], "rise", "DF-RISE,\n7 masks"),
+        (["attention", "relevance"], "relevance", "relevance"),
     ],
 )
-def test_the_map_below_the_lines_is_named(methods: list[str], label: str) -> None:
+def test_the_map_below_the_lines_is_named(methods: list[str], background: str, label: str) -> None:
     made = explained("a red cat")
     made = dataclasses.replace(made, maps={name: made.maps[name] for name in methods})
     figure = figures.relevance(made, steps=[0])
     assert labels(figure) == ["predicted $x_0$", label]
-    expected = overlay(np.asarray(made.previews)[0], made.heatmap(label.split(",")[0], 0))
+    expected = overlay(np.asarray(made.previews)[0], made.heatmap(background, 0))
     np.testing.assert_array_equal(pictures(figure)[1], expected)
 
 
@@ -371,20 +373,20 @@ def test_of_many_concepts_the_eight_most_relevant_are_drawn_in_the_prompts_order
     assert list(drawn) == ["one", "three", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-def test_telling_steps_are_peaks_and_crossings() -> None:
+def test_informative_steps_are_peaks_and_crossings() -> None:
     a = np.array([0.2, 0.9, 0.4, 0.3, 0.5, 0.6, 0.1, 0.1])
     b = np.array([0.1, 0.3, 0.6, 0.8, 0.4, 0.2, 0.2, 0.3])
     # They cross at 2, 4 and 6; what is lower on the whole does not count.
-    assert figures.telling_steps({"low": np.full(8, 0.05), "a": a, "b": b}) == [1, 2, 3, 6]
+    assert selection.informative_steps({"low": np.full(8, 0.05), "a": a, "b": b}) == [1, 2, 3, 6]
     # Filled up with what is farthest: from 2 that is 8, then 5, then 0.
-    assert figures.telling_steps({"a": np.eye(9)[2]}) == [0, 2, 5, 8]
+    assert selection.informative_steps({"a": np.eye(9)[2]}) == [0, 2, 5, 8]
     unfinished = np.array([0.1, 0.2, 0.1, np.nan, np.nan])
-    assert figures.telling_steps({"a": unfinished, "b": unfinished / 2}) == [0, 1, 2]
+    assert selection.informative_steps({"a": unfinished, "b": unfinished / 2}) == [0, 1, 2]
     # The highest are 0 and 5, and a gap hides where they cross: the step after it.
     a, b = np.array([9, 8, 7, np.nan, 1, 1, 1.0]), np.array([0, 1, 2, np.nan, 4, 5, 4.0])
-    assert figures.telling_steps({"a": a, "b": b}) == [0, 2, 4, 5]
+    assert selection.informative_steps({"a": a, "b": b}) == [0, 2, 4, 5]
     made = explained("a red cat", steps=4, tokens=CAT, relevance=RELEVANCE)
-    assert titles(figures.relevance(made)) == ["step 1\nt = 30", "step 2\nt = 20", "step 4\nt = 0"]
+    assert titles(figures.relevance(made)) == ["step 0\nt = 30", "step 1\nt = 20", "step 3\nt = 0"]
 
 
 def test_words_are_concepts_once_and_without_stop_words() -> None:
@@ -396,7 +398,7 @@ def test_attention_has_a_row_a_word() -> None:
     made = explained("a cat and a dog on a cat")
     figure = figures.attention(made, steps=[4, 1])
     assert labels(figure) == ["predicted $x_0$", "cat", "dog"]
-    assert titles(figure) == ["step 5\nt = 0", "step 2\nt = 30"]
+    assert titles(figure) == ["step 4\nt = 0", "step 1\nt = 30"]
     previews = np.asarray(made.previews)
     expected = [previews[4], previews[1]]
     for word in ("cat", "dog"):
@@ -427,9 +429,9 @@ def test_a_method_is_drawn_in_its_own_form() -> None:
     assert list(lines(figures.draw(made, "relevance", [0]))) == ["red", "cat"]
     assert labels(figures.draw(made, "attention", [0]))[1:] == ["red", "cat"]
     assert [titles(figures.draw(made, method, [3]))[-1][:6] for method in ("cam", "relevance", "attention")] == [
-        "step 4"
+        "step 3"
     ] * 3
-    renamed = dataclasses.replace(made, maps={"mine": made.maps["rise"]}, settings={"mine": Attention(name="mine")})
+    renamed = dataclasses.replace(made, maps={"mine": made.maps["rise"]}, forms={"mine": "words"})
     assert labels(figures.draw(renamed, "mine", [0]))[1:] == ["red", "cat"]
 
 
@@ -449,8 +451,14 @@ UNFINISHED = np.full((5, 2, 3), np.nan, np.float32)
         ("'dog' is not in the prompt", lambda made: figures.relevance(made, ["dog"])),
         ("no attention map of 'dog': expected one of a, red, cat", lambda made: figures.attention(made, ["dog"])),
         ("no attention map of 'rise'", lambda made: figures.attention(made, ["rise"])),
-        ("no relevance", lambda made: figures.relevance(dataclasses.replace(made, tokens=None))),
-        ("no attention", lambda made: figures.attention(dataclasses.replace(made, words=()))),
+        (
+            "the result has no relevance: explain with",
+            lambda made: figures.relevance(dataclasses.replace(made, tokens=None)),
+        ),
+        (
+            "no attention maps of words: the prompt 'a red cat' has no words",
+            lambda made: figures.attention(dataclasses.replace(made, words=())),
+        ),
         (
             "no step's relevance is computed yet",
             lambda made: figures.relevance(dataclasses.replace(made, relevance=np.full((5, 5), np.nan, np.float32))),
@@ -474,7 +482,7 @@ def test_words_that_the_model_does_not_read_have_no_line() -> None:
     tokens = Tokens("a red cat", ("<s>", "a", "red", "</s>"), ((0, 0), (0, 1), (2, 5), (0, 0)))
     made = explained("a red cat", tokens=tokens, relevance=np.ones((4, 5), np.float32))
     assert list(figures.concept_lines(made)) == ["red"]
-    with pytest.raises(ValueError, match="'cat' is not among the tokens"):
+    with pytest.raises(ValueError, match="'cat' is beyond the tokens"):
         figures.relevance(made, ["cat"])
     with pytest.raises(ValueError, match="the prompt '' has no words"):
         figures.relevance(explained(""))

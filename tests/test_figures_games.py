@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from dfengine.figures.games import ablation, comparison, curves
-from dfengine.figures.parts import COLOURS, overlay
+from dfengine.figures.panels import COLOURS, overlay
 
 #: What matplotlib would take for mathematics, and could not read.
 PROMPT, METHOD = "$\\mat$ under a red_circle_", "rise_0 $\\frac$"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,20 +65,16 @@ def _draw_all(
 ) -> None:
     from dfengine import figures
 
-    drawn = 0
-    for name, figure in figures.every(opened, only=items, methods=methods, steps=steps, limit=limit):
+    drawings = []
+    for one in figures.draw_all(opened, items=items, methods=methods, steps=steps, limit=limit):
         folder.mkdir(exist_ok=True)
-        print(*figures.save_both(figure, folder / name), sep="\n", flush=True)
-        drawn += 1
-    if not drawn:
+        print(*figures.save_both(one.figure, folder / one.name), sep="\n", flush=True)
+        drawings.append((one.name, one.result, one.method, one.steps))
+    if not drawings:
         raise ValueError(f"there is nothing to draw in {opened.path} yet: no image has a finished step")
-    if gif:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the number left out has been reported
-            chosen = figures.drawings(opened, only=items, methods=methods, steps=steps, limit=limit)
-        for one in chosen:
-            path = folder / f"{one.name}.gif"
-            print(figures.animate(one.result, one.method, path, steps=one.steps), flush=True)
+    for name, result, method, chosen in drawings if gif else ():
+        if result is not None:
+            print(figures.animate(result, method, folder / f"{name}.gif", steps=chosen), flush=True)
 
 
 def _folder(run: Path, out: Path | None) -> Path:

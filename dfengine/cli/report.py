@@ -36,6 +36,6 @@ def report(
             screen.err.print(f"dfengine: note: {limit} of {len(opened)} images; --limit or --item for others")
         with screen.bar("packing", len(shown)) as (bar, task):
             page = report.write(
-                shown, out or options.sibling(run, ".html"), title=title, tell=lambda: bar.advance(task)
+                shown, out or options.sibling(run, ".html"), title=title, on_progress=lambda: bar.advance(task)
             )
     print(f"{page}: {len(shown)} image{'s' * (len(shown) != 1)}, {page.stat().st_size / 1e6:.1f} MB")

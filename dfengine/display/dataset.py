@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def dataset(result: Explanation) -> xarray.Dataset:
-    """All arrays of one image in memory, with the names and axes that a file has for them.
+    """All arrays of one image in memory, with the names and axes that they have in a file.
 
-    Raises ValueError where xarray is missing, or the image is not generated yet.
+    Raises ValueError if xarray is not installed or the image is not generated yet.
     """
     try:
         import xarray
     except ImportError:
-        raise ValueError("to_xarray needs xarray: pip install 'dfengine[xarray]'") from None
+        raise ValueError("to_xarray requires xarray: pip install 'dfengine[xarray]'") from None
     texts = {"method": list(result.maps), "word": list(result.words)}
     texts["token"] = [] if result.tokens is None else list(result.tokens.texts)
     coordinates = {axis: (axis, values) for axis, values in texts.items() if values}
@@ -42,7 +42,7 @@ def dataset(result: Explanation) -> xarray.Dataset:
 
 
 def _arrays(result: Explanation) -> Iterator[tuple[str, Any]]:
-    """By its path in a file, each array that there is but those of DF-CAM's layers; NaN for methods without one."""
+    """The available arrays except layers' maps, with their paths in a file; NaN for methods without values."""
     yield "images/rgb", result.image
     yield "schedule/timestep", result.timesteps
     yield "schedule/signal", result.signal
@@ -63,7 +63,7 @@ def _arrays(result: Explanation) -> Iterator[tuple[str, Any]]:
 
 
 def _stacked(by_method: Mapping[str, Any], methods: list[str]) -> Float[ndarray, "methods steps *rest"]:
-    """One array of all methods: NaN for those without, and after the last mask of those with fewer."""
+    """One array for all methods, padded with NaN for methods without values or with fewer masks."""
     arrays = {name: np.asarray(values) for name, values in by_method.items()}
     shape = np.max([values.shape for values in arrays.values()], axis=0)
     stacked = np.full((len(methods), *shape), np.nan, np.float32)
@@ -73,19 +73,19 @@ def _stacked(by_method: Mapping[str, Any], methods: list[str]) -> Float[ndarray,
 
 
 def _layers(result: Explanation) -> dict[tuple[int, int], dict[str, Any]]:
-    """DF-CAM's maps by resolution and layer."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
+    """Layers' maps by resolution and layer."""
+    layers: dict[tuple[int, int], dict[str, Any]] = {}
     for maps in result.maps.values():
         for name, values in maps.items() if isinstance(maps, Mapping) else ():
             if name != COMBINED:
-                found.setdefault(values.shape[1:], {})[name] = values
-    return found
+                layers.setdefault(values.shape[1:], {})[name] = values
+    return layers
 
 
 def _attributes(result: Explanation) -> dict[str, Any]:
-    """Prompts, seed, model, and the methods' settings as JSON where they are known here."""
-    told = {"prompt": result.prompt, "seed": result.seed, "model": result.model}
-    if negative := getattr(result, "negative_prompt", ""):
-        told["negative_prompt"] = negative
-    told["settings"] = json.dumps({name: dict(result.settings_of(name)) for name in result.maps}, default=repr)
-    return told
+    """Prompts, seed, model, and the methods' settings as JSON."""
+    attributes = {"prompt": result.prompt, "seed": result.seed, "model": result.model}
+    if negative_prompt := getattr(result, "negative_prompt", ""):
+        attributes["negative_prompt"] = negative_prompt
+    attributes["settings"] = json.dumps({name: dict(result.settings_of(name)) for name in result.maps}, default=repr)
+    return attributes

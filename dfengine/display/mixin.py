@@ -1,4 +1,4 @@
-"""Results that draw, tabulate and show themselves: what `Engine.explain` and `dfengine.open` give to people."""
+"""Results that plot, tabulate and render themselves: what `Engine.explain` and `dfengine.open` return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DisplayMixin(Explanation):
-    """An explanation with all that is made of one."""
+    """An explanation with figures, a dataset and a notebook view."""
 
     def plot(
         self,
@@ -32,37 +32,30 @@ class DisplayMixin(Explanation):
         concepts: Sequence[str] | None = None,
         words: Sequence[str] | None = None,
     ) -> figures.Figure:
-        """The figure of a method's maps in the form that suits it (`dfengine.figures`), which a notebook shows.
+        """The figure of a method's maps in the form that suits them, as `dfengine.figures.draw`; notebooks display it.
 
-        Without `method`, of the first that has what is named: `layers` of DF-CAM, `concepts` of relevance, `words` of
-        attention. Raises ValueError for what the result does not have, or has not finished.
+        Without `method`, the first one whose figure takes the given rows: `layers` of DF-CAM, `concepts` of relevance,
+        `words` of attention. Raises ValueError for what the result does not have or has not finished.
         """
-        from dfengine import figures
+        from dfengine.figures.forms import draw, form_of
 
-        named = {"layers": layers, "concepts": concepts, "words": words}
-        given = {name for name, values in named.items() if values is not None}
-        takes = {"Cam": "layers", "Relevance": "concepts", "Attention": "words"}
-        fitting = [name for name in self.maps if given <= {takes.get(self.explainer_name(name))}]
+        given = {"layers": layers, "concepts": concepts, "words": words}
+        rows = {name: values for name, values in given.items() if values is not None}
+        fitting = [name for name in self.maps if rows.keys() <= {form_of(self, name).rows}]
         chosen = method or next(iter(fitting or self.maps), "")
-        if given and chosen not in fitting:
+        if rows and chosen not in fitting:
             raise ValueError(
-                f"the figure of {chosen!r} has no {' or '.join(sorted(given))} to choose: layers are for DF-CAM, "
-                "concepts for relevance, words for attention"
+                f"the figure of {chosen!r} takes no {' or '.join(sorted(rows))}: layers are for methods with maps by "
+                "layer, concepts for relevance, words for attention"
             )
-        if layers is not None:
-            return figures.layers(self, chosen, steps, [layers] if isinstance(layers, str) else layers)
-        if concepts is not None:
-            return figures.relevance(self, concepts, steps)
-        if words is not None:
-            return figures.attention(self, words, steps)
-        return figures.draw(self, chosen, steps)
+        return draw(self, chosen, steps, next(iter(rows.values()), None))
 
     def to_xarray(self) -> xarray.Dataset:
-        """All arrays in memory with named axes and coordinates, as `dfengine.store.Run.to_xarray` names them.
+        """All arrays in memory with named axes and coordinates, named as in `dfengine.store.Run.to_xarray`.
 
-        Beside those: `preview`, `latent`, `epsilon`, and of each resolution of DF-CAM's layers `cam_{u}x{v}` with the
-        axes (layer_{u}x{v}, step, u_{u}x{v}, v_{u}x{v}). Prompts, seed, model and settings (JSON) are attributes.
-        Raises ValueError where xarray is missing, or the image is not generated yet.
+        In addition `preview`, `latent`, `epsilon`, and for each resolution of DF-CAM's layers `cam_{u}x{v}` with axes
+        (layer_{u}x{v}, step, u_{u}x{v}, v_{u}x{v}). Prompts, seed, model and settings (JSON) are attributes. Raises
+        ValueError if xarray is not installed or the image is not generated yet.
         """
         return dataset(self)
 
@@ -102,5 +95,5 @@ class Item(DisplayMixin, store.StoredItem):
 
 
 def open(path: str | os.PathLike[str]) -> store.Run | store.RunFolder:
-    """Opens a file or run folder as `dfengine.store.open` does, with items that draw, tabulate and show themselves."""
+    """Open a file or run folder like `dfengine.store.open`, with items that plot, tabulate and render themselves."""
     return store.open(path, Item)

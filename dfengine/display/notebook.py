@@ -1,4 +1,4 @@
-"""How a notebook shows a result: its pictures and a table of what it is."""
+"""How a notebook displays a result: a table of facts, and pictures of a few steps."""
 
 from __future__ import annotations
 
@@ -14,64 +14,69 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image
 
-from dfengine import figures
-from dfengine.figures.choosing import computed
+from dfengine.figures.panels import overlay, step_label, unique_labels
+from dfengine.figures.selection import computed, evenly_spaced
 from dfengine.result import Explanation, as_call
 
-#: CSS pixels of the longer side, at most: of the image, and of a picture at a step.
-IMAGE, PICTURE = 192, 128
-#: How many steps are shown.
-STEPS = 5
+#: Maximum length of the longer side, in CSS pixels: of the image, and of a picture at a step.
+IMAGE_SIDE, PICTURE_SIDE = 192, 128
+#: Maximum number of steps.
+NUM_STEPS = 5
 
 _CELL = "text-align:left;vertical-align:top;padding:2px 6px"
+#: What reading an item may raise: not stored, a damaged or closed file.
+_UNREADABLE = (ValueError, OSError, RuntimeError, KeyError)
 
 
 def html(result: Explanation) -> str:
-    """The image beside a table of what it is, and below them predicted x0 and heat maps of a few steps.
+    """The image beside a table of facts, and below them the predicted x0 and heat maps of a few steps.
 
     What is not stored, not computed or not readable is left out.
     """
-    image, maps = _read(result, "image"), _maps(result)
-    shown = "" if image is None else f"<div>{_picture(image, IMAGE, 'image')}</div>"
+    image, maps = _read(result, "image"), _readable_maps(result)
+    picture = "" if image is None else f"<div>{_picture(image, IMAGE_SIDE, 'image')}</div>"
     strip = "" if image is None else f'<div style="overflow-x:auto">{_strip(result, image, maps)}</div>'
-    facts = f"{shown}{_facts(result, maps)}"
+    facts = picture + _facts(result, maps)
     row = f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start">{facts}</div>'
     return f"<div>{row}{strip}</div>"
 
 
 def _read(result: Explanation, name: str) -> Any:
-    """An array of a result, or None where it has none: not kept or not stored yet, its file damaged or closed."""
-    with suppress(ValueError, OSError, RuntimeError, KeyError):
+    """An array of a result, or None if it has none or it cannot be read."""
+    with suppress(*_UNREADABLE):
         values = getattr(result, name)
         return None if values is None else np.asarray(values)
     return None
 
 
-def _maps(result: Explanation) -> dict[str, Float[ndarray, "steps h w"]]:
-    """The raw maps of each method, of DF-CAM those of all layers; nothing for those that cannot be read."""
-    found = {}
+def _readable_maps(result: Explanation) -> dict[str, Float[ndarray, "steps h w"]]:
+    """Each method's raw maps (of all layers combined), without those that cannot be read."""
+    maps = {}
     for name in result.maps:
-        with suppress(ValueError, OSError, RuntimeError, KeyError):
-            found[name] = np.asarray(result.saliency(name))
-    return found
+        with suppress(*_UNREADABLE):
+            maps[name] = np.asarray(result.saliency(name))
+    return maps
 
 
-def _facts(result: Explanation, every: Mapping[str, Float[ndarray, "steps h w"]]) -> str:
-    """A table: prompts, seed, model, steps, sizes, and each method with its settings."""
+def _facts(result: Explanation, maps: Mapping[str, Float[ndarray, "steps h w"]]) -> str:
+    """A table of prompts, seed, model, steps, sizes, and each method with its settings."""
     image, latents, timesteps = (_read(result, name) for name in ("image", "latents", "timesteps"))
     rows = [("prompt", result.prompt)]
-    if negative := getattr(result, "negative_prompt", ""):
-        rows.append(("negative prompt", negative))
+    if negative_prompt := getattr(result, "negative_prompt", ""):
+        rows.append(("negative prompt", negative_prompt))
     rows += [("seed", result.seed), ("model", result.model)]
     if image is None or latents is None or timesteps is None:
         rows.append(("image", "not generated yet, or not readable"))
     else:
-        rows.append(("steps", f"{len(timesteps)}: t = {timesteps[0]} … {timesteps[-1]}"))
+        rows.append(("steps", f"{len(timesteps)}: t = {timesteps[0]:g} … {timesteps[-1]:g}"))
         rows.append(("size", f"image {_size(image.shape[:2])}, latent {_size(latents.shape[1:])}"))
-    for name, maps in every.items():
+    for name, values in maps.items():
         layers = f", {len(result.maps[name]) - 1} layers" if isinstance(result.maps[name], Mapping) else ""
-        told = f"; {made}" if (made := as_call(result.settings_of(name))) else ""
-        rows.append((name, f"{len(computed(maps))} of {len(maps)} maps, {_size(maps.shape[1:])}{layers}{told}"))
+        call = as_call(result.settings_of(name))
+        settings = f"; {call}" if call else ""
+        rows.append(
+            (name, f"{len(computed(values))} of {len(values)} maps, {_size(values.shape[1:])}{layers}{settings}")
+        )
     cells = (
         f'<tr><th style="{_CELL}">{escape(name)}</th><td style="{_CELL}">{escape(str(text))}</td></tr>'
         for name, text in rows
@@ -84,45 +89,46 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"], maps: Mapping[str, Float[ndarray, "steps h w"]]) -> str:
-    """A column for each of a few steps, of those that have maps if any have: predicted x0 and the maps over it."""
-    timesteps, previews = result.timesteps, _read(result, "previews")
+    """A column for each of a few steps (of those with maps, if any) with the predicted x0 and the maps over it."""
+    previews = _read(result, "previews")
     finished = {name: computed(values) for name, values in maps.items()}
-    candidates = sorted({step for steps in finished.values() for step in steps}) or range(len(timesteps))
-    steps = [candidates[place] for place in figures.chosen_steps(len(candidates), STEPS)]
-    beneath = {step: image if previews is None else previews[step] for step in steps}
-    rows = {} if previews is None else {"predicted x0": {step: previews[step] for step in steps}}
-    for name in maps:
-        rows[name] = {
-            step: _bytes(figures.overlay(beneath[step], result.heatmap(name, step)))
+    candidates = sorted({step for steps in finished.values() for step in steps}) or range(len(result.timesteps))
+    steps = [candidates[index] for index in evenly_spaced(len(candidates), NUM_STEPS)]
+    pictures = {step: image if previews is None else previews[step] for step in steps}
+    rows = {} if previews is None else {"predicted x0": pictures}
+    labels = unique_labels({name: result.label(name) for name in maps})
+    for name, label in labels.items():
+        rows[label] = {
+            step: _to_bytes(overlay(pictures[step], result.heatmap(name, step)))
             for step in steps
             if step in finished[name]
         }
-    head = "".join(f'<td style="{_CELL}">step {step + 1}<br>t = {timesteps[step]}</td>' for step in steps)
+    head = "".join(f'<td style="{_CELL}">{step_label(result, step, "<br>")}</td>' for step in steps)
     body = "".join(
-        f'<tr><th style="{_CELL}">{escape(name)}</th>'
-        + "".join(f'<td style="{_CELL}">{_cell(row.get(step), f"{name}, step {step + 1}")}</td>' for step in steps)
+        f'<tr><th style="{_CELL}">{escape(label)}</th>'
+        + "".join(f'<td style="{_CELL}">{_cell(row.get(step), f"{label}, step {step}")}</td>' for step in steps)
         + "</tr>"
-        for name, row in rows.items()
+        for label, row in rows.items()
     )
     return f'<table style="margin:8px 0 0"><tr><th></th>{head}</tr>{body}</table>' if rows else ""
 
 
-def _bytes(pixels: Float[ndarray, "H W 3"]) -> UInt8[ndarray, "H W 3"]:
+def _to_bytes(pixels: Float[ndarray, "H W 3"]) -> UInt8[ndarray, "H W 3"]:
     return (pixels * 255).round().astype(np.uint8)
 
 
 def _cell(pixels: UInt8[ndarray, "H W 3"] | None, alt: str) -> str:
-    return "not computed" if pixels is None else _picture(pixels, PICTURE, alt)
+    return "not computed" if pixels is None else _picture(pixels, PICTURE_SIDE, alt)
 
 
 def _picture(pixels: UInt8[ndarray, "H W 3"], side: int, alt: str) -> str:
-    """An image element with the picture in it: a small one exact, its pixels shown as squares; a large one shrunk."""
+    """An image element with inline data: small pictures are exact and enlarged by whole pixels, large ones shrunk."""
     picture, file = Image.fromarray(pixels), BytesIO()
     kind = "png" if max(picture.size) <= side else "jpeg"
     picture.thumbnail((side, side))
     picture.save(file, kind, quality=85)
     scale = side // max(picture.size)
     width, height = (scale * length for length in picture.size)
-    look = "max-width:none;margin:0" + (";image-rendering:pixelated" if scale > 1 else "")
+    style = "max-width:none;margin:0" + (";image-rendering:pixelated" if scale > 1 else "")
     data = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-    return f'<img src="{data}" width="{width}" height="{height}" alt="{escape(alt)}" style="{look}">'
+    return f'<img src="{data}" width="{width}" height="{height}" alt="{escape(alt)}" style="{style}">'

@@ -1,4 +1,4 @@
-"""The bar that a notebook shows while an image is generated and explained."""
+"""The progress bar shown while an image is generated and explained."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tqdm import TqdmWarning
 from dfengine.explain import StepMap
 
 with warnings.catch_warnings():
-    # Where a notebook has no ipywidgets, tqdm says so and shows text, which will do.
+    # Without ipywidgets tqdm warns and falls back to text, which is good enough.
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.auto import tqdm
 
 
 @contextmanager
 def bar(total: int, shown: bool | None, done: int = 0) -> Iterator[Callable[[object], None]]:
-    """A bar of so many step maps, some `done` already: it follows the engine's events, and is gone at the end.
+    """Show a bar of `total` step maps, `done` of them complete; yields the function to call with each engine event.
 
-    `shown` None is in a notebook only.
+    With `shown` None, the bar appears in notebooks only. It is removed at the end.
     """
     disable = not (in_notebook() if shown is None else shown)
     with tqdm(total=total, initial=done, desc="generating", unit="map", leave=False, disable=disable) as line:
 
         def follow(event: object) -> None:
             if isinstance(event, StepMap):
-                line.set_description(f"explaining: {event.method}, step {event.step + 1}", refresh=False)
+                line.set_description(f"explaining: {event.method}, step {event.step}", refresh=False)
                 line.update()
             else:
                 line.set_description("explaining")
@@ -37,6 +37,6 @@ def bar(total: int, shown: bool | None, done: int = 0) -> Iterator[Callable[[obj
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this, and not a script or IPython in a terminal."""
+    """Whether this runs in a Jupyter kernel (not in a script, nor in IPython in a terminal)."""
     ipython = sys.modules.get("IPython")
     return hasattr(ipython and ipython.get_ipython(), "kernel")

@@ -1,15 +1,15 @@
-"""Pictures of explanations in the paper's forms."""
+"""Figures of explanations, in the forms of the paper."""
 
 from dfengine.figures.animation import animate
-from dfengine.figures.choosing import chosen_steps, concept_lines, telling_steps
 from dfengine.figures.concepts import concepts
-from dfengine.figures.every import Drawing, drawings, every
+from dfengine.figures.drawing import Drawing, draw_all
 from dfengine.figures.forms import attention, check_name, draw, layers, relevance, save, save_both, strip
 from dfengine.figures.games import ablation, comparison, curves
-from dfengine.figures.parts import Figure as Figure
-from dfengine.figures.parts import overlay
+from dfengine.figures.panels import Figure as Figure
+from dfengine.figures.panels import overlay
 from dfengine.figures.recovery import recovery
 from dfengine.figures.samples import samples, save_images
+from dfengine.figures.selection import concept_lines
 
 __all__ = [
     "Drawing",
@@ -17,14 +17,12 @@ __all__ = [
     "animate",
     "attention",
     "check_name",
-    "chosen_steps",
     "comparison",
     "concept_lines",
     "concepts",
     "curves",
     "draw",
-    "drawings",
-    "every",
+    "draw_all",
     "layers",
     "overlay",
     "recovery",
@@ -34,5 +32,4 @@ __all__ = [
     "save_both",
     "save_images",
     "strip",
-    "telling_steps",
 ]

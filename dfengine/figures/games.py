@@ -1,4 +1,4 @@
-"""Deletion and insertion games: curves of methods, their maps side by side, an ablation (Figures 4, 3 and 5)."""
+"""Figures of deletion and insertion: curves of methods, their maps side by side, an ablation (Figures 4, 3 and 5)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from numpy import ndarray
 
-from dfengine.figures.parts import CELL, COLOUR_MAP, COLOURS, DASHES, FONT_SIZE, GAP, LINE, Figure, bare, overlay
+from dfengine.figures.panels import CELL, COLOUR_MAP, COLOURS, DASHES, FONT_SIZE, GAP, LINE, Figure, hide_axes, overlay
 
-#: What happens to pixels in each game, and which end of the distance is the better one: deletion should raise it soon,
-#: insertion lower it soon.
+#: For each game, what happens to the pixels, and whether the distance should rise early (deletion) or fall early.
 _GAMES = {"deletion": ("deleted", "higher is better"), "insertion": ("inserted", "lower is better")}
-#: Inches: all of what is drawn for one column of text, where 6 of the points are left; margins; pictures and panels.
+#: Inches. A figure of this width keeps 6 points when it is printed in one column of text. Then margins, and the sizes
+#: of panels and colour bar.
 _WIDTH, _MARGIN = 7.0, 0.1
-_PANEL, _LEAST_HEIGHT, _BAR = 1.3, 0.95, (2.4, 0.12)
-#: Letters on a line of a column's title and of a row's label: as few as will do, and the most.
-_TITLE_LETTERS, _PROMPT_LETTERS, _LABEL_LETTERS = (9, 12), (12, 20), (8, 14)
+_PANEL, _MIN_HEIGHT, _BAR = 1.3, 0.95, (2.4, 0.12)
+#: Minimum and maximum number of characters per line of a column's title, a prompt and a row's label.
+_TITLE_LENGTH, _PROMPT_LENGTH, _LABEL_LENGTH = (9, 12), (12, 20), (8, 14)
 
 #: A mean with the low and high end of its interval, at 0, 1/(points − 1), …, 1 of the pixels.
 Band = tuple[Float[ndarray, " points"], Float[ndarray, " points"], Float[ndarray, " points"]]
@@ -30,35 +30,35 @@ Band = tuple[Float[ndarray, " points"], Float[ndarray, " points"], Float[ndarray
 Row = tuple[Float[ndarray, "H W"], Float[ndarray, " points"], Float[ndarray, " points"]]
 
 
-def curves(curves: Mapping[str, Mapping[str, Band]], title: str = "") -> Figure:
-    """Figure 4: a panel a game, a line with its interval a method; a game that no method has is left out.
+def curves(bands: Mapping[str, Mapping[str, Band]], title: str = "") -> Figure:
+    """Figure 4: a panel per game, with a line and its interval per method; games that no method has are left out.
 
-    `curves` has by method and game ("deletion", "insertion") a distance, larger the more the result has changed. Raises
+    `bands` has, by method and game ("deletion", "insertion"), a distance that grows as the result changes. Raises
     ValueError for no method, a method without a game, an unknown game, or a curve of fewer than two points.
     """
-    _check_games(curves)
-    games = [game for game in _GAMES if any(game in by_game for by_game in curves.values())]
-    width = max(_WIDTH if len(games) > 1 else 0.6 * _WIDTH, max(map(_inches, curves)) + 1)
-    columns, heading = _columns([*curves], width), _heading(title, width)
-    height = 3.6 + 1.3 * LINE * -(-len(curves) // columns) + LINE * _lines(heading)
+    _check_games(bands)
+    games = [game for game in _GAMES if any(game in by_game for by_game in bands.values())]
+    width = max(_WIDTH if len(games) > 1 else 0.6 * _WIDTH, max(map(_text_width, bands)) + 1)
+    columns, heading = _legend_columns([*bands], width), _heading(title, width)
+    height = 3.6 + 1.3 * LINE * -(-len(bands) // columns) + LINE * _line_count(heading)
     figure = Figure((width, height), layout="constrained")
     if heading:
         figure.suptitle(heading, fontsize=FONT_SIZE, parse_math=False)
     axes = dict(zip(games, figure.subplots(1, len(games), sharey=True, squeeze=False)[0], strict=True))
     handles = {}
-    for turn, (method, by_game) in enumerate(curves.items()):
-        colour, dash = COLOURS[turn % len(COLOURS)], DASHES[turn % len(DASHES)]
+    for number, (method, by_game) in enumerate(bands.items()):
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
         for game, (mean, low, high) in by_game.items():
             shares = _shares(mean, f"the {game} curve of {method!r}")
             (handles[method],) = axes[game].plot(shares, mean, dash, color=colour, label=method)
             axes[game].fill_between(shares, low, high, color=colour, alpha=0.18, linewidth=0)
-    lowest, highest = _limits([part for by_game in curves.values() for band in by_game.values() for part in band])
+    lowest, highest = _limits([curve for by_game in bands.values() for band in by_game.values() for curve in band])
     for game, axis in axes.items():
-        done, better = _GAMES[game]
-        _dress(axis, lowest - 0.03, highest + 0.03)
+        action, better = _GAMES[game]
+        _format_axis(axis, lowest - 0.03, highest + 0.03)
         axis.set_xlim(-0.02, 1.02)
         axis.set_title(f"{game}: {better}", fontsize=FONT_SIZE)
-        axis.set_xlabel(f"share of pixels {done}", fontsize=FONT_SIZE)
+        axis.set_xlabel(f"share of pixels {action}", fontsize=FONT_SIZE)
     axes[games[0]].set_ylabel("distance to the\nunperturbed result (min–max)", fontsize=FONT_SIZE)
     legend = figure.legend(
         [*handles.values()],
@@ -83,27 +83,28 @@ def comparison(
     subtitle: str = "",
     column: str = "image",
 ) -> Figure:
-    """Figure 3: a row an image with its prompt beside it, a column a method with its map in [0, 1] over the image.
+    """Figure 3: a row per image, labelled with its prompt, and a column per method with its map in [0, 1] over it.
 
-    `column` is the title of the images' own. Images are of one size; a map of NaN is not computed. Four methods
-    with short names fit a column of text, twelve a page. Raises ValueError for no image, no method, or not as many maps
-    or prompts as images.
+    `column` is the title of the images' column. Images share one size; a map that is all NaN is marked "not computed".
+    Four methods with short names fit a column of text, twelve fit a page. Raises ValueError for no image, no method, or
+    a number of maps or prompts other than that of the images.
     """
     if not len(images) or not maps:
-        raise ValueError(f"got {len(images)} images and {len(maps)} methods: give at least one of each")
+        raise ValueError(f"got {len(images)} images and {len(maps)} methods: pass at least one of each")
     counts = {"prompts": len(prompts), **{f"maps of {method!r}": len(heats) for method, heats in maps.items()}}
     for name, count in counts.items():
         if count != len(images):
-            raise ValueError(f"got {count} {name}, expected {len(images)}: give one for each image")
-    titles = _wrapped([column, *maps], _TITLE_LETTERS)
+            raise ValueError(f"got {count} {name}, expected {len(images)}: pass one for each image")
+    titles = _wrap([column, *maps], _TITLE_LENGTH)
     shape = images[0].shape[:2]
-    width = max(CELL * max(1, 0.75 * shape[1] / shape[0]), *map(_inches, titles))
+    width = max(CELL * max(1, 0.75 * shape[1] / shape[0]), *map(_text_width, titles))
     height = width * shape[0] / shape[1]
-    labels = _wrapped(prompts, _PROMPT_LETTERS, height)
-    beside = max(0, LINE * _lines(labels[0]) - height) / 2  # of the first label, above its picture
-    above, beneath = max(LINE * _lines(*titles) + 2 * _MARGIN - beside, _MARGIN), LINE + _BAR[1] + 2 * _MARGIN
-    figure, axes = _grid([width] * len(titles), [GAP] * len(maps), height, 2 * GAP, labels, (above, beneath), subtitle)
-    bare(axes)
+    labels = _wrap(prompts, _PROMPT_LENGTH, height)
+    overhang = max(0, LINE * _line_count(labels[0]) - height) / 2  # of the first label above its picture
+    above = max(LINE * _line_count(*titles) + 2 * _MARGIN - overhang, _MARGIN)
+    below = LINE + _BAR[1] + 2 * _MARGIN
+    figure, axes = _grid([width] * len(titles), [GAP] * len(maps), height, 2 * GAP, labels, (above, below), subtitle)
+    hide_axes(axes)
     for row, image, label in zip(axes, images, labels, strict=True):
         row[0].imshow(image)
         row[0].set_ylabel(label, fontsize=FONT_SIZE, rotation=0, ha="right", va="center", parse_math=False)
@@ -112,44 +113,50 @@ def comparison(
             _draw_heat(axis, image, heat)
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=FONT_SIZE, parse_math=False)
-    left, right, (across, down) = axes[0, 0].get_position().x0, axes[0, -1].get_position().x1, figure.get_size_inches()
-    length = min(_BAR[0] / across, 0.6 * (right - left))
-    place = figure.add_axes(((left + right - length) / 2, (LINE + _MARGIN) / down, length, _BAR[1] / down))
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOUR_MAP)
-    figure.colorbar(scale, cax=place, orientation="horizontal", ticks=[0, 1])
-    place.set_xticks([0, 1], ["least", "most"], fontsize=FONT_SIZE)
+    _draw_colour_bar(figure, axes[0, 0].get_position().x0, axes[0, -1].get_position().x1)
     return figure
 
 
-def ablation(image: UInt8[ndarray, "H W 3"], rows: Mapping[str, Row], title: str = "") -> Figure:
-    """Figure 5: a row a label, with its heat map over the image and its curves, each with the area under it.
+def _draw_colour_bar(figure: Figure, left: float, right: float) -> None:
+    """Draw a horizontal colour bar at the bottom, centred between `left` and `right` in [0, 1]."""
+    width, height = figure.get_size_inches()
+    length = min(_BAR[0] / width, 0.6 * (right - left))
+    axis = figure.add_axes(((left + right - length) / 2, (LINE + _MARGIN) / height, length, _BAR[1] / height))
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOUR_MAP)
+    figure.colorbar(scale, cax=axis, orientation="horizontal", ticks=[0, 1])
+    axis.set_xticks([0, 1], ["least", "most"], fontsize=FONT_SIZE)
 
-    A map of NaN, or a curve with one, is not computed. The area is by the trapezoid rule over the share of pixels,
-    in [0, 1] for a distance in [0, 1]. Raises ValueError for no row, or a curve of fewer than two points.
+
+def ablation(image: UInt8[ndarray, "H W 3"], rows: Mapping[str, Row], title: str = "") -> Figure:
+    """Figure 5: a row per label, with its heat map over the image, and its curves with the areas under them.
+
+    A map that is all NaN, or a curve with a NaN, is marked "not computed". Areas use the trapezoid rule over the share
+    of pixels; for a distance in [0, 1] they are in [0, 1]. Raises ValueError for no row, or a curve of fewer than two
+    points.
     """
     if not rows:
-        raise ValueError("got no row: give at least one label with its heat map and its two curves")
-    height = float(np.clip(_PANEL * image.shape[0] / image.shape[1], _LEAST_HEIGHT, _PANEL))
-    labels = _wrapped([*rows], _LABEL_LETTERS, height)
-    gaps = [_inches("0.5") + 2.5 * _MARGIN, 2.5 * _MARGIN]
-    panel = max(1.5, (_WIDTH - max(map(_inches, labels)) - _PANEL - sum(gaps) - 4 * _MARGIN) / 2)
-    outer = 2 * LINE + 2 * _MARGIN, 3.2 * LINE + _MARGIN
-    figure, axes = _grid([_PANEL, panel, panel], gaps, height, LINE, labels, outer, title)
-    bare(axes[:, 0])
+        raise ValueError("got no row: pass at least one label with its heat map and its two curves")
+    height = float(np.clip(_PANEL * image.shape[0] / image.shape[1], _MIN_HEIGHT, _PANEL))
+    labels = _wrap([*rows], _LABEL_LENGTH, height)
+    gaps = [_text_width("0.5") + 2.5 * _MARGIN, 2.5 * _MARGIN]
+    panel = max(1.5, (_WIDTH - max(map(_text_width, labels)) - _PANEL - sum(gaps) - 4 * _MARGIN) / 2)
+    margins = 2 * LINE + 2 * _MARGIN, 3.2 * LINE + _MARGIN
+    figure, axes = _grid([_PANEL, panel, panel], gaps, height, LINE, labels, margins, title)
+    hide_axes(axes[:, 0])
     low, high = _limits([curve for _, *games in rows.values() for curve in games])
-    for turn, (row, label, (name, (heat, *games))) in enumerate(zip(axes, labels, rows.items(), strict=True), start=1):
+    for row, label, (name, (heat, *games)) in zip(axes, labels, rows.items(), strict=True):
         _draw_heat(row[0], image, heat)
         row[0].set_ylabel(label, fontsize=FONT_SIZE, rotation=0, ha="right", va="center", parse_math=False)
         for axis, game, curve, colour in zip(row[1:], _GAMES, games, COLOURS, strict=False):
             _draw_area(axis, _shares(curve, f"the {game} curve of {name!r}"), curve, colour)
-            _dress(axis, low, high)
+            _format_axis(axis, low, high)
             axis.set_xlim(0, 1)
-            axis.tick_params("x", labelbottom=turn == len(rows))
+            axis.tick_params("x", labelbottom=axis in axes[-1])
             axis.tick_params("y", labelleft=axis is row[1])
     axes[0, 0].set_title("heat map", fontsize=FONT_SIZE)
-    for column, (game, (done, better)) in zip(axes.T[1:], _GAMES.items(), strict=True):
+    for column, (game, (action, better)) in zip(axes.T[1:], _GAMES.items(), strict=True):
         column[0].set_title(f"{game}:\n{better}", fontsize=FONT_SIZE)
-        column[-1].set_xlabel(f"share of pixels\n{done}", fontsize=FONT_SIZE)
+        column[-1].set_xlabel(f"share of pixels\n{action}", fontsize=FONT_SIZE)
     return figure
 
 
@@ -159,33 +166,39 @@ def _draw_heat(axis: Axes, image: UInt8[ndarray, "H W 3"], heat: Float[ndarray, 
         return
     axis.set_box_aspect(image.shape[0] / image.shape[1])
     axis.set_facecolor("0.94")
-    _say_absent(axis)
+    _mark_not_computed(axis)
 
 
 def _draw_area(axis: Axes, shares: Float[ndarray, " points"], curve: Float[ndarray, " points"], colour: str) -> None:
-    """The curve, the area under it, and how large that is, in the first corner with room: right, then left."""
+    """Draw a curve, the area under it, and its size in the corner farthest from the curve."""
     if not np.isfinite(curve).all():
-        _say_absent(axis)
+        _mark_not_computed(axis)
         return
     axis.plot(shares, curve, color=colour, clip_on=False)
     axis.fill_between(shares, 0, curve, color=colour, alpha=0.15, linewidth=0)
     room: dict[tuple[float, float], float] = {}
-    for x, end in ((0.96, curve[shares >= 0.4]), (0.04, curve[shares <= 0.6])):
-        room |= {(x, 0.07): end.min(), (x, 0.95): 1 - end.max()}
-    x, y = max(room, key=lambda corner: min(room[corner], 0.3))
-    told, sides = (
-        f"AUC {np.trapezoid(curve, shares):.2f}",
-        ("left" if x < 0.5 else "right", "bottom" if y < 0.5 else "top"),
+    for x, half in ((0.96, curve[shares >= 0.4]), (0.04, curve[shares <= 0.6])):
+        room |= {(x, 0.07): half.min(), (x, 0.95): 1 - half.max()}
+    x, y = max(room, key=lambda corner: min(room[corner], 0.3))  # 0.3 is room enough: then the first, on the right
+    ha, va = "left" if x < 0.5 else "right", "bottom" if y < 0.5 else "top"
+    text = f"AUC {np.trapezoid(curve, shares):.2f}"
+    axis.text(x, y, text, ha=ha, va=va, fontsize=FONT_SIZE, transform=axis.transAxes)
+
+
+def _mark_not_computed(axis: Axes) -> None:
+    axis.text(
+        0.5,
+        0.5,
+        "not\ncomputed",
+        transform=axis.transAxes,
+        ha="center",
+        va="center",
+        fontsize=FONT_SIZE - 1,  # fits into the smallest picture
+        color="0.35",
     )
-    axis.text(x, y, told, ha=sides[0], va=sides[1], fontsize=FONT_SIZE, transform=axis.transAxes)
 
 
-def _say_absent(axis: Axes) -> None:
-    place, size = axis.transAxes, FONT_SIZE - 1  # as wide as a small picture
-    axis.text(0.5, 0.5, "not\ncomputed", transform=place, ha="center", va="center", fontsize=size, color="0.35")
-
-
-def _dress(axis: Axes, low: float, high: float) -> None:
+def _format_axis(axis: Axes, low: float, high: float) -> None:
     axis.set_ylim(low, high)
     axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -197,37 +210,42 @@ def _grid(
     widths: list[float],
     gaps: list[float],
     height: float,
-    between: float,
+    row_gap: float,
     labels: list[str],
-    outer: tuple[float, float],
+    margins: tuple[float, float],
     title: str,
 ) -> tuple[Figure, ndarray]:
-    """Axes [labels, widths] of so many inches, rows higher where a label is, with room above and beneath (`outer`)."""
-    heights = [max(height, LINE * _lines(label)) for label in labels]
-    left = max(map(_inches, labels)) + 2 * _MARGIN
-    across = left + sum(widths) + sum(gaps) + 2 * _MARGIN
-    heading = _heading(title, across)
-    top = outer[1] + sum(heights) + between * (len(labels) - 1)
-    down = top + outer[0] + LINE * _lines(heading)
-    figure = Figure((across, down))
+    """A figure and its axes [labels, widths], all lengths in inches; rows grow with their labels.
+
+    `margins` are above and below the axes.
+    """
+    heights = [max(height, LINE * _line_count(label)) for label in labels]
+    left = max(map(_text_width, labels)) + 2 * _MARGIN
+    figure_width = left + sum(widths) + sum(gaps) + 2 * _MARGIN
+    heading = _heading(title, figure_width)
+    top = margins[1] + sum(heights) + row_gap * (len(labels) - 1)
+    figure_height = top + margins[0] + LINE * _line_count(heading)
+    figure = Figure((figure_width, figure_height))
     if heading:
-        figure.suptitle(heading, y=1 - _MARGIN / down, va="top", fontsize=FONT_SIZE, parse_math=False)
-    starts = left + np.cumsum([0, *(wide + gap for wide, gap in zip(widths, gaps, strict=False))])
+        figure.suptitle(heading, y=1 - _MARGIN / figure_height, va="top", fontsize=FONT_SIZE, parse_math=False)
+    starts = left + np.cumsum([0, *(width + gap for width, gap in zip(widths, gaps, strict=False))])
     axes = np.empty((len(labels), len(widths)), object)
-    for row, tall in enumerate(heights):
-        for column, (start, wide) in enumerate(zip(starts, widths, strict=True)):
-            axes[row, column] = figure.add_axes((start / across, (top - tall) / down, wide / across, tall / down))
-        top -= tall + between
+    for row, row_height in enumerate(heights):
+        top -= row_height
+        for column, (start, width) in enumerate(zip(starts, widths, strict=True)):
+            box = start / figure_width, top / figure_height, width / figure_width, row_height / figure_height
+            axes[row, column] = figure.add_axes(box)
+        top -= row_gap
     return figure, axes
 
 
-def _wrapped(texts: Sequence[str], letters: tuple[int, int], height: float = np.inf) -> list[str]:
-    """On lines of so many letters at least, of more where words are longer or the lines are too many for the height."""
-    least, most = letters
+def _wrap(texts: Sequence[str], lengths: tuple[int, int], height: float = np.inf) -> list[str]:
+    """Texts wrapped to the fewest characters per line in the range `lengths` that fit their words and the height."""
+    least, most = lengths
     longest = max(len(word) for text in texts for word in ("", *text.split()))
-    for count in range(min(max(least, longest), most), most + 1):
-        wrapped = [textwrap.fill(text, count) for text in texts]
-        if LINE * _lines(*wrapped) <= height:
+    for length in range(min(max(least, longest), most), most + 1):
+        wrapped = [textwrap.fill(text, length) for text in texts]
+        if LINE * _line_count(*wrapped) <= height:
             break
     return wrapped
 
@@ -236,44 +254,45 @@ def _heading(title: str, width: float) -> str:
     return textwrap.fill(title, int(width * 72 / (0.6 * FONT_SIZE)))
 
 
-def _columns(names: list[str], width: float) -> int:
-    """As many columns of a legend as are no wider than so many inches."""
-    widths = [_inches(name) + 0.65 for name in names]
+def _legend_columns(names: list[str], width: float) -> int:
+    """The most columns of a legend that fit a width in inches."""
+    widths = [_text_width(name) + 0.65 for name in names]
     fitting = (n for n in range(len(names), 1, -1) if sum(max(part) for part in np.array_split(widths, n)) <= width)
     return next(fitting, 1)
 
 
-def _lines(*texts: str) -> int:
-    """Of the longest text; an empty one has none."""
+def _line_count(*texts: str) -> int:
+    """The number of lines of the longest text; 0 for an empty one."""
     return max(len(text.split("\n")) if text else 0 for text in texts)
 
 
-def _inches(text: str) -> float:
-    """How wide the widest line is."""
+def _text_width(text: str) -> float:
+    """Width of the widest line in inches."""
     font = FontProperties(size=FONT_SIZE)
     return max(text_to_path.get_text_width_height_descent(line, font, False)[0] for line in text.split("\n")) / 72
 
 
 def _shares(curve: Float[ndarray, " points"], name: str) -> Float[ndarray, " points"]:
-    """k/(points − 1): where each point of a curve is."""
+    """The share of pixels at each point of a curve, k/(points − 1)."""
     if len(curve) < 2:
-        raise ValueError(f"{name} has {len(curve)} points, expected two or more: it runs from no pixel to all of them")
+        raise ValueError(f"{name} has {len(curve)} points, expected two or more: from no pixel to all of them")
     return np.linspace(0, 1, len(curve))
 
 
 def _limits(curves: Sequence[ndarray]) -> tuple[float, float]:
-    """0 and 1, or whatever is beyond."""
+    """The range of the finite values, at least [0, 1]."""
     values = np.concatenate([[0.0, 1.0], *curves])
     values = values[np.isfinite(values)]
     return float(values.min()), float(values.max())
 
 
-def _check_games(curves: Mapping[str, Mapping[str, Band]]) -> None:
-    if not curves:
-        raise ValueError("got no method: give the curves of at least one")
-    for method, by_game in curves.items():
+def _check_games(bands: Mapping[str, Mapping[str, Band]]) -> None:
+    expected = " or ".join(_GAMES)
+    if not bands:
+        raise ValueError("got no method: pass the curves of at least one")
+    for method, by_game in bands.items():
         if not by_game:
-            raise ValueError(f"got no game of {method!r}, expected {' or '.join(_GAMES)}: leave the method out")
+            raise ValueError(f"got no game for {method!r}, expected {expected}: leave the method out")
         for game in by_game:
             if game not in _GAMES:
-                raise ValueError(f"got the game {game!r} of {method!r}, expected {' or '.join(_GAMES)}: rename it")
+                raise ValueError(f"got the game {game!r} for {method!r}, expected {expected}")

@@ -1,4 +1,4 @@
-"""How maps change over the steps, over many images."""
+"""How measures of maps change over the steps, averaged over many images."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dfengine.figures.choosing import chosen_steps
-from dfengine.figures.parts import COLOURS, DASHES, FONT_SIZE, Figure
+from dfengine.figures.panels import COLOURS, DASHES, FONT_SIZE, Figure, step_tick
+from dfengine.figures.selection import evenly_spaced
 
-#: By method and measure, the mean with the ends of its interval at each step.
+#: By method and measure, the mean and the ends of its interval at each step.
 Bands = Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]]
 
 
 def recovery(
     bands: Bands, timesteps: Sequence[float], columns: int | None = None, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """A panel a measure, a line with its interval a method; so many panels side by side, all unless given.
+    """A panel per measure with a line and its interval per method; by default all panels in one row.
 
-    `limits` are the ends of every panel's axis, by default its own.
+    `limits` are the ends of every panel's vertical axis; by default each panel has its own.
     """
     names = list(next(iter(bands.values())))
     columns = len(names) if columns is None else min(columns, len(names))
     rows = -(-len(names) // columns)
     figure = Figure((2.9 * columns, 2.6 * rows + 0.6), layout="constrained")
-    places, ticks = np.arange(1, len(timesteps) + 1), chosen_steps(len(timesteps), 2)
+    ticks = evenly_spaced(len(timesteps), 2)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(names) :]:
         axis.remove()
     for axis, name in zip(axes, names, strict=False):
-        for turn, (method, by_measure) in enumerate(bands.items()):
+        for number, (method, by_measure) in enumerate(bands.items()):
             mean, low, high = np.array(by_measure[name]).T
-            colour = COLOURS[turn % len(COLOURS)]
-            axis.plot(places, mean, DASHES[turn % len(DASHES)], color=colour, label=method)
-            axis.fill_between(places, low, high, color=colour, alpha=0.25, linewidth=0)
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot(mean, DASHES[number % len(DASHES)], color=colour, label=method)
+            axis.fill_between(np.arange(len(timesteps)), low, high, color=colour, alpha=0.25, linewidth=0)
         axis.set_title(name, fontsize=FONT_SIZE)
         if limits is not None:
             axis.set_ylim(limits)
-        axis.set_xticks([step + 1 for step in ticks], [f"{step + 1}\nt = {timesteps[step]}" for step in ticks])
+        axis.set_xticks(ticks, [step_tick(step, float(timesteps[step])) for step in ticks])
         for label, side in zip(axis.get_xticklabels(), ("left", "right"), strict=False):
             label.set_horizontalalignment(side)
         axis.tick_params(labelsize=FONT_SIZE - 2)

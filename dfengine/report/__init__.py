@@ -1,4 +1,4 @@
-"""One self-contained page of explanations: it opens in any browser, offline, and asks nothing of a network."""
+"""A self-contained page of explanations that opens offline in any browser."""
 
 from dfengine.report.writing import write
 

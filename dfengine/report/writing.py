@@ -1,4 +1,4 @@
-"""The page put together: its skeleton, style and script, and for each image its description and its bytes."""
+"""Assembles the page: skeleton, style and script, and each image's description and bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dfengine.figures.parts import COLOURS, OPACITY, colour_table
+from dfengine.figures.forms import check_name
+from dfengine.figures.panels import COLOURS, OPACITY, colour_table
 from dfengine.report.packing import pack
 from dfengine.result import Explanation
 from dfengine.store import StoredItem
@@ -26,31 +27,27 @@ def write(
     out: str | Path,
     *,
     title: str = "",
-    tell: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write one page (.html) of images, in memory or of files, with every step's maps; returns its path.
+    """Write one HTML page of images, in memory or from files, with the maps of every step; returns its path.
 
-    `title` is by default the prompt, or of several the run's name; `tell` is called after each image. The page holds
-    methods' maps and errors exactly, layers' and words' maps to 1/255 of each one's range, images above 256 pixels as
-    WebP: a few MB for 30 steps of Stable Diffusion with all layers. It is there once it is whole.
+    `title` is by default the prompt, or the run's name if prompts differ; `on_progress` is called after each image.
+    Maps and errors of methods are exact, those of layers and words are rounded to 1/255 of their range, and images of
+    more than 256 pixels are WebP: a few MB for 30 steps of Stable Diffusion with all layers. An existing page is
+    replaced only when the new one is complete.
 
-    Raises ValueError for another ending, a folder that is not there, or no image.
+    Raises ValueError for a suffix other than .html, a folder that does not exist, or no image.
     """
-    out, items = Path(out), [items] if isinstance(items, Explanation) else list(items)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"{str(out)!r} ends in {out.suffix!r}: expected .html")
-    if not out.parent.is_dir():
-        raise ValueError(f"the folder {str(out.parent)!r} does not exist: make it first")
+    out, items = check_name(out, (".html", ".htm")), [items] if isinstance(items, Explanation) else list(items)
     if not items:
-        raise ValueError("there is no image to show: give at least one whose generation is done")
-    fresh = out.with_name(f".{out.name}.new")
+        raise ValueError("there is no image to show: pass at least one that is generated")
+    partial = out.with_name(f".{out.name}.new")
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            for part in _parts(items, title or _title(items), tell):
-                file.write(part)
-        os.replace(fresh, out)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(_parts(items, title or _title(items), on_progress))
+        os.replace(partial, out)
     finally:
-        fresh.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return out
 
 
@@ -60,35 +57,35 @@ def _title(items: Sequence[Explanation]) -> str:
     return next((item.source.name for item in items if isinstance(item, StoredItem)), f"{len(items)} images")
 
 
-def _parts(items: Sequence[Explanation], title: str, tell: Callable[[], None]) -> Iterator[str]:
-    """The page, an image at a time."""
+def _parts(items: Sequence[Explanation], title: str, on_progress: Callable[[], None]) -> Iterator[str]:
+    """The page in parts, with one image in memory at a time."""
     style, script = _read("page.css"), "\n".join(map(_read, _SCRIPTS))
     before, after = _read("page.html").split("{{images}}")
-    filled = {"title": escape(title), "style": style, "style_hash": _hash(style), "script_hash": _hash(script)}
-    yield _fill(before, filled)
-    described: list[dict[str, Any]] = []
-    for place, item in enumerate(items):
-        told, data = pack(item, place)
-        described.append(told)
-        yield f'<script type="text/plain" id="bytes-{place}">{base64.b64encode(data).decode()}</script>\n'
-        tell()
-    whole = {
+    values = {"title": escape(title), "style": style, "style_hash": _hash(style), "script_hash": _hash(script)}
+    yield _fill(before, values)
+    descriptions: list[dict[str, Any]] = []
+    for index, item in enumerate(items):
+        description, data = pack(item, index)
+        descriptions.append(description)
+        yield f'<script type="text/plain" id="bytes-{index}">{base64.b64encode(data).decode()}</script>\n'
+        on_progress()
+    page = {
         "opacity": OPACITY,
         "colours": base64.b64encode(colour_table().tobytes()).decode(),
         "lines": COLOURS,
-        "items": described,
+        "items": descriptions,
     }
-    told_as = json.dumps(whole, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Nothing that is told ends the element that it stands in.
-    yield _fill(after, {"data": told_as.replace("<", "\\u003c"), "script": script})
+    text = json.dumps(page, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # Without "<" no prompt can close the script element that holds the data.
+    yield _fill(after, {"data": text.replace("<", "\\u003c"), "script": script})
 
 
-def _fill(page: str, values: Mapping[str, str]) -> str:
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
 def _hash(text: str) -> str:
-    """What the page's policy knows an element by: of the text between its tags, newlines included."""
+    """The hash by which the page's content security policy admits an element (newlines around the text included)."""
     return "sha256-" + base64.b64encode(hashlib.sha256(f"\n{text}\n".encode()).digest()).decode()
 
 

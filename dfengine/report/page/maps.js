@@ -1,44 +1,44 @@
-// Maps: read out of the page's bytes when they are asked for, and drawn over pictures.
+// Pictures and maps: decoded from the page's bytes on demand, and drawn over one another.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const colours = bytesOf(data.colours);
+const colours = fromBase64(data.colours);
 
-function bytesOf(base64) {
-  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
-  return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+function fromBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
-const images = data.items.map((item, place) => new Picture(item, place));
+const sources = data.items.map((item, index) => new Source(item, index));
 
-/** An image of the page: its pictures and maps, each decoded once, when it is first wanted. */
-function Picture(item, place) {
+/** The pictures and maps of an image, each decoded once, when it is first needed. */
+function Source(item, index) {
   let bytes = null;
-  const known = new Map();
+  const decoded = new Map();
 
-  const part = (reference) => {
-    bytes ??= bytesOf(document.getElementById(`bytes-${place}`).textContent);
+  const slice = (reference) => {
+    bytes ??= fromBase64(document.getElementById(`bytes-${index}`).textContent);
     return bytes.subarray(reference.at, reference.at + reference.bytes);
   };
-  const once = (reference, read) => {
-    if (!known.has(reference.at)) known.set(reference.at, read(reference));
-    return known.get(reference.at);
+  const once = (reference, decode) => {
+    if (!decoded.has(reference.at)) decoded.set(reference.at, decode(reference));
+    return decoded.get(reference.at);
   };
-  const picture = async (reference) => {
+  const decodePicture = async (reference) => {
     const element = new Image();
-    element.src = URL.createObjectURL(new Blob([part(reference)], { type: reference.type }));
+    element.src = URL.createObjectURL(new Blob([slice(reference)], { type: reference.type }));
     await element.decode();
     return element;
   };
-  const maps = async (reference) => {
-    const stream = new Blob([part(reference)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const decodeMaps = async (reference) => {
+    const stream = new Blob([slice(reference)]).stream().pipeThrough(new DecompressionStream("deflate"));
     return new Maps(reference, new Uint8Array(await new Response(stream).arrayBuffer()));
   };
 
-  this.maps = (reference) => once(reference, maps);
-  this.pictures = () => Promise.all([item.image, ...item.previews].map((reference) => once(reference, picture)));
+  this.maps = (reference) => once(reference, decodeMaps);
+  this.pictures = () => Promise.all([item.image, ...item.previews].map((reference) => once(reference, decodePicture)));
 }
 
-/** A method's maps of all steps, as numbers: float32 with the bytes apart, or levels between two ends. */
+/** The maps of all steps: float32 stored byte plane by byte plane ("f4"), or levels between two ends ("u1"). */
 function Maps(reference, bytes) {
   const [steps, height, width] = reference.shape;
   const size = height * width;
@@ -46,11 +46,11 @@ function Maps(reference, bytes) {
   let values;
   if (reference.type === "f4") {
     const total = steps * size;
-    const together = new Uint8Array(4 * total);
+    const interleaved = new Uint8Array(4 * total);
     for (let plane = 0; plane < 4; plane++) {
-      for (let i = 0; i < total; i++) together[4 * i + plane] = bytes[plane * total + i];
+      for (let i = 0; i < total; i++) interleaved[4 * i + plane] = bytes[plane * total + i];
     }
-    values = new Float32Array(together.buffer);
+    values = new Float32Array(interleaved.buffer);
   } else {
     values = new Float32Array(steps * size);
     reference.ends.forEach((ends, step) => {
@@ -60,61 +60,60 @@ function Maps(reference, bytes) {
   }
   for (let step = 0; step < steps; step++) {
     let [low, high, peak] = [Infinity, -Infinity, 0];
-    const here = values.subarray(step * size, (step + 1) * size);
+    const map = values.subarray(step * size, (step + 1) * size);
     for (let i = 0; i < size; i++) {
-      if (!Number.isFinite(here[i])) continue;
-      if (here[i] < low) low = here[i];
-      if (here[i] > high) [high, peak] = [here[i], i];
+      if (!Number.isFinite(map[i])) continue;
+      if (map[i] < low) low = map[i];
+      if (map[i] > high) [high, peak] = [map[i], i];
     }
     ranges.push(low <= high ? [low, high] : [NaN, NaN]);
     peaks.push(peak);
   }
-  const whole = ranges.filter(([low]) => Number.isFinite(low));
+  const computed = ranges.filter(([low]) => Number.isFinite(low));
 
   Object.assign(this, { steps, height, width });
   this.at = (step) => values.subarray(step * size, (step + 1) * size);
   this.peak = (step) => peaks[step];
-  this.computed = (step) => Number.isFinite(ranges[step][0]);
-  /** The ends of the colours: of one step's map, or of all that are computed. */
+  this.isComputed = (step) => Number.isFinite(ranges[step][0]);
+  /** The range of the colours: of one step's map, or of all computed maps. */
   this.range = (step, all) =>
-    all ? [Math.min(...whole.map(([low]) => low)), Math.max(...whole.map(([, high]) => high))] : ranges[step];
+    all ? [Math.min(...computed.map(([low]) => low)), Math.max(...computed.map(([, high]) => high))] : ranges[step];
 }
 
-/** Min–max to [0, 1]; a constant map is 0. */
-const normalised = (value, [low, high]) => (high > low ? (value - low) / (high - low) : 0);
+/** Min–max to [0, 1]; 0 for an empty range. */
+const normalise = (value, [low, high]) => (high > low ? (value - low) / (high - low) : 0);
 
-/** For each of `count` places, the two cells beside it and the weight of the second (half-pixel centres). */
-function between(count, cells, smooth) {
-  return Array.from({ length: count }, (_, place) => {
-    const at = ((place + 0.5) * cells) / count - 0.5;
-    if (!smooth) return [Math.floor(at + 0.5), Math.floor(at + 0.5), 0];
-    const first = Math.max(0, Math.floor(at));
-    return [first, Math.min(first + 1, cells - 1), Math.max(0, at - first)];
+/** For each of `count` pixels, the two cells around its centre and the weight of the second (half-pixel centres). */
+function interpolation(count, cells, smooth) {
+  return Array.from({ length: count }, (_, pixel) => {
+    const centre = ((pixel + 0.5) * cells) / count - 0.5;
+    if (!smooth) return [Math.floor(centre + 0.5), Math.floor(centre + 0.5), 0];
+    const first = Math.max(0, Math.floor(centre));
+    return [first, Math.min(first + 1, cells - 1), Math.max(0, centre - first)];
   });
 }
 
-/** The heat map in colour over a picture, which turns grey beneath it, as RGBA; grey alone where it is not finite. */
-function blended(under, maps, step, range, opacity, smooth) {
-  const { width, height } = under;
+/** RGBA of a heat map in colour over a picture, which turns grey below it; only grey where the map is not finite. */
+function overlay(background, maps, step, range, opacity, smooth) {
+  const { width, height } = background;
   const out = new ImageData(width, height);
-  const grey = Math.min(1, 2 * opacity);
+  const greyness = Math.min(1, 2 * opacity);
   const values = maps.at(step);
-  const columns = between(width, maps.width, smooth);
-  const rows = between(height, maps.height, smooth);
+  const columns = interpolation(width, maps.width, smooth);
+  const rows = interpolation(height, maps.height, smooth);
   for (let y = 0, i = 0; y < height; y++) {
-    const [above, beneath, down] = rows[y];
+    const [upper, lower, down] = rows[y];
     for (let x = 0; x < width; x++, i += 4) {
       const [left, right, across] = columns[x];
-      const top = values[above * maps.width + left] * (1 - across) + values[above * maps.width + right] * across;
-      const low = values[beneath * maps.width + left] * (1 - across) + values[beneath * maps.width + right] * across;
-      const share = normalised(top * (1 - down) + low * down, range);
-      const place = 3 * Math.max(0, Math.min(255, Math.trunc(256 * share)));
-      const there = Number.isFinite(share);
-      const light = 0.299 * under.data[i] + 0.587 * under.data[i + 1] + 0.114 * under.data[i + 2];
+      const top = values[upper * maps.width + left] * (1 - across) + values[upper * maps.width + right] * across;
+      const bottom = values[lower * maps.width + left] * (1 - across) + values[lower * maps.width + right] * across;
+      const level = normalise(top * (1 - down) + bottom * down, range);
+      const entry = 3 * Math.max(0, Math.min(255, Math.trunc(256 * level)));
+      const grey = 0.299 * background.data[i] + 0.587 * background.data[i + 1] + 0.114 * background.data[i + 2];
       for (let channel = 0; channel < 3; channel++) {
-        const plain = under.data[i + channel];
-        const shaded = plain + grey * (light - plain);
-        out.data[i + channel] = there ? (1 - opacity) * shaded + opacity * colours[place + channel] : shaded;
+        const original = background.data[i + channel];
+        const greyed = original + greyness * (grey - original);
+        out.data[i + channel] = Number.isFinite(level) ? (1 - opacity) * greyed + opacity * colours[entry + channel] : greyed;
       }
       out.data[i + 3] = 255;
     }
@@ -122,8 +121,8 @@ function blended(under, maps, step, range, opacity, smooth) {
   return out;
 }
 
-/** A picture's pixels at a size; small pictures keep their pixels' edges. */
-function pixels(picture, width, height) {
+/** The pixels of a picture resized to a width and height; enlarged pictures keep sharp pixels. */
+function resized(picture, width, height) {
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingEnabled = picture.naturalWidth > width;
@@ -132,8 +131,8 @@ function pixels(picture, width, height) {
   return context.getImageData(0, 0, width, height);
 }
 
-/** Three significant digits, and no more zeros than needed; a dash for what is not computed. */
-function told(value) {
+/** Three significant digits without trailing zeros; a dash for a value that is not finite. */
+function format(value) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   return value && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(3)));

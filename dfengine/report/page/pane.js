@@ -1,9 +1,9 @@
-// A pane: one image, one method and one of its maps at the step that is shown.
+// A pane: one image, one of its methods, and one of the method's maps at the current step.
 
-const LEAST_SIDE = 384, THUMB = 52;
+const MIN_SIDE = 384, THUMBNAIL_SIDE = 52, GALLERY_SIDE = 96;
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-function filled(select, options) {
+function setOptions(select, options) {
   const groups = new Map();
   select.replaceChildren();
   for (const { value, label, group } of options) {
@@ -15,29 +15,30 @@ function filled(select, options) {
   }
 }
 
-/** The block that a layer is in, as in "down_blocks.0"; nothing of a word. */
-const block = (name) => name.match(/^(?:\w+_blocks\.\d+|mid_block)(?=\.)/)?.[0] ?? "";
+/** The block of a layer, such as "down_blocks.0"; empty for a word. */
+const blockOf = (name) => name.match(/^(?:\w*blocks\.\d+|mid_block)(?=\.)/)?.[0] ?? "";
 
-const named = (item) => `${item.number}: ${item.schedule}, seed ${item.seed}, ${item.model}: ${item.prompt.slice(0, 100) || "a given image"}`;
+const itemLabel = (item) =>
+  `${item.number}: ${item.schedule}, seed ${item.seed}, ${item.model}: ${item.prompt.slice(0, 100) || "a given image"}`;
 
-/** `state` is the page's; `change(what)` draws it again, `choose(step, pane)` goes to a step of this pane's image. */
-function Pane(state, name, change, choose) {
+/** `state` belongs to the page; `change(pane)` loads the pane's choice, `goTo(step, pane)` goes to a step of its image. */
+function Pane(state, name, change, goTo) {
   const root = document.getElementById("pane").content.firstElementChild.cloneNode(true);
   root.setAttribute("aria-label", name);
   const part = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((element) => [element.dataset.part, element]));
   const canvas = part.canvas;
-  let pictured; // the method whose maps the gallery has buttons of
-  let item, image, method, variant, maps, error, pictures, chart, words;
+  let galleryMethod; // whose maps the gallery has buttons for
+  let item, source, method, variant, maps, error, pictures, chart, words;
   let step = 0;
-  let turn = 0; // of several choices made quickly, the last one is shown
+  let loads = 0; // counts calls of `load`: of several in quick succession, the last one wins
 
   Object.assign(this, { root, item: null, chosen: { item: 0, method: "", variant: "" } });
 
-  filled(part.item, data.items.map((one, place) => ({ value: place, label: named(one) })));
+  setOptions(part.item, data.items.map((one, index) => ({ value: index, label: itemLabel(one) })));
   root.querySelector(".item").hidden = data.items.length < 2;
   part.bar.style.background = `linear-gradient(to right, ${Array.from({ length: 17 }, (_, i) => {
-    const place = 3 * Math.min(255, 16 * i);
-    return `rgb(${colours.slice(place, place + 3).join(" ")})`;
+    const entry = 3 * Math.min(255, 16 * i);
+    return `rgb(${colours.slice(entry, entry + 3).join(" ")})`;
   }).join(", ")})`;
 
   part.item.onchange = () => { this.chosen = { ...this.chosen, item: Number(part.item.value) }; change(this); };
@@ -45,37 +46,38 @@ function Pane(state, name, change, choose) {
   part.variant.onchange = () => { this.chosen = { ...this.chosen, variant: part.variant.value }; change(this); };
   part.gallery.ontoggle = () => drawGallery();
 
-  /** Make ready what is chosen, or what comes nearest to it. */
+  /** Load what is chosen, or the nearest that exists. */
   this.load = async () => {
-    const mine = ++turn;
+    const current = ++loads;
     const { chosen } = this;
-    const next = data.items[chosen.item] ?? data.items[0];
-    const place = data.items.indexOf(next);
-    const way = next.methods.find((one) => one.name === chosen.method) ?? next.methods[0];
-    const which = way?.variants.find((one) => one.name === chosen.variant) ?? way?.variants[0];
-    const picture = images[place];
-    const ready = await Promise.all([
-      picture.pictures(), which && picture.maps(which), which?.error && picture.maps(which.error),
+    const nextItem = data.items[chosen.item] ?? data.items[0];
+    const index = data.items.indexOf(nextItem);
+    const nextMethod = nextItem.methods.find((one) => one.name === chosen.method) ?? nextItem.methods[0];
+    const nextVariant = nextMethod?.variants.find((one) => one.name === chosen.variant) ?? nextMethod?.variants[0];
+    const nextSource = sources[index];
+    const results = await Promise.all([
+      nextSource.pictures(), nextVariant && nextSource.maps(nextVariant), nextVariant?.error && nextSource.maps(nextVariant.error),
     ]);
-    if (mine !== turn) return;
-    const other = next !== item;
-    [item, image, method, variant] = [this.item = next, picture, way, which];
-    [pictures, maps, error] = ready;
-    this.chosen = { item: place, method: way?.name ?? "", variant: which?.name ?? "" };
-    if (other) describe();
+    if (current !== loads) return;
+    const isOther = nextItem !== item;
+    [item, source, method, variant] = [this.item = nextItem, nextSource, nextMethod, nextVariant];
+    [pictures, maps, error] = results;
+    this.chosen = { item: index, method: method?.name ?? "", variant: variant?.name ?? "" };
+    if (isOther) describe();
     showChoices();
   };
 
   /** Draw a step, counted from 0, of what is loaded. */
-  this.draw = (now) => {
-    step = Math.max(0, Math.min(item.timesteps.length - 1, now));
-    const under = pixels(beneath(step), canvas.width, canvas.height);
-    const there = Boolean(maps?.computed(step));
-    canvas.getContext("2d").putImageData(there ? over(under, maps, step) : under, 0, 0);
-    const ends = there ? maps.range(step, state.span === "all") : [NaN, NaN];
-    [part.low.textContent, part.high.textContent] = state.values === "raw" ? ends.map(told) : ["0", "1"];
-    part.scale.style.visibility = there ? "" : "hidden";
-    canvas.setAttribute("aria-label", `${there ? `Heat map of ${title()}` : "No map is computed"} at step ${step + 1} of ${item.timesteps.length}, t = ${item.timesteps[step]}${there ? `; highest ${highest()}` : ""}. Arrows read out its cells.`);
+  this.draw = (newStep) => {
+    step = Math.max(0, Math.min(item.timesteps.length - 1, newStep));
+    const background = resized(pictureAt(step), canvas.width, canvas.height);
+    const isComputed = Boolean(maps?.isComputed(step));
+    canvas.getContext("2d").putImageData(isComputed ? withMap(background, maps, step) : background, 0, 0);
+    const ends = isComputed ? colourRange(maps, step) : [NaN, NaN];
+    [part.low.textContent, part.high.textContent] = state.values === "raw" ? ends.map(format) : ["0", "1"];
+    part.scale.style.visibility = isComputed ? "" : "hidden";
+    const subject = isComputed ? `Heat map of ${title()}` : "No map is computed";
+    canvas.setAttribute("aria-label", `${subject} at step ${step}, t = ${item.timesteps[step]}${isComputed ? `; highest ${highest()}` : ""}. Use the arrow keys to read its cells.`);
     part.python.textContent = python();
     drawChart();
     markStrip();
@@ -83,21 +85,22 @@ function Pane(state, name, change, choose) {
     this.point(state.pointer);
   };
 
-  /** Every step as a small picture. */
+  /** Draw a thumbnail of every step. */
   this.drawStrip = () => {
-    part.strip.replaceChildren(...item.timesteps.map((t, place) => {
-      const small = thumb(pixels(beneath(place), THUMB, Math.round((THUMB * item.size[0]) / item.size[1])), maps, place);
-      small.title = `step ${place + 1}, t = ${t}`;
-      small.onclick = () => choose(place, this);
+    part.strip.replaceChildren(...item.timesteps.map((t, at) => {
+      const height = Math.round((THUMBNAIL_SIDE * item.size[0]) / item.size[1]);
+      const small = thumbnail(resized(pictureAt(at), THUMBNAIL_SIDE, height), maps, at);
+      small.title = `step ${at}, t = ${t}`;
+      small.onclick = () => goTo(at, this);
       return small;
     }));
     markStrip();
   };
 
-  /** Mark the cell at a place in [0, 1)², or none, and tell its value; returns what it told. */
+  /** Mark the cell at a position in [0, 1)², or none for null, and show its value; returns the text shown. */
   this.point = (pointer) => {
     part.cell.hidden = !pointer || !maps;
-    part.value.textContent = !maps ? "" : maps.computed(step) ? "Point at the map to read its values." : "The map of this step is not computed.";
+    part.value.textContent = !maps ? "" : maps.isComputed(step) ? "Point at the map to read its values." : "The map of this step is not computed.";
     if (part.cell.hidden) return "";
     const column = Math.floor(pointer.x * maps.width), row = Math.floor(pointer.y * maps.height);
     const side = (count) => `${100 / count}%`;
@@ -105,8 +108,6 @@ function Pane(state, name, change, choose) {
     part.value.textContent = `row ${row}, column ${column} of ${maps.height}×${maps.width}: ${valueAt(row, column)}`;
     return part.value.textContent;
   };
-
-  this.cells = () => (maps ? [maps.width, maps.height] : [1, 1]);
 
   canvas.onpointermove = canvas.onpointerdown = (event) => {
     const box = canvas.getBoundingClientRect();
@@ -122,69 +123,70 @@ function Pane(state, name, change, choose) {
     if (!ARROWS[event.key]) return;
     event.preventDefault();
     event.stopPropagation();
-    const cells = this.cells();
-    const [x, y] = ["x", "y"].map((axis, place) => {
-      const cell = state.pointer ? Math.floor(state.pointer[axis] * cells[place]) + ARROWS[event.key][place] : cells[place] >> 1;
-      return (Math.max(0, Math.min(cells[place] - 1, cell)) + 0.5) / cells[place];
+    const counts = maps ? [maps.width, maps.height] : [1, 1];
+    const [x, y] = ["x", "y"].map((axis, i) => {
+      const cell = state.pointer ? Math.floor(state.pointer[axis] * counts[i]) + ARROWS[event.key][i] : counts[i] >> 1;
+      return (Math.max(0, Math.min(counts[i] - 1, cell)) + 0.5) / counts[i];
     });
     state.point({ x, y });
-    state.say(this.point(state.pointer));
+    state.announce(this.point(state.pointer));
   };
 
-  const title = () => method.name + (variant.name ? `, ${variant.label}` : "");
-  const beneath = (place) => pictures[state.beneath === "preview" && item.previews.length ? place + 1 : 0];
-  const over = (under, shown, place) =>
-    blended(under, shown, place, shown.range(place, state.span === "all"), state.opacity, state.smooth);
+  const title = () => method.label + (variant.name ? `, ${variant.label}` : "");
+  const pictureAt = (at) => pictures[state.background === "preview" && item.previews.length ? at + 1 : 0];
+  const colourRange = (which, at) => which.range(at, state.range === "all");
+  const withMap = (background, which, at) =>
+    overlay(background, which, at, colourRange(which, at), state.opacity, state.smooth);
 
   function valueAt(row, column) {
-    if (!maps.computed(step)) return "not computed";
-    const at = row * maps.width + column;
-    const range = maps.range(step, state.span === "all");
-    const spread = error ? error.at(step)[at] : NaN;
-    const scaled = state.values === "normalised";
-    const value = scaled ? normalised(maps.at(step)[at], range) : maps.at(step)[at];
-    const around = scaled ? spread / (range[1] - range[0]) : spread;
+    if (!maps.isComputed(step)) return "not computed";
+    const index = row * maps.width + column;
+    const range = colourRange(maps, step);
+    let value = maps.at(step)[index];
+    let spread = error ? error.at(step)[index] : NaN;
+    if (state.values === "normalised") [value, spread] = [normalise(value, range), spread / (range[1] - range[0])];
     if (!Number.isFinite(value)) return "not finite";
-    return told(value) + (Number.isFinite(around) ? ` ± ${told(around)}` : "");
+    return format(value) + (Number.isFinite(spread) ? ` ± ${format(spread)}` : "");
   }
 
   function highest() {
-    const at = maps.peak(step);
-    return `at row ${Math.floor(at / maps.width)}, column ${at % maps.width} of ${maps.height}×${maps.width}`;
+    const index = maps.peak(step);
+    return `at row ${Math.floor(index / maps.width)}, column ${index % maps.width} of ${maps.height}×${maps.width}`;
   }
 
+  /** Python code that returns the map that is shown. */
   function python() {
-    const [name, opened] = item.source ? ["item", `item = dfengine.open(${JSON.stringify(item.source)})[${item.number}]\n`] : ["result", ""];
-    if (!method) return `${opened}${name}.image`;
-    const about = `   # t = ${item.timesteps[step]}`;
-    if (variant.row !== undefined) return `${opened}dfengine.result.heatmap(${name}.heat[${variant.row}, ${step}], ${name}.image.shape[:2])${about}`;
-    const word = method.kind === "Attention" && variant.name;
+    const [name, open] = item.source ? ["item", `item = dfengine.open(${JSON.stringify(item.source)})[${item.number}]\n`] : ["result", ""];
+    if (!method) return `${open}${name}.image`;
+    const comment = `   # t = ${item.timesteps[step]}`;
+    if (variant.row !== undefined) return `${open}dfengine.result.heatmap(${name}.word_maps[${variant.row}, ${step}], ${name}.image.shape[:2])${comment}`;
+    const word = method.form === "words" && variant.name;
     const layer = variant.name && !word ? `, layer=${JSON.stringify(variant.name)}` : "";
-    return `${opened}${name}.heatmap(${JSON.stringify(word || method.name)}, step=${step}${layer})${about}`;
+    return `${open}${name}.heatmap(${JSON.stringify(word || method.name)}, step=${step}${layer})${comment}`;
   }
 
-  function thumb(under, shown, place) {
-    const small = Object.assign(document.createElement("canvas"), { width: under.width, height: under.height });
-    small.getContext("2d").putImageData(shown?.computed(place) ? over(under, shown, place) : under, 0, 0);
+  function thumbnail(background, which, at) {
+    const small = Object.assign(document.createElement("canvas"), { width: background.width, height: background.height });
+    small.getContext("2d").putImageData(which?.isComputed(at) ? withMap(background, which, at) : background, 0, 0);
     return small;
   }
 
   function markStrip() {
-    [...part.strip.children].forEach((small, place) => small.classList.toggle("current", place === step));
-    const now = part.strip.children[step];
-    if (now) part.strip.scrollLeft = now.offsetLeft - part.strip.offsetLeft - (part.strip.clientWidth - now.clientWidth) / 2;
+    [...part.strip.children].forEach((small, at) => small.classList.toggle("current", at === step));
+    const current = part.strip.children[step];
+    if (current) part.strip.scrollLeft = current.offsetLeft - part.strip.offsetLeft - (part.strip.clientWidth - current.clientWidth) / 2;
   }
 
-  /** All of the method's maps at this step, while they are looked at. */
+  /** Draw all of the method's maps at this step, if the gallery is open. */
   async function drawGallery() {
     if (!part.gallery.open || !method) return;
-    const [mine, shown, place] = [turn, method, step];
-    const all = await Promise.all(shown.variants.map((one) => image.maps(one)));
-    if (mine !== turn || place !== step) return;
-    const under = pixels(beneath(step), 96, Math.round((96 * item.size[0]) / item.size[1]));
-    if (pictured !== shown) {
-      pictured = shown;
-      part.thumbs.replaceChildren(...shown.variants.map((one) => {
+    const [current, shown, at] = [loads, method, step];
+    const all = await Promise.all(shown.variants.map((one) => source.maps(one)));
+    if (current !== loads || at !== step) return;
+    const background = resized(pictureAt(step), GALLERY_SIDE, Math.round((GALLERY_SIDE * item.size[0]) / item.size[1]));
+    if (galleryMethod !== shown) {
+      galleryMethod = shown;
+      part.thumbnails.replaceChildren(...shown.variants.map((one) => {
         const button = Object.assign(document.createElement("button"), { type: "button" });
         button.append(document.createElement("canvas"), one.label.replaceAll(".", ".\u200b"));
         button.onclick = () => { part.variant.value = one.name; part.variant.onchange(); };
@@ -192,8 +194,8 @@ function Pane(state, name, change, choose) {
       }));
     }
     shown.variants.forEach((one, index) => {
-      const button = part.thumbs.children[index];
-      button.firstChild.replaceWith(thumb(under, all[index], step));
+      const button = part.thumbnails.children[index];
+      button.firstChild.replaceWith(thumbnail(background, all[index], step));
       button.setAttribute("aria-pressed", one === variant);
       button.classList.toggle("current", one === variant);
     });
@@ -201,37 +203,37 @@ function Pane(state, name, change, choose) {
 
   function showChoices() {
     part.item.value = data.items.indexOf(item);
-    filled(part.method, item.methods.map((one) => ({ value: one.name, label: one.name })));
+    setOptions(part.method, item.methods.map((one) => ({ value: one.name, label: one.label })));
     part.method.value = method?.name ?? "";
-    const several = (method?.variants.length ?? 0) > 1;
-    filled(part.variant, several ? method.variants.map((one) => ({ value: one.name, label: one.label, group: block(one.name) })) : []);
+    const hasVariants = (method?.variants.length ?? 0) > 1;
+    setOptions(part.variant, hasVariants ? method.variants.map((one) => ({ value: one.name, label: one.label, group: blockOf(one.name) })) : []);
     part.variant.value = variant?.name ?? "";
     root.querySelector(".method").hidden = !method;
-    root.querySelector(".variant").hidden = part.gallery.hidden = !several;
-    part["gallery-name"].textContent = several ? `All ${method.variants.length} maps of ${method.name} at this step` : "";
+    root.querySelector(".variant").hidden = part.gallery.hidden = !hasVariants;
+    part["gallery-name"].textContent = hasVariants ? `All ${method.variants.length} maps of ${method.label} at this step` : "";
     part.about.textContent = method?.about ?? "no maps";
   }
 
-  /** What follows from the image alone. */
+  /** Show what depends on the image alone. */
   function describe() {
     const [height, width] = item.size;
-    const times = Math.max(1, Math.ceil(LEAST_SIDE / Math.max(height, width)));
-    Object.assign(canvas, { width: width * times, height: height * times });
+    const scale = Math.max(1, Math.ceil(MIN_SIDE / Math.max(height, width)));
+    Object.assign(canvas, { width: width * scale, height: height * scale });
     root.style.setProperty("--ratio", width / height);
     const count = item.timesteps.length;
     const prompt = item.prompt && item.prompt !== document.querySelector("h1").textContent ? `: “${item.prompt}”` : "";
     part.summary.textContent = `${item.model}, seed ${item.seed}, ${item.schedule}, ${count} step${count > 1 ? "s" : ""}${prompt}`;
-    part.facts.replaceChildren(...item.facts.map(([fact, value]) => row([fact, value])));
+    part.facts.replaceChildren(...item.facts.map((fact) => tableRow(fact)));
     part.curves.hidden = part.table.hidden = !item.lines.length;
     if (!item.lines.length) return;
     words = new Set(item.lines.filter((line) => line.shown).map((line) => line.word));
-    chart = new Chart(part.chart, item, (place) => choose(place, pane));
-    part.words.replaceChildren(...item.lines.map((line, place) => {
+    chart = new Chart(part.chart, item, (at) => goTo(at, pane));
+    part.words.replaceChildren(...item.lines.map((line) => {
       const label = document.createElement("label");
       const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: line.shown });
       box.onchange = () => { words[box.checked ? "add" : "delete"](line.word); drawChart(); };
-      const swatch = drawn("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" });
-      swatch.append(drawn("line", { x1: 0, x2: 26, y1: 5, y2: 5, "stroke-width": 3, ...look(line.look) }));
+      const swatch = svgElement("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" });
+      swatch.append(svgElement("line", { x1: 0, x2: 26, y1: 5, y2: 5, "stroke-width": 3, ...lineStyle(line.style) }));
       label.append(box, swatch, `${line.word} `, document.createElement("span"));
       return label;
     }));
@@ -241,27 +243,27 @@ function Pane(state, name, change, choose) {
     if (!item.lines.length) return;
     const scale = part.shares.checked ? "normalised" : "raw";
     chart.draw(scale, words, step);
-    item.lines.forEach((line, place) => {
-      part.words.children[place].lastElementChild.textContent = told(line[scale][step] ?? NaN);
+    item.lines.forEach((line, index) => {
+      part.words.children[index].lastElementChild.textContent = format(line[scale][step] ?? NaN);
     });
     if (!part.table.open) return;
     part.numbers.replaceChildren(
-      row(["step", "t", ...item.lines.map((line) => line.word)], "th"),
-      ...item.timesteps.map((t, place) => row([place + 1, t, ...item.lines.map((line) => told(line[scale][place] ?? NaN))])),
+      tableRow(["step", "t", ...item.lines.map((line) => line.word)], "th"),
+      ...item.timesteps.map((t, at) => tableRow([at, t, ...item.lines.map((line) => format(line[scale][at] ?? NaN))])),
     );
   }
   part.table.ontoggle = part.shares.onchange = drawChart;
   new ResizeObserver(() => { if (item) drawChart(); }).observe(part.chart);
 
-  function row(cells, kind = "td") {
-    const made = document.createElement("tr");
-    made.append(...cells.map((text, place) => {
-      const cell = document.createElement(place ? kind : "th");
+  function tableRow(cells, kind = "td") {
+    const element = document.createElement("tr");
+    element.append(...cells.map((text, column) => {
+      const cell = document.createElement(column ? kind : "th");
       cell.textContent = text;
-      cell.scope = kind === "th" ? "col" : place ? "" : "row";
+      cell.scope = kind === "th" ? "col" : column ? "" : "row";
       return cell;
     }));
-    return made;
+    return element;
   }
   const pane = this;
 }

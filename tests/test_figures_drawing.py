@@ -1,4 +1,4 @@
-"""Which figures results and files allow, what they are named, and what stands together in them."""
+"""Which figures results and files have the data for, their names, and which images they group."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from test_figures import LONG, MAPS_BAR, colour_bars, explained, labels, lines, 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, exponential_timesteps, figures, store
 from dfengine.cli import main
-from dfengine.figures import animation, grouping, overlay
+from dfengine.figures import animation, overlay, schedules
 from dfengine.result import Result
 from dfengine.tokens import Tokens
 
@@ -50,8 +50,12 @@ def sweep(prompts: Sequence[str] = ("a red cat",), seeds: Sequence[int] = (0, 1)
     return made
 
 
+def draw_all(results: Any, **options: Any) -> dict[str, Figure]:
+    return {one.name: one.figure for one in figures.draw_all(results, **options)}
+
+
 def names(results: Sequence[Any], **options: Any) -> list[str]:
-    return [name for name, _ in figures.every(results, **options)]
+    return list(draw_all(results, **options))
 
 
 def on_one_line(labels: Sequence[str]) -> list[str]:
@@ -60,7 +64,7 @@ def on_one_line(labels: Sequence[str]) -> list[str]:
 
 def test_one_result_has_every_method_in_its_form_and_a_comparison() -> None:
     made = explained("a red cat")
-    drawn = dict(figures.every([made]))
+    drawn = draw_all([made])
     assert list(drawn) == [*METHODS, "comparison"]
     for method in METHODS:
         alone = figures.draw(made, method)
@@ -89,33 +93,33 @@ def test_a_method_that_is_half_done_is_drawn_as_far_as_it_is() -> None:
     cam["mid_block.resnets.1"] = unfinished(cam["mid_block.resnets.1"], 0, 4)
     heat = np.stack([unfinished(word, 2) for word in np.asarray(made.word_maps)])
     made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(rise, 1, 3), "cam": cam}, word_maps=heat)
-    drawn = dict(figures.every([made]))
-    assert titles(drawn["rise"])[:3] == ["image", "step 2, t = 30", "step 4, t = 10"]
-    assert titles(drawn["cam"]) == ["step 1\nt = 40", "step 5\nt = 0"]
-    assert titles(drawn["attention"]) == ["step 3\nt = 20"]
+    drawn = draw_all([made])
+    assert titles(drawn["rise"])[:3] == ["image", "step 1, t = 30", "step 3, t = 10"]
+    assert titles(drawn["cam"]) == ["step 0\nt = 40", "step 4\nt = 0"]
+    assert titles(drawn["attention"]) == ["step 2\nt = 20"]
     # Rows of the steps at which most maps are there: of rise and the three others' own.
-    assert on_one_line(labels(drawn["comparison"])) == ["step 2, t = 30", "step 4, t = 10"]
+    assert on_one_line(labels(drawn["comparison"])) == ["step 1, t = 30", "step 3, t = 10"]
 
 
 def test_relevance_stands_above_a_map_that_is_there() -> None:
     made = explained("a red cat", steps=6)
     cam = {name: unfinished(maps, 0, 3) for name, maps in made.maps["cam"].items()}
-    (_, drawn), *_ = figures.every([dataclasses.replace(made, maps=made.maps | {"cam": cam})], methods=["relevance"])
-    assert labels(drawn)[1] == "cam,\ncombined"
-    assert titles(drawn) == ["step 1\nt = 50", "step 4\nt = 20"]
+    drawn = draw_all([dataclasses.replace(made, maps=made.maps | {"cam": cam})], methods=["relevance"])["relevance"]
+    assert labels(drawn)[1] == "DF-CAM,\ncombined"
+    assert titles(drawn) == ["step 0\nt = 50", "step 3\nt = 20"]
     none = {name: unfinished(maps) for name, maps in made.maps["cam"].items()}
-    (_, drawn), *_ = figures.every([dataclasses.replace(made, maps=made.maps | {"cam": none})], methods=["relevance"])
-    assert labels(drawn)[1] == "rise,\n7 masks"
+    drawn = draw_all([dataclasses.replace(made, maps=made.maps | {"cam": none})], methods=["relevance"])["relevance"]
+    assert labels(drawn)[1] == "DF-RISE,\n7 masks"
 
 
 def test_methods_and_steps_restrict_what_is_drawn() -> None:
     made = explained("a red cat")
     rise = unfinished(np.asarray(made.maps["rise"]), 0, 4)
     made = dataclasses.replace(made, maps=made.maps | {"rise": rise})
-    drawn = dict(figures.every([made], methods=["rise", "cam"], steps=[-1, 1]))
+    drawn = draw_all([made], methods=["rise", "cam"], steps=[-1, 1])
     assert list(drawn) == ["rise", "cam", "comparison"]
-    assert titles(drawn["rise"])[:2] == ["image", "step 5, t = 0"]
-    assert titles(drawn["cam"]) == ["step 5\nt = 0", "step 2\nt = 30"]
+    assert titles(drawn["rise"])[:2] == ["image", "step 4, t = 0"]
+    assert titles(drawn["cam"]) == ["step 4\nt = 0", "step 1\nt = 30"]
     assert names([made], steps=[2]) == [*METHODS[1:], "comparison"], "rise has not finished step 2"
     assert names([made], methods=["rise"], steps=[2]) == []
 
@@ -126,15 +130,15 @@ def test_several_images_are_numbered_and_compared_in_rows() -> None:
         with_methods(explained(prompt, seed=seed, timesteps=np.array(lists[prompt])), "rise", "cam")
         for seed, prompt in enumerate(lists)
     ]
-    drawn = dict(figures.every(made))
+    drawn = draw_all(made)
     assert list(drawn) == ["item-000-rise", "item-000-cam", "item-001-rise", "item-001-cam", "comparison"]
-    several = dict(figures.every(made, methods=["rise", "cam"], steps=[0, 3]))
-    # Of five steps, the one at three quarters; names count from 0, as `steps` does.
+    several = draw_all(made, methods=["rise", "cam"], steps=[0, 3])
+    # Of five steps, the one at three quarters.
     assert list(several)[-2:] == ["comparison-step-000", "comparison-step-003"]
     compared = {2: drawn["comparison"], 0: several["comparison-step-000"], 3: several["comparison-step-003"]}
     for at, figure in compared.items():
-        assert figure.get_suptitle() == f"shapes, step {at + 1} of 5: an image a row"
-        assert titles(figure) == ["image", "rise", "cam"]
+        assert figure.get_suptitle() == f"shapes, step {at}: one row per image"
+        assert titles(figure) == ["image", "DF-RISE", "DF-CAM"]
         assert colour_bars(figure) == [MAPS_BAR]
         assert on_one_line(labels(figure)) == [
             f"a cat, seed 0, t = {lists['a cat'][at]}",
@@ -148,9 +152,9 @@ def test_several_images_are_numbered_and_compared_in_rows() -> None:
 def test_of_one_image_a_row_is_a_step_and_what_is_missing_is_said() -> None:
     made = with_methods(explained("a cat"), "rise", "cam")
     made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(np.asarray(made.maps["rise"]), 4)})
-    compared = dict(figures.every([made], steps=[0, 4]))["comparison"]
-    assert compared.get_suptitle().replace("\n", " ") == "“a cat”, shapes, seed 0: a step a row"
-    assert on_one_line(labels(compared)) == ["step 1, t = 40", "step 5, t = 0"]
+    compared = draw_all([made], steps=[0, 4])["comparison"]
+    assert compared.get_suptitle().replace("\n", " ") == "“a cat”, shapes, seed 0: one row per step"
+    assert on_one_line(labels(compared)) == ["step 0, t = 40", "step 4, t = 0"]
     previews = np.asarray(made.previews)
     expected = [previews[0], overlay(previews[0], made.heatmap("cam", 0)), previews[4]]
     expected += [overlay(previews[4], made.heatmap(method, 4)) for method in ("rise", "cam")]
@@ -171,12 +175,12 @@ def test_images_of_different_sizes_are_not_in_one_comparison() -> None:
 
 def test_of_many_images_the_first_are_drawn_or_those_that_are_named() -> None:
     made = [with_methods(explained("a cat", seed=seed), "rise") for seed in range(5)]
-    with pytest.warns(UserWarning, match="the first 2 of 5 images are drawn, 3 left out"):
+    with pytest.warns(UserWarning, match="drawing the first 2 of 5 images, leaving out 3"):
         assert names(made, limit=2) == ["item-000-rise", "item-001-rise"]
     assert names(made, limit=5) == [f"item-00{place}-rise" for place in range(5)]
-    assert names(made, only=[3, -1, 3], limit=1) == ["item-003-rise", "item-004-rise"]
-    with pytest.warns(UserWarning, match="3 left out"):
-        drawn = list(figures.drawings(made, limit=2, steps=[1]))
+    assert names(made, items=[3, -1, 3], limit=1) == ["item-003-rise", "item-004-rise"]
+    with pytest.warns(UserWarning, match="leaving out 3"):
+        drawn = list(figures.draw_all(made, limit=2, steps=[1]))
     assert [(one.name, one.result, one.method, one.steps) for one in drawn] == [
         ("item-000-rise", made[0], "rise", [1]),
         ("item-001-rise", made[1], "rise", [1]),
@@ -186,19 +190,16 @@ def test_of_many_images_the_first_are_drawn_or_those_that_are_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": [2]}, "item 2 is not there: expected one of 0 to 1"),
-        ({"only": [-3]}, "item -3 is not there"),
+        ({"items": [2]}, "there is no item 2: expected one of 0 to 1"),
+        ({"items": [-3]}, "there is no item -3"),
         ({"methods": ["rise", "lime"]}, "no map 'lime': expected one of rise, relevance, cam, attention"),
         ({"steps": [0, 7]}, r"step 7 is outside \[0, 6\]"),
         ({"steps": [-8]}, r"step -8 is outside \[0, 6\]"),
     ],
 )
-@pytest.mark.parametrize("draws", [figures.every, figures.drawings])
-def test_what_none_of_the_images_has_is_refused_at_once(
-    draws: Callable[..., Any], options: dict[str, Any], message: str
-) -> None:
+def test_what_none_of_the_images_has_is_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        draws([explained("a cat"), explained("a cat", steps=7)], **options)
+        figures.draw_all([explained("a cat"), explained("a cat", steps=7)], **options)
 
 
 def reach(schedule: Axes) -> list[list[float]]:
@@ -208,7 +209,7 @@ def reach(schedule: Axes) -> list[list[float]]:
 
 def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None:
     made = sweep()
-    drawn = dict(figures.every(made))
+    drawn = draw_all(made)
     assert list(drawn)[-2:] == ["samples", "concepts"]
     samples = drawn["samples"]
     *axes, schedule = samples.axes
@@ -231,7 +232,7 @@ def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None
 def test_the_axis_of_time_steps_reaches_a_later_one_than_999() -> None:
     longer, *others = sweep(seeds=(0,))
     longer = dataclasses.replace(longer, timesteps=np.array([1200, 900, 600, 300, 0]))
-    (group,) = grouping.groups([longer, *others])
+    (group,) = schedules.groups([longer, *others])
     *_, schedule = group.samples().axes
     assert schedule.get_xlim() == pytest.approx((1212, -12))
     assert reach(schedule) == [[0, 1200]] * 3
@@ -239,7 +240,7 @@ def test_the_axis_of_time_steps_reaches_a_later_one_than_999() -> None:
 
 def test_only_what_belongs_together_is_in_one_group() -> None:
     def grouped(results: Sequence[Any]) -> list[tuple[str, str, list[int], list[str]]]:
-        return [(one.prompt, one.about, list(one.rows), list(one.timesteps)) for one in grouping.groups(results)]
+        return [(one.prompt, one.details, list(one.rows), list(one.timesteps)) for one in schedules.groups(results)]
 
     made = sweep(("a red cat", "a dog"), (0, 1, 2))
     every = [*LISTS]
@@ -250,7 +251,7 @@ def test_only_what_belongs_together_is_in_one_group() -> None:
     other = [dataclasses.replace(one, model="sd15") for one in made[:3]]
     assert grouped(made[:3] + other) == []
     assert grouped(made[:4] + made[:4]) == [("a red cat", "shapes", [0], every[:2])]
-    assert [name for name in names(made[:6], only=[0, 1]) if "item" not in name] == []
+    assert [name for name in names(made[:6], items=[0, 1]) if "item" not in name] == []
     both = sweep(("a red cat", "a dog"), (0,), every[:2])
     assert [name for name in names(both, methods=["relevance"]) if "item" not in name] == [
         "prompt-000-concepts",
@@ -260,7 +261,7 @@ def test_only_what_belongs_together_is_in_one_group() -> None:
 
 def test_schedules_of_one_name_are_told_apart() -> None:
     lists = [(40, 30, 20), (9, 6, 3, 0), tuple(exponential_timesteps(5, 7, "early")), (50, 40, 30), (900, 20, 1)]
-    assert grouping.schedule_names(lists) == [
+    assert schedules.schedule_names(lists) == [
         "uniform, 3 steps (1)",
         "uniform, 4 steps",
         "early, γ = 7",
@@ -283,9 +284,9 @@ def test_stored_images_of_other_guidance_or_negative_prompt_are_apart(tmp_path: 
             writer.trajectory(number, **trajectory(plan, number) | {"timesteps": np.array(item.settings["timesteps"])})
         writer.close(publish=False)
     with store.open(tmp_path / "run.part.h5") as run:
-        assert [one.about for one in grouping.groups(run)] == [
+        assert [one.details for one in schedules.groups(run)] == [
             "shapes, guidance 2",
-            "shapes, guidance 2, without “blurry”",
+            "shapes, guidance 2, negative prompt “blurry”",
             "shapes, guidance 7.5",
         ]
 
@@ -313,18 +314,18 @@ def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
         )
         for (name, seed), values in red.items()
     ]
-    drawn = dict(figures.every(made))["concepts"]
+    drawn = draw_all(made)["concepts"]
     uniform, early, bars = drawn.axes
     assert [uniform.get_title(), early.get_title()] == ["uniform", "early, γ = 60"]
     np.testing.assert_allclose([line.get_ydata() for line in uniform.lines], [[0.5] * 3, [1] * 3])
     np.testing.assert_allclose([line.get_ydata() for line in early.lines], [[0.5, 0.5, 0], [1] * 3])
-    assert [line.get_xdata().tolist() for line in uniform.lines] == [[1, 2, 3]] * 2
+    assert [line.get_xdata().tolist() for line in uniform.lines] == [[0, 1, 2]] * 2
     for axis, (first, _, last) in ((uniform, lists["uniform"]), (early, lists["early"])):
-        assert axis.get_xticks().tolist() == [1, 2, 3]
-        assert [tick.get_text() for tick in axis.get_xticklabels()] == [f"1\nt = {first}", "2", f"3\nt = {last}"]
+        assert axis.get_xticks().tolist() == [0, 1, 2]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == [f"0\nt = {first}", "1", f"2\nt = {last}"]
     # s/√2 of 1/4 and 3/4 is 1/4, of 0 and 1 it is 1/2.
     ends = np.asarray(uniform.collections[0].get_paths()[0].vertices)
-    assert {(float(x), round(float(y), 6)) for x, y in ends} == {(1, 0.25), (1, 0.75), (2, 0.5), (3, 0.25), (3, 0.75)}
+    assert {(float(x), round(float(y), 6)) for x, y in ends} == {(0, 0.25), (0, 0.75), (1, 0.5), (2, 0.25), (2, 0.75)}
     heights = [bar.get_height() for bar in bars.patches]
     np.testing.assert_allclose(heights, [1.5, 3, 1, 3])
     # Sums of uniform are 1.5 and 1.5, of early 2 and 0: an error of 0 and of 1.
@@ -332,7 +333,7 @@ def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
     np.testing.assert_allclose(reaches, [[[1.5, 1.5], [3, 3]], [[0, 2], [3, 3]]], atol=1e-6)
     (title,) = {part.get_suptitle() for part in drawn.subfigs}
     assert title.replace("\n", "  ·  ") == "“a red cat”  ·  shapes, mean of 2 seeds (0, 1) ± standard error"
-    single = dict(figures.every([one for one in made if one.seed == 0]))["concepts"]
+    single = draw_all([one for one in made if one.seed == 0])["concepts"]
     assert single.subfigs[0].get_suptitle() == "“a red cat”  ·  shapes, seed 0"
     assert [len(axis.collections) for axis in single.axes[:2]] == [0, 0]
 
@@ -342,18 +343,18 @@ def test_a_seed_whose_relevance_has_a_gap_is_not_in_the_means() -> None:
     gap = np.asarray(made[3].relevance).copy()
     gap[:, 2] = np.nan
     made[3] = dataclasses.replace(made[3], relevance=gap)
-    (group,) = grouping.groups(made)
+    (group,) = schedules.groups(made)
     drawn = group.concepts()
     assert drawn is not None
     assert drawn.subfigs[0].get_suptitle().endswith("seed 0")
-    (rest,) = grouping.groups([one for one in made if one.seed == 1])
+    (rest,) = schedules.groups([one for one in made if one.seed == 1])
     assert rest.concepts() is None
-    (without,) = grouping.groups([dataclasses.replace(one, tokens=None) for one in made])
+    (without,) = schedules.groups([dataclasses.replace(one, tokens=None) for one in made])
     assert without.concepts() is None
 
 
 def test_figures_of_schedules_are_readable_across_a_page() -> None:
-    (group,) = grouping.groups(sweep((LONG,)))
+    (group,) = schedules.groups(sweep((LONG,)))
     for drawn in (group.samples(), group.concepts()):
         assert drawn is not None
         assert min(text.get_fontsize() for text in texts(drawn)) * 7.2 / max(drawn.get_figwidth(), 7.2) >= 5.5
@@ -395,8 +396,8 @@ def test_a_frame_tells_its_step_and_its_t(monkeypatch: pytest.MonkeyPatch) -> No
         beneath = np.asarray(made.previews)[at]
         np.testing.assert_array_equal(axes[0].images[0].get_array(), beneath)
         np.testing.assert_array_equal(axes[1].images[0].get_array(), overlay(beneath, made.heatmap("cam", at)))
-    assert told == ["step _1 of 12, t = 110", "step _9 of 12, t = _30", "step 12 of 12, t = __0"]
-    assert titles(figure) == ["predicted $x_0$", "cam, combined"]
+    assert told == ["step _0, t = 110", "step _8, t = _30", "step 11, t = __0"]
+    assert titles(figure) == ["predicted $x_0$", "DF-CAM, combined"]
     assert colour_bars(figure) == [MAPS_BAR]
 
 
@@ -414,7 +415,7 @@ def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: st
     assert (durations, loop) == ([200, 200, 2000], 0)
     figure, line, axes = animation._layout(made)
     assert figure.get_figwidth() * figure.dpi == pytest.approx(shown[0].shape[1], abs=1)
-    line.set_text("step 5 of 5, t = 40")
+    line.set_text("step 4, t = 40")
     figure.canvas.draw()
     left, right, told = (box(artist, shown[0].shape) for artist in (*axes, line))
     for frame, at in zip(shown, (0, 1, 3), strict=True):
@@ -441,10 +442,10 @@ def test_an_animation_may_show_some_steps_or_one(tmp_path: Path) -> None:
     ("message", "name", "options"),
     [
         ("ends in '.png': expected .gif", "a.png", {}),
-        ("does not exist: make it first", "no/a.gif", {}),
+        ("does not exist: create it first", "no/a.gif", {}),
         ("no map 'lime': expected one of rise", "a.gif", {"method": "lime"}),
         ("no step of 'rise' is computed yet", "a.gif", {"steps": [9]}),
-        ("-1 seconds a step are not possible", "a.gif", {"seconds_per_step": -1}),
+        ("got -1 seconds per step: expected at least 0.01", "a.gif", {"seconds_per_step": -1}),
     ],
 )
 def test_what_cannot_be_animated_is_named(tmp_path: Path, message: str, name: str, options: dict[str, Any]) -> None:
@@ -466,7 +467,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return run
 
 
-@pytest.mark.filterwarnings("default:the first 1 of 2:UserWarning")
+@pytest.mark.filterwarnings("default:drawing the first 1 of 2:UserWarning")
 def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
     explainers = [Rise(8), Cam(), Relevance(), Attention()]
@@ -474,7 +475,10 @@ def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[...
         engine.explain("a red star", explainers, num_steps=2, sampling=name, out=tmp_path / f"{name}.h5")
     store.merge([tmp_path / "uniform.h5", tmp_path / "early.h5"], tmp_path / "run.h5")
     status, said, noted = command(tmp_path / "run.h5", "--gif", "--limit", 1)
-    assert (status, noted) == (0, "dfengine: note: the first 1 of 2 images are drawn, 1 left out: raise the limit\n")
+    assert (status, noted) == (
+        0,
+        "dfengine: note: drawing the first 1 of 2 images, leaving out 1: raise the limit to draw more\n",
+    )
     stems = [f"item-000-{name}" for name in ("rise", "cam", "relevance", "attention", "comparison")]
     written = [f"{stem}.{ending}" for stem in (*stems, "samples", "concepts") for ending in ("png", "pdf")]
     written += [f"{stem}.gif" for stem in stems[:-1]]
@@ -484,11 +488,11 @@ def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[...
     for path in (tmp_path / "run.figures").iterdir():
         assert path.read_bytes().startswith(heads[path.suffix])
     with dfengine.open(tmp_path / "run.h5") as opened:
-        stored = dict(figures.every(opened, only=[0]))
-        assert titles(stored["item-000-rise"])[:2] == ["image", "step 1, t = 501"]
+        stored = draw_all(opened, items=[0])
+        assert titles(stored["item-000-rise"])[:2] == ["image", "step 0, t = 501"]
         assert "standard error,\nshare of range" in labels(stored["item-000-rise"])
-        (group,) = grouping.groups(opened)
-        assert group.about == "shapes, guidance 2"
+        (group,) = schedules.groups(opened)
+        assert group.details == "shapes, guidance 2"
 
 
 @pytest.fixture
@@ -513,9 +517,9 @@ def test_a_part_is_drawn_as_far_as_it_is(begun: Path, command: Callable[..., tup
     ]
     assert len(frames(folder / "item-000-random.gif")[0]) == 2
     with store.open(begun) as run:
-        drawn = dict(figures.every(run))
-    assert titles(drawn["item-000-random"])[:3] == ["image", "step 2, t = 600", "step 3, t = 300"]
-    assert titles(drawn["item-000-rise"])[:2] == ["image", "step 2, t = 600"]
+        drawn = draw_all(run)
+    assert titles(drawn["item-000-random"])[:3] == ["image", "step 1, t = 600", "step 2, t = 300"]
+    assert titles(drawn["item-000-rise"])[:2] == ["image", "step 1, t = 600"]
 
 
 def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
@@ -535,7 +539,7 @@ def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--item", "2"], "item 2 is not there: expected one of 0 to 1"),
+        (["--item", "2"], "there is no item 2: expected one of 0 to 1"),
         (["--item", "1"], "nothing to draw in "),
         (["--method", "cat"], "there is no map 'cat': expected one of rise, random"),
         (["--step", "3"], "step 3 is outside [0, 2]"),
@@ -579,8 +583,8 @@ def test_a_folder_that_may_not_be_written_is_one_line(
 
 def test_names_of_files_are_unlike_on_any_disk() -> None:
     maps = {name: np.zeros((1, 2, 2), np.float32) for name in ("a/b", "a-b", "comparison", "..", "Rise", "rise", "")}
-    named = [one.name for one in figures.drawings([explained("a cat", 1, maps=maps)])]
-    assert named == ["a-b", "a-b-2", "comparison-2", "--", "Rise", "rise-2", "-"]
+    named = names([explained("a cat", 1, maps=maps)])
+    assert named[:-1] == ["a-b", "a-b-2", "comparison-2", "--", "Rise", "rise-2", "-"]
 
 
 def test_relevance_of_any_image_is_looked_for() -> None:
@@ -588,7 +592,7 @@ def test_relevance_of_any_image_is_looked_for() -> None:
     lists = [np.array([9, 5, 0]), np.array([9, 8, 0])]
     without = dataclasses.replace(plain, maps={"rise": plain.maps["rise"]}, prompt="a dog")
     results = [without, *(dataclasses.replace(plain, timesteps=steps) for steps in lists)]
-    assert "concepts" in dict(figures.every(results, methods=["relevance"]))
+    assert "concepts" in draw_all(results, methods=["relevance"])
 
 
 def test_a_word_that_begins_with_an_underscore_is_in_the_legend() -> None:

@@ -1,0 +1,251 @@
+"""Building blocks of figures: rows of pictures, lines with labels, titles and colour bars."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import cycle
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib import figure as plain
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy import ndarray
+
+from dfengine.figures.selection import evenly_spaced
+from dfengine.result import COMBINED, Explanation, model_name
+
+#: Perceptually uniform, and readable without colour.
+COLOUR_MAP = "inferno"
+#: Standard errors have their own, so that nobody mistakes them for a heat map.
+ERROR_MAP = "viridis"
+#: Opacity of a heat map over its picture.
+OPACITY = 0.6
+#: Points. Six remain when a figure of five pictures across is printed in one of two columns of text.
+FONT_SIZE = 13
+#: Inches: height of a line of text, shorter side of a picture, gap between pictures.
+LINE = 1.2 * FONT_SIZE / 72
+CELL = 0.9
+GAP = 0.06
+#: Okabe and Ito (2008), safe for colour-blind readers, with grey instead of yellow. Dashes and markers help in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES = ("-", "--", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+
+#: Maximum number of characters of a prompt in a title.
+_PROMPT_LENGTH = 240
+
+#: Heat maps of each step, by the label of their row.
+Rows = Mapping[str, Sequence[ndarray]]
+
+
+class Figure(plain.Figure):
+    """A matplotlib figure that notebooks display as a cell's last value, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A heat map in colour over the image in grey, float [H, W, 3] in [0, 1]; only grey where the map is NaN."""
+    grey = ((image / 255) @ np.array([0.299, 0.587, 0.114]))[..., None]
+    colour = matplotlib.colormaps[COLOUR_MAP](heat)[..., :3]
+    return np.where(np.isnan(heat)[..., None], grey, (1 - OPACITY) * grey + OPACITY * colour)
+
+
+def colour_table() -> UInt8[ndarray, "256 3"]:
+    """The colours of heat maps, from 0 to 1."""
+    return np.rint(matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255).astype(np.uint8)
+
+
+def cell_size(result: Explanation) -> tuple[float, float]:
+    """Width and height of a picture in inches; wide images stay tall enough for three lines of text beside them."""
+    height, width = result.image.shape[:2]
+    cell_width = CELL * max(1, 0.75 * width / height)
+    return cell_width, cell_width * height / width
+
+
+def picture_at(result: Explanation, step: int) -> UInt8[ndarray, "H W 3"]:
+    """The predicted x0 at a step, or the final image of a result without previews."""
+    return result.image if result.previews is None else np.asarray(result.previews[step])
+
+
+def picture_label(result: Explanation) -> str:
+    """What `picture_at` shows."""
+    return "image" if result.previews is None else "predicted $x_0$"
+
+
+def step_label(result: Explanation, step: int, separator: str = ", ") -> str:
+    """The step, counted from 0, with its time-step t."""
+    return f"step {step}{separator}t = {result.timesteps[step]:g}"
+
+
+def table(result: Explanation, steps: list[int], rows: Rows, above: float = 0) -> Figure:
+    """A column per step: the picture at the step, then a row of maps over it for each of `rows`.
+
+    With `above`, the figure has two subfigures: that many inches to draw in, and below them the table.
+    """
+    width, height = cell_size(result)
+    labels = [line for label in ("predicted x0", *rows) for line in label.split("\n")]
+    columns = max(len(steps), 4 if above else 1)
+    width = (width + GAP) * columns + 0.45 * LINE * max(map(len, labels)) + 0.8
+    height = (height + GAP) * (len(rows) + 1) + 2.5 * LINE
+    heading = title(result, width, FONT_SIZE)
+    size = (width, height + above + LINE * (heading.count("\n") + 1.5))
+    figure = Figure(size, layout=ConstrainedLayoutEngine(h_pad=GAP / 2, w_pad=GAP / 2, hspace=0, wspace=0))
+    figure.suptitle(heading, fontsize=FONT_SIZE, parse_math=False)
+    if above:
+        figure.subfigures(2, height_ratios=[above, height])
+    part = figure.subfigs[1] if above else figure
+    axes = part.subplots(len(rows) + 1, columns, squeeze=False)
+    for unused in axes[:, len(steps) :].flat:
+        unused.remove()
+    axes = axes[:, : len(steps)]
+    fill(axes, result, steps, rows, FONT_SIZE, rotation=0, ha="right", va="center")
+    colour_bar(part, axes, FONT_SIZE)
+    for axis in axes.flat:  # next to the labels: the colour bar has set their anchor to its own side
+        axis.set_anchor("W")
+    return figure
+
+
+def fill(
+    axes: ndarray,
+    result: Explanation,
+    steps: list[int],
+    rows: Rows,
+    fontsize: float,
+    separator: str = "\n",
+    **label: Any,
+) -> None:
+    """Draw the picture at each step in the first row of `axes`, and heat maps over it in the rows below."""
+    hide_axes(axes)
+    for column, step in enumerate(steps):
+        picture = picture_at(result, step)
+        axes[0, column].imshow(picture)
+        axes[0, column].set_title(step_label(result, step, separator), fontsize=fontsize)
+        for row, heat in enumerate(rows.values(), start=1):
+            axes[row, column].imshow(overlay(picture, heat[column]))
+    axes[0, 0].set_ylabel(picture_label(result), fontsize=fontsize, **label)
+    for axis, text in zip(axes[1:, 0], rows, strict=True):
+        axis.set_ylabel(text, fontsize=fontsize, parse_math=False, **label)
+
+
+def draw_lines(
+    axis: Axes, height: float, result: Explanation, lines: Mapping[str, Float[ndarray, " steps"]], steps: Sequence[int]
+) -> None:
+    """Draw lines over the steps, labelled at their right ends, and mark `steps`; `height` of the axis in inches."""
+    count = len(result.timesteps)
+    every, right = max(1, count // 6), 1.05 * count - 0.5
+    ends = {name: np.flatnonzero(np.isfinite(line))[-1] for name, line in lines.items()}
+    label_heights = spread_labels([line[ends[name]] for name, line in lines.items()], LINE / height)
+    styles = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS), strict=False)
+    for number, (name, y, (colour, dash, marker)) in enumerate(zip(lines, label_heights, styles, strict=False)):
+        (line,) = axis.plot(np.arange(count), lines[name], dash, color=colour, label=name, clip_on=False)
+        line.set(marker=marker, markevery=(number % every, every))
+        leader = [ends[name], right], [lines[name][ends[name]], y]
+        axis.plot(*leader, color=colour, linewidth=0.8, clip_on=False)
+        axis.text(right, y, f" {name}", va="center", fontsize=FONT_SIZE, parse_math=False)
+    gap = 0.03 + 0.025 * len(str(count - 1))
+    for step, x in zip(steps, spread_labels([(step + 0.5) / count for step in steps], gap) * count - 0.5, strict=True):
+        axis.plot([step, step, x], [0, 1, 1.06], color="0.5", linewidth=0.8, clip_on=False, zorder=0)
+        axis.text(x, 1.08, str(step), ha="center", fontsize=FONT_SIZE)
+    ticks = evenly_spaced(count)
+    # t is given only at both ends: between them there is no room.
+    is_labelled = {0, count - 1} if count > 1 else set()
+    names = [step_tick(step, float(result.timesteps[step]) if step in is_labelled else None) for step in ticks]
+    axis.set_xticks(ticks, names, fontsize=FONT_SIZE)
+    axis.set_xlabel("step", fontsize=FONT_SIZE, labelpad=-1.1 * FONT_SIZE)
+    axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=FONT_SIZE)
+    axis.set_ylabel("relevance\n(min–max over tokens)", fontsize=FONT_SIZE)
+    axis.tick_params("x", pad=6)
+    axis.set(xlim=(-0.5, count - 0.5), ylim=(0, 1))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def step_tick(step: int, t: float | None) -> str:
+    """Label of a tick on an axis of steps, with a second line for t if it is given."""
+    return str(step) if t is None else f"{step}\nt = {t:g}"
+
+
+def spread_labels(positions: Sequence[float], gap: float) -> Float[ndarray, " positions"]:
+    """Positions in [0, 1] moved as little as possible to be at least `gap` apart (isotonic regression)."""
+    order, gaps, indices = np.argsort(positions, kind="stable"), gap * np.arange(len(positions)), range(len(positions))
+    targets = np.asarray(positions)[order] - gaps
+    fitted = [max(min(targets[a : b + 1].mean() for b in indices[i:]) for a in indices[: i + 1]) for i in indices]
+    spread = np.empty(len(positions))
+    spread[order] = np.clip(fitted, 0, max(0, 1 - gaps[-1])) + gaps
+    return spread
+
+
+def hide_axes(axes: ndarray) -> None:
+    """Remove ticks and frames."""
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+
+
+def colour_bar(
+    figure: Figure | SubFigure,
+    axes: ndarray,
+    fontsize: float,
+    colours: str = COLOUR_MAP,
+    maximum: float = 1,
+    ends: tuple[str, str] = ("least", "most"),
+) -> None:
+    """Add a colour bar from 0 to `maximum` beside a row or grid of maps."""
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, maximum), colours)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, ticks=[0, maximum])
+    bar.ax.set_yticklabels(ends, fontsize=fontsize)
+
+
+def title(result: Explanation, width: float, fontsize: float) -> str:
+    """Prompt, model and seed, wrapped to a width in inches."""
+    return heading(result.prompt, f"{short_model_name(result.model)}, seed {result.seed}", width, fontsize)
+
+
+def short_model_name(model: str) -> str:
+    """`model_name`, of which only the last 40 characters."""
+    name = model_name(model)
+    return name if len(name) <= 40 else "…" + name[-39:]
+
+
+def heading(prompt: str, details: str, width: float, fontsize: float) -> str:
+    """A prompt in quotation marks and further details, wrapped to a width in inches."""
+    characters, quoted = int(width * 72 / (0.55 * fontsize)), quote(prompt)
+    if len(quoted) + len(details) + 5 <= characters:
+        return f"{quoted}  ·  {details}"
+    return "\n".join(textwrap.fill(part, characters) for part in (quoted, details))
+
+
+def quote(prompt: str, length: int = _PROMPT_LENGTH) -> str:
+    """A prompt in quotation marks, shortened to `length` characters; "a given image" for an empty one."""
+    return f"“{textwrap.shorten(prompt, length, placeholder=' …')}”" if prompt.strip() else "a given image"
+
+
+def unique_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels by method; methods that share one have their names added."""
+    counts = Counter(labels.values())
+    return {method: f"{label} ({method})" if counts[label] > 1 else label for method, label in labels.items()}
+
+
+def method_title(result: Explanation, method: str) -> str:
+    """A method's label, with the number of its masks, or with "combined" where it has maps by layer."""
+    label = unique_labels({name: result.label(name) for name in result.maps})[method]
+    if result.form(method) == "layers":
+        return f"{label}, {COMBINED}"
+    return f"{label}, {result.scores[method].shape[-1]} masks" if method in result.scores else label
+
+
+def layer_label(name: str, *size: int) -> str:
+    """A layer's name and resolution, on one line each: its block, its part, its resolution."""
+    return re.sub(r"\.(?=[^.]+\.[^.]+$)", ".\n", name) + ",\n{}×{}".format(*size)
