@@ -83,12 +83,12 @@ def test_images_are_prepared_as_the_processor_prepares_them(name: str, size: tup
     expected = processor(list(images), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
     std = torch.tensor([1.0]) if name == "not normalised" else torch.tensor(STD)
     unit = (1 / 255 if name == "not rescaled" else 1.0) * std.view(-1, 1, 1)
-    assert_close(vision._preparation(folder)(images / 255) * unit, expected.float() * unit, atol=LEVELS, rtol=0.0)
+    assert_close(vision._preprocessing(folder)(images / 255) * unit, expected.float() * unit, atol=LEVELS, rtol=0.0)
 
 
 def test_a_preparation_by_hand() -> None:
     image = torch.arange(48.0).view(1, 3, 4, 4) / 48
-    prepare = vision.Preparation(None, "bilinear", True, (2, 1), (0.25, 0.5, 0.5), (0.5, 0.25, 1.0))
+    prepare = vision.Preprocessing(None, "bilinear", True, (2, 1), (0.25, 0.5, 0.5), (0.5, 0.25, 1.0))
     # Rows 1 and 2, column 1 of 0 to 3.
     by_hand = [[5, 9], [21, 25], [37, 41]]
     shown = [
@@ -101,14 +101,14 @@ def test_a_preparation_by_hand() -> None:
 def test_a_bicubic_overshoot_is_clamped() -> None:
     step = torch.zeros(1, 3, 8, 8)
     step[..., 4:] = 1
-    prepare = vision.Preparation(24, "bicubic", True, None, (0.0,) * 3, (1.0,) * 3)
+    prepare = vision.Preprocessing(24, "bicubic", True, None, (0.0,) * 3, (1.0,) * 3)
     assert F.interpolate(step, 24, mode="bicubic", antialias=True).max() > 1.02
     assert prepare(step).min() == 0
     assert prepare(step).max() == 1
 
 
 def test_an_image_smaller_than_the_crop_is_refused() -> None:
-    prepare = vision.Preparation(None, "bilinear", True, (8, 8), (0.0,) * 3, (1.0,) * 3)
+    prepare = vision.Preprocessing(None, "bilinear", True, (8, 8), (0.0,) * 3, (1.0,) * 3)
     with pytest.raises(ValueError, match=r"images of 9×7 pixels are smaller than the 8×8"):
         prepare(torch.zeros(1, 3, 9, 7))
 

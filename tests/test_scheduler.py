@@ -174,7 +174,7 @@ def test_half_precision_stays_half_precision() -> None:
         (lambda: ExponentialDDIMScheduler().set_timesteps(1001), "1001 steps are more than the 1000"),
         (lambda: ExponentialDDIMScheduler().set_timesteps(timesteps=[3, 5]), "must decrease strictly"),
         (lambda: ExponentialDDIMScheduler().set_timesteps(0), "0 steps are not possible"),
-        (lambda: ExponentialDDIMScheduler().set_timesteps(), "ambiguous: give num_inference_steps or timesteps"),
+        (lambda: ExponentialDDIMScheduler().set_timesteps(), "ambiguous: give either num_inference_steps or timesteps"),
         (lambda: ExponentialDDIMScheduler().set_timesteps(5, timesteps=[9, 3]), "ambiguous"),
     ],
 )
