@@ -108,7 +108,9 @@ def test_inceptions_maps_have_the_published_sizes() -> None:
 def test_the_pools_by_hand() -> None:
     corner = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 8.0, 0.0], [0.0, 0.0, -4.0]])[None, None]
     alone = -torch.ones(1, 1, 1, 1)
-    shown = {name: (pool(corner)[0, 0, 0, 0], pool(alone)) for name, pool in inception.POOLS.items() if name != "reduction"}
+    shown = {
+        name: (pool(corner)[0, 0, 0, 0], pool(alone)) for name, pool in inception.POOLS.items() if name != "reduction"
+    }
     # 1 − 2 − 3 + 8 = 4 over 9 or 4 places; a place alone among zeros, among nothing, and its maximum.
     assert shown == {"average with padding": (torch.tensor(4 / 9), -1 / 9), "average": (1, -1), "maximum": (8, -1)}
     assert inception.POOLS["reduction"](torch.arange(25.0).view(1, 1, 5, 5)).flatten().tolist() == [12, 14, 22, 24]
@@ -133,11 +135,11 @@ def test_images_are_resized_and_scaled_for_each_variant(files: dict[str, Path]) 
     # Four times 299: without antialiasing only the middle 2×2 of each 4×4 pixels count.
     images = torch.rand(1, 3, 1196, 1196, generator=torch.Generator().manual_seed(0))
     middle = (images[..., 1::4, 1::4] + images[..., 1::4, 2::4] + images[..., 2::4, 1::4] + images[..., 2::4, 2::4]) / 4
-    assert_close(vision.load_features(files["fid"]).prepare(images), 2 * middle - 1, rtol=0.0, atol=1e-6)
+    assert_close(vision.load_features(files["fid"]).preprocess(images), 2 * middle - 1, rtol=0.0, atol=1e-6)
     # With it, a triangle eight pixels wide.
     ramp = torch.tensor([1.0, 3.0, 5.0, 7.0, 7.0, 5.0, 3.0, 1.0]) / 32
     rows = F.conv2d(images[..., 2:, 2:].transpose(0, 1), ramp.outer(ramp)[None, None], stride=4).transpose(0, 1)
-    shown = vision.load_features(files["torchvision"]).prepare(images)
+    shown = vision.load_features(files["torchvision"]).preprocess(images)
     assert_close(shown[..., 1:-1, 1:-1], 2 * rows - 1, rtol=0.0, atol=1e-6)
 
 

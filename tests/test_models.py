@@ -254,7 +254,7 @@ def test_a_pipeline_of_another_kind_is_refused(tmp_path: Path) -> None:
         norm_num_groups=4,
     )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="DDPMPipeline is not supported: expected one of .*StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match=r"DDPMPipeline is not supported: expected one of .*StableDiffusionPipeline"):
         load(tmp_path, device="cpu")
 
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfengine import Engine
 from dfengine.diffusion.denoiser import Condition, Denoiser, PromptedDenoiser
 from dfengine.models import adapt, load
-from dfengine.models.unet.forward import unsupported_reason
 from dfengine.models.unet.cpu import FoldedAttention
+from dfengine.models.unet.forward import unsupported_reason
 
 #: float32 through a whole network, its sums in another order.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

@@ -85,7 +85,7 @@ def split_heads(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], max_heads: i
     return attend
 
 
-def explicit_attention(hook: AttentionHook, grids: Mapping[int, tuple[int, int]]) -> AttentionFunction:
+def hooked_attention(hook: AttentionHook, grids: Mapping[int, tuple[int, int]]) -> AttentionFunction:
     """softmax(Q Kᵀ / √d) V, with the probabilities passed through `hook`.
 
     `grids` has the (height, width) of the feature map for each number of queries.

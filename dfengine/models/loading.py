@@ -176,8 +176,7 @@ def adapt(
     """
     adapter = adapter_of(pipeline)
     name = name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-    options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "attention_backend": attention}
-    return adapter(pipeline, name=name, **options)
+    return adapter(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention_backend=attention)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

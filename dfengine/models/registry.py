@@ -23,7 +23,7 @@ Adapter = TypeVar("Adapter", bound=type[Denoiser])
 
 _ROOT, _NAME = Path(__file__).parent, "dfengine.models"
 
-_adapters: dict[str, type[Denoiser]] = {}
+_adapters: dict[str, Callable[..., Denoiser]] = {}
 
 
 def adapter(*pipeline_classes: str) -> Callable[[Adapter], Adapter]:
@@ -44,7 +44,7 @@ def adapter(*pipeline_classes: str) -> Callable[[Adapter], Adapter]:
     return register
 
 
-def adapter_of(pipeline: Any) -> type[Denoiser]:
+def adapter_of(pipeline: Any) -> Callable[..., Denoiser]:
     """The adapter of a pipeline, or of a pipeline class by its name: that of the class itself or its nearest base.
 
     Raises ValueError, naming all supported classes, if there is none.

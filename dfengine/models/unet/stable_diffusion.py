@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import AttentionHook, Condition, Denoiser, Layer, PromptedDenoiser
-from dfengine.models.attention import attention_backend, explicit_attention
+from dfengine.models.attention import attention_backend, hooked_attention
 from dfengine.models.codec import Codec
 from dfengine.models.registry import adapter
 from dfengine.models.scheduler import noise_schedule
@@ -172,8 +172,8 @@ class StableDiffusion(Denoiser):
     ) -> PromptedDenoiser:
         self.require_attention()
         grids = feature_grids(self.unet, self.latent_shape[1:])
-        attend = self._attention.attend if image is None else explicit_attention(image, grids)
-        return CachedUNet(self, condition, partial(forward, attend=attend, cross=explicit_attention(text, grids)))
+        attend = self._attention.attend if image is None else hooked_attention(image, grids)
+        return CachedUNet(self, condition, partial(forward, attend=attend, cross=hooked_attention(text, grids)))
 
     def with_text_attention_hook(self, prompts: Sequence[str], hook: AttentionHook) -> Condition:
         if len(self.text_encoders) > 1:
