@@ -121,9 +121,9 @@ def run(stage: Stage, options: argparse.Namespace, out: Path) -> None:
     if not stage.pieces:
         cpu.feed_forward = lambda layers, x: layers(x)
     if not stage.transposed:
-        cpu.transposed = lambda conv: None
+        cpu.transposed_kernel = lambda conv: None
     if not stage.folded:
-        cpu.folded = lambda attention, key, value: None
+        cpu.fold_attention = lambda attention, key, value: None
     if not stage.ours:
         theirs = type("TheirsInLayout", (Theirs,), {"layout": stage.layout})
         denoiser.bind = lambda condition: theirs(denoiser, condition)

@@ -199,7 +199,7 @@ def test_files_of_another_pipeline_are_one_clear_line(tmp_path: Path) -> None:
     for written, message in (
         (
             json.dumps(index | {"_class_name": "FluxPipeline"}),
-            "FluxPipeline is not supported: expected a StableDiffusion",
+            "FluxPipeline is not supported: expected one of .*StableDiffusionXLPipeline",
         ),
         (json.dumps(index | {"unet": ["diffusers", "Nothing"]}), r"could not be built: .*Nothing"),
         ("{", "could not be built: Expecting property name"),

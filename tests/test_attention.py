@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dfengine import Engine
-from dfengine.models import attention as backends
-from dfengine.models.attention import attention, in_parts
+from dfengine.models.attention import AttentionBackend, attention_backend, split_heads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -27,14 +26,14 @@ def test_a_kernel_is_called_on_at_most_so_many_heads(batch: int, heads: int, mos
 
     q = torch.randn(batch, heads, 3, 4)
     k, v = torch.randn(2, batch, heads, 5, 4)
-    assert_close(in_parts(kernel, most)(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert_close(split_heads(kernel, most)(q, k, v), F.scaled_dot_product_attention(q, k, v))
     assert sum(shape[0] for shape in called) == batch
     assert all(shape[0] * heads <= max(most, heads) and shape[1:] == (3, heads, 4) for shape in called)
 
 
 def test_auto_is_torchs_own_on_a_cpu() -> None:
     for backend in ("auto", "sdpa"):
-        assert attention(backend, CPU, torch.float32) == backends.Attention("sdpa")
+        assert attention_backend(backend, CPU, torch.float32) == AttentionBackend("sdpa")
 
 
 @pytest.mark.parametrize(
@@ -46,22 +45,22 @@ def test_auto_is_cudnns_on_hopper_in_half_precision(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    chosen = attention("auto", CUDA, dtype)
-    assert chosen.name == name
+    backend = attention_backend("auto", CUDA, dtype)
+    assert backend.name == name
     # Whatever comes first, every kernel may serve what the others cannot.
-    assert [kernel.name for kernel in chosen.order[:1]] == ["CUDNN_ATTENTION"] * (name == "cudnn")
-    with chosen.chosen():
+    assert [kernel.name for kernel in backend.priority[:1]] == ["CUDNN_ATTENTION"] * (name == "cudnn")
+    with backend.activated():
         q = torch.randn(1, 2, 3, 8)
-        assert_close(chosen.attend(q, q, q), F.scaled_dot_product_attention(q, q, q))
+        assert_close(backend.attend(q, q, q), F.scaled_dot_product_attention(q, q, q))
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "said"),
     [
         ("flash", CPU, torch.float32, "'flash' is not known: expected one of auto, sdpa, cudnn, xformers"),
-        ("cudnn", CPU, torch.float32, "'cudnn' needs a CUDA device, and this is cpu"),
-        ("xformers", CPU, torch.float32, "'xformers' needs a CUDA device, and this is cpu"),
-        ("cudnn", CUDA, torch.float32, "half precision, not in torch.float32"),
+        ("cudnn", CPU, torch.float32, "'cudnn' needs a CUDA device, but the device is cpu"),
+        ("xformers", CPU, torch.float32, "'xformers' needs a CUDA device, but the device is cpu"),
+        ("cudnn", CUDA, torch.float32, "needs half precision, but the dtype is torch.float32"),
         ("xformers", CUDA, torch.float16, r"not installed: pip install 'dfengine\[xformers\]'"),
     ],
 )
@@ -70,7 +69,7 @@ def test_what_cannot_run_here_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(ValueError, match=said):
-        attention(backend, device, dtype)
+        attention_backend(backend, device, dtype)
 
 
 def test_an_engine_refuses_what_its_device_does_not_have() -> None:

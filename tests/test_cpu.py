@@ -37,7 +37,7 @@ def test_a_folded_attention_is_the_attention(
     attention = cross(heads, 32, 24, bias=bias)
     text = seeded(lambda: torch.randn(prompts, tokens, 10))
     x = seeded(lambda: torch.randn(prompts * latents, positions, 24), 1)
-    folded = cpu.folded(attention, attention.to_k(text), attention.to_v(text))
+    folded = cpu.fold_attention(attention, attention.to_k(text), attention.to_v(text))
     assert folded is not None
     expected = attention(x, text.repeat_interleave(latents, dim=0))
     assert_close(folded(x), expected, **CLOSE)
@@ -55,7 +55,7 @@ def test_weights_are_folded_in_where_that_is_less_work(
 
     attention, text, x = cross(heads, d, channels), torch.randn(1, tokens, 10), torch.randn(1, 1, channels)
     key, value = attention.to_k(text), attention.to_v(text)
-    folded = cpu.folded(attention, key, value)
+    folded = cpu.fold_attention(attention, key, value)
     assert (folded is not None) == folds
     as_it_is = 2 * (2 * channels * heads * d + 2 * tokens * heads * d)
     if folded is None:
@@ -99,15 +99,15 @@ LOOKED_INTO = [hooked, hooked_before, hooked_behind, offloaded, replaced, subcla
 def test_an_attention_that_is_looked_into_is_left_as_it_is(change: Callable[[Any], None], part: str) -> None:
     attention, text = cross(2, 8, 16), torch.randn(1, 3, 10)
     key, value = attention.to_k(text), attention.to_v(text)
-    assert cpu.folded(attention, key, value) is not None
+    assert cpu.fold_attention(attention, key, value) is not None
     change(attention.get_submodule(part))
-    assert cpu.folded(attention, key, value) is None
+    assert cpu.fold_attention(attention, key, value) is None
 
 
 def test_queries_with_a_bias_are_left_as_they_are() -> None:
     attention = Attention(16, 10, 2, dim_head=8, bias=True)
     text = torch.randn(1, 3, 10)
-    assert cpu.folded(attention, attention.to_k(text), attention.to_v(text)) is None
+    assert cpu.fold_attention(attention, attention.to_k(text), attention.to_v(text)) is None
 
 
 def convolution(channels: int = 3, out: int = 5, **options: Any) -> nn.Conv2d:
@@ -120,7 +120,7 @@ def convolution(channels: int = 3, out: int = 5, **options: Any) -> nn.Conv2d:
 def test_upsampling_is_one_transposed_convolution(n: int, height: int, width: int, bias: bool) -> None:
     conv = convolution(bias=bias)
     x = seeded(lambda: torch.randn(n, 3, height, width), 2).contiguous(memory_format=torch.channels_last)
-    kernel = cpu.transposed(conv)
+    kernel = cpu.transposed_kernel(conv)
     assert kernel is not None
     expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
     assert_close(F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1), expected, **CLOSE)
@@ -130,7 +130,7 @@ def test_upsampling_is_one_transposed_convolution(n: int, height: int, width: in
 def test_a_convolution_that_is_looked_into_has_no_kernel(change: Callable[[Any], None]) -> None:
     conv = convolution()
     change(conv)
-    assert cpu.transposed(conv) is None
+    assert cpu.transposed_kernel(conv) is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_convolution_that_is_looked_into_has_no_kernel(change: Callable[[Any],
     ids=str,
 )
 def test_another_convolution_has_no_kernel(options: dict[str, Any]) -> None:
-    assert cpu.transposed(convolution(**options)) is None
+    assert cpu.transposed_kernel(convolution(**options)) is None
 
 
 def feed_forward() -> Any:
@@ -170,9 +170,9 @@ class Largest(TorchDispatchMode):
 def test_a_feed_forward_layer_in_pieces(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     layers = feed_forward()
     widest = layers.net[0].proj.out_features
-    monkeypatch.setattr(cpu, "_PIECE", 4 * widest)
+    monkeypatch.setattr(cpu, "_PIECE_ELEMENTS", 4 * widest)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(cpu, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(cpu, "_MIN_PIECE_ROWS", 2)
     for x in (torch.randn(rows, 1, 6), torch.randn(1, rows, 6), torch.randn(3, rows, 6)):
         with Largest() as largest:
             found = cpu.feed_forward(layers, x)
@@ -182,7 +182,7 @@ def test_a_feed_forward_layer_in_pieces(monkeypatch: pytest.MonkeyPatch, rows: i
 
 
 def test_a_piece_is_worth_reading_the_weights_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_PIECE", 1)
+    monkeypatch.setattr(cpu, "_PIECE_ELEMENTS", 1)
     layers, x = feed_forward(), torch.randn(4, 300, 6)
     with Largest() as largest:
         cpu.feed_forward(layers, x)

@@ -83,34 +83,34 @@ def test_images_are_prepared_as_the_processor_prepares_them(name: str, size: tup
     expected = processor(list(images), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
     std = torch.tensor([1.0]) if name == "not normalised" else torch.tensor(STD)
     unit = (1 / 255 if name == "not rescaled" else 1.0) * std.view(-1, 1, 1)
-    assert_close(vision._preparation(folder)(images / 255) * unit, expected.float() * unit, atol=LEVELS, rtol=0.0)
+    assert_close(vision._preprocessing(folder)(images / 255) * unit, expected.float() * unit, atol=LEVELS, rtol=0.0)
 
 
 def test_a_preparation_by_hand() -> None:
     image = torch.arange(48.0).view(1, 3, 4, 4) / 48
-    prepare = vision.Preparation(None, "bilinear", True, (2, 1), (0.25, 0.5, 0.5), (0.5, 0.25, 1.0))
+    preprocess = vision.Preprocessing(None, "bilinear", True, (2, 1), (0.25, 0.5, 0.5), (0.5, 0.25, 1.0))
     # Rows 1 and 2, column 1 of 0 to 3.
     by_hand = [[5, 9], [21, 25], [37, 41]]
     shown = [
         [(value / 48 - m) / s for value in row]
         for row, m, s in zip(by_hand, (0.25, 0.5, 0.5), (0.5, 0.25, 1.0), strict=True)
     ]
-    assert_close(prepare(image), torch.tensor(shown).view(1, 3, 2, 1))
+    assert_close(preprocess(image), torch.tensor(shown).view(1, 3, 2, 1))
 
 
 def test_a_bicubic_overshoot_is_clamped() -> None:
     step = torch.zeros(1, 3, 8, 8)
     step[..., 4:] = 1
-    prepare = vision.Preparation(24, "bicubic", True, None, (0.0,) * 3, (1.0,) * 3)
+    preprocess = vision.Preprocessing(24, "bicubic", True, None, (0.0,) * 3, (1.0,) * 3)
     assert F.interpolate(step, 24, mode="bicubic", antialias=True).max() > 1.02
-    assert prepare(step).min() == 0
-    assert prepare(step).max() == 1
+    assert preprocess(step).min() == 0
+    assert preprocess(step).max() == 1
 
 
 def test_an_image_smaller_than_the_crop_is_refused() -> None:
-    prepare = vision.Preparation(None, "bilinear", True, (8, 8), (0.0,) * 3, (1.0,) * 3)
-    with pytest.raises(ValueError, match=r"images of 9×7 pixels are smaller than the 8×8"):
-        prepare(torch.zeros(1, 3, 9, 7))
+    preprocess = vision.Preprocessing(None, "bilinear", True, (8, 8), (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(ValueError, match=r"images of 9×7 pixels are smaller than the 8×8 centre crop"):
+        preprocess(torch.zeros(1, 3, 9, 7))
 
 
 def clip() -> Any:
@@ -142,7 +142,7 @@ def test_features_are_what_the_model_gives(name: str, tmp_path: Path) -> None:
     assert extractor.name == f"{kind} ({output}) tiny"
     images = pictures(3, 37, 53) / 255
     with torch.no_grad():
-        expected = model(pixel_values=extractor.prepare(images))[output].flatten(1)
+        expected = model(pixel_values=extractor.preprocess(images))[output].flatten(1)
     features = extractor(images)
     assert features.shape == (3, 12 if output == "image_embeds" else 16)
     assert_close(features, expected, **NETWORK)
@@ -154,7 +154,7 @@ def test_a_whole_clip_gives_its_image_features(tmp_path: Path) -> None:
     extractor = vision.load_features(write(tmp_path / "tiny", model, "clip"))
     images = pictures(2, 37, 53) / 255
     with torch.no_grad():
-        tower = model.vision_model(pixel_values=extractor.prepare(images)).pooler_output
+        tower = model.vision_model(pixel_values=extractor.preprocess(images)).pooler_output
     assert extractor.name == "clip_vision_model (image_embeds) tiny"
     assert_close(extractor(images), tower @ model.visual_projection.weight.detach().T, **NETWORK)
 
@@ -164,7 +164,7 @@ def test_a_pooler_without_weights_is_not_used(tmp_path: Path) -> None:
     extractor = vision.load_features(write(tmp_path / "tiny", model))
     images = pictures(2, 20, 20) / 255
     with torch.no_grad():
-        hidden = model.vit(pixel_values=extractor.prepare(images)).last_hidden_state
+        hidden = model.vit(pixel_values=extractor.preprocess(images)).last_hidden_state
     assert extractor.name == "vit (last_hidden_state) tiny"
     assert_close(extractor(images), (hidden[:, 0] + hidden[:, 1:].sum(dim=1)) / 5, **NETWORK)  # 2×2 patches and a class
 
@@ -175,7 +175,7 @@ def test_hidden_states_on_a_grid_are_averaged_over_it(tmp_path: Path) -> None:
     extractor = vision.load_features(write(tmp_path / "tiny", model, size={"height": 64, "width": 64}))
     images = pictures(2, 20, 20) / 255
     with torch.no_grad():
-        hidden = model(pixel_values=extractor.prepare(images)).last_hidden_state
+        hidden = model(pixel_values=extractor.preprocess(images)).last_hidden_state
     assert hidden.shape == (2, 16, 2, 2)
     by_hand = (hidden[..., 0, 0] + hidden[..., 0, 1] + hidden[..., 1, 0] + hidden[..., 1, 1]) / 4
     assert_close(extractor(images), by_hand, **NETWORK)
@@ -215,13 +215,13 @@ def test_what_is_no_feature_extractor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model of type 'bert', which does not turn images alone into features"):
         vision.load_features(write(tmp_path / "text", make("BertModel", config)))
     config = transformers.ViTMAEConfig(**{**SEES, "patch_size": 2})
-    with pytest.raises(ValueError, match=r"its last_hidden_state of one picture .* differs from row to row"):
+    with pytest.raises(ValueError, match=r"its last_hidden_state of the same image .* differs between two rows"):
         vision.load_features(write(tmp_path / "masked", make("ViTMAEModel", config)))
 
 
 def test_a_folder_without_its_processor_is_refused(vit: Path) -> None:
     (vit / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json, which says how images are shown"):
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json, which says how images are preprocessed"):
         vision.load_features(vit)
 
 

@@ -33,7 +33,7 @@ MAPS |= {"5b": (256, 35), "7a": (1280, 8), "7b": (2048, 8), "7c": (2048, 8)}
 def numbers() -> dict[str, Tensor]:
     """Weights of noise that is the same everywhere: squares modulo a prime; float16, an output's variance near 1."""
     with torch.device("meta"):
-        shapes = inception.Inception("fid").state_dict()
+        shapes = inception.InceptionV3("fid").state_dict()
     weights = {}
     for place, (name, value) in enumerate(shapes.items()):
         count = torch.arange(value.numel())
@@ -83,7 +83,7 @@ def test_inception_gives_the_features_that_torchvision_gives(variant: str, files
 
 def test_inception_has_the_parameters_that_torchvision_publishes() -> None:
     with torch.device("meta"):
-        network = inception.Inception("torchvision")
+        network = inception.InceptionV3("torchvision")
     auxiliary = 768 * 128 + 2 * 128 + 128 * 768 * 25 + 2 * 768 + 768 * 1000 + 1000
     classifier = 2048 * 1000 + 1000
     assert sum(p.numel() for p in network.parameters()) == 27_161_264 - auxiliary - classifier
@@ -94,7 +94,7 @@ def test_inception_has_the_parameters_that_torchvision_publishes() -> None:
 def test_inceptions_maps_have_the_published_sizes() -> None:
     found = {}
     with torch.device("meta"):
-        network = inception.Inception("torchvision")
+        network = inception.InceptionV3("torchvision")
         for name, block in network.named_children():
             block.register_forward_hook(lambda _, __, y, name=name: found.update({name: (*y.shape[1:],)}))
         assert network(torch.zeros(2, 3, 299, 299)).shape == (2, 2048)
@@ -108,36 +108,38 @@ def test_inceptions_maps_have_the_published_sizes() -> None:
 def test_the_pools_by_hand() -> None:
     corner = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 8.0, 0.0], [0.0, 0.0, -4.0]])[None, None]
     alone = -torch.ones(1, 1, 1, 1)
-    shown = {name: (pool(corner)[0, 0, 0, 0], pool(alone)) for name, pool in inception.POOLS.items() if name != "halve"}
+    shown = {
+        name: (pool(corner)[0, 0, 0, 0], pool(alone)) for name, pool in inception.POOLS.items() if name != "reduction"
+    }
     # 1 − 2 − 3 + 8 = 4 over 9 or 4 places; a place alone among zeros, among nothing, and its maximum.
-    assert shown == {"padded average": (torch.tensor(4 / 9), -1 / 9), "average": (1, -1), "maximum": (8, -1)}
-    assert inception.POOLS["halve"](torch.arange(25.0).view(1, 1, 5, 5)).flatten().tolist() == [12, 14, 22, 24]
+    assert shown == {"average with padding": (torch.tensor(4 / 9), -1 / 9), "average": (1, -1), "maximum": (8, -1)}
+    assert inception.POOLS["reduction"](torch.arange(25.0).view(1, 1, 5, 5)).flatten().tolist() == [12, 14, 22, 24]
 
 
 def test_the_fid_variant_differs_in_its_pools() -> None:
     with torch.device("meta"):
-        networks = {variant: inception.Inception(variant) for variant in ("torchvision", "fid")}
+        networks = {variant: inception.InceptionV3(variant) for variant in ("torchvision", "fid")}
     names = {id(pool): name for name, pool in inception.POOLS.items()}
     found = {
         variant: {key[-2:]: names[id(block.pool)] for key, block in network.named_children() if key[:5] == "Mixed"}
         for variant, network in networks.items()
     }
-    halving = {"6a": "halve", "7a": "halve"}
-    assert found["torchvision"] == {**dict.fromkeys(MAPS, "padded average"), **halving}
+    halving = {"6a": "reduction", "7a": "reduction"}
+    assert found["torchvision"] == {**dict.fromkeys(MAPS, "average with padding"), **halving}
     assert found["fid"] == {**dict.fromkeys(MAPS, "average"), **halving, "7c": "maximum"}
     with pytest.raises(ValueError, match="variant 'tf' is not known: expected one of torchvision, fid"):
-        inception.Inception("tf")
+        inception.InceptionV3("tf")
 
 
-def test_how_inception_is_shown_images(files: dict[str, Path]) -> None:
+def test_images_are_resized_and_scaled_for_each_variant(files: dict[str, Path]) -> None:
     # Four times 299: without antialiasing only the middle 2×2 of each 4×4 pixels count.
     images = torch.rand(1, 3, 1196, 1196, generator=torch.Generator().manual_seed(0))
     middle = (images[..., 1::4, 1::4] + images[..., 1::4, 2::4] + images[..., 2::4, 1::4] + images[..., 2::4, 2::4]) / 4
-    assert_close(vision.load_features(files["fid"]).prepare(images), 2 * middle - 1, rtol=0.0, atol=1e-6)
+    assert_close(vision.load_features(files["fid"]).preprocess(images), 2 * middle - 1, rtol=0.0, atol=1e-6)
     # With it, a triangle eight pixels wide.
     ramp = torch.tensor([1.0, 3.0, 5.0, 7.0, 7.0, 5.0, 3.0, 1.0]) / 32
     rows = F.conv2d(images[..., 2:, 2:].transpose(0, 1), ramp.outer(ramp)[None, None], stride=4).transpose(0, 1)
-    shown = vision.load_features(files["torchvision"]).prepare(images)
+    shown = vision.load_features(files["torchvision"]).preprocess(images)
     assert_close(shown[..., 1:-1, 1:-1], 2 * rows - 1, rtol=0.0, atol=1e-6)
 
 
@@ -153,7 +155,7 @@ def test_a_file_of_anything_else_is_refused(files: dict[str, Path], tmp_path: Pa
         "has a classifier of 10 classes: expected the weights of Inception-v3": {"fc.weight": torch.zeros(10, 2048)},
         r"has 6 tensors \(a, b, c, d, …\) and no fc\.weight: expected": dict.fromkeys("abcdef", torch.zeros(1)),
         "has 0 tensors": {},
-        "has 1000 classes and is not Inception-v3 under torchvision's names: .*Missing key": few,
+        "has 1000 classes and is not Inception-v3 with torchvision's names: .*Missing key": few,
         "has 1008 classes and is not Inception-v3 .*Unexpected key.*extra": {**whole, "extra": torch.zeros(1)},
         "holds a dict of epoch, state_dict: expected a state dict": {"epoch": 1, "state_dict": few},
         "holds a list: expected a state dict": [torch.zeros(1)],

@@ -169,7 +169,7 @@ def test_unknown_models_are_refused_without_asking_the_network(name: str, cut_of
     with pytest.raises(ValueError, match=f"{name}' is not known|no model at '{name}'") as caught:
         load(name, device="cpu")
     assert "diffusers" in str(caught.value)
-    assert "a hub id as in 'owner/name'" in str(caught.value)
+    assert "a hub id such as 'owner/name'" in str(caught.value)
     assert cut_off == []
 
 
@@ -235,13 +235,8 @@ def garble_index(folder: Path) -> None:
     (folder / "model_index.json").write_text("{")
 
 
-def unknown_class(folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "TeleportationPipeline"}))
-
-
 @pytest.mark.filterwarnings("ignore")  # the libraries' own, on the way to their errors
-@pytest.mark.parametrize("damage", [remove_weights, cut_weights, remove_part, garble_index, unknown_class])
+@pytest.mark.parametrize("damage", [remove_weights, cut_weights, remove_part, garble_index])
 def test_a_damaged_folder_is_one_clear_line(copy: Path, damage: Callable[[Path], None], cut_off: list[Any]) -> None:
     damage(copy)
     with pytest.raises(ValueError, match=r"copy' could not be loaded: .") as caught:
@@ -259,7 +254,7 @@ def test_a_pipeline_of_another_kind_is_refused(tmp_path: Path) -> None:
         norm_num_groups=4,
     )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="DDPMPipeline is not supported: expected a StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match=r"DDPMPipeline is not supported: expected one of .*StableDiffusionPipeline"):
         load(tmp_path, device="cpu")
 
 
@@ -311,7 +306,7 @@ def test_another_samplers_configuration_is_read(copy: Path, capfd: pytest.Captur
     (copy / "model_index.json").write_text(json.dumps(index))
     schedule = load(copy, device="cpu").schedule
     assert schedule.clip_range is None
-    assert schedule.timesteps("uniform", 4) == [751, 501, 251, 1]
+    assert schedule.timesteps("uniform", 4) == [801, 601, 401, 201]
     assert capfd.readouterr() == ("", "")
 
 

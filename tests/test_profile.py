@@ -192,7 +192,7 @@ def test_missed_paths_are_told(engine: Engine) -> None:
         first, _ = _missed(engine)
     finally:
         hook.remove()
-    assert first == "the UNet runs by diffusers' own forward: mid_block has a hook"
+    assert first == "the UNet falls back to diffusers' own forward: mid_block has a hook"
 
 
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:

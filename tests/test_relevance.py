@@ -33,7 +33,7 @@ from dfengine.explain.rules import (
     self_relevance,
 )
 from dfengine.models import load
-from dfengine.models.attention import watched
+from dfengine.models.attention import hooked_attention
 from dfengine.tokens import PADDING, Tokens
 
 #: Sums of at most some tens of small rational numbers in float32, a few of which it does not have exactly.
@@ -424,7 +424,7 @@ def test_large_queries_and_keys_stay_within_half_precision() -> None:
     q = torch.full((1, 1, 2, 64), 60.0, dtype=torch.float16)
     k = torch.cat([q[:, :, :1], q[:, :, 1:] / 2], dim=2)
     seen: list[Tensor] = []
-    attend = watched(lambda A, grid: seen.append(A) or A, {2: (1, 2)})
+    attend = hooked_attention(lambda A, grid: seen.append(A) or A, {2: (1, 2)})
     assert_close(attend(q, k, k), q)
     assert_close(seen[0], torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]], dtype=torch.float16))
 

@@ -90,7 +90,7 @@ def test_the_refiner_is_refused(pipeline: Any) -> None:
     refiner = kind_of(StableDiffusionXLImg2ImgPipeline, pipeline, requires_aesthetics_score=True)
     pipeline.text_encoder = pipeline.tokenizer = None
     for given, lacking in ((refiner, "no plain size condition"), (pipeline, "no text_encoder and no tokenizer")):
-        with pytest.raises(ValueError, match=f"the pipeline has {lacking}: .*its refiner is not supported"):
+        with pytest.raises(ValueError, match=f"the pipeline has {lacking}: .*the refiner is not supported"):
             adapt(given)
 
 

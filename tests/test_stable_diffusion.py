@@ -94,8 +94,8 @@ def test_impossible_sizes_are_refused(saved: Callable[[str], Path], size: tuple[
 
 def test_networks_that_want_more_than_a_prompt_are_refused(tmp_path: Path) -> None:
     for entry, value, message in (
-        ("in_channels", 9, "the UNet takes 9 channels and a latent has 4: a UNet for inpainting"),
-        ("time_cond_proj_dim", 32, "told the guidance scale"),
+        ("in_channels", 9, "the UNet takes 9 channels but latents have 4: UNets for inpainting"),
+        ("time_cond_proj_dim", 32, "conditioned on the guidance scale"),
     ):
         pipeline = random_pipeline(reduced("sd15", tmp_path / entry, {"unet": {entry: value}}))
         with pytest.raises(ValueError, match=message) as caught:

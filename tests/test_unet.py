@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfengine import Engine
 from dfengine.diffusion.denoiser import Condition, Denoiser, PromptedDenoiser
 from dfengine.models import adapt, load
-from dfengine.models.unet import forward as fast
-from dfengine.models.unet.cpu import Folded
+from dfengine.models.unet.cpu import FoldedAttention
+from dfengine.models.unet.forward import unsupported_reason
 
 #: float32 through a whole network, its sums in another order.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -183,7 +183,7 @@ def test_whoever_looks_into_a_layer_sees_it_called(part: str) -> None:
     watched = unet.get_submodule("up_blocks.0.upsamplers.0.conv" if part == "upsampler" else block + part)
     plain, seen = denoiser.with_prompts(condition)(x, t, 0), []
     hook = watched.register_forward_hook(lambda *_: seen.append(1))
-    assert fast.difference(unet) is None
+    assert unsupported_reason(unet) is None
     assert_close(denoiser.with_prompts(condition)(x, t, 0), plain, **CLOSE)
     assert len(seen) == 1
     hook.remove()
@@ -299,16 +299,16 @@ def no_mid_block(pipeline: Any) -> None:
         (hook_before, "it has a hook"),
         (hook_keys, "attn2.to_k has a hook"),
         (offload, "down_blocks.1 has a hook"),
-        (replace_forward, "the forward of up_blocks.1.attentions.0.transformer_blocks.0.attn1 is another's"),
+        (replace_forward, "the forward of up_blocks.1.attentions.0.transformer_blocks.0.attn1 has been replaced"),
         (replace_class, "up_blocks.1.* is not diffusers' own BasicTransformerBlock"),
-        (another_class, "it has a Merging"),
+        (another_class, "it contains a Merging"),
         (namesake, "attn1 has a AttnProcessor from theirs"),
         (rescale_attention, "scale of mid_block.*attn1 is"),
         (train, "it is in training mode"),
         (normalise, "norm_q of mid_block.* is LayerNorm"),
         (no_mid_block, "it has no mid block"),
         (slice_attention, "attn1 has a SlicedAttnProcessor"),
-        (free_u, "FreeU is on"),
+        (free_u, "FreeU is enabled"),
         (chunk, "_chunk_size of .* is 1"),
         (rescale, r"output_scale_factor of up_blocks.1.resnets.0 is 2.0"),
     ],
@@ -339,16 +339,16 @@ def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
         ({"center_input_sample": True}, "its center_input_sample is True"),
         ({"act_fn": "gelu"}, "the activation of .* is GELU"),
         ({"time_embedding_act_fn": "silu"}, "its time_embedding_act_fn is 'silu'"),
-        ({"class_embed_type": "identity"}, "told of more than a prompt"),
+        ({"class_embed_type": "identity"}, "takes more conditions than a prompt"),
         ({"only_cross_attention": True}, "only_cross_attention of .* is True"),
-        ({"dual_cross_attention": True}, "has a DualTransformer2DModel"),
-        ({"down_block_types": ["AttnDownBlock2D"] * 4}, "it has a AttnDownBlock2D"),
+        ({"dual_cross_attention": True}, "contains a DualTransformer2DModel"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 4}, "it contains a AttnDownBlock2D"),
         ({"downsample_padding": 0}, "padding of .* is 0"),
     ],
 )
 def test_other_architectures_are_told_apart(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     unet = random_pipeline(reduced("sd15", tmp_path, {"unet": changes})).unet
-    different = fast.difference(unet)
+    different = unsupported_reason(unet)
     assert different is not None
     assert re.search(said, different), different
 
@@ -390,7 +390,7 @@ def test_scores_are_a_products_results_in_float32_alone(dtype: str, folds: bool)
     told: list[bool] = []
 
     def note(*args: Any, **_: Any) -> Tensor:
-        told.extend(isinstance(text, Folded) for text in args[3])
+        told.extend(isinstance(text, FoldedAttention) for text in args[3])
         return args[1]
 
     denoiser.compiled, any_of(denoiser)._compiled, any_of(denoiser)._compiled_size = True, note, 5

@@ -1,4 +1,4 @@
-"""Adapters that bring families of diffusion models to the `Denoiser` convention, and their loading."""
+"""Diffusion models: loading, and the adapters that bring each family to the `Denoiser` convention."""
 
 from dfengine.models.features import load_features
 from dfengine.models.loading import adapt, load

@@ -1,4 +1,4 @@
-"""From a name to a denoiser: a diffusers folder, a hub id, or a pipeline that the caller already has."""
+"""Load a model by name, or wrap a pipeline that is already loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import logging
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.models import architectures
-from dfengine.models.unet.stable_diffusion import StableDiffusion
-from dfengine.models.unet.stable_diffusion_xl import StableDiffusionXL
+from dfengine.models.registry import adapter_of
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_INDEX = "model_index.json"
 
 
 def load(
@@ -36,17 +36,19 @@ def load(
     batch_size: int | None = None,
     attention: str = "auto",
 ) -> Denoiser:
-    """Load a diffusers pipeline by folder or hub id through its own `from_pretrained`.
+    """Load a diffusers pipeline from a folder or by its hub id, with diffusers' own `from_pretrained`.
 
-    With `random_weights`, build "sd15", "sd21" or "sdxl", or what a folder's configuration files describe, instead.
-    The device is the GPU where there is one; the dtype float16 on a GPU and float32 elsewhere. A hub id is looked for
-    among the files already here before the network is asked. `image_size` is (height, width) in pixels, by default the
-    model's own. `attention` is one of "auto", "sdpa", "cudnn" and "xformers". Raises ValueError where there is no such
-    model, or something of it is not to be had here.
+    With `random_weights`, `model` is "sd15", "sd21", "sdxl" or a folder of which only the configuration files are read.
+    The default device is the GPU if there is one; the default dtype is float16 on a GPU and float32 elsewhere. A hub id
+    is looked up in the local cache before the network is used. `image_size` is (height, width) in pixels, by default
+    the model's own. `attention` is "auto", "sdpa", "cudnn" or "xformers".
+
+    Raises ValueError if the model is not found or not supported, a required package is missing, or an option cannot be
+    satisfied on this machine.
     """
     for package in ("diffusers", "transformers", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed, and models are loaded by it: pip install {package}")
+            raise ValueError(f"{package} is not installed but needed to load models: pip install {package}")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with quiet():
@@ -55,52 +57,73 @@ def load(
                 raise ValueError(f"random weights have no variant or revision: leave {variant or revision!r} out")
             pipeline, name = _build(model, device, dtype), f"{model} (random weights)"
         else:
-            pipeline = _read(locate(model), dtype=dtype, variant=variant, revision=revision).to(device)
+            pipeline = _from_pretrained(locate(model), dtype=dtype, variant=variant, revision=revision).to(device)
             name = f"{model}{f'@{revision}' if revision else ''}{f' ({variant})' if variant else ''}"
         return adapt(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention=attention)
 
 
 def _build(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The pipeline of an architecture's name or a folder of configuration files, with random weights.
+    """A pipeline with random weights, of a named architecture or a folder of configuration files.
 
-    Raises ValueError for any other name, for a kind that has no adapter, and for whatever is wrong with the files.
+    Raises ValueError for another name, an unsupported pipeline class, or unreadable files.
     """
-    known = str(model) in architectures.ARCHITECTURES
-    folder = architectures.configuration(str(model)) if known else Path(model).expanduser()
-    index = folder / "model_index.json"
+    is_named = str(model) in architectures.ARCHITECTURES
+    folder = architectures.configuration(str(model)) if is_named else Path(model).expanduser()
+    index = folder / _INDEX
     if not index.is_file():
         names = ", ".join(architectures.ARCHITECTURES)
         raise ValueError(
-            f"{str(model)!r} cannot have random weights: expected {names} or a diffusers folder, of which the "
-            "configuration files are read"
+            f"{str(model)!r} cannot have random weights: expected {names} or a diffusers folder, whose configuration "
+            "files are read"
         )
     with in_one_line(f"model {str(model)!r} could not be built"):
-        kind = json.loads(index.read_text())["_class_name"]
-    _family([kind])
+        class_name = _class_name(index)
+    adapter_of(class_name)
     with in_one_line(f"model {str(model)!r} could not be built"):
         return architectures.build(folder, device=device, dtype=dtype)
 
 
-def _read(source: str, **options: Any) -> Any:
-    """The pipeline of a folder or hub id. Raises ValueError for whatever goes wrong."""
-    from diffusers import DiffusionPipeline
+def _from_pretrained(source: str, *, dtype: torch.dtype, variant: str | None, revision: str | None) -> Any:
+    """The pipeline of a folder or hub id. Raises ValueError for whatever goes wrong.
 
-    with in_one_line(f"model {source!r} could not be loaded"):
+    Its class is checked against the adapters before any weights are read or downloaded.
+    """
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+
+    failure = f"model {source!r} could not be loaded"
+    with in_one_line(failure):
+        is_folder = Path(source).is_dir()
+        index = Path(source) / _INDEX if is_folder else _local_first(hf_hub_download, source, _INDEX, revision=revision)
+        class_name = _class_name(Path(index))
+    adapter_of(class_name)
+    with in_one_line(failure):
+        return _local_first(DiffusionPipeline.from_pretrained, source, dtype=dtype, variant=variant, revision=revision)
+
+
+def _local_first(read: Any, source: str, *args: Any, **options: Any) -> Any:
+    """The result of `read` on local files if they are complete, otherwise with the network."""
+    try:
+        return read(source, *args, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise a different one for each way to be incomplete
         if Path(source).is_dir():
-            return DiffusionPipeline.from_pretrained(source, **options)
-        try:
-            return DiffusionPipeline.from_pretrained(source, local_files_only=True, **options)
-        except Exception as error:  # not here, or not whole
-            log.debug("the hub is asked for %s: %s", source, error)
-            return DiffusionPipeline.from_pretrained(source, **options)
+            raise
+        log.debug("requesting %s from the hub: %s", source, error)
+    return read(source, *args, **options)
+
+
+def _class_name(index: Path) -> str:
+    """The pipeline class that a model_index.json names; for a custom pipeline it holds [module, class]."""
+    name = json.loads(index.read_text())["_class_name"]
+    return name if isinstance(name, str) else name[-1]
 
 
 @contextlib.contextmanager
 def in_one_line(what: str) -> Iterator[None]:
-    """Raise ValueError for whatever goes wrong inside.
+    """Convert every exception inside to a ValueError of one line.
 
-    The libraries have an exception of its own for each file that is missing, cut short or of another version, and for
-    each way that a network can fail.
+    The libraries raise different exceptions for each kind of missing, truncated or incompatible file, and for each way
+    a network can fail.
     """
     try:
         yield
@@ -110,10 +133,10 @@ def in_one_line(what: str) -> Iterator[None]:
 
 
 def locate(model: str | Path) -> str:
-    """The folder of a model, or its hub id. Raises ValueError for a folder that is not a pipeline's."""
+    """The folder of a model, or its hub id. Raises ValueError for a name that can be neither."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+        if not (folder / _INDEX).is_file():
             raise ValueError(
                 f"{str(model)!r} is a folder without model_index.json: expected a diffusers pipeline folder, as "
                 "save_pretrained writes it"
@@ -122,17 +145,18 @@ def locate(model: str | Path) -> str:
     parts = str(model).split("/")
     if folder.exists() or len(parts) > 2 or str(model).startswith((".", "/", "~")) or not all(parts):
         raise ValueError(
-            f"there is no model at {str(model)!r}: expected a diffusers pipeline folder or a hub id as in 'owner/name'"
+            f"there is no model at {str(model)!r}: expected a diffusers pipeline folder or a hub id such as "
+            "'owner/name'"
         )
     if str(model) in architectures.ARCHITECTURES:
         raise ValueError(
-            f"{str(model)!r} is an architecture and has no weights of its own: name a diffusers folder or a hub id, or "
-            "add --random-weights (random_weights=True) to measure it without"
+            f"{str(model)!r} is an architecture without weights: pass a diffusers folder or a hub id, or add "
+            "--random-weights (random_weights=True) to measure speed and memory only"
         )
     if len(parts) == 1:
         raise ValueError(
             f"model {str(model)!r} is not known: expected 'shapes' (the embedded model), a diffusers folder, a hub id "
-            f"as in 'owner/name', or one of {', '.join(architectures.ARCHITECTURES)} with random weights"
+            f"such as 'owner/name', or one of {', '.join(architectures.ARCHITECTURES)} with random weights"
         )
     return str(model)
 
@@ -145,42 +169,31 @@ def adapt(
     image_size: tuple[int, int] | None = None,
     attention: str = "auto",
 ) -> Denoiser:
-    """Wrap a diffusers pipeline; its Img2Img and Inpaint kinds are the same model.
+    """The denoiser of a diffusers pipeline, by the adapter registered for its class.
 
-    Raises ValueError for a kind that has no adapter, an image size that it cannot make, or an attention backend that
-    cannot run here.
+    Raises ValueError for a class without an adapter, an image size the model cannot produce, or an attention backend
+    that cannot run here.
     """
-    family = _family([kind.__name__ for kind in type(pipeline).__mro__])
+    adapter = adapter_of(pipeline)
     name = name or str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-    return family(pipeline, name=name, batch_size=batch_size, image_size=image_size, backend=attention)
-
-
-def _family(kinds: Sequence[str]) -> type[StableDiffusion]:
-    """The adapter for a pipeline, by the names of its class and of what that inherits. Raises ValueError for none."""
-    for family in (StableDiffusion, StableDiffusionXL):
-        if not {f"{family.__name__}{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")}.isdisjoint(kinds):
-            return family
-    raise ValueError(
-        f"{kinds[0]} is not supported: expected a StableDiffusionPipeline (Stable Diffusion 1.x, 2.x), a "
-        "StableDiffusionXLPipeline, or the Img2Img or Inpaint pipeline of either"
-    )
+    return adapter(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention_backend=attention)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else a GPU where there is one. Raises ValueError for one that is not there."""
+    """The requested device, by default the GPU if there is one. Raises ValueError if it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).cpu()
+        picked = torch.device(device)
+        torch.zeros(1, device=picked).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
-    return chosen
+    return picked
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, else float16 on a GPU and float32 elsewhere."""
+    """The requested dtype, by default float16 on a GPU and float32 elsewhere. Raises ValueError for an unknown name."""
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype):
@@ -192,7 +205,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' notes and progress bars off the user's screen while a model loads."""
+    """Suppress the libraries' log messages and progress bars while a model loads."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -203,7 +216,7 @@ def quiet() -> Iterator[None]:
             library.set_verbosity_error()
             library.disable_progress_bar()
         with warnings.catch_warnings():
-            # Of configurations that diffusers corrects by itself.
+            # Raised for outdated configurations, which diffusers corrects itself.
             warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
             yield
     finally:

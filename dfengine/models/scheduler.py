@@ -1,4 +1,4 @@
-"""What a diffusers scheduler says about its process, and exponential time-step sampling for any diffusers pipeline."""
+"""The noise schedule of a diffusers scheduler, and exponential time-step sampling as a scheduler for any pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dfengine.diffusion.path import NoiseSchedule
+from dfengine.diffusion.path import END, NoiseSchedule
 
 log = logging.getLogger(__name__)
 
@@ -28,45 +28,82 @@ _FIRST_ORDER = (
     "FlowMatchEulerDiscreteScheduler",
 )
 
-# By this name diffusers finds out, in the module of a pipeline's part, how the part is loaded.
+# diffusers looks up SchedulerMixin in a component's module to decide how the component is loaded.
 __all__ = ["ExponentialDDIMScheduler", "SchedulerMixin", "noise_schedule"]
 
 
 def noise_schedule(scheduler: Any) -> NoiseSchedule:
-    """The path of a pipeline's scheduler, and as "uniform" the time-steps that the scheduler itself visits.
+    """The path of a pipeline's scheduler, whose `uniform` list is the time-steps that the scheduler itself visits.
 
-    A log entry says where its sampler is replaced by the deterministic first-order step. Raises ValueError for a
-    scheduler that is neither a discrete diffusion (with betas) nor flow matching, since its process is another one.
+    Logs a message if the scheduler's sampler is replaced by the deterministic first-order step. Raises ValueError for a
+    scheduler that is neither a discrete diffusion with betas nor flow matching: its process is a different one.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if name.startswith("FlowMatch") or flows:
+    is_flow = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+    if name.startswith("FlowMatch") or is_flow:
         schedule = NoiseSchedule.flow(config.get("num_train_timesteps", 1000))
     elif "beta_schedule" in config and config.get("timestep_type", "discrete") == "discrete":
-        schedule = NoiseSchedule.from_config(config)
+        schedule = _diffusion(scheduler)
     else:
         kind = f"{name} (continuous time)" if "beta_schedule" in config else name
         raise ValueError(
-            f"the scheduler {kind} describes neither a discrete diffusion with betas nor flow matching: "
-            "its process is not supported; use a model with a DDIM, DPM-Solver, Euler or flow-matching scheduler"
+            f"the scheduler {kind} is not supported: it describes neither a discrete diffusion with betas nor flow "
+            "matching; use a model with a DDIM, DPM-Solver, Euler or flow-matching scheduler"
         )
-    if name not in _FIRST_ORDER:
-        log.info("the sampler %s is replaced by deterministic DDIM steps on its own list of time-steps", name)
-    if isinstance(scheduler, ExponentialDDIMScheduler):
-        # Its own spacing is what "uniform" means; its stage is a choice of the trajectory here.
-        scheduler = DDIMScheduler.from_config({k: v for k, v in config.items() if k not in ("stage", "gamma")})
+    if name not in _FIRST_ORDER or config.get("stochastic_sampling"):
+        log.info("the sampler %s is replaced by deterministic first-order steps on its own list of time-steps", name)
+    return dataclasses.replace(schedule, uniform=lambda num_steps: _visited(scheduler, schedule, num_steps))
 
-    def uniform(num_steps: int) -> list[float]:
+
+def _diffusion(scheduler: Any) -> NoiseSchedule:
+    """The path that a diffusion scheduler's configuration describes.
+
+    Raises ValueError if the scheduler itself computes other ᾱ from it, by rules of its own.
+    """
+    config = scheduler.config
+    schedule = NoiseSchedule.from_config(config)
+    assert schedule.alpha_bar is not None
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    if alpha_bar is not None:
+        expected = torch.as_tensor(alpha_bar).to(schedule.alpha_bar)
+        if expected.shape != schedule.alpha_bar.shape or (expected - schedule.alpha_bar).abs().max() > 1e-4:
+            raise ValueError(
+                f"the scheduler {type(scheduler).__name__} is not supported: its noise levels are not those of its "
+                "beta_schedule; use a model with a DDIM, DPM-Solver or Euler scheduler"
+            )
+    if config.get("final_sigmas_type") == "sigma_min":
+        schedule = dataclasses.replace(schedule, final_alpha_bar=float(schedule.alpha_bar[0]))
+    return schedule
+
+
+def _visited(scheduler: Any, schedule: NoiseSchedule, num_steps: int) -> list[float]:
+    """The time-steps that a scheduler visits in `num_steps` steps, each once.
+
+    Fewer than `num_steps` if the scheduler rounds several to the same. Raises ValueError if the list depends on the
+    image size.
+    """
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"the time-steps of {type(scheduler).__name__} depend on the image size (use_dynamic_shifting needs mu), "
+            "which is not supported: choose sampling 'early' or 'latter', or give a list"
+        )
+    if isinstance(scheduler, ExponentialDDIMScheduler):  # here "uniform" is the configuration's own spacing
+        own = DDIMScheduler.from_config({k: v for k, v in config.items() if k not in ("stage", "gamma")})
+    else:
         own = copy.deepcopy(scheduler)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of its own conversions under NumPy 2
-            own.set_timesteps(num_steps)
-        # Once each (second-order samplers visit a time-step twice), as many as were asked for, from T − 1 at most.
-        steps = list(dict.fromkeys(own.timesteps.tolist()))[:num_steps]
-        beyond = 0 if schedule.is_flow else max(0, steps[0] - (schedule.num_train_timesteps - 1))
-        return [t - beyond for t in steps]
-
-    return dataclasses.replace(schedule, uniform=uniform)
+        if "skip_prk_steps" in config:  # PNDM's Runge-Kutta warm-up evaluates between its steps
+            own.register_to_config(skip_prk_steps=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised by diffusers' conversions under NumPy 2
+        own.set_timesteps(num_steps)
+    # Second-order samplers list two evaluations a step after the first; the second is the step's end.
+    visited = own.timesteps[:: own.order].tolist()
+    # PNDM lists its second time-step twice, and leading spacing may yield an extra one.
+    steps = list(dict.fromkeys(visited))[:num_steps]
+    # steps_offset may shift the first beyond T − 1.
+    excess = 0 if schedule.is_flow else max(0, steps[0] - (schedule.num_train_timesteps - 1))
+    return [t - excess for t in steps]
 
 
 class ExponentialDDIMScheduler(DDIMScheduler):
@@ -74,10 +111,11 @@ class ExponentialDDIMScheduler(DDIMScheduler):
 
     pipe.scheduler = ExponentialDDIMScheduler.from_config(pipe.scheduler.config, stage="early", gamma=60)
 
-    `stage` is "early", "latter" or "uniform" (the configuration's own spacing). Every step goes to the list's next
-    entry, whatever its distance; diffusers' own goes T // n back, which is right for one list only. A list of one's own
-    is taken as `timesteps`, by a pipeline's call, too. x0 is clipped only where a configuration says so (of latents it
-    must not be). Raises ValueError for a stage, gamma or list that is not possible.
+    `stage` is "early", "latter" or "uniform" (the configuration's own spacing). Every step goes to the next entry of
+    the list, whatever its distance, whereas diffusers' DDIMScheduler always goes back by T // n. Pipelines accept a
+    custom list as `timesteps`. x0 is clipped only if the configuration says so, as it must not be for latents.
+
+    Raises ValueError for an invalid stage, gamma or list.
     """
 
     @register_to_config
@@ -102,7 +140,7 @@ class ExponentialDDIMScheduler(DDIMScheduler):
         gamma: float = 60.0,
     ) -> None:
         super().__init__(
-            # By name: diffusers takes what is given by place for a default, which another scheduler may change.
+            # By name: diffusers records positional arguments as defaults, which from_config of another class replaces.
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
@@ -119,8 +157,14 @@ class ExponentialDDIMScheduler(DDIMScheduler):
             timestep_spacing=timestep_spacing,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
-        self._schedule = NoiseSchedule.from_config(self.config)
-        self._schedule.timesteps(stage, 1, gamma)
+        self._schedule.timesteps(stage, 1, gamma)  # raises ValueError for an invalid stage or gamma
+
+    @property
+    def _schedule(self) -> NoiseSchedule:
+        """The path of the current configuration, which pipelines replace after construction."""
+        if getattr(self, "_schedule_config", None) is not self.config:
+            self._cached_schedule, self._schedule_config = NoiseSchedule.from_config(self.config), self.config
+        return self._cached_schedule
 
     def set_timesteps(
         self,
@@ -128,21 +172,24 @@ class ExponentialDDIMScheduler(DDIMScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Choose the list: so many steps of the stage, or the given ones, which must fall strictly."""
+        """Set the list: that many steps of the stage, or the given ones.
+
+        Raises ValueError if both or neither are given, or the list is not strictly decreasing.
+        """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("the list of time-steps is ambiguous: give num_inference_steps or timesteps")
+            raise ValueError("the list of time-steps is ambiguous: give either num_inference_steps or timesteps")
         if timesteps is not None:
-            chosen = self._schedule.timesteps(timesteps)
+            steps = self._schedule.timesteps(timesteps)
         else:
             schedule = noise_schedule(self) if self.config.stage == "uniform" else self._schedule
-            chosen = schedule.timesteps(self.config.stage, num_inference_steps or 0, self.config.gamma)
-        self.num_inference_steps = len(chosen)
-        self.timesteps = torch.tensor(chosen, device=device)
+            steps = schedule.timesteps(self.config.stage, num_inference_steps or 0, self.config.gamma)
+        self.num_inference_steps = len(steps)
+        self.timesteps = torch.tensor(steps, device=device)
 
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
@@ -150,28 +197,29 @@ class ExponentialDDIMScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One DDIM update (Eq. 4) to the list's next entry; the last lands on the configuration's final ᾱ.
+        """One DDIM update (Eq. 4) to the next entry of the list; the last step lands on the configuration's final ᾱ.
 
-        As in diffusers, `eta` > 0 adds noise. Raises ValueError for a time-step that is not in the list.
+        `eta` > 0 adds noise, as in diffusers. Raises ValueError for a time-step that is not in the list.
         """
-        place = (self.timesteps == int(timestep)).nonzero().flatten().tolist()
-        if self.num_inference_steps is None or not place:
+        index = (self.timesteps == timestep).nonzero().flatten().tolist()
+        if self.num_inference_steps is None or not index:
             raise ValueError(
-                f"time-step {int(timestep)} is not in the list: call set_timesteps before, and visit its own"
+                f"time-step {float(timestep):g} is not in the list: call set_timesteps first and pass its entries"
             )
-        following = self.timesteps[place[0] + 1] if place[0] + 1 < len(self.timesteps) else -1
-        t, t_next = (torch.full((len(sample),), int(one), device=sample.device) for one in (timestep, following))
+        t = self.timesteps[index[0]].expand(len(sample)).to(sample.device)
+        is_last = index[0] + 1 == len(self.timesteps)
+        t_next = torch.full_like(t, END) if is_last else self.timesteps[index[0] + 1].expand_as(t).to(sample.device)
         x0, epsilon = self._schedule.to_x0_and_eps(model_output, sample, t)
         x0 = self._schedule.threshold_x0(x0)
         (a, b), (a_next, b_next) = self._schedule.coefficients(t), self._schedule.coefficients(t_next)
         if use_clipped_model_output:
             epsilon = (sample.float() - a * x0) / b
         sigma = eta * (b_next / b * (1 - (a / a_next) ** 2).sqrt())
-        following_sample = a_next * x0 + (b_next**2 - sigma**2).sqrt() * epsilon
+        prev_sample = a_next * x0 + (b_next**2 - sigma**2).sqrt() * epsilon
         if eta > 0:
             if variance_noise is None:
                 shape, device = model_output.shape, model_output.device
                 variance_noise = randn_tensor(shape, generator=generator, device=device, dtype=model_output.dtype)
-            following_sample = following_sample + sigma * variance_noise
-        result = following_sample.to(sample.dtype), x0.to(sample.dtype)
+            prev_sample = prev_sample + sigma * variance_noise
+        result = prev_sample.to(sample.dtype), x0.to(sample.dtype)
         return DDIMSchedulerOutput(*result) if return_dict else result

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and a UNet told of the image's size beside the prompt."""
+"""Stable Diffusion XL: two text encoders, and a UNet conditioned on the image size as well as the prompt."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 import torch
 
 from dfengine.diffusion.denoiser import Condition
+from dfengine.models.registry import adapter
 from dfengine.models.unet.stable_diffusion import StableDiffusion
 
 
+@adapter("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 class StableDiffusionXL(StableDiffusion):
-    """Brings a `StableDiffusionXLPipeline` to the convention.
+    """Adapter of Stable Diffusion XL base pipelines.
 
-    As in diffusers, the original and target sizes are the image's own and nothing is cropped. Raises ValueError for the
-    refiner, which has one text encoder and is told an aesthetic score.
+    As in diffusers, the original and target sizes are the image's own, and the crop offset is 0. Raises ValueError for
+    the refiner, which has a single text encoder and is conditioned on an aesthetic score.
     """
 
     text_encoders: ClassVar[Sequence[str]] = ("text_encoder", "text_encoder_2")
@@ -27,15 +29,17 @@ class StableDiffusionXL(StableDiffusion):
         if missing or pipeline.config.get("requires_aesthetics_score"):
             raise ValueError(
                 f"the pipeline has no {' and no '.join(missing) or 'plain size condition'}: expected the base model of "
-                "Stable Diffusion XL, with both text encoders; its refiner is not supported"
+                "Stable Diffusion XL with both text encoders; the refiner is not supported"
             )
         super().__init__(pipeline, **options)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts. The empty one, "", is the unconditional one: zeros, where the pipeline's configuration says
-        `force_zeros_for_empty_prompt`. Raises ValueError for one that a text encoder cannot be told whole.
+        """The encoding of each prompt, and the image size.
+
+        The empty prompt, "", is encoded as zeros if the pipeline's configuration says `force_zeros_for_empty_prompt`.
+        Raises ValueError for a prompt that is too long for a text encoder.
         """
-        self.check(prompts)
+        self.check_prompts(prompts)
         text, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
