@@ -81,7 +81,7 @@ def scores_of(engine: Engine, path: Trajectory, step: int, first: int, count: in
     unmasked = epsilon(latent)[0]
     scores: dict[str, list[Tensor]] = {score: [] for score in ESTIMATORS}
     for indices in torch.arange(first, first + count, device=device).split(BATCH):
-        answers = epsilon(dfkernels.blend(latent, seeds, steps, torch.zeros_like(indices), indices))
+        answers = epsilon(dfkernels.apply_masks(latent, seeds, steps, torch.zeros_like(indices), indices))
         for score, found in scores.items():
             found.append(dfkernels.similarity(answers, unmasked, score=score))
     return {score: torch.cat(found) for score, found in scores.items()}

@@ -1,9 +1,9 @@
-"""Every kernel compiled ahead of time, with no GPU at hand: registers, shared memory, spills (none), width of accesses.
+"""Compile every kernel ahead of time, without a GPU: registers, shared memory, spills (none), width of accesses.
 
     python bench/kernels_compiled.py            # everything; writes the rows and the table in kernels/README.md
     python bench/kernels_compiled.py --first --arch 80 90 120        # one configuration of each kernel, nothing written
 
-Ends with status 1, and says which, if a configuration spills or a rounding to bfloat16 is not to nearest.
+Exits with status 1 and prints the rows if a configuration spills or truncates instead of rounding to bfloat16.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
-os.environ.pop("TRITON_INTERPRET", None)  # it would make the kernels Python functions
+os.environ.pop("TRITON_INTERPRET", None)  # it would turn the kernels into Python functions
 
 import record  # noqa: E402
 import triton  # noqa: E402
@@ -39,8 +39,8 @@ def configurations(module: str) -> list[Configuration]:
     return importlib.import_module(f"dfkernels.fused.{module}").configurations()
 
 
-def compiled(work: tuple[str, int], arch: int) -> dict[str, Any]:
-    """Compile configuration number work[1] of module work[0] for an architecture, and read what came of it."""
+def compile_row(work: tuple[str, int], arch: int) -> dict[str, Any]:
+    """The row of configuration work[1] of module work[0], compiled for an architecture."""
     module, number = work
     configuration = configurations(module)[number]
     kernel, types, constants = configuration.kernel, configuration.types, dict(configuration.constants)
@@ -48,10 +48,11 @@ def compiled(work: tuple[str, int], arch: int) -> dict[str, Any]:
     aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").endswith(":16")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": configuration.num_warps, "maxnreg": configuration.maxnreg}
-    made = triton.compile(source, GPUTarget("cuda", arch, 32), options)
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(made, "--dump-resource-usage"))
-    assert usage is not None
-    accesses = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)\b[.\w]*)", cuobjdump(made, "--dump-sass")))
+    binary = triton.compile(source, GPUTarget("cuda", arch, 32), options)
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(binary, "--dump-resource-usage"))
+    if usage is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage of {kernel.__name__} for sm_{arch}")
+    accesses = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)\b[.\w]*)", cuobjdump(binary, "--dump-sass")))
     return {
         "module": module,
         "kernel": kernel.__name__.removeprefix("_"),
@@ -64,22 +65,23 @@ def compiled(work: tuple[str, int], arch: int) -> dict[str, Any]:
         "registers": int(usage[1]),
         "stack": int(usage[2]),
         "spills": int(usage[3]) + accesses["LDL"] + accesses["STL"],
-        "shared": made.metadata.shared,
+        "shared": binary.metadata.shared,
         "loads": {name: count for name, count in sorted(accesses.items()) if name.startswith("LDG")},
         "stores": {name: count for name, count in sorted(accesses.items()) if name.startswith("STG")},
-        "bf16_cut_off": bool(re.search(r"cvt\.rz\.bf16", made.asm["ptx"])),
+        "bf16_truncated": bool(re.search(r"cvt\.rz\.bf16", binary.asm["ptx"])),
     }
 
 
-def cuobjdump(made: Any, what: str) -> str:
+def cuobjdump(binary: Any, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
-        return subprocess.run([TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True).stdout
+        command = [TOOLS / "cuobjdump", option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a kernel: how many configurations, and the fewest and the most registers on each architecture."""
+    """One line per kernel: its number of configurations and the range of registers on each architecture."""
     archs = sorted({row["arch"] for row in rows})
     lines = [
         "| kernel | configurations | "
@@ -88,20 +90,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---" * (len(archs) + 4) + "|",
     ]
     for name in dict.fromkeys((row["module"], row["kernel"]) for row in rows):
-        mine = [row for row in rows if (row["module"], row["kernel"]) == name]
+        of_kernel = [row for row in rows if (row["module"], row["kernel"]) == name]
         cells = []
         for arch in archs:
-            registers = [row["registers"] for row in mine if row["arch"] == arch]
+            registers = [row["registers"] for row in of_kernel if row["arch"] == arch]
             cells.append(f"{min(registers)}–{max(registers)}" if min(registers) < max(registers) else f"{registers[0]}")
-        shared, lost = max(row["shared"] for row in mine), sum(row["spills"] + row["stack"] for row in mine)
-        count = len(mine) // len(archs)
-        lines.append(f"| `{name[1]}` | {count} | {' | '.join(cells)} | {shared} B | {lost or 'none'} |")
+        shared = max(row["shared"] for row in of_kernel)
+        spilled = sum(row["spills"] + row["stack"] for row in of_kernel)
+        count = len(of_kernel) // len(archs)
+        lines.append(f"| `{name[1]}` | {count} | {' | '.join(cells)} | {shared} B | {spilled or 'none'} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first", action="store_true", help="only the first configuration of each kernel")
+    parser.add_argument("--first", action="store_true", help="compile only the first configuration of each kernel")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--module", nargs="+", default=MODULES, choices=MODULES)
     arguments = parser.parse_args()
@@ -115,9 +118,9 @@ def main() -> None:
     rows = []
     with ProcessPoolExecutor() as pool:
         for arch in arguments.arch:
-            rows += pool.map(partial(compiled, arch=arch), work)
+            rows += pool.map(partial(compile_row, arch=arch), work)
     print(table(rows), end="")
-    bad = [row for row in rows if row["spills"] or row["stack"] or row["bf16_cut_off"]]
+    bad = [row for row in rows if row["spills"] or row["stack"] or row["bf16_truncated"]]
     for row in bad:
         print(json.dumps(row, ensure_ascii=False))
     if not arguments.first and arguments.module == MODULES and not bad:

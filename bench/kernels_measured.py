@@ -1,17 +1,18 @@
-"""The fused operations on a GPU: GB/s, as a share of what a copy reaches, beside the eager reference and its compile.
+"""The fused operations on a GPU: GB/s and the share of a copy's bandwidth, next to the eager and compiled reference.
 
     python bench/kernels_measured.py        # writes bench/results/kernels_measured.json, the table in kernels/README.md
 
-Each operation is verified first, and not timed if it is wrong. Bytes are what an ideal kernel moves: kernels/README.md.
-Inputs are random and rotated past the cache; times are device events, the median of many, after a warm-up. Without a
-GPU nothing is measured, nothing estimated and nothing written. (Not called kernels.py: whatever is started from this
-folder could import it by that name, which is a package of Hugging Face's.)
+Each operation is verified first and not timed if it is wrong. Bytes are what an ideal kernel moves: kernels/README.md.
+Inputs are random and rotate through more memory than the cache holds; times are medians of device events after a
+warm-up. Without a GPU nothing is measured or written. (This file must not be called kernels.py: scripts in this folder
+would import it in place of Hugging Face's package of that name.)
 """
 
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import record
@@ -32,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on inputs that `inputs()` makes anew, the bytes it has to move, and what it may be wrong by."""
+    """One operation: `inputs` returns fresh inputs, `bytes` is what an ideal kernel moves."""
 
     name: str
     module: str
@@ -42,66 +43,69 @@ class Case:
     tolerance: str
 
     def fused(self) -> Callable[..., Any]:
-        kernels = dispatch.load(self.module)
-        assert kernels is not None, "triton is not installed: pip install triton"
+        kernels = dispatch.load_fused(self.module)
+        if kernels is None:
+            sys.exit("triton is not installed: pip install triton")
         return getattr(kernels, self.operation.__name__)
 
 
 def cases(n: int, c: int, h: int, w: int) -> Iterator[Case]:
-    """Every fused operation, in half precision as the engine runs them."""
+    """Every fused operation in half precision, as the engine runs them."""
     pixels, half = n * h * w, 2
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE)
 
-    def who() -> dict[str, Tensor]:
+    def counters() -> dict[str, Tensor]:
         row = torch.arange(ROWS, device=DEVICE)
         order = torch.randperm(n, device=DEVICE)
         return {"seeds": row * 7919, "steps": row, "rows": order % ROWS, "indices": order}
 
-    def blend(kind: str) -> dict[str, Any]:
-        return {"latents": random(ROWS, c, h, w), **who(), "kind": kind, "dtype": torch.float16}
+    def apply_masks(kind: str) -> dict[str, Any]:
+        return {"latents": random(ROWS, c, h, w), **counters(), "kind": kind, "dtype": torch.float16}
 
-    def answers() -> Tensor:
+    def outputs() -> Tensor:
         return random(n, c, h, w).half().contiguous(memory_format=torch.channels_last)
 
     def accumulate(score: str) -> dict[str, Any]:
         sums = Sums.zeros(ROWS, (h, w), DEVICE)
-        return {"epsilon": answers(), "references": random(ROWS, c, h, w), "sums": sums, **who(), "score": score}
+        return {"outputs": outputs(), "references": random(ROWS, c, h, w), "sums": sums, **counters(), "score": score}
 
-    def erase() -> dict[str, Any]:
+    def perturb() -> dict[str, Any]:
         start = {"latents": random(ROWS, c, h, w), "ranks": games.ranks(random(ROWS, h, w)), "dtype": torch.float16}
         point = torch.arange(n, device=DEVICE)
         return start | {"rows": point % ROWS, "indices": point % (h + 1), "fill": random(ROWS, c, h, w)}
 
-    def draw() -> dict[str, Any]:
+    def draw_masks() -> dict[str, Any]:
         index = torch.arange(n, device=DEVICE)
         return {"seeds": index * 31, "steps": index % 50, "indices": index, "shape": (h, w)}
 
     def similarity(score: str) -> dict[str, Any]:
-        return {"a": answers(), "b": random(c, h, w), "score": score}
+        return {"a": outputs(), "b": random(c, h, w), "score": score}
 
     def add() -> dict[str, Any]:
-        return {"sums": Sums.zeros(ROWS, (h, w), DEVICE), "scores": random(n, h, w), **who()}
+        return {"sums": Sums.zeros(ROWS, (h, w), DEVICE), "scores": random(n, h, w), **counters()}
 
-    whole = half * c * pixels
-    yield Case("draw", "blend", reference.draw, draw, pixels, "masks")
-    yield Case("blend", "blend", reference.blend, lambda: blend("gaussian"), whole, "blend")
-    yield Case("blend, rise", "blend", reference.blend, lambda: blend("rise"), whole, "blend_rise_float16")
-    yield Case("erase", "erase", games.erase, erase, whole, "erase")
+    latent_bytes = half * c * pixels
+    yield Case("draw_masks", "apply_masks", reference.draw_masks, draw_masks, pixels, "masks")
+    for kind, name in (("gaussian", "apply_masks"), ("rise", "apply_masks_rise_float16")):
+        inputs = partial(apply_masks, kind)
+        yield Case(f"apply_masks, {kind}", "apply_masks", reference.apply_masks, inputs, latent_bytes, name)
+    yield Case("perturb", "perturb", games.perturb, perturb, latent_bytes, "perturb")
     for score, written in (("local", 4 * pixels), ("global", 4 * n)):
-        inputs = lambda score=score: similarity(score)  # noqa: E731
-        yield Case(
-            f"similarity, {score}", "similarity", reference.similarity, inputs, whole + written, "similarity_fused"
-        )
+        inputs = partial(similarity, score)
+        moved = latent_bytes + written
+        yield Case(f"similarity, {score}", "similarity", reference.similarity, inputs, moved, "similarity_fused")
     yield Case("add", "accumulate", estimators.add, add, 4 * pixels, "add")
     for score in reference.SCORES:
-        inputs = lambda score=score: accumulate(score)  # noqa: E731
-        yield Case(f"accumulate, {score}", "accumulate", estimators.accumulate, inputs, whole, "accumulate_fused")
+        inputs = partial(accumulate, score)
+        yield Case(
+            f"accumulate, {score}", "accumulate", estimators.accumulate, inputs, latent_bytes, "accumulate_fused"
+        )
 
 
 def result(run: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What a call returns, and the sums that it changed, from zero, on the scale of one mask."""
+    """What a call returns, and the sums it updated from zero, divided by the number of masks."""
     sums = inputs.get("sums")
     if sums is not None:
         sums.moments.zero_()
@@ -111,7 +115,7 @@ def result(run: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, ...
 
 
 def milliseconds(run: Callable[[dict[str, Any]], object], sets: list[dict[str, Any]]) -> tuple[float, float, float]:
-    """10 %, median and 90 % of single calls, launched while the device is kept busy: no launch is waited for."""
+    """The 10th percentile, median and 90th percentile of a call; a busy device hides the launch overhead."""
     for inputs in sets * 2:
         run(inputs)
     times = []
@@ -138,7 +142,7 @@ def copy_bandwidth() -> float:
 
 
 def measure(case: Case, shape: tuple[int, ...], copy: float) -> Iterator[dict[str, Any]]:
-    """Rows of the fused operation, the eager reference and its compile; one that says so where the check fails."""
+    """Rows for the fused, eager and compiled operation; a single row with the error if the check fails."""
     sets = [case.inputs() for _ in range(SETS)]
     fused = case.fused()
     row = {"op": case.name, "shape": shape, "bytes": case.bytes, "copy_gb_s": round(copy)}
@@ -163,16 +167,16 @@ def measure(case: Case, shape: tuple[int, ...], copy: float) -> Iterator[dict[st
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds of each implementation, and what the fused one makes of the device's bandwidth."""
+    """Milliseconds of each implementation, and the fused one's bandwidth."""
     lines = ["| op | n × c × h × w | fused ms | GB/s | share of a copy | eager ms | compiled ms |", "|---" * 7 + "|"]
     for key in dict.fromkeys((row["op"], tuple(row["shape"])) for row in rows):
         mine = {row["implementation"]: row for row in rows if (row["op"], tuple(row["shape"])) == key}
 
-        def cell(name: str, what: str, mine: dict[str, dict[str, Any]] = mine) -> str:
+        def cell(name: str, column: str, mine: dict[str, dict[str, Any]] = mine) -> str:
             row = mine.get(name, {})
-            return str(row.get(what, "wrong" if "wrong" in row else "failed" if "failed" in row else "not measured"))
+            return str(row.get(column, "wrong" if "wrong" in row else "failed" if "failed" in row else "not measured"))
 
-        fused = " | ".join(cell("fused", what) for what in ("median_ms", "gb_s", "share_of_copy"))
+        fused = " | ".join(cell("fused", column) for column in ("median_ms", "gb_s", "share_of_copy"))
         others = " | ".join(cell(name, "median_ms") for name in ("eager", "compiled"))
         lines.append(f"| {key[0]} | {'×'.join(map(str, key[1]))} | {fused} | {others} |")
     return "\n".join(lines) + "\n"

@@ -61,8 +61,8 @@ def cases(n: int, c: int, h: int, w: int) -> dict[str, Callable[[], object]]:
         "similarity ssim": lambda: reference.similarity(a, b, "ssim"),
         "similarity structure": lambda: reference.similarity(a, b),
         "similarity structure, global": lambda: reference.similarity(a, b, score="global"),
-        "draw": lambda: reference.draw(seed[rows], step[rows], indices, (h, w)),
-        "blend": lambda: reference.blend(b[None], seed, step, rows, indices),
+        "draw_masks": lambda: reference.draw_masks(seed[rows], step[rows], indices, (h, w)),
+        "apply_masks": lambda: reference.apply_masks(b[None], seed, step, rows, indices),
         "accumulate": lambda: accumulate(sums, slice(0, n)),
     }
 

@@ -65,7 +65,7 @@ def maps_of(shape: str) -> dict[str, np.ndarray]:
     scores = []
     for step in range(DISTINCT):
         where = (seeds, steps, torch.full((DRAWN,), step), indices)
-        scores.append(dfkernels.accumulate(model(dfkernels.blend(latents, *where)), model(latents), sums, *where))
+        scores.append(dfkernels.accumulate(model(dfkernels.apply_masks(latents, *where)), model(latents), sums, *where))
     saliency, error = dfkernels.estimate(sums, "coverage")
     made = {"saliency": saliency, "error": error, "latents": latents}
     repeated = {name: np.tile(part, (STEPS // DISTINCT, *[1] * (part.ndim - 1))) for name, part in made.items()}

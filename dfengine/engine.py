@@ -214,12 +214,12 @@ class Engine:
             for explainer in plan.explainers
         )
         targets = {getattr(explainer, "target", "conditional") for explainer in plan.explainers}
-        tuning.maybe_compile(self.denoiser, num_forwards, cost, wanted=self._compile, targets=targets)
+        tuning.maybe_compile(self.denoiser, num_forwards, cost, enabled=self._compile, targets=targets)
 
     def forward_cost(self) -> tuning.ForwardCost:
         """What a forward of the network costs here, measured once; the batch size is then what fits into memory."""
         if self._forward_cost is None:
-            self._forward_cost = tuning.tune(self.denoiser, is_given=self._is_batch_size_given)
+            self._forward_cost = tuning.tune(self.denoiser, keep_batch_size=self._is_batch_size_given)
         return self._forward_cost
 
     def _explain_group(

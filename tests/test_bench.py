@@ -1,4 +1,4 @@
-"""The benchmarks of the kernels measure something that is right: every case, small, passes its own check."""
+"""Every case of the kernels' benchmark, at a small size, passes its own check."""
 
 import subprocess
 import sys
@@ -35,14 +35,14 @@ def test_without_a_gpu_nothing_is_measured() -> None:
     assert all(line.count("not measured") == 5 for line in lines[3:])
 
 
-def test_a_measured_table_says_what_is_wrong_and_what_failed() -> None:
-    shape = {"op": "blend", "shape": (1, 2, 3, 4)}
+def test_the_table_marks_wrong_and_failed_rows() -> None:
+    shape = {"op": "apply_masks", "shape": (1, 2, 3, 4)}
     rows = [
         {**shape, "implementation": "fused", "median_ms": 0.5, "gb_s": 400, "share_of_copy": 0.1},
         {**shape, "implementation": "eager", "median_ms": 2.5},
         {**shape, "implementation": "compiled", "failed": "RuntimeError: no"},
-        {**shape, "op": "erase", "implementation": "fused", "wrong": "not equal"},
+        {**shape, "op": "perturb", "implementation": "fused", "wrong": "not equal"},
     ]
-    blend, erase = kernels_measured.table(rows).splitlines()[2:]
-    assert blend == "| blend | 1×2×3×4 | 0.5 | 400 | 0.1 | 2.5 | failed |"
-    assert erase == "| erase | 1×2×3×4 | wrong | wrong | wrong | not measured | not measured |"
+    masked, perturbed = kernels_measured.table(rows).splitlines()[2:]
+    assert masked == "| apply_masks | 1×2×3×4 | 0.5 | 400 | 0.1 | 2.5 | failed |"
+    assert perturbed == "| perturb | 1×2×3×4 | wrong | wrong | wrong | not measured | not measured |"

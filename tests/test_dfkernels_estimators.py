@@ -1,4 +1,4 @@
-"""Running sums and the maps read from them, against values worked out by hand, loops, and repetition."""
+"""Running sums and the maps computed from them, against values worked out by hand, loops and repeated experiments."""
 
 from itertools import pairwise
 
@@ -40,16 +40,16 @@ def test_add_sums_each_rows_masks_and_scores(kind: str, score: str) -> None:
     sums = dfkernels.Sums.zeros(3, SHAPE)
     dfkernels.add(sums, scores, SEEDS, STEPS, ROWS, INDICES, keep_probability=0.3, kind=kind, grid=3)
     for row in range(3):
-        mine = row == ROWS
+        in_row = row == ROWS
         masks = torch.cat(
             [
                 dfkernels.masks(
                     SEEDS[row].item(), STEPS[row].item(), index, 1, SHAPE, keep_probability=0.3, kind=kind, grid=3
                 )
-                for index in INDICES[mine].tolist()
+                for index in INDICES[in_row].tolist()
             ]
         )
-        assert_close(sums.moments[row : row + 1], moments(masks, scores[mine]), **tolerance("add"))
+        assert_close(sums.moments[row : row + 1], moments(masks, scores[in_row]), **tolerance("add"))
     assert sums.count.tolist() == [3, 4, 3]
 
 
@@ -73,9 +73,7 @@ def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[
 
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 @pytest.mark.parametrize("entries", [1, 5, 12])
-def test_how_many_are_added_at_a_time_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, score: str, entries: int
-) -> None:
+def test_chunk_size_does_not_change_sums(monkeypatch: pytest.MonkeyPatch, score: str, entries: int) -> None:
     whole, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
     dfkernels.add(whole, random_scores(score), SEEDS, STEPS, ROWS, INDICES)
     monkeypatch.setattr(estimators, "CHUNK_SUMS", entries * SHAPE[0] * SHAPE[1])
@@ -95,7 +93,7 @@ def test_poisoned_padding_changes_nothing(kind: str, score: str) -> None:
     assert torch.equal(padded.moments, clean.moments)
 
 
-def test_a_score_that_is_not_a_number_stays_in_its_row() -> None:
+def test_nan_scores_stay_in_their_row() -> None:
     scores = random_scores("local")
     scores[2] = torch.nan  # of row 1
     sums = dfkernels.Sums.zeros(3, SHAPE)
@@ -105,7 +103,7 @@ def test_a_score_that_is_not_a_number_stays_in_its_row() -> None:
     assert sums.count.tolist() == [3, 4, 3]
 
 
-def test_running_sums_keep_what_float32_would_lose() -> None:
+def test_running_sums_are_float64() -> None:
     sums = dfkernels.Sums.zeros(1, (1, 1))
     row, seed = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for score in (1.0, 2.0**-30):
@@ -116,17 +114,17 @@ def test_running_sums_keep_what_float32_would_lose() -> None:
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("similarity", dfkernels.reference.SIMILARITIES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
-def test_accumulate_is_similarity_then_add(kind: str, similarity: str, score: str) -> None:
+def test_accumulate_equals_similarity_then_add(kind: str, similarity: str, score: str) -> None:
     g = torch.Generator().manual_seed(0)
     references = torch.randn(3, 3, *SHAPE, generator=g)
-    epsilon = 0.5 * references[ROWS] + 0.5 * torch.randn(len(ROWS), 3, *SHAPE, generator=g)
-    epsilon[ROWS < 0] = torch.nan
+    outputs = 0.5 * references[ROWS] + 0.5 * torch.randn(len(ROWS), 3, *SHAPE, generator=g)
+    outputs[ROWS < 0] = torch.nan
     window = {"window": 5, "sigma": 1.1, "data_range": 2.0}
     masks = {"keep_probability": 0.4, "grid": 3}
 
     fused, apart = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
     means = dfkernels.accumulate(
-        epsilon,
+        outputs,
         references,
         fused,
         SEEDS,
@@ -143,7 +141,7 @@ def test_accumulate_is_similarity_then_add(kind: str, similarity: str, score: st
         if row < 0:
             assert means[entry].isnan()
             continue
-        one = dfkernels.similarity(epsilon[entry : entry + 1], references[row], similarity, score, **window)
+        one = dfkernels.similarity(outputs[entry : entry + 1], references[row], similarity, score, **window)
         place = torch.tensor([row]), torch.tensor([index])
         dfkernels.add(apart, one, SEEDS, STEPS, *place, kind=kind, **masks)
         assert_close(means[entry], one.mean(), **tolerance("similarity"))
@@ -194,8 +192,8 @@ def test_fractional_masks_are_weights() -> None:
             np.testing.assert_allclose(ours[0].numpy(), theirs, **tolerance("estimate"))
 
 
-def test_a_pixel_without_masks_takes_the_mean_and_an_infinite_error() -> None:
-    # Pixel 0 is never kept, pixel 1 always, 2 and 3 now and then, 2 kept once and 3 dropped once.
+def test_pixels_without_masks_take_the_mean_and_an_infinite_error() -> None:
+    # Pixel 0 is never kept, pixel 1 always, pixel 2 is kept once and pixel 3 dropped once.
     masks = torch.tensor([[[0, 1, 1, 0]], [[0, 1, 0, 1]], [[0, 1, 0, 1]]])
     sums = dfkernels.Sums(moments(masks, torch.tensor([1.0, 2.0, 6.0])))
     expected = {
@@ -220,11 +218,11 @@ def test_too_few_masks_give_no_error_bar(estimator: str) -> None:
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
-def test_standard_errors_are_the_spread_over_seeds(kind: str, score: str) -> None:
+def test_standard_errors_match_the_spread_over_seeds(kind: str, score: str) -> None:
     repeats, n, shape = 400, 60, (3, 4)
     seeds, steps = torch.arange(repeats), torch.zeros(repeats, dtype=torch.int64)
     rows, indices = seeds.repeat_interleave(n), torch.arange(n).repeat(repeats)
-    masks = dfkernels.draw(seeds[rows], steps[rows], indices, shape, kind=kind, grid=2).float()
+    masks = dfkernels.draw_masks(seeds[rows], steps[rows], indices, shape, kind=kind, grid=2).float()
     signal = 0.3 * masks + 0.3 * masks.roll(1, -1) if score == "local" else 0.5 * masks.mean((1, 2))
     scores = 0.2 + signal + 0.2 * torch.randn(signal.shape, generator=torch.Generator().manual_seed(1))
 
@@ -232,11 +230,11 @@ def test_standard_errors_are_the_spread_over_seeds(kind: str, score: str) -> Non
     dfkernels.add(sums, scores, seeds, steps, rows, indices, kind=kind, grid=2)
     for estimator in estimators.ESTIMATORS:
         value, error = dfkernels.estimate(sums, estimator)
-        # 400 repetitions tell a spread to 4 % a pixel; twelve (dependent) pixels together to some 2 %.
+        # 400 repeats determine a standard deviation to 4 % per pixel, and to about 2 % over twelve dependent pixels.
         assert abs(error.mean() / value.std(0).mean() - 1) < 0.06, estimator
 
 
-def test_unknown_estimators_are_named() -> None:
+def test_unknown_estimators_are_refused() -> None:
     sums = dfkernels.Sums.zeros(1, SHAPE)
     with pytest.raises(ValueError, match=r"unknown estimator 'ridge': choose one of sum, .*, or call ridge"):
         dfkernels.estimate(sums, "ridge")
@@ -246,13 +244,13 @@ def test_unknown_estimators_are_named() -> None:
 
 
 def numpy_ridge(x: np.ndarray, scores: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """β and its standard error as the formulas are written."""
+    """β and its standard error, computed as the formulas are written."""
     y = scores - scores.mean()
     inverse = np.linalg.inv(x.T @ x + penalty * np.eye(x.shape[1]))
     beta = inverse @ x.T @ y
-    left = np.eye(len(y)) - x @ inverse @ x.T
-    freedom = np.trace(left @ left)
-    variance = ((y - x @ beta) ** 2).sum() / freedom
+    residual_maker = np.eye(len(y)) - x @ inverse @ x.T
+    degrees_of_freedom = np.trace(residual_maker @ residual_maker)
+    variance = ((y - x @ beta) ** 2).sum() / degrees_of_freedom
     return beta, np.sqrt(variance * np.diag(inverse @ x.T @ x @ inverse))
 
 
@@ -271,7 +269,7 @@ def test_ridge_equals_numpy(monkeypatch: pytest.MonkeyPatch, kind: str, n: int, 
 
 
 @pytest.mark.parametrize("n", [20, 35, 60])
-def test_primal_and_dual_are_one(n: int) -> None:
+def test_primal_and_dual_agree(n: int) -> None:
     x = dfkernels.masks(1, 1, 0, n, (5, 7)).flatten(1).double() - 0.5
     y = random_scores("global", n).double()
     chunks = [(slice(0, 13), x[:13]), (slice(13, n), x[13:])]
@@ -286,29 +284,29 @@ def test_ridge_recovers_a_linear_score(kind: str) -> None:
     weights = torch.linspace(-1, 1, 12).reshape(3, 4)
     masks = dfkernels.masks(5, 0, 0, 4000, (3, 4), kind=kind, grid=4).float()
     beta, error = dfkernels.ridge(0.7 + (masks * weights).sum((1, 2)), 5, 0, (3, 4), kind=kind, grid=4)
-    # The penalty draws β in by κ over the eigenvalues of XᵀX: 1000 for Gaussian masks, down to some 30 for smooth ones.
+    # The penalty shrinks β by κ over the eigenvalues of XᵀX: 1000 for Gaussian masks, down to about 30 for smooth ones.
     assert (beta - weights).abs().max() < (0.003 if kind == "gaussian" else 0.05)
     assert (error < 0.01).all()
 
 
 @pytest.mark.parametrize("n", [8, 60, 150])
-def test_ridge_errors_are_the_spread_over_noise(n: int) -> None:
+def test_ridge_errors_match_the_spread_over_noise(n: int) -> None:
     weights = torch.linspace(-0.3, 0.3, 12).reshape(3, 4)
     signal = (dfkernels.masks(0, 0, 0, n, (3, 4)) * weights).sum((1, 2))
     noise = 0.5 * torch.randn(200, n, generator=torch.Generator().manual_seed(0))
     betas, errors = zip(*(dfkernels.ridge(signal + each, 0, 0, (3, 4)) for each in noise), strict=True)
-    # 200 repetitions tell a spread to 5 % a pixel, twelve nearly independent pixels together to some 1.5 %.
+    # 200 repeats determine a standard deviation to 5 % per pixel, and to about 1.5 % over twelve independent pixels.
     assert abs(torch.stack(errors).mean() / torch.stack(betas).std(0).mean() - 1) < 0.06
 
 
-def test_ridge_with_one_score_knows_nothing() -> None:
+def test_ridge_with_one_score_has_an_infinite_error() -> None:
     beta, error = dfkernels.ridge(torch.tensor([0.4]), 0, 0, SHAPE)
     assert not beta.any()
     assert error.isinf().all()
 
 
-def test_ridge_refuses_what_it_cannot_solve() -> None:
+def test_ridge_refuses_invalid_arguments() -> None:
     with pytest.raises(ValueError, match=r"penalty 0\.0 is not positive"):
         dfkernels.ridge(torch.ones(3), 0, 0, SHAPE, penalty=0.0)
-    with pytest.raises(ValueError, match="no scores: ridge needs the score of each mask"):
+    with pytest.raises(ValueError, match="got no scores: ridge needs the score of at least one mask"):
         dfkernels.ridge(torch.ones(0), 0, 0, SHAPE)

@@ -1,4 +1,4 @@
-"""Philox, masks and blending, against the published algorithm in scalar Python."""
+"""Philox, masks and masked latents against the published algorithm in scalar Python."""
 
 import dfkernels
 import pytest
@@ -15,7 +15,7 @@ U64 = st.integers(0, 2**64 - 1)
 
 
 def philox_scalar(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 as the paper's figure has it: Python integers, one block."""
+    """Philox4x32-10 as printed by Salmon et al. 2011, in Python integers, for one block."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         hi0, lo0 = divmod(0xD2511F53 * c0, 2**32)
@@ -25,17 +25,17 @@ def philox_scalar(counter: list[int], key: list[int]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
-def word_scalar(seed: int, step: int, index: int, position: int, stream: int) -> int:
+def random_uint32_scalar(seed: int, step: int, index: int, position: int, stream: int) -> int:
     return philox_scalar([position // 4, index, step, stream], [seed % 2**32, seed // 2**32])[position % 4]
 
 
 def rise_scalar(seed: int, step: int, index: int, shape: tuple[int, int], p: float, s: int) -> torch.Tensor:
-    """The whole enlarged field by torch's own interpolation, then a crop."""
-    cells = [float(word_scalar(seed, step, index, j, 1) < round(p * 2**32)) for j in range(s * s)]
+    """The complete field upsampled by torch's own interpolation, then cropped."""
+    cells = [float(random_uint32_scalar(seed, step, index, j, 1) < round(p * 2**32)) for j in range(s * s)]
     field = torch.tensor(cells, dtype=torch.float64).reshape(1, 1, s, s)
     cell = [-(-size // s) for size in shape]
     large = F.interpolate(field, [(s + 1) * side for side in cell], mode="bilinear", align_corners=False)[0, 0]
-    y, x = (word_scalar(seed, step, index, j, 2) % cell[j] for j in range(2))
+    y, x = (random_uint32_scalar(seed, step, index, j, 2) % cell[j] for j in range(2))
     return large[y : y + shape[0], x : x + shape[1]].float()
 
 
@@ -70,20 +70,20 @@ def test_first_mask_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(0x6627E8D5, False), (0x6627E8D5 + 1, True), (0x6627E8D5 + 0.6, True)])
-def test_a_word_is_kept_below_the_rounded_threshold(threshold: float, kept: bool) -> None:
+def test_a_pixel_is_kept_below_the_rounded_threshold(threshold: float, kept: bool) -> None:
     mask = dfkernels.masks(0, 0, 0, 1, (1, 1), keep_probability=threshold / 2**32)
     assert mask.item() is kept
 
 
 @PROPERTY
 @given(U64, U32, st.integers(0, 2**32 - 3), st.sampled_from([(7, 13), (1, 1), (4, 4), (3, 1)]), st.floats(0.05, 0.95))
-def test_gaussian_masks_are_the_specified_bits(
+def test_gaussian_masks_equal_the_scalar_specification(
     seed: int, step: int, first: int, shape: tuple[int, int], p: float
 ) -> None:
     masks = dfkernels.masks(seed, step, first, 3, shape, keep_probability=p)
     threshold = round(p * 2**32)
     for n, mask in enumerate(masks.flatten(1).tolist()):
-        assert mask == [word_scalar(seed, step, first + n, j, 0) < threshold for j in range(len(mask))]
+        assert mask == [random_uint32_scalar(seed, step, first + n, j, 0) < threshold for j in range(len(mask))]
 
 
 @PROPERTY
@@ -94,7 +94,7 @@ def test_gaussian_masks_are_the_specified_bits(
     st.floats(0.1, 0.9),
     st.sampled_from([1, 3, 8]),
 )
-def test_rise_masks_are_the_enlarged_shifted_field(
+def test_rise_masks_equal_torch_interpolation(
     seed: int, step: int, shape: tuple[int, int], p: float, grid: int
 ) -> None:
     masks = dfkernels.masks(seed, step, 5, 2, shape, keep_probability=p, kind="rise", grid=grid)
@@ -107,7 +107,7 @@ def test_rise_masks_are_the_enlarged_shifted_field(
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_keep_rate(kind: str, p: float) -> None:
     masks = dfkernels.masks(3, 2, 0, 2000, (16, 16), keep_probability=p, kind=kind).double()
-    # 2000 masks of 256 independent pixels, or of 64 independent cells (which the crop weighs unevenly: 40 at least).
+    # 2000 masks of 256 independent pixels, or of 64 independent cells (weighted unevenly by the crop: at least 40).
     independent = 2000 * (256 if kind == "gaussian" else 40)
     assert abs(masks.mean().item() - p) < 4 * (p * (1 - p) / independent) ** 0.5
     # At each pixel too: RISE's mask is a mean of Bernoulli(p) whose weights add up to 1.
@@ -137,13 +137,13 @@ def test_masks_do_not_depend_on_batch_or_order(kind: str) -> None:
     assert torch.equal(torch.cat(parts), whole)
 
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    drawn = dfkernels.draw(torch.full((20,), 11), torch.full((20,), 4), order, (7, 13), kind=kind)
+    drawn = dfkernels.draw_masks(torch.full((20,), 11), torch.full((20,), 4), order, (7, 13), kind=kind)
     assert torch.equal(drawn, whole[order])
 
 
-def test_draw_mixes_seeds_and_steps() -> None:
+def test_draw_masks_accepts_mixed_seeds_and_steps() -> None:
     entries = [(5, 0, 9), (-1, 7, 0), (2**40, 1, 3)]
-    drawn = dfkernels.draw(*(torch.tensor(column) for column in zip(*entries, strict=True)), (7, 13))
+    drawn = dfkernels.draw_masks(*(torch.tensor(column) for column in zip(*entries, strict=True)), (7, 13))
     assert torch.equal(drawn, torch.cat([dfkernels.masks(s, t, i, 1, (7, 13)) for s, t, i in entries]))
 
 
@@ -158,7 +158,7 @@ def test_a_negative_seed_is_its_64_bit_pattern() -> None:
         ({"keep_probability": 0.0}, r"keep_probability 0\.0 is outside \(0, 1\)"),
         ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
         ({"keep_probability": float("nan")}, "keep_probability nan"),
-        ({"kind": "lime"}, "unknown kind of mask 'lime': choose one of gaussian, rise"),
+        ({"kind": "lime"}, "unknown mask kind 'lime': choose one of gaussian, rise"),
         ({"count": -1}, "count -1 is negative"),
         ({"first": -1}, r"masks -1 to 0 are outside \[0, 2\*\*32\)"),
         ({"first": 2**32 - 1}, "masks 4294967295 to 4294967296 are outside"),
@@ -175,7 +175,7 @@ def test_errors_name_the_remedy(change: dict, message: str) -> None:
         dfkernels.masks(**arguments)
 
 
-# Blend ---------------------------------------------------------------------------------------------------------------
+# Apply masks ---------------------------------------------------------------------------------------------------------
 
 SEEDS, STEPS = torch.tensor([4, -9]), torch.tensor([0, 6])
 ROWS, INDICES = torch.tensor([1, 0, -1, 1, 1]), torch.tensor([0, 0, 3, 1, 2])
@@ -183,45 +183,45 @@ ROWS, INDICES = torch.tensor([1, 0, -1, 1, 1]), torch.tensor([0, 0, 3, 1, 2])
 
 @pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_blend_masks_each_rows_latent(kind: str, channels: int) -> None:
+def test_apply_masks_multiplies_each_rows_latent(kind: str, channels: int) -> None:
     latents = torch.randn(2, channels, 7, 13, generator=torch.Generator().manual_seed(0))
-    blended = dfkernels.blend(latents, SEEDS, STEPS, ROWS, INDICES, keep_probability=0.3, kind=kind, grid=3)
-    assert blended.is_contiguous(memory_format=torch.channels_last)
-    for entry, row, index in zip(blended, ROWS.tolist(), INDICES.tolist(), strict=True):
+    masked = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, keep_probability=0.3, kind=kind, grid=3)
+    assert masked.is_contiguous(memory_format=torch.channels_last)
+    for entry, row, index in zip(masked, ROWS.tolist(), INDICES.tolist(), strict=True):
         if row < 0:
             assert not entry.any()
             continue
         seed, step = SEEDS[row].item(), STEPS[row].item()
         mask = dfkernels.masks(seed, step, index, 1, (7, 13), keep_probability=0.3, kind=kind, grid=3)
-        assert_close(entry, latents[row] * mask, **tolerance("blend"))
+        assert_close(entry, latents[row] * mask, **tolerance("apply_masks"))
 
 
 @pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
-def test_blend_in_another_dtype_and_with_poisoned_padding(kind: str) -> None:
+def test_apply_masks_in_another_dtype_and_with_poisoned_padding(kind: str) -> None:
     latents = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(1))
-    exact = dfkernels.blend(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind)
+    exact = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind)
     assert exact.dtype == torch.float32
-    half = dfkernels.blend(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind, dtype=torch.float16)
+    half = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind, dtype=torch.float16)
     assert half.dtype == torch.float16
-    assert_close(half, exact.half(), **tolerance("blend"))
+    assert_close(half, exact.half(), **tolerance("apply_masks"))
 
     latents[0] = torch.nan
-    poisoned = dfkernels.blend(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind, dtype=torch.float16)
+    poisoned = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind, dtype=torch.float16)
     assert not poisoned[2].any()
-    assert_close(poisoned[3:], half[3:], **tolerance("blend"))
+    assert_close(poisoned[3:], half[3:], **tolerance("apply_masks"))
 
 
 @pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
 def test_the_hot_path_never_waits_for_the_device(kind: str) -> None:
-    # A meta tensor holds no values, so that reading one on the host (.item(), a boolean index) raises.
+    # Meta tensors hold no values, so reading one on the host (.item(), a boolean index) raises.
     seeds, steps, rows, indices = (tensor.to("meta") for tensor in (SEEDS, STEPS, ROWS, INDICES))
     latents = torch.empty(2, 3, 7, 13, device="meta")
-    blended = dfkernels.blend(latents, seeds, steps, rows, indices, kind=kind)
+    masked = dfkernels.apply_masks(latents, seeds, steps, rows, indices, kind=kind)
     sums = dfkernels.Sums.zeros(2, (7, 13), "meta")
     for similarity in dfkernels.reference.SIMILARITIES:
         for score in dfkernels.reference.SCORES:
             means = dfkernels.accumulate(
-                blended,
+                masked,
                 latents,
                 sums,
                 seeds,

@@ -23,7 +23,7 @@ def images(n: int, c: int, h: int, w: int, seed: int = 0) -> tuple[torch.Tensor,
 
 
 def formula(kind: str, mu_a: Array, mu_b: Array, var_a: Array, var_b: Array, cov: Array, scale: float = 1.0) -> Array:
-    """The paper's equations 5 to 7 with the constants as numbers: (0.01 L)² = 1e-4 L², (0.03 L)² = 9e-4 L²."""
+    """Eq. 5, Eq. 6 and Eq. 7 with their constants as numbers: (0.01 L)² = 1e-4 L², (0.03 L)² = 9e-4 L²."""
     c1, c2, c3 = 1e-4 * scale**2, 9e-4 * scale**2, 4.5e-4 * scale**2
     sd_a, sd_b = np.sqrt(var_a), np.sqrt(var_b)
     luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
@@ -38,7 +38,7 @@ def formula(kind: str, mu_a: Array, mu_b: Array, var_a: Array, var_b: Array, cov
 
 
 def loop(kind: str, a: Array, b: Array, window: int, sigma: float) -> Array:
-    """Local similarity of two images pixel by pixel: the weights inside the image, renormalised, and two passes."""
+    """Local similarity of two images by a loop over pixels, with renormalised weights and two-pass variances."""
     h, w = a.shape
     result = np.empty((h, w))
     ys, xs = np.mgrid[:h, :w]
@@ -122,7 +122,7 @@ def test_cosine_equals_numpy() -> None:
 @pytest.mark.parametrize("kind", dfkernels.reference.SIMILARITIES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 @pytest.mark.parametrize(("n", "c"), [(1, 1), (4, 3)])
-def test_shapes_shared_references_and_batch_mates(kind: str, score: str, n: int, c: int) -> None:
+def test_shapes_shared_references_and_independence_of_the_batch(kind: str, score: str, n: int, c: int) -> None:
     a, b = (x.float() for x in images(n, c, 7, 13))
     together = dfkernels.similarity(a, b, kind, score)
     assert together.dtype == torch.float32
@@ -138,7 +138,7 @@ def test_shapes_shared_references_and_batch_mates(kind: str, score: str, n: int,
 @pytest.mark.parametrize("kind", dfkernels.reference.SIMILARITIES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 @pytest.mark.parametrize("entries", [1, 2, 3, 7])
-def test_how_many_are_scored_at_a_time_changes_nothing(
+def test_chunk_size_does_not_change_scores(
     monkeypatch: pytest.MonkeyPatch, kind: str, score: str, entries: int
 ) -> None:
     a, b = images(7, 3, 7, 13)
@@ -170,14 +170,14 @@ def test_identical_inputs_score_one(kind: str, score: str) -> None:
     assert_close(ours, torch.ones_like(ours), **tolerance("similarity"))
 
 
-def test_a_negated_input_scores_minus_one_but_for_the_constant() -> None:
+def test_a_negated_input_scores_minus_one_up_to_the_constant() -> None:
     a = images(1, 1, 7, 13)[0]
     variance = a.var(correction=0)
     expected = (-variance + 4.5e-4) / (variance + 4.5e-4)
     ours = dfkernels.similarity(a, -a, score="global")[0]
     assert_close(ours, expected, **tolerance("similarity_float64"))
     assert -1 < ours < -0.998
-    # A faint signal, of variance C3, is told from its negative no better than from anything.
+    # A signal of variance C3 scores 0 against its negative.
     faint = a * (4.5e-4 / variance).sqrt()
     assert_close(
         dfkernels.similarity(faint, -faint, score="global")[0],
@@ -189,7 +189,7 @@ def test_a_negated_input_scores_minus_one_but_for_the_constant() -> None:
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 def test_constant_inputs(score: str) -> None:
     a, b = torch.full((1, 2, 7, 13), 0.3), images(1, 2, 7, 13)[1].float()
-    # No variance on one side: structure is C3 / C3, and contrast C2 / (σ_b² + C2), whatever b is.
+    # With no variance on one side structure is C3 / C3 and contrast C2 / (σ_b² + C2), whatever b is.
     structure = dfkernels.similarity(a, b, "structure", score)
     assert_close(structure, torch.ones_like(structure), **tolerance("similarity"))
     assert dfkernels.similarity(a, b, "contrast", score).max() < 0.01
@@ -233,8 +233,8 @@ def test_channels_are_averaged() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 10}, "window 10 has no middle pixel: give a positive odd number"),
-        ({"window": -1}, "window -1 has no middle pixel"),
+        ({"window": 10}, "window 10 is not a positive odd number"),
+        ({"window": -1}, "window -1 is not a positive odd number"),
         ({"kind": "frechet"}, "unknown similarity 'frechet': choose one of structure, luminance"),
         ({"score": "map"}, "unknown score 'map'"),
         ({"sigma": 0.0}, "sigma 0.0 is not positive"),

@@ -1,4 +1,4 @@
-"""Which implementation a public operation runs: Triton on a GPU, the reference elsewhere and where no kernel serves."""
+"""Which implementation a public operation runs: Triton on a GPU, otherwise the reference."""
 
 import contextlib
 import inspect
@@ -10,10 +10,10 @@ from dfkernels import dispatch, estimators, games, reference
 from torch.testing import assert_close
 
 OPERATIONS = {
-    "blend": reference.blend,
-    "draw": reference.draw,
+    "apply_masks": reference.apply_masks,
+    "draw_masks": reference.draw_masks,
     "masks": reference.masks,
-    "erase": games.erase,
+    "perturb": games.perturb,
     "similarity": reference.similarity,
     "add": estimators.add,
     "accumulate": estimators.accumulate,
@@ -25,79 +25,81 @@ LATENTS, ONE = torch.ones(1, 2, 3, 5), torch.zeros(1, dtype=torch.int64)
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CPU were a GPU: the kernels are interpreted."""
-    monkeypatch.setattr(dispatch, "serves", lambda device: True)
+    monkeypatch.setattr(dispatch, "supports_triton", lambda device: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_each_operation_has_a_kernel_and_the_references_face(
+def test_each_operation_has_a_kernel_and_the_reference_signature(
     monkeypatch: pytest.MonkeyPatch, gpu: None, name: str
 ) -> None:
-    public, load = getattr(dfkernels, name), dispatch.load
+    public, load = getattr(dfkernels, name), dispatch.load_fused
     assert public.__doc__ == OPERATIONS[name].__doc__
     assert inspect.signature(public) == inspect.signature(OPERATIONS[name])
-    asked = []
-    monkeypatch.setattr(dispatch, "load", lambda module: asked.append(module))
-    with contextlib.suppress(TypeError):  # the reference, which is left to run, is given too little
+    requested = []
+    monkeypatch.setattr(dispatch, "load_fused", lambda module: requested.append(module))
+    with contextlib.suppress(TypeError):  # the reference then runs and misses arguments
         public(LATENTS)
-    (module,) = asked
+    (module,) = requested
     assert callable(getattr(load(module), name))
 
 
 def test_on_a_gpu_the_kernel_runs(monkeypatch: pytest.MonkeyPatch, gpu: None) -> None:
-    ran = []
-    fused = dispatch.load("blend").blend
+    calls = []
+    fused = dispatch.load_fused("apply_masks").apply_masks
     monkeypatch.setattr(
-        dispatch.load("blend"), "blend", lambda *args, **kwargs: ran.append(1) or fused(*args, **kwargs)
+        dispatch.load_fused("apply_masks"),
+        "apply_masks",
+        lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs),
     )
-    ours = dfkernels.blend(LATENTS, ONE, ONE, ONE, indices=ONE, keep_probability=0.3)
-    assert ran == [1]
-    assert_close(ours, reference.blend(LATENTS, ONE, ONE, ONE, ONE, keep_probability=0.3))
+    ours = dfkernels.apply_masks(LATENTS, ONE, ONE, ONE, indices=ONE, keep_probability=0.3)
+    assert calls == [1]
+    assert_close(ours, reference.apply_masks(LATENTS, ONE, ONE, ONE, ONE, keep_probability=0.3))
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: dfkernels.blend(LATENTS, ONE, ONE, ONE, ONE, kind="rise", grid=33),
+        lambda: dfkernels.apply_masks(LATENTS, ONE, ONE, ONE, ONE, kind="rise", grid=33),
         lambda: dfkernels.masks(0, 0, 0, 1, (3, 5), kind="rise", grid=33, device="cpu"),
         lambda: dfkernels.similarity(LATENTS.clone().requires_grad_(), LATENTS[0]).sum().backward(),
     ],
     ids=["large grid", "large grid without tensors", "gradient"],
 )
-def test_what_no_kernel_serves_is_the_references(monkeypatch: pytest.MonkeyPatch, gpu: None, call) -> None:
-    monkeypatch.setattr(dispatch, "load", lambda module: pytest.fail("a kernel was asked for"))
+def test_the_reference_runs_what_no_kernel_supports(monkeypatch: pytest.MonkeyPatch, gpu: None, call) -> None:
+    monkeypatch.setattr(dispatch, "load_fused", lambda module: pytest.fail("a kernel was requested"))
     call()
 
 
 def test_no_kernel_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "load", lambda module: pytest.fail("a kernel was asked for"))
-    dfkernels.blend(LATENTS, ONE, ONE, ONE, ONE)
+    monkeypatch.setattr(dispatch, "load_fused", lambda module: pytest.fail("a kernel was requested"))
+    dfkernels.apply_masks(LATENTS, ONE, ONE, ONE, ONE)
     dfkernels.masks(0, 0, 0, 1, (3, 5), device=torch.device("cpu"))
 
 
-def test_without_triton_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch, gpu: None) -> None:
+def test_without_triton_the_reference_runs_and_warns_once(monkeypatch: pytest.MonkeyPatch, gpu: None) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for function in (dispatch.load, dispatch.warn_once):
+    for function in (dispatch.load_fused, dispatch.warn_without_triton):
         function.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"triton is not installed.*pip install triton") as warnings:
-        _ = dfkernels.draw(ONE, ONE, ONE, (3, 5)), dfkernels.similarity(LATENTS, LATENTS)
+        _ = dfkernels.draw_masks(ONE, ONE, ONE, (3, 5)), dfkernels.similarity(LATENTS, LATENTS)
     assert len(warnings) == 1
-    for function in (dispatch.load, dispatch.warn_once):
+    for function in (dispatch.load_fused, dispatch.warn_without_triton):
         function.cache_clear()
 
 
 def test_gpus_that_triton_does_not_support_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not dispatch.serves(torch.device("cpu"))
+    assert not dispatch.supports_triton(torch.device("cpu"))
     for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
-        dispatch.serves.cache_clear()
+        dispatch.supports_triton.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert dispatch.serves(torch.device("cuda", 0)) is expected
-    dispatch.serves.cache_clear()
+        assert dispatch.supports_triton(torch.device("cuda", 0)) is expected
+    dispatch.supports_triton.cache_clear()
 
 
 @pytest.mark.gpu
-def test_on_a_real_gpu_every_operation_is_the_references() -> None:
-    masked = dfkernels.blend(*(x.cuda() for x in (LATENTS, ONE, ONE, ONE, ONE)))
-    assert_close(masked.cpu(), reference.blend(LATENTS, ONE, ONE, ONE, ONE))
+def test_on_a_real_gpu_operations_equal_the_reference() -> None:
+    masked = dfkernels.apply_masks(*(x.cuda() for x in (LATENTS, ONE, ONE, ONE, ONE)))
+    assert_close(masked.cpu(), reference.apply_masks(LATENTS, ONE, ONE, ONE, ONE))
     drawn = dfkernels.masks(3, 1, 4, 2, (7, 13), device="cuda")
     assert torch.equal(drawn.cpu(), reference.masks(3, 1, 4, 2, (7, 13)))

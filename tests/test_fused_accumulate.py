@@ -21,33 +21,33 @@ PROPERTY = settings(max_examples=5, deadline=None, database=None, derandomize=Tr
 SEEDS, STEPS = torch.tensor([4, -9, 0, 7], device=DEVICE), torch.tensor([0, 2**32 - 1, 6, 6], device=DEVICE)
 ROWS = torch.tensor([2, 0, -1, 0, 3, 3, 0, 0, 0, 0, -1, 2], device=DEVICE)
 INDICES = torch.tensor([9, 0, 2, 1, 0, 2**32 - 1, 2, 3, 4, 5, 0, 1], device=DEVICE)
-WHERE = (SEEDS, STEPS, ROWS, INDICES)
+COUNTERS = (SEEDS, STEPS, ROWS, INDICES)
 MASK = {"keep_probability": 0.4, "grid": 3}
 
 
-def answers(c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """ε of every entry, NaN where it is padding, and f(R) of every row."""
+def random_outputs(c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(R⊙M) of every entry, NaN for padding, and f(R) of every row."""
     g = torch.Generator().manual_seed(0)
     references = torch.randn(4, c, h, w, generator=g)
-    epsilon = 0.6 * references[ROWS.cpu()] + 0.5 * torch.randn(len(ROWS), c, h, w, generator=g)
-    epsilon[ROWS.cpu() < 0] = torch.nan
-    return epsilon.to(DEVICE, dtype), references.to(DEVICE, dtype)
+    outputs = 0.6 * references[ROWS.cpu()] + 0.5 * torch.randn(len(ROWS), c, h, w, generator=g)
+    outputs[ROWS.cpu() < 0] = torch.nan
+    return outputs.to(DEVICE, dtype), references.to(DEVICE, dtype)
 
 
-def some_scores(score: str, h: int, w: int) -> torch.Tensor:
+def random_scores(score: str, h: int, w: int) -> torch.Tensor:
     scores = torch.rand((len(ROWS), h, w)[: 3 if score == "local" else 1], generator=torch.Generator().manual_seed(0))
     scores[ROWS.cpu() < 0] = torch.nan
     return (2 * scores - 1).to(DEVICE)
 
 
-def some_sums(h: int, w: int) -> estimators.Sums:
-    """Sums that are not empty: what is there stays there."""
+def random_sums(h: int, w: int) -> estimators.Sums:
+    """Sums that are not empty, to show that what they contain is kept."""
     moments = torch.rand(4, 3, 3, h, w, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return estimators.Sums(moments.to(DEVICE))
 
 
-def a_mask(sums: estimators.Sums) -> torch.Tensor:
-    """Sums over the number of masks: the scale that their tolerance is on."""
+def per_mask(sums: estimators.Sums) -> torch.Tensor:
+    """Sums divided by the number of masks, the scale that the tolerance refers to."""
     return sums.moments / sums.count.clamp(min=1)[:, None, None, None, None]
 
 
@@ -58,14 +58,21 @@ def a_mask(sums: estimators.Sums) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("similarity", "kind"), [*((s, "gaussian") for s in reference.SIMILARITIES), ("structure", "rise")]
 )
-def test_accumulate_is_the_estimators(score: str, similarity: str, kind: str) -> None:
-    epsilon, references = answers(2, 5, 3)
-    asked = {"similarity": similarity, "score": score, "window": 3, "sigma": 1.1, "data_range": 2.0, "mask_kind": kind}
-    ours, theirs = some_sums(5, 3), some_sums(5, 3)
+def test_accumulate_equals_the_estimators(score: str, similarity: str, kind: str) -> None:
+    outputs, references = random_outputs(2, 5, 3)
+    options = {
+        "similarity": similarity,
+        "score": score,
+        "window": 3,
+        "sigma": 1.1,
+        "data_range": 2.0,
+        "mask_kind": kind,
+    }
+    ours, theirs = random_sums(5, 3), random_sums(5, 3)
     with poisoned():
-        means = fused.accumulate(epsilon, references, ours, *WHERE, **asked, **MASK)
-    expected = estimators.accumulate(epsilon, references, theirs, *WHERE, **asked, **MASK)
-    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+        means = fused.accumulate(outputs, references, ours, *COUNTERS, **options, **MASK)
+    expected = estimators.accumulate(outputs, references, theirs, *COUNTERS, **options, **MASK)
+    assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
     assert means.dtype == torch.float32
     assert_close(means, expected, **tolerance("similarity_fused"), equal_nan=True)
 
@@ -73,12 +80,12 @@ def test_accumulate_is_the_estimators(score: str, similarity: str, kind: str) ->
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize(("h", "w"), [(7, 5), (1, 1), (5, 34)])
-def test_add_is_the_estimators(kind: str, score: str, h: int, w: int) -> None:
-    scores, ours, theirs = some_scores(score, h, w), some_sums(h, w), some_sums(h, w)
+def test_add_equals_the_estimators(kind: str, score: str, h: int, w: int) -> None:
+    scores, ours, theirs = random_scores(score, h, w), random_sums(h, w), random_sums(h, w)
     with poisoned():
-        fused.add(ours, scores, *WHERE, kind=kind, **MASK)
-    estimators.add(theirs, scores, *WHERE, kind=kind, **MASK)
-    assert_close(a_mask(ours), a_mask(theirs), **tolerance("add" if kind == "gaussian" else "add_rise_fused"))
+        fused.add(ours, scores, *COUNTERS, kind=kind, **MASK)
+    estimators.add(theirs, scores, *COUNTERS, kind=kind, **MASK)
+    assert_close(per_mask(ours), per_mask(theirs), **tolerance("add" if kind == "gaussian" else "add_rise_fused"))
 
 
 @pytest.mark.parametrize(
@@ -92,45 +99,45 @@ def test_add_is_the_estimators(kind: str, score: str, h: int, w: int) -> None:
     ],
 )
 def test_dtypes_layouts_and_channels(dtype: torch.dtype, layout: torch.memory_format, c: int, h: int, w: int) -> None:
-    epsilon, references = answers(c, h, w, dtype)
-    ours, theirs = some_sums(h, w), some_sums(h, w)
+    outputs, references = random_outputs(c, h, w, dtype)
+    ours, theirs = random_sums(h, w), random_sums(h, w)
     with poisoned():
-        fused.accumulate(epsilon.contiguous(memory_format=layout), references, ours, *WHERE)
-    estimators.accumulate(epsilon, references, theirs, *WHERE)
-    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+        fused.accumulate(outputs.contiguous(memory_format=layout), references, ours, *COUNTERS)
+    estimators.accumulate(outputs, references, theirs, *COUNTERS)
+    assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_scores_of_any_dtype(dtype: torch.dtype, score: str) -> None:
-    scores, ours, theirs = some_scores(score, 5, 3).to(dtype), some_sums(5, 3), some_sums(5, 3)
-    fused.add(ours, scores, *WHERE)
-    estimators.add(theirs, scores, *WHERE)
+    scores, ours, theirs = random_scores(score, 5, 3).to(dtype), random_sums(5, 3), random_sums(5, 3)
+    fused.add(ours, scores, *COUNTERS)
+    estimators.add(theirs, scores, *COUNTERS)
     assert_close(ours.moments, theirs.moments, **tolerance("add"))
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
-def test_prepared_references_give_the_same_bits(score: str) -> None:
-    epsilon, references = answers(2, 5, 3)
-    once, each = some_sums(5, 3), some_sums(5, 3)
+def test_prepared_references_give_identical_bits(score: str) -> None:
+    outputs, references = random_outputs(2, 5, 3)
+    once, each = random_sums(5, 3), random_sums(5, 3)
     prepared = prepare(references, "ssim", score, window=3)
-    means = fused.accumulate(epsilon, prepared, once, *WHERE, similarity="ssim", score=score, window=3)
-    again = fused.accumulate(epsilon, references, each, *WHERE, similarity="ssim", score=score, window=3)
+    means = fused.accumulate(outputs, prepared, once, *COUNTERS, similarity="ssim", score=score, window=3)
+    again = fused.accumulate(outputs, references, each, *COUNTERS, similarity="ssim", score=score, window=3)
     assert torch.equal(once.moments, each.moments)
     assert torch.equal(means.nan_to_num(), again.nan_to_num())
-    with pytest.raises(ValueError, match=r"prepared for \('ssim', .*, but asked for \('structure'.*: prepare them"):
-        fused.accumulate(epsilon, prepared, once, *WHERE, score=score, window=3)
+    with pytest.raises(ValueError, match=r"prepared for \('ssim', .*, expected \('structure'.*: prepare them"):
+        fused.accumulate(outputs, prepared, once, *COUNTERS, score=score, window=3)
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_more_rows_than_entries(score: str) -> None:
-    epsilon, references = answers(2, 3, 5)
+    outputs, references = random_outputs(2, 3, 5)
     batch = torch.tensor([2, 3, 5], device=DEVICE)  # padding, row 0, row 3
     place = (SEEDS, STEPS, ROWS[batch], INDICES[batch])
-    ours, theirs = some_sums(3, 5), some_sums(3, 5)
-    means = fused.accumulate(epsilon[batch], references, ours, *place, score=score, window=3)
-    expected = estimators.accumulate(epsilon[batch], references, theirs, *place, score=score, window=3)
-    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+    ours, theirs = random_sums(3, 5), random_sums(3, 5)
+    means = fused.accumulate(outputs[batch], references, ours, *place, score=score, window=3)
+    expected = estimators.accumulate(outputs[batch], references, theirs, *place, score=score, window=3)
+    assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
     assert_close(means, expected, **tolerance("similarity_fused"), equal_nan=True)
 
 
@@ -145,30 +152,30 @@ def test_more_rows_than_entries(score: str) -> None:
     st.sampled_from(reference.SCORES),
 )
 def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[int], kind: str, score: str) -> None:
-    epsilon, references = answers(2, 5, 3)
-    # The scores of a batch-mate are test_fused_similarity's; a local cosine is quick to interpret.
-    asked = {"similarity": "cosine" if score == "local" else "ssim", "score": score, "mask_kind": kind, **MASK}
-    whole, parts = some_sums(5, 3), some_sums(5, 3)
-    means = fused.accumulate(epsilon, references, whole, *WHERE, **asked)
+    outputs, references = random_outputs(2, 5, 3)
+    # test_fused_similarity covers the other local scores; a local cosine is quick to interpret.
+    options = {"similarity": "cosine" if score == "local" else "ssim", "score": score, "mask_kind": kind, **MASK}
+    whole, parts = random_sums(5, 3), random_sums(5, 3)
+    means = fused.accumulate(outputs, references, whole, *COUNTERS, **options)
     for start, stop in pairwise([0, *sorted(cuts), len(ROWS)]):
         batch = torch.tensor(order[start:stop], device=DEVICE)
         place = (SEEDS, STEPS, ROWS[batch], INDICES[batch])
-        part = fused.accumulate(epsilon[batch], references, parts, *place, **asked)
-        # A mask's score is the same bits in any batch; so are the sums but for float64's rounding.
+        part = fused.accumulate(outputs[batch], references, parts, *place, **options)
+        # A mask's score has identical bits in any batch; sums agree to float64 rounding.
         assert torch.equal(part.nan_to_num(), means[batch].nan_to_num())
     assert_close(parts.moments, whole.moments, **tolerance("add"))
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
-def test_padding_adds_nothing_and_the_same_batch_gives_the_same_bits(score: str) -> None:
-    epsilon, references = answers(1, 5, 3)
+def test_padding_adds_nothing_and_repeats_give_identical_bits(score: str) -> None:
+    outputs, references = random_outputs(1, 5, 3)
     real = ROWS >= 0
-    alone, padded, again = some_sums(5, 3), some_sums(5, 3), some_sums(5, 3)
+    alone, padded, again = random_sums(5, 3), random_sums(5, 3), random_sums(5, 3)
     means = fused.accumulate(
-        epsilon[real], references, alone, SEEDS, STEPS, ROWS[real], INDICES[real], score=score, window=3
+        outputs[real], references, alone, SEEDS, STEPS, ROWS[real], INDICES[real], score=score, window=3
     )
-    with_padding = fused.accumulate(epsilon, references, padded, *WHERE, score=score, window=3)
-    fused.accumulate(epsilon, references, again, *WHERE, score=score, window=3)
+    with_padding = fused.accumulate(outputs, references, padded, *COUNTERS, score=score, window=3)
+    fused.accumulate(outputs, references, again, *COUNTERS, score=score, window=3)
     assert torch.equal(alone.moments, padded.moments)
     assert torch.equal(again.moments, padded.moments)
     assert torch.equal(with_padding[real], means)
@@ -176,55 +183,55 @@ def test_padding_adds_nothing_and_the_same_batch_gives_the_same_bits(score: str)
 
 
 def test_only_padding_and_no_entries_change_nothing() -> None:
-    epsilon, references = answers(1, 5, 3)
-    untouched, sums = some_sums(5, 3), some_sums(5, 3)
+    outputs, references = random_outputs(1, 5, 3)
+    untouched, sums = random_sums(5, 3), random_sums(5, 3)
     for score in reference.SCORES:
-        means = fused.accumulate(epsilon, references, sums, SEEDS, STEPS, 0 * ROWS - 1, INDICES, score=score)
+        means = fused.accumulate(outputs, references, sums, SEEDS, STEPS, 0 * ROWS - 1, INDICES, score=score)
         assert means.isnan().all()
-        nothing = fused.accumulate(epsilon[:0], references, sums, SEEDS, STEPS, ROWS[:0], INDICES[:0], score=score)
+        nothing = fused.accumulate(outputs[:0], references, sums, SEEDS, STEPS, ROWS[:0], INDICES[:0], score=score)
         assert nothing.shape == (0,)
     assert torch.equal(sums.moments, untouched.moments)
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
-def test_a_score_that_is_not_a_number_stays_in_its_row(score: str) -> None:
-    scores, sums = some_scores(score, 5, 3), estimators.Sums.zeros(4, (5, 3), DEVICE)
+def test_nan_scores_stay_in_their_row(score: str) -> None:
+    scores, sums = random_scores(score, 5, 3), estimators.Sums.zeros(4, (5, 3), DEVICE)
     scores[3] = torch.nan  # of row 0
-    fused.add(sums, scores, *WHERE)
+    fused.add(sums, scores, *COUNTERS)
     assert sums.moments[1:].isfinite().all()
     assert sums.moments[0, 0, 1].isnan().all()
     assert sums.count.tolist() == [6, 0, 2, 2]
 
 
-def test_sums_that_are_a_view_and_vectors_that_are_not_contiguous_or_narrow() -> None:
-    scores, theirs = some_scores("local", 5, 3), some_sums(5, 3)
-    estimators.add(theirs, scores, *WHERE)
+def test_non_contiguous_sums_and_strided_or_int32_vectors() -> None:
+    scores, theirs = random_scores("local", 5, 3), random_sums(5, 3)
+    estimators.add(theirs, scores, *COUNTERS)
     inside = torch.zeros(8, 3, 3, 3, 5, dtype=torch.float64, device=DEVICE)[::2].transpose(3, 4)
-    inside.copy_(some_sums(5, 3).moments)
-    seeds, steps, rows, indices = (torch.stack((vector, vector + 1), 1)[:, 0] for vector in WHERE)
+    inside.copy_(random_sums(5, 3).moments)
+    seeds, steps, rows, indices = (torch.stack((vector, vector + 1), 1)[:, 0] for vector in COUNTERS)
     transposed = scores.transpose(1, 2).contiguous().transpose(1, 2)
     fused.add(estimators.Sums(inside), transposed, seeds, steps, rows.int(), indices)
     assert_close(inside, theirs.moments, **tolerance("add"))
-    epsilon, references = answers(1, 5, 3)
-    wide, narrow = some_sums(5, 3), some_sums(5, 3)
+    outputs, references = random_outputs(1, 5, 3)
+    wide, narrow = random_sums(5, 3), random_sums(5, 3)
     for sums, place in ((wide, ROWS), (narrow, ROWS.int())):
-        fused.accumulate(epsilon, references, sums, SEEDS, STEPS, place, INDICES, similarity="cosine")
+        fused.accumulate(outputs, references, sums, SEEDS, STEPS, place, INDICES, similarity="cosine")
     assert torch.equal(wide.moments, narrow.moments)
 
 
 def test_long_segments_give_the_same_sums() -> None:
-    scores, theirs = some_scores("local", 5, 3), some_sums(5, 3)
-    estimators.add(theirs, scores, *WHERE)
+    scores, theirs = random_scores("local", 5, 3), random_sums(5, 3)
+    estimators.add(theirs, scores, *COUNTERS)
     for programs in (1, 4):
-        ours = some_sums(5, 3)
+        ours = random_sums(5, 3)
         with patch.object(fused, "PROGRAMS", programs):
-            fused.add(ours, scores, *WHERE)
+            fused.add(ours, scores, *COUNTERS)
         assert_close(ours.moments, theirs.moments, **tolerance("add"))
 
 
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=40), st.integers(1, 9))
-def test_the_plan_cuts_each_row_into_short_segments_in_order(rows: list[int], length: int) -> None:
+def test_plan_cuts_each_row_into_short_segments_in_order(rows: list[int], length: int) -> None:
     plan = fused._plan(torch.tensor(rows), 6, length)
     order, bounds = plan.order.tolist(), plan.bounds.tolist()
     segments = [order[begin:end] for begin, end in pairwise(bounds)]
@@ -243,20 +250,20 @@ def test_the_plan_cuts_each_row_into_short_segments_in_order(rows: list[int], le
     ("change", "message"),
     [
         ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
-        ({"mask_kind": "lime"}, "unknown kind of mask 'lime': choose one of gaussian, rise"),
+        ({"mask_kind": "lime"}, "unknown mask kind 'lime': choose one of gaussian, rise"),
         ({"grid": 0}, "grid 0"),
         ({"similarity": "frechet"}, "unknown similarity 'frechet'"),
         ({"score": "map"}, "unknown score 'map'"),
-        ({"window": 4}, "window 4 has no middle pixel"),
+        ({"window": 4}, "window 4 is not a positive odd number"),
     ],
 )
-def test_errors_are_the_estimators(change: dict, message: str) -> None:
-    epsilon, references = answers(1, 5, 3)
+def test_errors_match_the_estimators(change: dict, message: str) -> None:
+    outputs, references = random_outputs(1, 5, 3)
     for accumulate in (fused.accumulate, estimators.accumulate):
-        sums = some_sums(5, 3)
+        sums = random_sums(5, 3)
         with pytest.raises(ValueError, match=message):
-            accumulate(epsilon, references, sums, *WHERE, **change)
-        assert torch.equal(sums.moments, some_sums(5, 3).moments)
+            accumulate(outputs, references, sums, *COUNTERS, **change)
+        assert torch.equal(sums.moments, random_sums(5, 3).moments)
 
 
 # Full size -----------------------------------------------------------------------------------------------------------
@@ -267,43 +274,43 @@ def full_size(score: str) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tenso
     references = torch.randn(4, 4, 64, 64, generator=g, device=DEVICE)
     rows = torch.arange(4096, device=DEVICE) * 4 // 4000  # the last are padding
     rows = torch.where(rows < 4, rows, -1)
-    epsilon = 0.6 * references[rows] + 0.5 * torch.randn(4096, 4, 64, 64, generator=g, device=DEVICE)
-    epsilon[rows < 0] = torch.nan
-    epsilon = epsilon.half().contiguous(memory_format=torch.channels_last)
-    return epsilon, references, (SEEDS, STEPS, rows, torch.arange(4096, device=DEVICE))
+    outputs = 0.6 * references[rows] + 0.5 * torch.randn(4096, 4, 64, 64, generator=g, device=DEVICE)
+    outputs[rows < 0] = torch.nan
+    outputs = outputs.half().contiguous(memory_format=torch.channels_last)
+    return outputs, references, (SEEDS, STEPS, rows, torch.arange(4096, device=DEVICE))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_stable_diffusion_size(kind: str, score: str) -> None:
-    epsilon, references, where = full_size(score)
+    outputs, references, counters = full_size(score)
     ours, again, theirs = (estimators.Sums.zeros(4, (64, 64), DEVICE) for _ in range(3))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with poisoned():
-        means = dfkernels.accumulate(epsilon, references, ours, *where, score=score, mask_kind=kind)
+        means = dfkernels.accumulate(outputs, references, ours, *counters, score=score, mask_kind=kind)
     used = torch.cuda.max_memory_allocated() - before
-    assert used < 4 * len(epsilon) * 64 * 64, "as much as a float32 map a mask"
-    same = dfkernels.accumulate(epsilon, references, again, *where, score=score, mask_kind=kind)
+    assert used < 4 * len(outputs) * 64 * 64, "as much memory as a float32 map per mask"
+    same = dfkernels.accumulate(outputs, references, again, *counters, score=score, mask_kind=kind)
     assert torch.equal(ours.moments, again.moments)
     assert torch.equal(means.nan_to_num(), same.nan_to_num())
     for start in range(0, 4096, 256):
         part = slice(start, start + 256)
-        place = (*where[:2], where[2][part], where[3][part])
-        expected = estimators.accumulate(epsilon[part].float(), references, theirs, *place, score=score, mask_kind=kind)
+        place = (*counters[:2], counters[2][part], counters[3][part])
+        expected = estimators.accumulate(outputs[part].float(), references, theirs, *place, score=score, mask_kind=kind)
         assert_close(means[part], expected, **tolerance("similarity_fused"), equal_nan=True)
-    assert_close(a_mask(ours), a_mask(theirs), **tolerance("accumulate_fused"))
+    assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_nothing_waits_for_the_device(score: str) -> None:
-    epsilon, references = answers(2, 16, 16, torch.float16)
-    sums = some_sums(16, 16)
-    fused.accumulate(epsilon, references, sums, *WHERE, score=score)  # compiled
+    outputs, references = random_outputs(2, 16, 16, torch.float16)
+    sums = random_sums(16, 16)
+    fused.accumulate(outputs, references, sums, *COUNTERS, score=score)  # compiled
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused.accumulate(epsilon, references, sums, *WHERE, score=score)
+        fused.accumulate(outputs, references, sums, *COUNTERS, score=score)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""Ridge with exact counts, against the estimators' own in float64."""
+"""Fused ridge regression against `estimators.ridge` in float64."""
 
 from unittest.mock import patch
 
@@ -13,22 +13,22 @@ from torch.testing import assert_close
 SHAPE = (3, 5)
 
 
-def some_scores(n: int) -> torch.Tensor:
+def random_scores(n: int) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 @pytest.mark.parametrize("count", [7, 15, 41])  # fewer masks than pixels, as many, more
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
-def test_ridge_is_the_estimators(count: int, kind: str) -> None:
-    asked = {"keep_probability": 0.3, "kind": kind, "grid": 3, "penalty": 0.5, "first": 2**32 - 41}
+def test_ridge_equals_the_estimators(count: int, kind: str) -> None:
+    settings = {"keep_probability": 0.3, "kind": kind, "grid": 3, "penalty": 0.5, "first": 2**32 - 41}
     with patch.object(fused, "EXACT_COUNT", 16):
-        ours = fused.ridge(some_scores(count), -7, 2, SHAPE, **asked)
-    for mine, theirs in zip(ours, estimators.ridge(some_scores(count), -7, 2, SHAPE, **asked), strict=True):
+        ours = fused.ridge(random_scores(count), -7, 2, SHAPE, **settings)
+    for mine, theirs in zip(ours, estimators.ridge(random_scores(count), -7, 2, SHAPE, **settings), strict=True):
         assert_close(mine, theirs, **tolerance("ridge"))
 
 
-def test_the_products_are_exact() -> None:
-    y = some_scores(37).double()
+def test_normal_equations_are_exact() -> None:
+    y = random_scores(37).double()
     with patch.object(fused, "EXACT_COUNT", 16):
         gram, projected = fused.normal_equations(y, 5, 1, SHAPE, 0.25, 3)
     x = reference.masks(5, 1, 3, 37, SHAPE, keep_probability=0.25, device=DEVICE).flatten(1).double() - 0.25
@@ -36,23 +36,23 @@ def test_the_products_are_exact() -> None:
     assert_close(projected, x.T @ y, **tolerance("add"))
 
 
-def test_half_precision_holds_every_count_of_a_product() -> None:
+def test_half_precision_represents_every_count_of_a_product() -> None:
     counts = torch.arange(fused.EXACT_COUNT + 1)
     assert torch.equal(counts.half().long(), counts)
 
 
-def test_errors_are_the_estimators() -> None:
+def test_errors_match_the_estimators() -> None:
     with pytest.raises(ValueError, match=r"penalty 0\.0 is not positive"):
-        fused.ridge(some_scores(20), 0, 0, SHAPE, penalty=0.0)
-    with pytest.raises(ValueError, match="no scores: ridge needs"):
-        fused.ridge(some_scores(0), 0, 0, SHAPE)
-    with pytest.raises(ValueError, match="unknown kind of mask 'lime'"):
-        fused.ridge(some_scores(20), 0, 0, SHAPE, kind="lime")
+        fused.ridge(random_scores(20), 0, 0, SHAPE, penalty=0.0)
+    with pytest.raises(ValueError, match="got no scores: ridge needs"):
+        fused.ridge(random_scores(0), 0, 0, SHAPE)
+    with pytest.raises(ValueError, match="unknown mask kind 'lime'"):
+        fused.ridge(random_scores(20), 0, 0, SHAPE, kind="lime")
 
 
 @pytest.mark.gpu
 def test_stable_diffusion_size() -> None:
-    scores = some_scores(8192)
+    scores = random_scores(8192)
     with torch.autocast("cuda", torch.bfloat16):
         ours = fused.ridge(scores, 3, 1, (64, 64))
     for mine, theirs in zip(ours, estimators.ridge(scores, 3, 1, (64, 64)), strict=True):

@@ -1,4 +1,4 @@
-"""The fused similarity against the reference in float64: every term, window, layout and dtype, to the last element."""
+"""The fused similarity against the reference in float64: every similarity, window, layout and dtype."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def images(
     return (scale * a).to(DEVICE, dtype), (scale * b).to(DEVICE, dtype)
 
 
-def assert_scores_as_the_reference(a: torch.Tensor, b: torch.Tensor, kind: str, score: str, **settings: float) -> None:
+def assert_equals_reference(a: torch.Tensor, b: torch.Tensor, kind: str, score: str, **settings: float) -> None:
     with poisoned():
         ours = fused.similarity(a, b, kind, score, **settings)
     assert ours.dtype == torch.float32
@@ -32,26 +32,26 @@ def assert_scores_as_the_reference(a: torch.Tensor, b: torch.Tensor, kind: str, 
 
 @pytest.mark.parametrize("kind", reference.SIMILARITIES)
 @pytest.mark.parametrize("score", reference.SCORES)
-@pytest.mark.parametrize("scale", [1.0, 0.03])  # a faint signal, in which the constants tell
-def test_every_term(kind: str, score: str, scale: float) -> None:
-    assert_scores_as_the_reference(*images(1, 2, 7, 13, scale), kind, score, data_range=0.7)
+@pytest.mark.parametrize("scale", [1.0, 0.03])  # a faint signal, where the constants matter
+def test_every_similarity(kind: str, score: str, scale: float) -> None:
+    assert_equals_reference(*images(1, 2, 7, 13, scale), kind, score, data_range=0.7)
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize(("h", "w"), ODD_SHAPES)
 def test_odd_shapes(score: str, h: int, w: int) -> None:
-    assert_scores_as_the_reference(*images(1, 1, h, w), "ssim", score, window=5)
+    assert_equals_reference(*images(1, 1, h, w), "ssim", score, window=5)
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize("c", [1, 4, 16, 19])
 def test_any_number_of_channels(score: str, c: int) -> None:
-    assert_scores_as_the_reference(*images(1, c, 3, 5), "structure", score, window=3)
+    assert_equals_reference(*images(1, c, 3, 5), "structure", score, window=3)
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_a_large_image(score: str) -> None:
-    assert_scores_as_the_reference(*images(1, 1, 128, 128), "luminance", score, window=1)
+    assert_equals_reference(*images(1, 1, 128, 128), "luminance", score, window=1)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_a_large_image(score: str) -> None:
     [(1, 1.5), (3, 0.8), (7, 2.0), (9, 0.5), (17, 4.0), (19, 30.0), (101, 2.0), (2**31 - 1, 3.0)],
 )
 def test_any_window(window: int, sigma: float) -> None:
-    assert_scores_as_the_reference(*images(1, 1, 6, 11), "ssim", "local", window=min(window, 2**12 - 1), sigma=sigma)
-    if window > 2 * 11:  # the same, and no slower: beyond the image there is nothing
+    assert_equals_reference(*images(1, 1, 6, 11), "ssim", "local", window=min(window, 2**12 - 1), sigma=sigma)
+    if window > 2 * 11:  # the window is cut to the image, so wider ones give identical bits
         a, b = images(1, 1, 6, 11)
         widest = fused.similarity(a, b, window=window, sigma=sigma)
         assert torch.equal(widest, fused.similarity(a, b, window=21, sigma=sigma))
@@ -72,7 +72,7 @@ def test_any_window(window: int, sigma: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_layouts(kind: str, score: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
     a, b = images(2, 3, 5, 7, dtype=dtype)
-    assert_scores_as_the_reference(a.contiguous(memory_format=layout), b, kind, score, window=5)
+    assert_equals_reference(a.contiguous(memory_format=layout), b, kind, score, window=5)
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
@@ -95,10 +95,10 @@ def test_strided_inputs(score: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ssim", "cosine"])
 @pytest.mark.parametrize("score", reference.SCORES)
-def test_a_reference_of_each_and_the_bits_of_batch_mates(kind: str, score: str) -> None:
+def test_one_reference_per_entry_and_independence_of_the_batch(kind: str, score: str) -> None:
     a, b = images(3, 2, 5, 7)
     of_each = torch.stack((b, b.flip(-1), 2 * b))
-    assert_scores_as_the_reference(a, of_each, kind, score, window=5)
+    assert_equals_reference(a, of_each, kind, score, window=5)
     together = fused.similarity(a, b, kind, score, window=5)
     alone = torch.cat([fused.similarity(a[i : i + 1].clone(), b, kind, score, window=5) for i in range(3)])
     assert torch.equal(alone, together)
@@ -126,7 +126,7 @@ def test_identical_and_zero_inputs(kind: str, score: str) -> None:
 
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_flat_regions_have_no_negative_variance(score: str) -> None:
-    # Flat in places, and away from the mean that is taken off, so that E[a²] − E[a]² rounds to either side of zero.
+    # Constant in places and far from the subtracted mean, so that E[a²] − E[a]² rounds to either side of zero.
     steps = torch.linspace(0.1, 0.9, 5).repeat_interleave(7)[None, None, None].repeat(1, 1, 8, 1).to(DEVICE)
     flat, b = torch.full_like(steps, 0.1), images(1, 1, 8, 35)[1]
     for a in (steps, flat):
@@ -137,7 +137,7 @@ def test_flat_regions_have_no_negative_variance(score: str) -> None:
 
 @pytest.mark.parametrize("kind", reference.SIMILARITIES)
 @pytest.mark.parametrize("score", reference.SCORES)
-def test_what_is_not_a_number_stays_in_its_entry(kind: str, score: str) -> None:
+def test_nan_stays_in_its_entry(kind: str, score: str) -> None:
     a, b = images(3, 2, 5, 7)
     clean = fused.similarity(a, b, kind, score, window=3)
     a[1, 1, 2, 3] = torch.nan
@@ -147,7 +147,7 @@ def test_what_is_not_a_number_stays_in_its_entry(kind: str, score: str) -> None:
 
 
 @pytest.mark.parametrize("score", reference.SCORES)
-def test_float64_goes_to_the_reference_and_no_entries_to_nothing(score: str) -> None:
+def test_float64_uses_the_reference_and_empty_batches_are_empty(score: str) -> None:
     a, b = images(2, 2, 5, 7)
     for x, y in ((a.double(), b), (a, b.double())):
         assert torch.equal(fused.similarity(x, y, score=score), reference.similarity(x, y, score=score))
@@ -157,7 +157,7 @@ def test_float64_goes_to_the_reference_and_no_entries_to_nothing(score: str) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 10}, "window 10 has no middle pixel: give a positive odd number"),
+        ({"window": 10}, "window 10 is not a positive odd number"),
         ({"kind": "frechet"}, "unknown similarity 'frechet': choose one of structure, luminance"),
         ({"score": "map"}, "unknown score 'map'"),
         ({"sigma": 0.0}, "sigma 0.0 is not positive"),
@@ -165,7 +165,7 @@ def test_float64_goes_to_the_reference_and_no_entries_to_nothing(score: str) -> 
         ({"b": torch.zeros(2, 7, 13)}, r"a \(2, 3, 7, 13\), b \(2, 7, 13\)"),
     ],
 )
-def test_errors_are_the_references(change: dict, message: str) -> None:
+def test_errors_match_the_reference(change: dict, message: str) -> None:
     a, b = images(2, 3, 7, 13)
     with pytest.raises(ValueError, match=message):
         fused.similarity(**({"a": a, "b": b} | change))

@@ -14,7 +14,7 @@ import torch
 from analytic import Analytic
 from scipy.spatial.distance import cosine
 from skimage.segmentation import quickshift
-from test_dfkernels_masks import word_scalar
+from test_dfkernels_masks import random_uint32_scalar
 from tolerance import tolerance
 from torch.testing import assert_close
 
@@ -68,7 +68,7 @@ def divided_literally(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def kept_literally(path: Trajectory, step: int, samples: int, count: int) -> np.ndarray:
     """Philox, a word at a time: stream 3."""
     seed = path.job.mask_seed % 2**64
-    drawn = [[word_scalar(seed, step, n, j, 3) < 2**31 for j in range(count)] for n in range(1, samples)]
+    drawn = [[random_uint32_scalar(seed, step, n, j, 3) < 2**31 for j in range(count)] for n in range(1, samples)]
     return np.array([[True] * count, *drawn])
 
 

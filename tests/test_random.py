@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic import Analytic
 from scipy import stats
-from test_dfkernels_masks import word_scalar
+from test_dfkernels_masks import random_uint32_scalar
 from torch.testing import assert_close
 
 from dfengine import Attention, Cam, Lime, Random, Relevance, Rise
@@ -36,7 +36,7 @@ def test_values_are_the_counters_own(shape: tuple[int, int]) -> None:
     assert [(one.item, one.step) for one in found] == [(i, k) for i in range(2) for k in range(3)]
     for one in found:
         seed = paths[one.item].job.mask_seed % 2**64
-        words = [word_scalar(seed, one.step, 0, pixel, 4) for pixel in range(shape[0] * shape[1])]
+        words = [random_uint32_scalar(seed, one.step, 0, pixel, 4) for pixel in range(shape[0] * shape[1])]
         assert one.saliency.dtype == torch.float32
         assert one.saliency.flatten().tolist() == [(word // 256) / 2**24 for word in words]
     assert denoiser.batches == []
@@ -58,7 +58,7 @@ def test_maps_are_uniform_and_do_not_depend_on_each_other() -> None:
 
 
 def test_the_greatest_word_stays_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfengine.explain.random.words", lambda *_: torch.full((1, 4), 2**32 - 1))
+    monkeypatch.setattr("dfengine.explain.random.random_uint32", lambda *_: torch.full((1, 4), 2**32 - 1))
     denoiser = still((2, 2))
     (found,) = Random().explain(denoiser, paths_of(denoiser, 1, ("1", 0)))
     assert found.saliency.max() < 1

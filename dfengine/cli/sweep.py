@@ -136,12 +136,12 @@ def _line(worker: int, record: Record) -> dict[str, Any]:
 
 def _expected(found: Estimate, out: Path) -> Iterator[str]:
     from dfengine import store
-    from dfengine.runtime.tuning import duration
+    from dfengine.runtime.tuning import format_duration
 
     yield f"  items      {found.items:,} in {found.units:,} units"
     yield f"  forwards   {found.forwards:,} of one latent"
     workers = f"{found.workers} worker{'s' * (found.workers != 1)} ({', '.join(found.devices)})"
-    yield f"  predicted  {found.hours:.2f} hours ({duration(3600 * found.hours)}) on {workers}"
+    yield f"  predicted  {found.hours:.2f} hours ({format_duration(3600 * found.hours)}) on {workers}"
     yield f"  files      {found.nbytes / 1e9:,.3f} GB before compression"
     if store.is_folder(out):
         left = sum(map(len, store.units_left(out, store.Folder(out).closed())))

@@ -82,14 +82,14 @@ class Rate:
 
 def view(seen: RunProgress, rate: Rate, *, is_coloured: bool = True) -> RenderableType:
     """What a look shows: a bar for all items, one for each file at work, and the latest map where there are colours."""
-    from dfengine.runtime.tuning import duration
+    from dfengine.runtime.tuning import format_duration
 
     speed = rate.items_a_second
     told = [f"{int(seen.done)} of {seen.items} items"]
     if seen.finished:
         told.append("finished")
     elif speed is not None:
-        told += [f"{60 * speed:.1f} a minute", f"{duration((seen.items - seen.done) / speed)} left"]
+        told += [f"{60 * speed:.1f} a minute", f"{format_duration((seen.items - seen.done) / speed)} left"]
     if seen.quarantined:
         told.append(f"{seen.quarantined} set aside")
     bars = Table.grid(padding=(0, 1))

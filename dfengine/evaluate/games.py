@@ -141,7 +141,7 @@ class _Board:
         def work(numbers: Tensor, known: range) -> tuple[Tensor, Tensor]:
             real = numbers.clamp(min=0)
             row = torch.where(numbers < 0, numbers, rows[real])
-            x = dfkernels.erase(self.start, self.ranks, row, points[real], fill=self.fill)
+            x = dfkernels.perturb(self.start, self.ranks, row, points[real], fill=self.fill)
             among = set(told[known.start : known.stop])
             images = self._next_image(x, items[real], among.pop() if len(among) == 1 else None)
             error = (images - self.images[items[real]]).square().flatten(1).mean(1)

@@ -10,7 +10,7 @@ from typing import Any
 import dfkernels
 import numpy as np
 import torch
-from dfkernels.counters import LIME_STREAM, words
+from dfkernels.counters import LIME_STREAM, random_uint32
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
@@ -163,7 +163,7 @@ def sample_segments(
     seeds: Int[Tensor, " n"], steps: Int[Tensor, " n"], indices: Int[Tensor, " n"], count: int
 ) -> Bool[Tensor, "n count"]:
     """Which of the segments each sample keeps: each with probability ½, by counter; sample 0 keeps all."""
-    return (words(seeds, steps, indices, count, LIME_STREAM) < 2**31) | (indices == 0)[:, None]
+    return (random_uint32(seeds, steps, indices, count, LIME_STREAM) < 2**31) | (indices == 0)[:, None]
 
 
 def downsample_labels(segments: Int[ndarray, "H W"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:

@@ -221,7 +221,7 @@ class RiseForwards(MaskedForwards):
         self.sums = dfkernels.Sums.zeros(len(self.rows), self.shape, denoiser.device)
 
     def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
-        return dfkernels.blend(self.latents, self.seeds, self.steps, rows, indices, **self.masks)
+        return dfkernels.apply_masks(self.latents, self.seeds, self.steps, rows, indices, **self.masks)
 
     def accumulate(
         self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from dfkernels.counters import RANDOM_STREAM, words
+from dfkernels.counters import RANDOM_STREAM, random_uint32
 
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.trajectory import Trajectory
@@ -33,6 +33,6 @@ class Random(Explainer):
             for step in path.steps:
                 if (item, step) not in done:
                     seed, counter, first = (torch.tensor([value]) for value in (path.job.mask_seed, step, 0))
-                    drawn = words(seed, counter, first, height * width, RANDOM_STREAM).view(height, width)
+                    drawn = random_uint32(seed, counter, first, height * width, RANDOM_STREAM).view(height, width)
                     # 24 bits: what float32 represents exactly, so that nothing is rounded up to 1.
                     yield StepMap(item, step, self.name, (drawn >> 8) / 2**24)

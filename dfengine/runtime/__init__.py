@@ -1,1 +1,1 @@
-"""Running a model on the device at hand: batches of one size, memory, and when compiling pays."""
+"""Running a model on the available device: batches of a fixed size, memory limits and compiling."""

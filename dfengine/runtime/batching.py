@@ -1,4 +1,4 @@
-"""Batches of one size, halved where they do not fit, and what comes back from the device while it works on."""
+"""Batches of a fixed size that are halved when memory runs out, and copies to the CPU that overlap with computation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-#: Stands in a batch where there is no entry left: the tail is padded, never shorter.
+#: The entry that fills up the last batch, so that all batches have the same size.
 PADDING = -1
-#: What a failed allocation says of itself where it has no exception of its own.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+#: Messages of failed allocations that do not raise torch.OutOfMemoryError.
+_OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 T = TypeVar("T")
 
 
 @runtime_checkable
 class Batched(Protocol):
-    """Whoever's forwards come in batches; a denoiser is one."""
+    """Anything with a batch size and a device; denoisers are."""
 
     batch_size: int
     device: torch.device
@@ -33,60 +33,61 @@ def in_batches(
     total: int,
     owner: Batched,
     work: Callable[[Int[Tensor, " size"], range], T],
-    needed: Callable[[range], bool] | None = None,
+    is_needed: Callable[[range], bool] | None = None,
 ) -> Iterator[tuple[range, T | None]]:
-    """Call `work` on the entries 0 … total − 1, a batch at a time, the tail padded; yields each batch and its result.
+    """Call `work` on entries 0 … total − 1 in batches, and yield each batch's range and result.
 
-    `work` is given the entries twice: on the device, padded to one size for all batches, and as a range, of which the
-    host knows all without asking the device. When a batch does not fit into memory the owner's batch size is halved,
-    for good, and that batch is done again: `work` must change nothing, which is for whoever is given the result. A
-    batch for which `needed` is false is passed over, so that the others stay as they are; its result is None.
+    `work` receives a batch twice: as a tensor on the device, padded to the common size, and as a range, which the host
+    can read without synchronising. If a batch does not fit into memory, the owner's batch size is halved permanently
+    and the batch is repeated, so `work` must not have side effects; the caller applies its results. Batches for which
+    `is_needed` is false are skipped, with None as their result, without changing how the others are formed.
     """
-    done = 0
-    while done < total:
+    start = 0
+    while start < total:
         size = min(owner.batch_size, total)
-        known = range(done, min(done + size, total))
+        batch = range(start, min(start + size, total))
         result = None
-        if needed is None or needed(known):
-            entries = torch.arange(done, done + size, device=owner.device)
-            fits, result = run_or_halve_batch(
-                owner, size, partial(work, torch.where(entries < total, entries, PADDING), known)
-            )
+        if is_needed is None or is_needed(batch):
+            entries = torch.arange(start, start + size, device=owner.device)
+            padded = torch.where(entries < total, entries, PADDING)
+            fits, result = run_or_halve_batch(owner, size, partial(work, padded, batch))
             if not fits:
                 continue
-        done = known.stop
-        yield known, result
+        start = batch.stop
+        yield batch, result
 
 
 def run_or_halve_batch(owner: Batched, size: int, work: Callable[[], T]) -> tuple[bool, T | None]:
-    """Do some work on `size` entries: (True, its result). Where memory does not suffice, halve the owner's batch size.
+    """(True, the result of `work` on `size` entries), or (False, None) after halving the owner's batch size.
 
-    Raises what the allocator raised where there is nothing left to halve.
+    Reraises the allocator's error if `size` is 1.
     """
     try:
         return True, work()
     except RuntimeError as error:
         if size == 1 or not is_out_of_memory(error):
             raise
-    # Only here, where the exception has let go of the tensors that its frames held.
+    # Outside the except clause, because the exception keeps the tensors of its frames alive.
     owner.batch_size = size // 2
-    log.info("a batch of %d does not fit into memory: going on with %d", size, owner.batch_size)
+    log.info("a batch of %d does not fit into memory: continuing with %d", size, owner.batch_size)
     if owner.device.type == "cuda":
         torch.cuda.empty_cache()
     return False, None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is memory that an operation lacked."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
+    """Whether an error reports a failed allocation."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)
 
 
 class AsyncHostCopy:
-    """Tensors on their way to the CPU: through pinned memory, on a stream of their own, while the device works on."""
+    """Copies of tensors to the CPU, through pinned memory on a separate stream while the device continues."""
 
     def __init__(self, *tensors: Tensor, stream: torch.cuda.Stream | None) -> None:
-        """`stream` is None where there is no GPU, and nothing is copied that is on the CPU already."""
-        self._arrived: torch.cuda.Event | None = None
+        """Start the copies. Without a GPU `stream` is None, and tensors on the CPU are not copied."""
+        self._copied: torch.cuda.Event | None = None
         if stream is None:
             self._tensors = [tensor.cpu() for tensor in tensors]
             return
@@ -94,14 +95,14 @@ class AsyncHostCopy:
         with torch.cuda.stream(stream):
             self._tensors = []
             for tensor in tensors:
-                host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                self._tensors.append(host.copy_(tensor, non_blocking=True))
+                pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self._tensors.append(pinned.copy_(tensor, non_blocking=True))
                 tensor.record_stream(stream)
-            self._arrived = stream.record_event()
+            self._copied = stream.record_event()
 
     def wait(self) -> list[Tensor]:
-        """The tensors, once they are here, in ordinary memory: what is pinned serves the next download."""
-        if self._arrived is None:
+        """The copied tensors, in ordinary memory, so that the pinned memory can be reused."""
+        if self._copied is None:
             return self._tensors
-        self._arrived.synchronize()
+        self._copied.synchronize()
         return [tensor.clone() for tensor in self._tensors]

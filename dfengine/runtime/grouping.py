@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def group_size(denoiser: Denoiser) -> int:
-    """How many images are sampled together: a forward has both halves of their guidance."""
+    """The number of images to sample together; with guidance a forward has two latents per image."""
     return max(1, denoiser.batch_size // 2)
 
 

@@ -1,6 +1,6 @@
-"""How a model is run on the device that is there: the batch that fits, and whether compiling repays itself.
+"""How a model runs on the available device: the batch size that fits, and whether compiling pays off.
 
-Everything is decided from what is measured, once, and said in the log.
+Decisions are based on measurements, made once and logged.
 """
 
 from __future__ import annotations
@@ -24,186 +24,195 @@ from dfengine.runtime.batching import run_or_halve_batch
 
 log = logging.getLogger(__name__)
 
-#: Kernels count elements in 32 bits; a tensor of more is split rather than trusted.
-MOST_ELEMENTS = 2**31 - 1
-#: Of the memory that is free, what a batch may take; the rest is for what the allocator cannot use.
-SHARE_OF_MEMORY = 0.8
-#: A forward of one latent that takes so many seconds on a CPU tells enough of what more of them take.
-LONG = 0.25
-#: A job is compiled if it would take this many times as long as compiling has to take before it repays itself.
-MARGIN = 2
+#: The largest number of elements of a tensor: kernels index with 32-bit integers.
+MAX_TENSOR_ELEMENTS = 2**31 - 1
+#: Share of the free memory that a batch may take; the rest covers fragmentation.
+MEMORY_FRACTION = 0.8
+#: A CPU forward of one latent that takes at least this many seconds is not timed again in a batch.
+SLOW_FORWARD_SECONDS = 0.25
+#: Compile if a job would save at least this many times the expected compile time.
+MIN_COMPILE_PAYOFF = 2
 
 
-class Compiling(NamedTuple):
-    """What compiling is expected to cost and to gain."""
+class CompileCost(NamedTuple):
+    """The expected cost and gain of compiling."""
 
     seconds: float
     speedup: float
 
 
-#: Measured on two cores (20 s for the embedded model, 70 s for Stable Diffusion 1.5; 1.04 to 1.06 times the speed), on
-#: a GPU assumed.
-COMPILING = {"cpu": Compiling(60, 1.05), "cuda": Compiling(240, 1.2)}
+#: By device type. Measured on a CPU with two cores (20 s for the embedded model, 70 s for Stable Diffusion 1.5; a
+#: speed-up of 1.04 to 1.06); assumed on a GPU.
+COMPILE_COSTS = {"cpu": CompileCost(60, 1.05), "cuda": CompileCost(240, 1.2)}
 
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """What was measured of a denoiser before compiling."""
+    """What an uncompiled forward costs, per latent."""
 
     elements: int
-    """of the largest tensor of one latent's forward"""
+    """size of its largest tensor"""
     bytes: int | None
-    """that one more latent in a batch takes; None where it cannot be measured (on a CPU)"""
+    """memory that another latent in a batch takes; None on a CPU, where it is not measured"""
     seconds: float
-    """a latent's forward takes in a batch"""
+    """time in a batch"""
 
 
 @torch.no_grad()
-def tune(denoiser: Denoiser, *, is_given: bool = False) -> ForwardCost:
-    """Measure a few forwards, and set the batch size to what fits: at most what it is.
+def tune(denoiser: Denoiser, *, keep_batch_size: bool = False) -> ForwardCost:
+    """Measure a few forwards, and reduce the batch size to what fits.
 
-    `is_given` says that the batch size is the caller's own, which is kept as long as no tensor gets too large.
+    With `keep_batch_size`, for a batch size that the user chose, only the limit on a tensor's elements applies.
     """
-    forward = forwards(denoiser)
-    with _Largest() as largest:
-        seconds = _timed(denoiser, lambda: forward(1))
-    needs = _bytes_a_latent(denoiser, forward) if on_gpu(denoiser) else None
-    most = max(1, MOST_ELEMENTS // largest.elements)
-    why = f"no tensor of a forward may have more than {MOST_ELEMENTS} elements"
-    if needs is not None and not is_given:
-        room = int(SHARE_OF_MEMORY * _free_memory(denoiser.device)) // needs
-        room = max(1, room - room % 2)  # a pair of prompts wants halves
-        most, why = min((most, why), (room, f"a latent takes {needs / 2**20:.0f} MiB"))
-    if most < denoiser.batch_size:
-        log.info("batches of %d instead of %d: %s", most, denoiser.batch_size, why)
-        denoiser.batch_size = most
-    # A GPU's kernels are chosen now, while memory is free, for the size that there will be; a CPU is timed on a few.
-    count = denoiser.batch_size if on_gpu(denoiser) else min(16, denoiser.batch_size)
-    if on_gpu(denoiser) or seconds < LONG:
+    forward = forward_runner(denoiser)
+    with _LargestTensor() as largest:
+        seconds = _time(denoiser, lambda: forward(1))
+    bytes_per_latent = _bytes_per_latent(denoiser, forward) if is_on_gpu(denoiser) else None
+    limit = max(1, MAX_TENSOR_ELEMENTS // largest.elements)
+    reason = f"a tensor of a forward may have at most {MAX_TENSOR_ELEMENTS} elements"
+    if bytes_per_latent is not None and not keep_batch_size:
+        by_memory = int(MEMORY_FRACTION * _free_memory(denoiser.device)) // bytes_per_latent
+        by_memory = max(1, by_memory - by_memory % 2)  # even, because guidance splits a batch in two
+        limit, reason = min((limit, reason), (by_memory, f"a latent takes {bytes_per_latent / 2**20:.0f} MiB"))
+    if limit < denoiser.batch_size:
+        log.info("batches of %d instead of %d: %s", limit, denoiser.batch_size, reason)
+        denoiser.batch_size = limit
+    # A GPU selects its kernels here, for the final batch size and with free memory; a CPU is timed on fewer latents.
+    count = denoiser.batch_size if is_on_gpu(denoiser) else min(16, denoiser.batch_size)
+    if is_on_gpu(denoiser) or seconds < SLOW_FORWARD_SECONDS:
         while not run_or_halve_batch(denoiser, count, partial(forward, count))[0]:
             count = denoiser.batch_size
-        # The best of a few: whatever else the machine does makes one of them many times as long.
-        seconds = min(_timed(denoiser, lambda: forward(count)) for _ in range(3)) / count
-    return ForwardCost(elements=largest.elements, bytes=needs, seconds=seconds)
+        # The minimum, because other load on the machine can slow down any single forward.
+        seconds = min(_time(denoiser, lambda: forward(count)) for _ in range(3)) / count
+    return ForwardCost(elements=largest.elements, bytes=bytes_per_latent, seconds=seconds)
 
 
+@torch.no_grad()
 def maybe_compile(
     denoiser: Denoiser,
     num_forwards: int,
-    pace: ForwardCost,
+    cost: ForwardCost,
     *,
-    wanted: bool | None = None,
+    enabled: bool | None = None,
     targets: Collection[str] = ("conditional",),
 ) -> None:
-    """Compile the denoiser if that is `wanted`, or by default if a job of so many forwards repays it.
+    """Compile the denoiser if `enabled`, or, if that is None, when it pays off for `num_forwards` forwards.
 
-    `targets` are what is going to be explained: the guided prediction is compiled apart.
+    `targets` are the predictions to be explained; the guided one is compiled separately. Raises ValueError if
+    `enabled` and the denoiser cannot be compiled.
     """
-    if wanted is False or denoiser.compiled:
+    if enabled is False or denoiser.compiled:
         return
-    expected = COMPILING.get(denoiser.device.type)
-    if wanted is None:
-        if expected is None or not isinstance(denoiser, Compiles):
-            return
-        uncompiled, cost = num_forwards * pace.seconds, expected.seconds
-        if uncompiled * (1 - 1 / expected.speedup) < MARGIN * cost:
-            log.debug("about %s for %d forwards: not compiling", duration(uncompiled), num_forwards)
-            return
-        log.info("about %s for %d forwards: compiling, in %s", duration(uncompiled), num_forwards, duration(cost))
+    if enabled is None and not _pays_off(denoiser, num_forwards * cost.seconds):
+        return
     if not isinstance(denoiser, Compiles):
         raise ValueError(f"{denoiser.name} cannot be compiled: leave compile out")
     try:
-        began, whole = time.monotonic(), False
-        with torch.no_grad():
-            while not whole:  # compiling takes memory, too
-                denoiser.compile()
-                size = denoiser.batch_size
-                for guided in sorted({target == "guided" for target in targets}):
-                    whole, _ = run_or_halve_batch(denoiser, size, partial(forwards(denoiser, guided=guided), size))
-                    if not whole:
-                        break
-            synchronize(denoiser.device)
-        log.info("compiled in %s", duration(time.monotonic() - began))
-    except Exception as error:  # whatever a compiler and its tools may lack
+        started, fits = time.monotonic(), False
+        while not fits:  # compiling takes memory too
+            denoiser.compile()
+            size = denoiser.batch_size
+            fits = all(
+                run_or_halve_batch(denoiser, size, partial(forward_runner(denoiser, guided=guided), size))[0]
+                for guided in sorted({target == "guided" for target in targets})
+            )
+        synchronize(denoiser.device)
+        log.info("compiled in %s", format_duration(time.monotonic() - started))
+    except Exception as error:  # whatever a compiler or its tools raise
         denoiser.compiled = False
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if wanted:
+        if enabled:
             raise ValueError(f"the network could not be compiled: {reason}; leave compile out") from error
-        log.info("going on without compiling: %s", reason)
+        log.info("continuing without compiling: %s", reason)
+
+
+def _pays_off(denoiser: Denoiser, uncompiled_seconds: float) -> bool:
+    """Whether compiling is supported and saves enough time in a job of this duration."""
+    expected = COMPILE_COSTS.get(denoiser.device.type)
+    if expected is None or not isinstance(denoiser, Compiles):
+        return False
+    pays_off = uncompiled_seconds * (1 - 1 / expected.speedup) >= MIN_COMPILE_PAYOFF * expected.seconds
+    job, compiling = format_duration(uncompiled_seconds), format_duration(expected.seconds)
+    if pays_off:
+        log.info("the job takes about %s: compiling, which takes about %s", job, compiling)
+    else:
+        log.debug("the job takes about %s: not compiling", job)
+    return pays_off
 
 
 def disable_malloc_trim() -> None:
-    """Tell glibc to keep what is freed: a forward's activations then come from memory that is already mapped.
+    """Make glibc keep freed memory, so that a forward's activations reuse pages that are already mapped.
 
-    With fresh pages for each of them a CPU's forward takes 1.05 to 1.3 times as long, the more the larger the batch.
-    It holds for the whole process. Whoever has set MALLOC_… or GLIBC_TUNABLES is left alone.
+    With fresh pages for each activation a CPU forward takes 1.05 to 1.3 times as long, more so in large batches.
+    Applies to the whole process, unless a MALLOC_… or GLIBC_TUNABLES environment variable is set.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
-    with contextlib.suppress(OSError, AttributeError):  # another system's library
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks on the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never return memory to the system
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name: of a GPU its model."""
+    """The model name of a GPU; otherwise the device type, such as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def on_gpu(denoiser: Denoiser) -> bool:
-    """Whether the denoiser's memory and time are a GPU's."""
+def is_on_gpu(denoiser: Denoiser) -> bool:
+    """Whether the denoiser runs on a GPU."""
     return denoiser.device.type == "cuda"
 
 
-def forwards(denoiser: Denoiser, *, guided: bool = False) -> Callable[[int], object]:
-    """Forwards of so many latents of one prompt, or with guidance of a pair, as the explainers make them."""
+def forward_runner(denoiser: Denoiser, *, guided: bool = False) -> Callable[[int], object]:
+    """A function that runs a forward of `count` random latents with one prompt, or with a pair of them if `guided`."""
     network = denoiser.with_prompts(denoiser.encode_prompts([""]))
     last = denoiser.schedule.num_train_timesteps - 1
-    noise = torch.Generator(denoiser.device).manual_seed(0)  # of its own: a caller's is left as it was
+    generator = torch.Generator(denoiser.device).manual_seed(0)  # leaves the global random state alone
 
     def forward(count: int) -> object:
-        x = torch.randn(count, *denoiser.latent_shape, generator=noise, device=denoiser.device)
+        x = torch.randn(count, *denoiser.latent_shape, generator=generator, device=denoiser.device)
         timesteps = torch.full((count,), last, device=denoiser.device)
         return network.both(x, timesteps, (0, 0)) if guided else network(x, timesteps, 0)
 
     return forward
 
 
-def _timed(denoiser: Denoiser, work: Callable[[], object]) -> float:
+def _time(denoiser: Denoiser, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes on the denoiser's device."""
     synchronize(denoiser.device)
-    began = time.perf_counter()
+    started = time.perf_counter()
     work()
     synchronize(denoiser.device)
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what the device has been given to do."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _bytes_a_latent(denoiser: Denoiser, forward: Callable[[int], object]) -> int:
-    """By how much a forward's peak grows with each latent."""
+def _bytes_per_latent(denoiser: Denoiser, forward: Callable[[int], object]) -> int:
+    """The growth of a forward's peak memory with each latent."""
 
     def peak(count: int) -> int:
         torch.cuda.reset_peak_memory_stats(denoiser.device)
         forward(count)
         return torch.cuda.max_memory_allocated(denoiser.device)
 
-    few, more = 1, min(4, max(2, denoiser.batch_size))
-    return max(1, (peak(more) - peak(few)) // (more - few))
+    few, many = 1, min(4, max(2, denoiser.batch_size))
+    return max(1, (peak(many) - peak(few)) // (many - few))
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that tensors could still take, what the allocator holds in reserve included."""
+    """Bytes available to new tensors, including what the allocator has reserved."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
+class _LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,8 +226,8 @@ class _Largest(TorchDispatchMode):
         return returned
 
 
-def duration(seconds: float) -> str:
-    """As a person would say it."""
+def format_duration(seconds: float) -> str:
+    """A duration as text, in seconds, minutes or hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

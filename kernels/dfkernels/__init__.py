@@ -1,7 +1,17 @@
-"""The operations DF-RISE runs on: counter-based masks, similarity scores, running sums and the estimators of a map."""
+"""The operations DF-RISE is built on: counter-based masks, similarity scores, running sums and map estimators."""
 
-from dfkernels.counters import philox, words
-from dfkernels.dispatch import accumulate, add, blend, draw, erase, masks, ridge, runs_fused, similarity
+from dfkernels.counters import philox, random_uint32
+from dfkernels.dispatch import (
+    accumulate,
+    add,
+    apply_masks,
+    draw_masks,
+    masks,
+    perturb,
+    ridge,
+    runs_fused,
+    similarity,
+)
 from dfkernels.estimators import ESTIMATORS, Sums, estimate
 from dfkernels.games import blur, ranks
 from dfkernels.reference import MASK_KINDS, SCORES, SIMILARITIES
@@ -14,16 +24,16 @@ __all__ = [
     "Sums",
     "accumulate",
     "add",
-    "blend",
+    "apply_masks",
     "blur",
-    "draw",
-    "erase",
+    "draw_masks",
     "estimate",
     "masks",
+    "perturb",
     "philox",
+    "random_uint32",
     "ranks",
     "ridge",
     "runs_fused",
     "similarity",
-    "words",
 ]

@@ -1,7 +1,7 @@
-"""From scores to a map: running sums over masks, the estimators read from them, and ridge regression.
+"""Saliency maps from scores: running sums over masks, the estimators computed from them, and ridge regression.
 
-Symbols as in `reference`: s_n(λ) the score of mask n (a scalar score is the same at every λ), M_n(λ) in [0, 1], p the
-keep probability.
+Symbols as in `reference`: s_n(λ) is the score of mask n (a scalar score is the same at every λ), M_n(λ) in [0, 1] the
+mask, p the keep probability.
 """
 
 from collections.abc import Iterator
@@ -13,16 +13,17 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from dfkernels import reference
-from dfkernels.reference import draw, masks
+from dfkernels.reference import draw_masks, masks
 
+#: "contrast" compares kept with dropped pixels, unrelated to SSIM's contrast term (`reference.SIMILARITIES`).
 ESTIMATORS = ("sum", "coverage", "contrast")
 
-#: How many mask pixels ridge draws at a time: drawing takes some 100 bytes for each.
+#: Mask pixels that ridge draws at a time: drawing takes about 100 bytes per pixel.
 CHUNK_PIXELS = 2**22
-#: How many mask pixels a CPU adds at a time: nine float64 products of each stay in its cache.
+#: Mask pixels added at a time on a CPU, so that their nine float64 products stay in its cache.
 CHUNK_SUMS = 2**15
-#: X = M − p a chunk at a time, with the masks each chunk holds.
-Design = Iterator[tuple[slice, Float64[Tensor, "k hw"]]]
+#: X = M − p in chunks, each with the slice of masks it contains.
+DesignMatrix = Iterator[tuple[slice, Float64[Tensor, "k hw"]]]
 #: β, diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹], ‖y − Xβ‖² and tr (I − H)².
 Solution = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -31,7 +32,7 @@ Solution = tuple[Tensor, Tensor, Tensor, Tensor]
 class Sums:
     """Running sums over the masks of each row: moments[row, i, j, λ] = Σ_n M_n(λ)ⁱ s_n(λ)ʲ, float64.
 
-    All that `estimate` needs, for every estimator, mask and score. Sums of disjoint sets of masks add.
+    They suffice for every estimator of `estimate`, any mask kind and score. The sums of disjoint sets of masks add up.
     """
 
     moments: Float64[Tensor, "r 3 3 h w"]
@@ -42,7 +43,7 @@ class Sums:
 
     @property
     def count(self) -> Float64[Tensor, " r"]:
-        """The number of masks summed so far, N, of each row."""
+        """The number N of masks in each row's sums."""
         return self.moments[:, 0, 0, 0, 0]
 
 
@@ -58,10 +59,10 @@ def add(
     kind: str = "gaussian",
     grid: int = 8,
 ) -> None:
-    """Add a batch to the sums, in place: moments[row_n] += Mⁱ sʲ, the masks drawn again from their counters.
+    """Add a batch to the sums in place: moments[row_n] += Mⁱ sʲ. The masks are drawn again from their counters.
 
-    Padding (row −1) adds nothing, whatever its score. However the masks are split into batches, the sums agree to the
-    rounding of float64; the same batches in the same order give the same bits.
+    Padding (row −1) adds nothing, whatever its score. Sums from different batches agree to float64 rounding; the same
+    batches in the same order give identical bits.
     """
     h, w = sums.moments.shape[-2:]
     on_cpu = rows.device.type == "cpu"
@@ -69,12 +70,14 @@ def add(
     for part in range(0, len(rows), chunk):
         at = slice(part, part + chunk)
         row, is_entry = rows[at].clamp(min=0), (rows[at] >= 0)[:, None, None]
-        m = draw(seeds[row], steps[row], indices[at], (h, w), keep_probability=keep_probability, kind=kind, grid=grid)
+        m = draw_masks(
+            seeds[row], steps[row], indices[at], (h, w), keep_probability=keep_probability, kind=kind, grid=grid
+        )
         m = torch.where(is_entry, m, 0.0).double()
         s = torch.where(is_entry, scores[at] if scores.ndim == 3 else scores[at, None, None], 0.0).double().expand_as(m)
         one = is_entry.double().expand_as(m)
         batch = torch.stack((one, m, m * m), 1)[:, :, None] * torch.stack((one, s, s * s), 1)[:, None]
-        # A GPU's index_add_ is of float atomics, which add in another order each time; a CPU's index_put_ is slow.
+        # On a GPU index_add_ uses float atomics, whose order varies from run to run; on a CPU index_put_ is slow.
         if on_cpu:
             sums.moments.index_add_(0, row, batch)
         else:
@@ -82,7 +85,7 @@ def add(
 
 
 def accumulate(
-    epsilon: Float[Tensor, "n c h w"],
+    outputs: Float[Tensor, "n c h w"],
     references: Float[Tensor, "r c h w"],
     sums: Sums,
     seeds: Int[Tensor, " r"],
@@ -99,29 +102,29 @@ def accumulate(
     mask_kind: str = "gaussian",
     grid: int = 8,
 ) -> Float[Tensor, " n"]:
-    """Score a batch of masked forwards against f(R) of their rows and `add` it to the sums, in place.
+    """The mean score of each mask, s_i = similarity(epsilon_i, references[row_i]); NaN for padding (row −1).
 
-    s_i = similarity(epsilon_i, references[row_i]). Returns the mean score of each mask, NaN for padding (row −1).
+    Also adds the scores to the sums in place (see `add`). Raises ValueError if a setting is out of range.
     """
-    reference.check_similarity(epsilon, references[0], similarity, score, window, sigma, data_range)
+    reference.check_similarity(outputs, references[0], similarity, score, window, sigma, data_range)
     row = rows.clamp(min=0)
-    scores = reference.score_rows(
-        epsilon, references, row, similarity, score, window=window, sigma=sigma, data_range=data_range
+    scores = reference.similarity_by_row(
+        outputs, references, row, similarity, score, window=window, sigma=sigma, data_range=data_range
     )
     add(sums, scores, seeds, steps, rows, indices, keep_probability=keep_probability, kind=mask_kind, grid=grid)
     return torch.where(rows >= 0, scores if score == "global" else scores.mean((1, 2)), torch.nan)
 
 
 def estimate(sums: Sums, estimator: str) -> tuple[Float[Tensor, "r h w"], Float[Tensor, "r h w"]]:
-    """The map S(λ) and its standard error, float32, from the sums over N masks.
+    """The map S(λ) of each row and its standard error, float32, from the sums over N masks.
 
-        sum        Σ M s                              error √(N · Var[M s])                  Algorithm 1
+        sum        Σ M s                              error √(N · Var[M s])                  Eq. 8, Algorithm 1
         coverage   Σ M s / Σ M                        error of the weighted mean
         contrast   Σ M s / Σ M − Σ (1−M) s / Σ (1−M)  error √(Var₁/n₁ + Var₀/n₀) for M in {0, 1}
 
-    Where fractional masks (RISE) let one score count on both sides of the contrast, their covariance is taken off.
-    Where no mask keeps λ (for contrast: or none drops it) the map takes its mean over the other pixels and the error
-    is ∞; so is the error where fewer than two (effective) samples tell of it.
+    With fractional masks (RISE) a score counts in both means of the contrast; their covariance is subtracted. A pixel
+    that no mask keeps (for contrast, also one that none drops) takes the map's mean over the other pixels. Its error is
+    ∞, as is the error of any pixel with fewer than two (effective) samples. Raises ValueError for an unknown estimator.
     """
     (n, s, s2), (m, ms, ms2), (m2, m2s, m2s2) = (powers.unbind(1) for powers in sums.moments.unbind(1))
     kept = _WeightedMean(m, m2, ms, m2s, m2s2)
@@ -131,13 +134,13 @@ def estimate(sums: Sums, estimator: str) -> tuple[Float[Tensor, "r h w"], Float[
         value, variance, samples = kept.mean, kept.variance, kept.samples
     elif estimator == "contrast":
         dropped = _WeightedMean(n - m, n - 2 * m + m2, s - ms, s - 2 * ms + m2s, s2 - 2 * ms2 + m2s2)
-        both = (ms2 - m2s2) - (kept.mean + dropped.mean) * (ms - m2s) + kept.mean * dropped.mean * (m - m2)
+        shared = (ms2 - m2s2) - (kept.mean + dropped.mean) * (ms - m2s) + kept.mean * dropped.mean * (m - m2)
         value = kept.mean - dropped.mean
-        variance = kept.variance + dropped.variance - 2 * both / (kept.weight * dropped.weight)
+        variance = kept.variance + dropped.variance - 2 * shared / (kept.weight * dropped.weight)
         samples = torch.minimum(kept.samples, dropped.samples)
     else:
-        known = ", ".join(ESTIMATORS)
-        raise ValueError(f"unknown estimator {estimator!r}: choose one of {known}, or call ridge() with the scores")
+        names = ", ".join(ESTIMATORS)
+        raise ValueError(f"unknown estimator {estimator!r}: choose one of {names}, or call ridge() with the scores")
 
     defined = (m > 0) & (m < n) if estimator == "contrast" else m > 0
     mean = torch.where(defined, value, 0).sum((1, 2), keepdim=True) / defined.sum((1, 2), keepdim=True).clamp(min=1)
@@ -147,10 +150,10 @@ def estimate(sums: Sums, estimator: str) -> tuple[Float[Tensor, "r h w"], Float[
 
 @dataclass(frozen=True)
 class _WeightedMean:
-    """ŝ = Σ w s / Σ w, and the variance of it, from Σ w, Σ w², Σ w s, Σ w² s and Σ w² s².
+    """The weighted mean ŝ = Σ w s / Σ w and its variance, from Σ w, Σ w², Σ w s, Σ w² s and Σ w² s².
 
-    Var ŝ = Σ w² (s − ŝ)² / (Σ w)² · k / (k − 1), k = (Σ w)² / Σ w² the effective samples: for w in {0, 1} it is the
-    unbiased variance over k.
+    Var ŝ = Σ w² (s − ŝ)² / (Σ w)² · k / (k − 1), with k = (Σ w)² / Σ w² effective samples. For w in {0, 1} this is the
+    unbiased sample variance divided by k.
     """
 
     weight: Tensor
@@ -185,13 +188,13 @@ def ridge(
     penalty: float = 1.0,
     first: int = 0,
 ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """Ridge regression of the scores of masks first, first + 1, … on the masks: the map β and its error, float32.
+    """The map β and its standard error, float32: ridge regression of scores on masks first, first + 1, ….
 
         β = (XᵀX + κ)⁻¹ Xᵀy,   X = M − p,   y = s − s̄,   κ the penalty
         error² = σ̂² diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹],   σ̂² = ‖y − Xβ‖² / tr (I − H)²,   H = X (XᵀX + κ)⁻¹ Xᵀ
 
-    β(λ) is what keeping λ adds to the score. Every mask, of either kind, has mean p at every pixel. Solved in float64,
-    in the h·w pixels for N ≥ h·w, else in the N masks. The error is ∞ for one score.
+    β(λ) estimates how much keeping λ adds to the score. Solved in float64: an h·w × h·w system for N ≥ h·w scores, else
+    the equivalent N × N one. The error of a single score is ∞. Raises ValueError without scores or for a penalty ≤ 0.
     """
     check_ridge(scores, penalty)
     y = scores.double() - scores.double().mean()
@@ -200,22 +203,23 @@ def ridge(
         masks, seed, step, shape=shape, keep_probability=keep_probability, kind=kind, grid=grid, device=y.device
     )
 
-    def design() -> Design:
+    def design_matrix() -> DesignMatrix:
         chunk = max(1, CHUNK_PIXELS // (shape[0] * shape[1]))
         for start in range(0, len(y), chunk):
             part = slice(start, min(start + chunk, len(y)))
+            # A mask of either kind has mean p at every pixel.
             yield part, sample(first + start, part.stop - start).flatten(1).double() - keep_probability
 
     solve = _primal if len(y) >= shape[0] * shape[1] else _dual
-    return map_and_error(solve(design(), y, penalty), len(y), shape)
+    return map_and_error(solve(design_matrix(), y, penalty), len(y), shape)
 
 
 def map_and_error(
     solution: Solution, n: int, shape: tuple[int, int]
 ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """What `ridge` returns of a solution from n scores."""
-    beta, spread, residual, freedom = solution
-    error = (residual.clamp(min=0) / freedom * spread.clamp(min=0)).sqrt()
+    """The map and error that `ridge` returns, from a solution for n scores."""
+    beta, variance_factor, residual, degrees_of_freedom = solution
+    error = (residual.clamp(min=0) / degrees_of_freedom * variance_factor.clamp(min=0)).sqrt()
     if n < 2:
         error = torch.full_like(error, torch.inf)
     return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
@@ -223,14 +227,14 @@ def map_and_error(
 
 def check_ridge(scores: Tensor, penalty: float) -> None:
     if not penalty > 0:
-        raise ValueError(f"penalty {penalty} is not positive: 1 is the default")
+        raise ValueError(f"penalty {penalty} is not positive: give a number above 0 (1 by default)")
     if len(scores) == 0:
-        raise ValueError("no scores: ridge needs the score of each mask, at least one (2·h·w for a good map)")
+        raise ValueError("got no scores: ridge needs the score of at least one mask (2·h·w for a good map)")
 
 
-def _primal(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
+def _primal(design_matrix: DesignMatrix, y: Float64[Tensor, " n"], penalty: float) -> Solution:
     gram = projected = y.new_zeros(())
-    for part, x in design:
+    for part, x in design_matrix:
         gram, projected = gram + x.T @ x, projected + x.T @ y[part]
     return solve_normal_equations(gram, projected, y, penalty)
 
@@ -238,19 +242,22 @@ def _primal(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solutio
 def solve_normal_equations(
     gram: Float64[Tensor, "hw hw"], projected: Float64[Tensor, " hw"], y: Float64[Tensor, " n"], penalty: float
 ) -> Solution:
-    """From XᵀX (which is used up) and Xᵀy, with A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA²,
-    ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ, tr (I − H)² = N − h·w + κ² tr A².
+    """The solution from XᵀX (overwritten) and Xᵀy.
+
+    With A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA², ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ,
+    tr (I − H)² = N − h·w + κ² tr A².
     """
     inverse = _inverse(gram, penalty)
     beta = inverse @ projected
-    spread = inverse.diagonal() - penalty * inverse.square().sum(1)
-    freedom = len(y) - len(beta) + penalty**2 * inverse.square().sum()
-    return beta, spread, y @ y - beta @ projected - penalty * beta @ beta, freedom
+    variance_factor = inverse.diagonal() - penalty * inverse.square().sum(1)
+    residual = y @ y - beta @ projected - penalty * beta @ beta
+    degrees_of_freedom = len(y) - len(beta) + penalty**2 * inverse.square().sum()
+    return beta, variance_factor, residual, degrees_of_freedom
 
 
-def _dual(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
+def _dual(design_matrix: DesignMatrix, y: Float64[Tensor, " n"], penalty: float) -> Solution:
     """With A = (XXᵀ + κ)⁻¹: β = XᵀA y, (XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹ = XᵀA²X, y − Xβ = κA y, tr (I − H)² = κ² tr A²."""
-    x = torch.cat([part for _, part in design])
+    x = torch.cat([part for _, part in design_matrix])
     inverse = _inverse(x @ x.T, penalty)
     weights = inverse @ y
     return (
@@ -262,6 +269,6 @@ def _dual(design: Design, y: Float64[Tensor, " n"], penalty: float) -> Solution:
 
 
 def _inverse(gram: Float64[Tensor, "k k"], penalty: float) -> Float64[Tensor, "k k"]:
-    """(gram + κ)⁻¹; `gram` is used up."""
+    """(gram + κ)⁻¹; `gram` is overwritten."""
     gram.diagonal().add_(penalty)
     return torch.cholesky_inverse(torch.linalg.cholesky(gram))

@@ -1,4 +1,4 @@
-"""The operations in Triton: same names, arguments and results as the reference. `dfkernels.dispatch` calls them."""
+"""The operations in Triton, with the names, arguments and results of the reference; called by `dfkernels.dispatch`."""
 
-#: The modules that hold kernels, each with a `configurations()` of what is compiled ahead of time.
-MODULES = ("blend", "erase", "similarity", "accumulate")
+#: The modules with kernels. `configurations()` of each lists how to compile its kernels ahead of time.
+MODULES = ("apply_masks", "perturb", "similarity", "accumulate")

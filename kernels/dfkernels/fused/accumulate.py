@@ -1,8 +1,8 @@
-"""`estimators.add` and `accumulate` in Triton: from ε to the running sums, masks drawn again, no map a mask written.
+"""`estimators.add` and `estimators.accumulate` in Triton: from f(R⊙M) to the running sums without storing score maps.
 
-Entries are sorted by row and cut into segments of few masks of one row. One kernel scores the masks of a segment and
-sums them in registers, in float64, in a fixed order; a second one adds a row's segments to its sums, in order. No
-atomics, so the same batches in the same order give the same bits.
+Entries are sorted by row and cut into short segments of one row each. One kernel scores the masks of a segment and sums
+them in float64 registers, in a fixed order; a second kernel adds each row's segments to its sums, in order. Without
+atomics, the same batches in the same order give identical bits.
 """
 
 from dataclasses import dataclass
@@ -15,34 +15,36 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfkernels import estimators, reference
-from dfkernels.fused.blend import threshold
+from dfkernels.fused.apply_masks import threshold
 from dfkernels.fused.configuration import Configuration
 from dfkernels.fused.mask import load_entry, weights_at
-from dfkernels.fused.similarity import LAUNCHED, ReferenceStatistics, prepare, score_numbers, strided, tiles
+from dfkernels.fused.similarity import LAYOUTS, ReferenceStatistics, prepare, score_numbers, strided, tiles
 from dfkernels.fused.statistics import TILE_H, TILE_W, local_score, tile_pixels
 
-#: Masks of a segment, at least and at most: few where programs are few, to occupy the device, many where sums are.
+#: Masks per segment, at least and at most, and the number of programs that fills a device: small batches are cut finely
+#: enough to occupy it, large ones coarsely to have few partial sums.
 SEGMENT_MIN, SEGMENT_MAX, PROGRAMS = 4, 64, 2048
-#: As `similarity.LOCAL_REGISTERS`, with the sums beside a score.
+#: As `similarity.LOCAL_REGISTERS`, with the sums in addition to the score.
 REGISTERS = 224
-#: Pixels of a program that adds up segments, and its warps.
-BLOCK, FOLD_WARPS = 256, 2
+#: Pixels and warps per program that adds up segments.
+BLOCK, ADD_WARPS = 256, 2
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _partial(
+def _segment_sums(
     scores, stride_n, stride_c, stride_p, targets, b, mean, variance, offset, C, rate, c1, c2,
     seeds, steps, rows, indices, order, bounds, partials, means, h, w, threshold,
     SCORES: tl.constexpr, KIND: tl.constexpr, RADIUS: tl.constexpr, MASKS: tl.constexpr, GRID: tl.constexpr,
     MAPS: tl.constexpr,
 ):  # fmt: skip
-    """partials[segment, k, λ] = Σ Mⁱ sʲ over the masks of a segment, 3i + j = k + 1, on one tile; float64.
+    """partials[segment, k, λ] = Σ Mⁱ sʲ over the masks of a segment on one tile, 3i + j = k + 1; float64.
 
-    SCORES says what `scores` is: "epsilon" (scored here against statistics number targets[n], the tile's sum of each
-    mask going to means[n, tile]), "maps" [n, h, w] or "numbers" [n]. MAPS is 8 for RISE, 5 for Gaussian masks: M² = M.
+    SCORES says what `scores` holds: "outputs", f(R⊙M), scored here against the statistics of row targets[n], with each
+    tile's sum of scores stored in means[n, tile]; "maps", [n, h, w]; or "numbers", [n]. MAPS is 8 for RISE masks and 5
+    for Gaussian ones, whose M² = M.
     """
     count = tl.cdiv(h, TILE_H) * tl.cdiv(w, TILE_W)
     segment = tl.program_id(0) // count
@@ -64,12 +66,12 @@ def _partial(
     for i in range(begin, end):
         n = tl.load(order + i)
         _, k0, k1, step, index = load_entry(seeds, steps, rows, indices, n)
-        if SCORES == "epsilon":
+        if SCORES == "outputs":
             target = tl.load(targets + n)
-            at = target * C * h * w
+            start = target * C * h * w
             score = local_score(
-                scores + n * stride_n, stride_c, stride_p, b + at, mean + at, variance + at, offset + target * C,
-                y, x, h, w, C, rate, c1, c2, KIND, RADIUS,
+                scores + n * stride_n, stride_c, stride_p, b + start, mean + start, variance + start,
+                offset + target * C, y, x, h, w, C, rate, c1, c2, KIND, RADIUS,
             ).to(tl.float64)  # fmt: skip
             tl.store(means + n * count + tile, tl.sum(tl.where(inside, score, 0.0)))
         elif SCORES == "maps":
@@ -87,7 +89,7 @@ def _partial(
             m2s_sum += m * m * score
             m2s2_sum += m * m * (score * score)
 
-    # A segment past the last is empty, and is not read.
+    # Segments past the last one are empty, and nothing reads them.
     inside = inside & (begin < end)
     out = partials + segment.to(tl.int64) * (MAPS * h * w) + pixel
     tl.store(out, s_sum, mask=inside)
@@ -102,8 +104,8 @@ def _partial(
 
 
 @triton.jit
-def _fold(partials, first, segment_of_row, moments, pixels, MAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """moments[row, i, j, λ] += Σ over the row's segments, in order; moments[row, 0, 0] += the number of masks."""
+def _add_segments(partials, first, segment_of_row, moments, pixels, MAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the row's segments to moments[row, i, j, λ], in order, and its number of masks to moments[row, 0, 0]."""
     blocks = tl.cdiv(pixels, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -130,10 +132,11 @@ def _fold(partials, first, segment_of_row, moments, pixels, MAPS: tl.constexpr, 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The entries of a batch by row, cut into segments: as many as there can be, as only the device knows how many are.
+    """A batch sorted by row and cut into segments.
 
-    `order` sorts the entries by row, padding last; segment k is order[bounds[k] : bounds[k + 1]], empty past the last.
-    Row r's entries begin at first[r] of `order`, its segments at segment_of_row[r].
+    `order` sorts the entries by row, padding last; segment k is order[bounds[k] : bounds[k + 1]]. Row r's entries begin
+    at order[first[r]], its segments at segment_of_row[r]. Only the device knows the number of segments, so `bounds` has
+    room for the largest possible number, and segments past the last one are empty.
     """
 
     order: Int[Tensor, " n"]
@@ -143,15 +146,15 @@ class _Plan:
 
 
 def _plan(rows: Int[Tensor, " n"], num_rows: int, length: int) -> _Plan:
-    """No step waits for the device."""
+    """The plan for segments of `length` masks, computed without waiting for the device."""
     n = len(rows)
     by_row, order = torch.where(rows < 0, num_rows, rows).sort(stable=True)
     first = torch.searchsorted(by_row, torch.arange(num_rows + 1, device=rows.device))
     begins = torch.arange(n, device=rows.device) % length == 0
     begins[1:] |= by_row[1:] != by_row[:-1]
     segment = begins.cumsum(0) - 1
-    most = min(n, -(-n // length) + num_rows)
-    bounds = torch.searchsorted(segment, torch.arange(most + 1, device=rows.device))
+    max_segments = min(n, -(-n // length) + num_rows)
+    bounds = torch.searchsorted(segment, torch.arange(max_segments + 1, device=rows.device))
     after_last = segment[-1:] + 1
     return _Plan(order, torch.minimum(bounds, first[-1]), first, torch.cat((segment, after_last))[first])
 
@@ -168,21 +171,21 @@ def add(
     kind: str = "gaussian",
     grid: int = 8,
 ) -> None:
-    """As `estimators.add`, whose result it agrees with to the rounding of float64."""
+    """`estimators.add` to float64 rounding."""
     h, w = sums.moments.shape[-2:]
     reference.check_mask((h, w), keep_probability, kind, grid)
-    source = "maps" if scores.ndim == 3 else "numbers"
+    form = "maps" if scores.ndim == 3 else "numbers"
     scores = scores.contiguous()
     unused = (scores,) * 5
     _sum(
         sums, (scores, scores.stride(0), 0, 1, *unused, 1, 0.0, 0.0, 0.0),
-        {"SCORES": source, "KIND": "structure", "RADIUS": 0}, scores, (seeds, steps, rows, indices),
+        {"SCORES": form, "KIND": "structure", "RADIUS": 0}, scores, (seeds, steps, rows, indices),
         keep_probability, kind, grid,
     )  # fmt: skip
 
 
 def accumulate(
-    epsilon: Float[Tensor, "n c h w"],
+    outputs: Float[Tensor, "n c h w"],
     references: Float[Tensor, "r c h w"] | ReferenceStatistics,
     sums: estimators.Sums,
     seeds: Int[Tensor, " r"],
@@ -199,69 +202,67 @@ def accumulate(
     mask_kind: str = "gaussian",
     grid: int = 8,
 ) -> Float[Tensor, " n"]:
-    """As `estimators.accumulate`, in float32 scores; float64 inputs have no kernel and go there.
+    """`estimators.accumulate` with float32 scores; float64 inputs are left to the reference.
 
-    `references` may be what `prepare` made of them with the same settings: it is the same for every batch of a row.
+    To share the work between batches, `references` may be the result of `similarity.prepare` with the same settings.
     """
-    n, c, h, w = epsilon.shape
+    n, c, h, w = outputs.shape
     settings: dict[str, Any] = {"window": window, "sigma": sigma, "data_range": data_range}
-    drawn: dict[str, Any] = {"keep_probability": keep_probability, "kind": mask_kind, "grid": grid}
+    mask_settings: dict[str, Any] = {"keep_probability": keep_probability, "kind": mask_kind, "grid": grid}
     rows = rows.long()
-    where, targets = (seeds, steps, rows, indices), rows.contiguous()
+    counters, targets = (seeds, steps, rows, indices), rows.contiguous()
     if isinstance(references, Tensor):
-        if torch.float64 in (epsilon.dtype, references.dtype):
+        if torch.float64 in (outputs.dtype, references.dtype):
             return estimators.accumulate(
-                epsilon, references, sums, *where, similarity=similarity, score=score, **settings,
+                outputs, references, sums, *counters, similarity=similarity, score=score, **settings,
                 keep_probability=keep_probability, mask_kind=mask_kind, grid=grid,
             )  # fmt: skip
-        reference.check_similarity(epsilon, references[0], similarity, score, **settings)
-        if len(references) > n:  # of very many rows only those that are asked for, once an entry
-            references, targets = (
-                references[rows.clamp(min=0)],
-                torch.where(rows < 0, rows, torch.arange(n, device=rows.device)),
-            )
+        reference.check_similarity(outputs, references[0], similarity, score, **settings)
+        if len(references) > n:  # prepare one reference per entry, fewer than one per row
+            references = references[rows.clamp(min=0)]
+            targets = torch.where(rows < 0, rows, torch.arange(n, device=rows.device))
         references = prepare(references, similarity, score, **settings)
     references.check(similarity, score, **settings)
     if score == "global":
-        numbers = score_numbers(epsilon, references, targets)
-        add(sums, numbers, *where, **drawn)
+        numbers = score_numbers(outputs, references, targets)
+        add(sums, numbers, *counters, **mask_settings)
         return numbers
     reference.check_mask((h, w), keep_probability, mask_kind, grid)
-    b, means = references, torch.empty((n, tiles(h, w)), dtype=torch.float64, device=epsilon.device)
+    b, means = references, torch.empty((n, tiles(h, w)), dtype=torch.float64, device=outputs.device)
     _sum(
-        sums, (*strided(epsilon), targets, b.pixels, b.mean, b.variance, b.offset, c, b.rate, *b.constants),
-        {"SCORES": "epsilon", "KIND": b.kind, "RADIUS": b.radius}, means, where, **drawn,
+        sums, (*strided(outputs), targets, b.pixels, b.mean, b.variance, b.offset, c, b.rate, *b.constants),
+        {"SCORES": "outputs", "KIND": b.kind, "RADIUS": b.radius}, means, counters, **mask_settings,
     )  # fmt: skip
     return torch.where(rows >= 0, means.sum(1) / (h * w), torch.nan).float()
 
 
 def _sum(
     sums: estimators.Sums,
-    scored: tuple[Any, ...],
-    source: dict[str, Any],
+    score_arguments: tuple[Any, ...],
+    constants: dict[str, Any],
     means: Tensor,
-    where: tuple[Tensor, ...],
+    counters: tuple[Tensor, ...],
     keep_probability: float,
     kind: str,
     grid: int,
 ) -> None:
-    """Sum the masks of each segment, then the segments of each row into its moments, in place."""
+    """Sum the masks of each segment, then add each row's segments to its moments in place."""
     num_rows, _, _, h, w = sums.moments.shape
-    where = tuple(x.contiguous() for x in where)
-    rows = where[2]
+    counters = tuple(x.contiguous() for x in counters)
+    rows = counters[2]
     n = len(rows)
     if n == 0:
         return
     plan = _plan(rows.long(), num_rows, min(SEGMENT_MAX, max(SEGMENT_MIN, n * tiles(h, w) // PROGRAMS)))
     segments, maps = len(plan.bounds) - 1, 5 if kind == "gaussian" else 8
     partials = torch.empty((segments, maps, h, w), dtype=torch.float64, device=rows.device)
-    _partial[(segments * tiles(h, w),)](
-        *scored, *where, plan.order, plan.bounds, partials, means, h, w, threshold(keep_probability),
-        **source, MASKS=kind, GRID=grid, MAPS=maps, num_warps=1, maxnreg=REGISTERS,
+    _segment_sums[(segments * tiles(h, w),)](
+        *score_arguments, *counters, plan.order, plan.bounds, partials, means, h, w, threshold(keep_probability),
+        **constants, MASKS=kind, GRID=grid, MAPS=maps, num_warps=1, maxnreg=REGISTERS,
     )  # fmt: skip
     moments = sums.moments.contiguous()
-    _fold[(num_rows * triton.cdiv(h * w, BLOCK),)](
-        partials, plan.first, plan.segment_of_row, moments, h * w, MAPS=maps, BLOCK=BLOCK, num_warps=FOLD_WARPS
+    _add_segments[(num_rows * triton.cdiv(h * w, BLOCK),)](
+        partials, plan.first, plan.segment_of_row, moments, h * w, MAPS=maps, BLOCK=BLOCK, num_warps=ADD_WARPS
     )
     if moments is not sums.moments:
         sums.moments.copy_(moments)
@@ -271,7 +272,7 @@ def _sum(
 
 
 def configurations() -> list[Configuration]:
-    """ε with every term, and scores given either way; both kinds of mask, the largest grid too; a side of one."""
+    """Every similarity, both forms of given scores and both mask kinds, the largest grid and sides of one pixel."""
     types = {
         **dict.fromkeys(("targets", "seeds", "steps", "rows", "indices", "order", "bounds"), "*i64:16"),
         **dict.fromkeys(("b", "mean", "variance", "offset"), "*fp32:16"),
@@ -280,22 +281,24 @@ def configurations() -> list[Configuration]:
         "C": "i32", "h": "i32:16", "w": "i32:16", "threshold": "i64",
     }  # fmt: skip
 
-    def partial(
+    def config(
         masks: str, scores: str, kind: str, dtype: str, strides: Any, grid: int = 8, **sides: int
     ) -> Configuration:
         runtime = types | strides[0] | {"scores": f"*{dtype}:16"}
-        drawn = {"MASKS": masks, "GRID": grid, "MAPS": 5 if masks == "gaussian" else 8}
-        constants = {"SCORES": scores, "KIND": kind, "RADIUS": 5, **drawn, **strides[1], **sides}
-        return Configuration(_partial, {k: v for k, v in runtime.items() if k not in sides}, constants, 1, REGISTERS)
+        mask_constants = {"MASKS": masks, "GRID": grid, "MAPS": 5 if masks == "gaussian" else 8}
+        constants = {"SCORES": scores, "KIND": kind, "RADIUS": 5, **mask_constants, **strides[1], **sides}
+        return Configuration(
+            _segment_sums, {k: v for k, v in runtime.items() if k not in sides}, constants, 1, REGISTERS
+        )
 
     sums = {"partials": "*fp64:16", "first": "*i64:16", "segment_of_row": "*i64:16", "moments": "*fp64:16"}
-    given = ({"stride_n": "i32:16", "stride_c": "i32:16"}, {"stride_p": 1})
-    found = []
+    contiguous = ({"stride_n": "i32:16", "stride_c": "i32:16"}, {"stride_p": 1})
+    configs = []
     for masks in reference.MASK_KINDS:
         kinds = reference.SIMILARITIES if masks == "gaussian" else ("structure", "ssim")
-        found += [partial(masks, "epsilon", kind, *how) for kind in kinds for how in LAUNCHED]
-        found += [partial(masks, scores, "structure", "fp32", given) for scores in ("maps", "numbers")]
-        found += [partial(masks, "epsilon", "ssim", *LAUNCHED[0], grid, h=1, w=1) for grid in (1, 32)]
+        configs += [config(masks, "outputs", kind, *layout) for kind in kinds for layout in LAYOUTS]
+        configs += [config(masks, scores, "structure", "fp32", contiguous) for scores in ("maps", "numbers")]
+        configs += [config(masks, "outputs", "ssim", *LAYOUTS[0], grid, h=1, w=1) for grid in (1, 32)]
         maps = {"MAPS": 5 if masks == "gaussian" else 8, "BLOCK": BLOCK}
-        found.append(Configuration(_fold, sums | {"pixels": "i32:16"}, maps, FOLD_WARPS))
-    return found
+        configs.append(Configuration(_add_segments, sums | {"pixels": "i32:16"}, maps, ADD_WARPS))
+    return configs

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for ahead of time, with no GPU at hand: each module beside this lists its own."""
+"""How to compile a kernel ahead of time, without a GPU; each module with kernels lists its configurations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to compile a kernel, as a launch would.
+    """One specialisation of a kernel, as a launch would compile it.
 
-    `types` gives each runtime argument its Triton type, as in triton's own `tools/compile.py`: "*fp16:16" is a pointer
-    that is a multiple of 16 bytes (as torch's are), "i32" any integer, "i32:16" a multiple of 16. `constants` gives the
-    `tl.constexpr` arguments; `maxnreg` is the most registers a thread, where a launch says so. The first configuration
-    of a kernel that a module lists is the one that `make test` compiles.
+    `types` maps runtime arguments to Triton types, as in Triton's `tools/compile.py`: "*fp16:16" is a pointer aligned
+    to 16 bytes (torch's tensors are), "i32" any integer, "i32:16" a multiple of 16. `constants` maps `tl.constexpr`
+    arguments to values. `maxnreg` limits the registers per thread. `make test` compiles only the first configuration
+    that a module lists for a kernel.
     """
 
     kernel: Any

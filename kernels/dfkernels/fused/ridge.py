@@ -1,4 +1,4 @@
-"""`estimators.ridge` on a GPU: the products of Gaussian masks are counts, exact in half precision's matrix units."""
+"""`estimators.ridge` on a GPU: products of Gaussian masks are counts, exact on half-precision matrix units."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dfkernels import estimators
-from dfkernels.fused.blend import masks
+from dfkernels.fused.apply_masks import masks
 
-#: Masks of a product: half precision holds every integer up to 2¹¹, so that no sum of so many zeros and ones is
-#: rounded, whatever the order, the width of the accumulator or the splits of the library's product.
+#: Masks per matrix product. Half precision represents every integer up to 2¹¹, so a sum of this many zeros and ones is
+#: exact whatever the summation order, the accumulator's width or the way the library splits the product.
 EXACT_COUNT = 2**11
 
 
@@ -26,10 +26,10 @@ def ridge(
     penalty: float = 1.0,
     first: int = 0,
 ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """As `estimators.ridge`. Fewer masks than pixels go there; so do RISE masks, whose XᵀX is no count."""
-    drawn: dict[str, Any] = {"keep_probability": keep_probability, "kind": kind, "grid": grid}
+    """`estimators.ridge`, to which fewer masks than pixels and (fractional) RISE masks are left."""
+    mask_settings: dict[str, Any] = {"keep_probability": keep_probability, "kind": kind, "grid": grid}
     if kind != "gaussian" or len(scores) < shape[0] * shape[1]:
-        return estimators.ridge(scores, seed, step, shape, **drawn, penalty=penalty, first=first)
+        return estimators.ridge(scores, seed, step, shape, **mask_settings, penalty=penalty, first=first)
     estimators.check_ridge(scores, penalty)
     y = scores.double() - scores.double().mean()
     gram, projected = normal_equations(y, seed, step, shape, keep_probability, first)
@@ -48,7 +48,7 @@ def normal_equations(
             seed, step, first + start, len(part), shape, keep_probability=keep_probability, device=y.device
         ).flatten(1)
         half = m.half()
-        with torch.autocast(y.device.type, enabled=False):  # bfloat16 would round counts above 2⁸
+        with torch.autocast(y.device.type, enabled=False):  # bfloat16 rounds integers above 2⁸
             gram += half.T @ half
         projected += part @ m.double()
     counts = keep_probability * gram.diagonal()

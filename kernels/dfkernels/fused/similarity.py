@@ -1,4 +1,4 @@
-"""`reference.similarity` in Triton: ε is read once, statistics are float32, the references' own are made once a row."""
+"""`reference.similarity` in Triton: f(R⊙M) is read from memory once, f(R)'s statistics are computed once per row."""
 
 import math
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from dfkernels import reference
 from dfkernels.fused.configuration import Configuration
 from dfkernels.fused.statistics import TILE_H, TILE_W, clamped, cosine, local_score, term, tile_pixels
 
-#: Elements of a block of the global score (pixels × channels) and the channels of one: 8 elements a thread.
+#: Elements (pixels × channels) and most channels of a block of the global score: 8 elements per thread.
 BLOCK_ELEMENTS, MAX_CHANNELS, GLOBAL_WARPS = 1024, 16, 4
-#: What the compiler may use of a thread's 255; left to itself it spills some to have more programs at a time.
+#: Registers per thread, of 255; without a limit the compiler spills some for the sake of occupancy.
 LOCAL_REGISTERS = 168
 
 
@@ -24,11 +24,11 @@ LOCAL_REGISTERS = 168
 
 
 @triton.jit
-def _local(
+def _local_score(
     a, stride_n, stride_c, stride_p, b, mean, variance, offset, rows, out, h, w, C, rate, c1, c2,
     KIND: tl.constexpr, RADIUS: tl.constexpr,
 ):  # fmt: skip
-    """out[n, λ] = s(λ) on one tile of one entry."""
+    """out[n, λ] = s(λ) for one tile of one entry."""
     tiles = tl.cdiv(h, TILE_H) * tl.cdiv(w, TILE_W)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     y, x = tile_pixels(tl.program_id(0) % tiles, h, w)
@@ -44,18 +44,18 @@ def _local(
 
 @triton.jit
 def _load(a, stride_c, stride_p, channel, pixel, C, pixels):
-    """float32 [BLOCK, CHANNELS] of an entry, 0 outside."""
+    """A block of an entry, float32 [BLOCK, CHANNELS], zero outside the image."""
     inside = (pixel < pixels) & (channel < C)
     value = tl.load(a + channel.to(tl.int64) * stride_c + pixel * stride_p, mask=inside, other=0.0)
     return value.to(tl.float32)
 
 
 @triton.jit
-def _global(
+def _global_score(
     a, stride_n, stride_c, stride_p, b, mean, variance, offset, rows, out, pixels, C, c1, c2,
     KIND: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = s of one entry, statistics over all pixels of a channel; NaN for padding (row −1)."""
+    """out[n] = s of one entry, with statistics over all pixels of a channel; NaN for padding (row −1)."""
     n = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + n)
     a += n * stride_n
@@ -73,7 +73,7 @@ def _global(
             for first in range(0, pixels, BLOCK):
                 pixel = first + tl.arange(0, BLOCK)[:, None]
                 sum_a += _load(a, stride_c, stride_p, channel, pixel, C, pixels)
-        # The second pass finds the entry in the caches.
+        # The second pass reads the entry from the caches.
         offset_a = tl.sum(sum_a, 0)[None, :] / pixels
         sum_a = tl.zeros((BLOCK, CHANNELS), tl.float32)
         for first in range(0, pixels, BLOCK):
@@ -97,8 +97,8 @@ def _global(
             mean_a = tl.sum(sum_a, 0)[None, :] / pixels
             var_a = clamped(tl.sum(sum_aa, 0)[None, :] / pixels - mean_a * mean_a)
             cov = tl.sum(sum_ab, 0)[None, :] / pixels - mean_a * mean_b
-            one = term(KIND, mean_a + offset_a, mean_b + offset_b, var_a, var_b, cov, c1, c2)
-            score += tl.sum(tl.where(channel < C, one, 0.0))
+            channel_scores = term(KIND, mean_a + offset_a, mean_b + offset_b, var_a, var_b, cov, c1, c2)
+            score += tl.sum(tl.where(channel < C, channel_scores, 0.0))
     score = cosine(score, aa, bb) if KIND == "cosine" else score / C
     tl.store(out + n, tl.where(row < 0, float("nan"), score))
 
@@ -108,10 +108,10 @@ def _global(
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """f(R) of each row, and what a score needs to know of it: made once, used by every mask of the row.
+    """The statistics of b = f(R) of each row, computed once and used by every mask of the row.
 
-    `pixels` is b less its channel's mean, which is `offset`; `mean` and `variance` are those of `pixels` over the
-    window around each pixel (`local`) or over the channel (`global`). A cosine needs none: its `pixels` are b's own.
+    `offset` is the mean of a channel and `pixels` is b minus it; `mean` and `variance` are those of `pixels` over the
+    window around each pixel (`local`) or over the channel (`global`). For the cosine `offset` is 0.
     """
 
     kind: str
@@ -131,20 +131,22 @@ class ReferenceStatistics:
 
     @property
     def radius(self) -> int:
-        """How far the window reaches; one that leaves the image from every pixel is the same as one that just does."""
+        """The window's radius in pixels, at most the distance across the image."""
         return min(self.window // 2, max(self.pixels.shape[-2:]) - 1)
 
     @property
     def rate(self) -> float:
-        """The window's weights are g_k = exp(−|k|² / 2σ²) = 2^(rate·|k|²)."""
+        """The exponent of the window's weights g_k = exp(−|k|² / 2σ²) = 2^(rate·|k|²)."""
         return -0.5 / self.sigma**2 / math.log(2)
 
     def check(self, kind: str, score: str, *, window: int, sigma: float, data_range: float) -> None:
-        """ValueError where these are not the settings that the statistics were made with."""
-        made = (self.kind, self.score, self.window, self.sigma, self.data_range)
-        asked = (kind, score, window, sigma, data_range)
-        if made != asked:
-            raise ValueError(f"references prepared for {made}, but asked for {asked}: prepare them with these settings")
+        """Raise ValueError if the statistics were computed with other settings than these."""
+        prepared = (self.kind, self.score, self.window, self.sigma, self.data_range)
+        expected = (kind, score, window, sigma, data_range)
+        if prepared != expected:
+            raise ValueError(
+                f"got references prepared for {prepared}, expected {expected}: prepare them with the latter"
+            )
 
 
 def prepare(
@@ -156,7 +158,7 @@ def prepare(
     sigma: float = 1.5,
     data_range: float = 1.0,
 ) -> ReferenceStatistics:
-    """The statistics of f(R) of each row, for `similarity` and `accumulate` to read; in float64, kept in float32."""
+    """The statistics of f(R) of each row, which `accumulate` accepts; computed in float64, stored in float32."""
     h, w = references.shape[-2:]
     exact = references.double()
     offset = exact.mean((2, 3)) * (kind != "cosine")
@@ -165,19 +167,19 @@ def prepare(
     def average(x: Tensor) -> Tensor:
         if score == "global":
             return x.mean((2, 3))
-        return _weights(h, window // 2, sigma, x) @ x @ _weights(w, window // 2, sigma, x).T
+        return _window_matrix(h, window // 2, sigma, x) @ x @ _window_matrix(w, window // 2, sigma, x).T
 
     mean = average(centred)
     variance = (average(centred.square()) - mean.square()).clamp(min=0)
-    kept = (x.float().contiguous() for x in (centred, offset, mean, variance))
-    return ReferenceStatistics(kind, score, window, sigma, data_range, *kept)
+    rounded = (x.float().contiguous() for x in (centred, offset, mean, variance))
+    return ReferenceStatistics(kind, score, window, sigma, data_range, *rounded)
 
 
-def _weights(size: int, radius: int, sigma: float, like: Tensor) -> Float[Tensor, "size size"]:
-    """G[i, j] = g_{j−i} / Σ_k g_{k−i}, k inside the side and within the radius: G x averages along the columns of x."""
-    at = torch.arange(size, device=like.device)
-    away = at - at[:, None]
-    g = torch.exp(-0.5 * (away.to(like.dtype) / sigma).square()) * (away.abs() <= radius)
+def _window_matrix(size: int, radius: int, sigma: float, like: Tensor) -> Float[Tensor, "size size"]:
+    """G[i, j] = g_{j−i} / Σ_k g_{k−i} over the k inside the image and within the radius; G x averages x's columns."""
+    position = torch.arange(size, device=like.device)
+    distance = position - position[:, None]
+    g = torch.exp(-0.5 * (distance.to(like.dtype) / sigma).square()) * (distance.abs() <= radius)
     return g / g.sum(1, keepdim=True)
 
 
@@ -191,25 +193,25 @@ def similarity(
     sigma: float = 1.5,
     data_range: float = 1.0,
 ) -> Float[Tensor, "n h w"] | Float[Tensor, " n"]:
-    """As `reference.similarity`, whose result it agrees with to float32; float64 inputs have no kernel and go there."""
+    """`reference.similarity` to float32 precision; float64 inputs are left to the reference."""
     settings: dict[str, Any] = {"window": window, "sigma": sigma, "data_range": data_range}
     if torch.float64 in (a.dtype, b.dtype):
         return reference.similarity(a, b, kind, score, **settings)
     reference.check_similarity(a, b, kind, score, window, sigma, data_range)
-    shared = b.ndim == 3
-    rows = torch.zeros(len(a), dtype=torch.int64, device=a.device) if shared else torch.arange(len(a), device=a.device)
-    statistics = prepare(b[None] if shared else b, kind, score, **settings)
+    is_shared = b.ndim == 3
+    rows = torch.arange(len(a), device=a.device) * (not is_shared)
+    statistics = prepare(b[None] if is_shared else b, kind, score, **settings)
     return score_maps(a, statistics, rows) if score == "local" else score_numbers(a, statistics, rows)
 
 
 def score_maps(
     a: Float[Tensor, "n c h w"], b: ReferenceStatistics, rows: Int[Tensor, " n"]
 ) -> Float32[Tensor, "n h w"]:
-    """s_n(λ) of each entry against its row, which is not padding."""
+    """s_n(λ) of each entry against its row; `rows` must not contain padding."""
     n, c, h, w = a.shape
     out = torch.empty((n, h, w), dtype=torch.float32, device=a.device)
     grid = (n * tiles(h, w),)
-    _local[grid](
+    _local_score[grid](
         *strided(a), b.pixels, b.mean, b.variance, b.offset, rows, out, h, w, c, b.rate, *b.constants,
         KIND=b.kind, RADIUS=b.radius, num_warps=1, maxnreg=LOCAL_REGISTERS,
     )  # fmt: skip
@@ -222,7 +224,7 @@ def score_numbers(
     """s_n of each entry against its row; NaN for padding (row −1)."""
     n, c, h, w = a.shape
     out = torch.empty(n, dtype=torch.float32, device=a.device)
-    _global[(n,)](
+    _global_score[(n,)](
         *strided(a), b.pixels, b.mean, b.variance, b.offset, rows, out, h * w, c, *b.constants,
         KIND=b.kind, **_blocks(c), num_warps=GLOBAL_WARPS,
     )  # fmt: skip
@@ -230,52 +232,57 @@ def score_numbers(
 
 
 def tiles(h: int, w: int) -> int:
-    """How many tiles a local score works in."""
+    """The number of tiles of a local score."""
     return triton.cdiv(h, TILE_H.value) * triton.cdiv(w, TILE_W.value)
 
 
 def strided(a: Float[Tensor, "n c h w"]) -> tuple[Tensor, int, int, int]:
-    """`a` and its strides over entries, channels and pixels; a copy where no one stride leads from pixel to pixel."""
+    """`a` and its strides over entries, channels and pixels; copied first if its pixels have no common stride."""
     h, w = a.shape[2:]
-    one_stride = h == 1 or w == 1 or a.stride(2) == w * a.stride(3)
-    if not one_stride or max(a.stride(2) * h, a.stride(3) * w) >= 2**31:
+    has_pixel_stride = h == 1 or w == 1 or a.stride(2) == w * a.stride(3)
+    if not has_pixel_stride or max(a.stride(2) * h, a.stride(3) * w) >= 2**31:
         a = a.contiguous()
     return a, a.stride(0), a.stride(1), a.stride(3 if w > 1 else 2)
 
 
 def _blocks(channels: int) -> dict[str, int]:
-    together = min(triton.next_power_of_2(channels), MAX_CHANNELS)
-    return {"CHANNELS": together, "BLOCK": BLOCK_ELEMENTS // together}
+    per_block = min(triton.next_power_of_2(channels), MAX_CHANNELS)
+    return {"CHANNELS": per_block, "BLOCK": BLOCK_ELEMENTS // per_block}
 
 
 # Ahead of time -------------------------------------------------------------------------------------------------------
 
 
-#: ε as it is launched: half precision or not, channels-last or not; a stride of one is a constant to the compiler.
+#: The layouts and dtypes of f(R⊙M) at launch; Triton makes a stride of one a constant.
 CHANNELS_LAST = ({"stride_n": "i32:16", "stride_p": "i32"}, {"stride_c": 1})
 CHANNELS_FIRST = ({"stride_n": "i32:16", "stride_c": "i32:16"}, {"stride_p": 1})
 ANY_STRIDES: tuple[dict[str, str], dict[str, int]] = ({"stride_n": "i64", "stride_c": "i32", "stride_p": "i32"}, {})
-LAUNCHED = (("fp16", CHANNELS_LAST), ("bf16", CHANNELS_LAST), ("fp32", CHANNELS_FIRST), ("fp32", ANY_STRIDES))
+LAYOUTS = (("fp16", CHANNELS_LAST), ("bf16", CHANNELS_LAST), ("fp32", CHANNELS_FIRST), ("fp32", ANY_STRIDES))
 
 
 def configurations() -> list[Configuration]:
-    """Every term at Stable Diffusion's latent; windows and channels beyond one load; a side of one."""
+    """Every similarity at Stable Diffusion's size, windows and channels beyond one load, and sides of one pixel."""
     statistics = dict.fromkeys(("b", "mean", "variance", "offset", "out"), "*fp32:16") | {"rows": "*i64:16"}
     shared = statistics | {"C": "i32", "c1": "fp32", "c2": "fp32"}
 
-    def local(kind: str, a: str, strides: Any, radius: int = 5, **sides: int) -> Configuration:
+    def local_config(kind: str, a: str, strides: Any, radius: int = 5, **sides: int) -> Configuration:
         types = shared | strides[0] | {"a": f"*{a}:16", "h": "i32:16", "w": "i32:16", "rate": "fp32"}
         runtime = {name: type_ for name, type_ in types.items() if name not in sides}
         constants = {"KIND": kind, "RADIUS": radius, **strides[1], **sides}
-        return Configuration(_local, runtime, constants, 1, LOCAL_REGISTERS)
+        return Configuration(_local_score, runtime, constants, 1, LOCAL_REGISTERS)
 
-    def whole(kind: str, a: str, strides: Any, c: int = 4) -> Configuration:
+    def global_config(kind: str, a: str, strides: Any, c: int = 4) -> Configuration:
         types = shared | strides[0] | {"a": f"*{a}:16", "pixels": "i32:16"}
-        return Configuration(_global, types, {"KIND": kind, **_blocks(c), **strides[1]}, num_warps=GLOBAL_WARPS)
+        return Configuration(_global_score, types, {"KIND": kind, **_blocks(c), **strides[1]}, num_warps=GLOBAL_WARPS)
 
     return [
-        *(make(kind, *how) for kind in reference.SIMILARITIES for how in LAUNCHED for make in (local, whole)),
-        *(local("ssim", a, strides, radius) for a, strides in LAUNCHED for radius in (0, 20)),
-        *(whole("ssim", a, strides, c) for a, strides in LAUNCHED for c in (1, 16)),
-        local("ssim", "fp32", ANY_STRIDES, h=1, w=1),
+        *(
+            config(kind, *layout)
+            for kind in reference.SIMILARITIES
+            for layout in LAYOUTS
+            for config in (local_config, global_config)
+        ),
+        *(local_config("ssim", a, strides, radius) for a, strides in LAYOUTS for radius in (0, 20)),
+        *(global_config("ssim", a, strides, c) for a, strides in LAYOUTS for c in (1, 16)),
+        local_config("ssim", "fp32", ANY_STRIDES, h=1, w=1),
     ]

@@ -1,24 +1,25 @@
-"""Local statistics inside a kernel: a Gaussian window over a tile of pixels, and the terms of SSIM made of them.
+"""Local statistics inside kernels: a Gaussian window over a tile of pixels, and the terms of SSIM computed from it.
 
-Device functions only. A program is one warp and owns a tile of TILE_H × TILE_W pixels, one column a thread. The window
-is separable: the taps of an input row are summed once, in registers, and the sum is spread over the tile's rows with
-the window's weights across. No shared memory, no barrier; what neighbouring tiles read again comes from the caches.
+Device functions only. A program is one warp and computes a tile of TILE_H × TILE_W pixels, one column per thread. The
+window is separable: the taps of an input row are summed once in registers, and the sum is added to the tile's rows with
+the window's vertical weights. Neither shared memory nor barriers; pixels that neighbouring tiles share are read again
+from the caches.
 """
 
 import triton
 import triton.language as tl
 
-#: Pixels of a tile: a thread holds one column of TILE_H; a warp reads TILE_W neighbours at a time.
+#: A tile's height and width: a thread holds one column of TILE_H pixels, a warp reads TILE_W neighbours at a time.
 TILE_H, TILE_W = tl.constexpr(4), tl.constexpr(32)
-#: Taps of a row that are loaded together.
+#: Taps of a row loaded together.
 TAPS = tl.constexpr(8)
-#: ‖x‖ is not taken below this in a cosine, as in torch.
+#: Lower bound of a norm in the cosine, as in torch.
 EPSILON = tl.constexpr(1e-8)
 
 
 @triton.jit
 def tile_pixels(tile, h, w):
-    """The rows y [TILE_H] and columns x [TILE_W] of tile number `tile` of an image, row by row of tiles."""
+    """The rows y [TILE_H] and columns x [TILE_W] of a tile; tiles are numbered in row-major order."""
     across = tl.cdiv(w, TILE_W)
     y = tile // across * TILE_H + tl.arange(0, TILE_H)
     x = tile % across * TILE_W + tl.arange(0, TILE_W)
@@ -27,7 +28,7 @@ def tile_pixels(tile, h, w):
 
 @triton.jit
 def term(KIND: tl.constexpr, mean_a, mean_b, var_a, var_b, cov, c1, c2):
-    """Eqs. 5 to 7 of one channel, and their products; see `reference.similarity`."""
+    """Eq. 5, Eq. 6, Eq. 7, contrast or SSIM of one channel; see `reference.similarity`."""
     if KIND == "structure":
         value = (cov + c2 / 2) / (tl.sqrt_rn(var_a * var_b) + c2 / 2)
     elif KIND == "contrast":
@@ -43,7 +44,7 @@ def term(KIND: tl.constexpr, mean_a, mean_b, var_a, var_b, cov, c1, c2):
 
 @triton.jit
 def clamped(variance):
-    """max(variance, 0), and NaN of NaN."""
+    """max(variance, 0), propagating NaN."""
     return tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -55,7 +56,10 @@ def cosine(ab, aa, bb):
 
 @triton.jit
 def row_sums(a, stride, offset, b, y, x, w, rate, RADIUS: tl.constexpr):
-    """Σ g, Σ g a, Σ g a² and Σ g a b over the taps of row y around each column x, of a less `offset`; [TILE_W]."""
+    """Σ g, Σ g a, Σ g a² and Σ g a b over the taps of row y around each column x, with `offset` subtracted from a.
+
+    Each of shape [TILE_W].
+    """
     g_sum = tl.zeros((TILE_W,), tl.float32)
     a_sum = tl.zeros((TILE_W,), tl.float32)
     aa_sum = tl.zeros((TILE_W,), tl.float32)
@@ -78,10 +82,10 @@ def row_sums(a, stride, offset, b, y, x, w, rate, RADIUS: tl.constexpr):
 
 @triton.jit
 def window_means(a, stride, offset, b, y, x, top, bottom, w, rate, RADIUS: tl.constexpr):
-    """The window's means of a, a² and a b around each pixel of a tile, of a less `offset`; [TILE_H, TILE_W].
+    """The window's means of a, a² and a b around each pixel of a tile, with `offset` subtracted from a.
 
-    Σ_k g_k x_{λ+k} / Σ_k g_k over the k for which λ + k is inside the image, g_k = 2^(rate·|k|²); rows top … bottom − 1
-    are those that the tile's windows reach.
+    Each of shape [TILE_H, TILE_W]: Σ_k g_k x_{λ+k} / Σ_k g_k over the k for which λ + k is inside the image,
+    g_k = 2^(rate·|k|²). Rows top … bottom − 1 are those within reach of the tile's windows.
     """
     norm = tl.zeros((TILE_H, TILE_W), tl.float32)
     mean_a = tl.zeros((TILE_H, TILE_W), tl.float32)
@@ -89,14 +93,14 @@ def window_means(a, stride, offset, b, y, x, top, bottom, w, rate, RADIUS: tl.co
     mean_ab = tl.zeros((TILE_H, TILE_W), tl.float32)
     for row in range(top, bottom):
         g_sum, a_sum, aa_sum, ab_sum = row_sums(a, stride, offset, b, row, x, w, rate, RADIUS)
-        away = row - y
-        near = (away >= -RADIUS) & (away <= RADIUS)
-        weight = tl.where(near, tl.exp2(rate * (away * away).to(tl.float32)), 0.0)[:, None]
+        tap = row - y
+        inside = (tap >= -RADIUS) & (tap <= RADIUS)
+        weight = tl.where(inside, tl.exp2(rate * (tap * tap).to(tl.float32)), 0.0)[:, None]
         norm += weight * g_sum[None, :]
         mean_a += weight * a_sum[None, :]
         mean_aa += weight * aa_sum[None, :]
         mean_ab += weight * ab_sum[None, :]
-    # At least the middle tap's 1 inside the image; outside, where nothing is stored, it may be 0.
+    # At least 1 (the centre tap) inside the image; it may be 0 outside, where nothing is stored.
     norm = tl.maximum(norm, 1.0)
     return mean_a / norm, mean_aa / norm, mean_ab / norm
 
@@ -106,9 +110,9 @@ def local_score(
     a, stride_c, stride_p, b, mean, variance, offset, y, x, h, w, C, rate, c1, c2,
     KIND: tl.constexpr, RADIUS: tl.constexpr,
 ):  # fmt: skip
-    """s(λ) of one entry on a tile [TILE_H, TILE_W]: the mean over channels of a term of SSIM, or the cosine.
+    """s(λ) of one entry on a tile [TILE_H, TILE_W]: the mean over channels of an SSIM term, or the cosine.
 
-    `a` points at the entry's ε, `b`, `mean`, `variance` and `offset` at its row's `ReferenceStatistics`.
+    `a` points to the entry's f(R⊙M); `b`, `mean`, `variance` and `offset` to the `ReferenceStatistics` of its row.
     """
     inside = (y < h)[:, None] & (x < w)[None, :]
     pixel = y[:, None] * w + x[None, :]
@@ -128,7 +132,7 @@ def local_score(
             aa += value * value
             bb += other * other
         else:
-            # A variance does not see an offset, but float32 does: the tile's mean is near every window's.
+            # Subtracting the tile's mean, which is close to every window's, keeps the digits of the variance.
             offset_a = tl.sum(value) / size
             mean_a, mean_aa, mean_ab = window_means(a_c, stride_p, offset_a, b + at, y, x, top, bottom, w, rate, RADIUS)
             mean_b = tl.load(mean + at + pixel, mask=inside, other=0.0)

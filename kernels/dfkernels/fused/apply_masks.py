@@ -1,4 +1,4 @@
-"""`reference.blend`, `reference.draw` and `reference.masks` in Triton: masks are drawn where they are used."""
+"""`apply_masks`, `draw_masks` and `masks` of `reference` in Triton; masks are drawn where they are used."""
 
 from itertools import product
 from typing import Any
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from dfkernels.fused.configuration import Configuration
 from dfkernels.fused.mask import load_entry, weights
-from dfkernels.reference import check_mask, entries
+from dfkernels.reference import MASK_KINDS, check_mask, mask_counters
 
-#: Elements and most channels of a tile, and warps: 16 elements a thread, which are two vectors in half precision.
+#: Elements per tile, channels per tile at most, and warps: 16 elements per thread, two vectors in half precision.
 TILE, MAX_CHANNELS, WARPS = 2048, 16, 4
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _blend(
+def _apply_masks(
     latents, seeds, steps, rows, indices, out, h, w, threshold,
     GRID: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n, λ, k] = latents[row, k, λ] · M(λ), a block of pixels of one entry: channels-last from channels-first."""
+    """out[n, λ, k] = latents[row, k, λ] · M(λ) for a block of pixels of one entry; channels-first to channels-last."""
     blocks = tl.cdiv(h * w, BLOCK)
     n = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
@@ -40,11 +40,11 @@ def _blend(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _draw(
+def _draw_masks(
     seeds, steps, indices, out, h, w, threshold,
     GRID: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n, λ] = M(λ), a block of pixels of one entry, which is its own row."""
+    """out[n, λ] = M(λ) for a block of pixels of one entry; entry n has its own seed and step."""
     blocks = tl.cdiv(h * w, BLOCK)
     n = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
@@ -55,7 +55,7 @@ def _draw(
     tl.store(out + n.to(tl.int64) * (h * w) + pixel, weight.to(out.dtype.element_ty), mask=pixel < h * w)
 
 
-def blend(
+def apply_masks(
     latents: Float[Tensor, "r c h w"],
     seeds: Int[Tensor, " r"],
     steps: Int[Tensor, " r"],
@@ -67,7 +67,7 @@ def blend(
     grid: int = 8,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "n c h w"]:
-    """As `reference.blend`, whose bits it gives for Gaussian masks."""
+    """`reference.apply_masks`, bit for bit with Gaussian masks."""
     _, c, h, w = latents.shape
     check_mask((h, w), keep_probability, kind, grid)
     out = torch.empty(
@@ -78,13 +78,13 @@ def blend(
     )
     inputs = (x.contiguous() for x in (latents, seeds, steps, rows, indices))
     blocks = tile(c, h * w)
-    _blend[(len(rows) * triton.cdiv(h * w, blocks["BLOCK"]),)](
+    _apply_masks[(len(rows) * triton.cdiv(h * w, blocks["BLOCK"]),)](
         *inputs, out, h, w, threshold(keep_probability), GRID=grid, KIND=kind, C=c, **blocks, num_warps=WARPS
     )
     return out
 
 
-def draw(
+def draw_masks(
     seeds: Int[Tensor, " n"],
     steps: Int[Tensor, " n"],
     indices: Int[Tensor, " n"],
@@ -94,14 +94,14 @@ def draw(
     kind: str = "gaussian",
     grid: int = 8,
 ) -> Bool[Tensor, "n h w"] | Float[Tensor, "n h w"]:
-    """As `reference.draw`, whose bits it gives for Gaussian masks."""
+    """`reference.draw_masks`, bit for bit for Gaussian masks."""
     check_mask(shape, keep_probability, kind, grid)
     h, w = shape
     dtype = torch.float32 if kind == "rise" else torch.bool
     out = torch.empty((len(seeds), h, w), dtype=dtype, device=seeds.device)
     inputs = (x.contiguous() for x in (seeds, steps, indices))
     block = tile(1, h * w)["BLOCK"]
-    _draw[(len(seeds) * triton.cdiv(h * w, block),)](
+    _draw_masks[(len(seeds) * triton.cdiv(h * w, block),)](
         *inputs,
         out if kind == "rise" else out.view(torch.uint8),
         h, w, threshold(keep_probability), GRID=grid, KIND=kind, BLOCK=block, num_warps=WARPS,
@@ -119,42 +119,46 @@ def masks(
     device: torch.device | str | None = None,
     **mask: Any,
 ) -> Bool[Tensor, "count h w"] | Float[Tensor, "count h w"]:
-    """As `reference.masks`."""
-    return draw(*entries(seed, step, first, count, device), shape, **mask)
+    """`reference.masks`, drawn by `draw_masks`."""
+    return draw_masks(*mask_counters(seed, step, first, count, device), shape, **mask)
 
 
 def threshold(keep_probability: float) -> int:
-    """What a random word stays below to keep its pixel: up to 2³² itself, which is why it is compared in 64 bits."""
+    """The bound below which a random 32-bit integer keeps its pixel, up to 2³² inclusive: compare it in 64 bits."""
     return round(keep_probability * 2**32)
 
 
 def tile(c: int, pixels: int) -> dict[str, int]:
-    """The shape of a tile, for c channels and images of so many pixels."""
+    """The shape of a tile for latents with c channels and `pixels` pixels."""
     channels = min(MAX_CHANNELS, triton.next_power_of_2(c))
     return {"CHANNELS": channels, "BLOCK": min(TILE // channels, max(4, triton.next_power_of_2(pixels)))}
 
 
 def configurations() -> list[Configuration]:
-    """Every kind and dtype at Stable Diffusion's latent, other channels, and sides and grids of one: constants."""
+    """Every mask kind and dtype at Stable Diffusion's size, other channel counts, and sides of one pixel.
+
+    Triton specialises an argument that equals one, which makes it a constant.
+    """
     vectors = dict.fromkeys(("seeds", "steps", "rows", "indices"), "*i64:16")
     sizes = {"h": "i32:16", "w": "i32:16", "threshold": "i64"}
 
-    def blended(latents: str, out: str, kind: str, c: int, grid: int = 8, **fixed: int) -> Configuration:
+    def apply_config(latents: str, out: str, kind: str, c: int, grid: int = 8, **fixed: int) -> Configuration:
         types = {"latents": f"*{latents}:16", "out": f"*{out}:16", **vectors, **sizes}
         runtime = {name: type_ for name, type_ in types.items() if name not in fixed}
-        return Configuration(_blend, runtime, {"GRID": grid, "KIND": kind, "C": c, **tile(c, 4096), **fixed}, WARPS)
+        return Configuration(
+            _apply_masks, runtime, {"GRID": grid, "KIND": kind, "C": c, **tile(c, 4096), **fixed}, WARPS
+        )
 
-    def drawn(kind: str, out: str) -> Configuration:
+    def draw_config(kind: str, out: str) -> Configuration:
         constants = {"GRID": 8, "KIND": kind, "BLOCK": tile(1, 4096)["BLOCK"]}
-        return Configuration(_draw, {"out": f"*{out}:16", **vectors, **sizes}, constants, WARPS)
+        return Configuration(_draw_masks, {"out": f"*{out}:16", **vectors, **sizes}, constants, WARPS)
 
-    kinds = ("gaussian", "rise")
     return [
-        *(blended("fp32", out, kind, 4) for kind, out in product(kinds, ("bf16", "fp16", "fp32"))),
-        *(blended("fp16", "fp16", kind, c) for kind, c in product(kinds, (1, 3, 4, 16, 33))),
-        blended("fp64", "fp64", "gaussian", 4),
-        blended("fp32", "fp16", "rise", 4, grid=32),
-        blended("fp32", "fp16", "rise", 1, grid=1, h=1, w=1),
-        drawn("gaussian", "u8"),
-        drawn("rise", "fp32"),
+        *(apply_config("fp32", out, kind, 4) for kind, out in product(MASK_KINDS, ("bf16", "fp16", "fp32"))),
+        *(apply_config("fp16", "fp16", kind, c) for kind, c in product(MASK_KINDS, (1, 3, 4, 16, 33))),
+        apply_config("fp64", "fp64", "gaussian", 4),
+        apply_config("fp32", "fp16", "rise", 4, grid=32),
+        apply_config("fp32", "fp16", "rise", 1, grid=1, h=1, w=1),
+        draw_config("gaussian", "u8"),
+        draw_config("rise", "fp32"),
     ]

@@ -1,4 +1,4 @@
-"""Masks drawn inside kernels, and blending with them, against the reference."""
+"""Masks drawn inside kernels, and masked latents, against the reference."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from dfkernels import counters, reference
-from dfkernels.fused import blend as fused
+from dfkernels.fused import apply_masks as fused
 from dfkernels.fused import mask
 from fused import DEVICE, ODD_SHAPES, exact_in, poisoned
 from hypothesis import given, settings
@@ -29,17 +29,17 @@ def latents(c: int, h: int, w: int, dtype: torch.dtype = torch.float32, r: int =
     return torch.randn(r, c, h, w, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
 
 
-def blend_tolerance(kind: str, dtype: torch.dtype) -> dict[str, float]:
-    return tolerance("blend" if kind == "gaussian" else f"blend_rise_{str(dtype).removeprefix('torch.')}")
+def masking_tolerance(kind: str, dtype: torch.dtype) -> dict[str, float]:
+    return tolerance("apply_masks" if kind == "gaussian" else f"apply_masks_rise_{str(dtype).removeprefix('torch.')}")
 
 
-def assert_blends_as_the_reference(x: torch.Tensor, kind: str = "gaussian", **settings: object) -> None:
+def assert_equals_reference(x: torch.Tensor, kind: str = "gaussian", **settings: object) -> None:
     arguments = (x, SEEDS, STEPS, ROWS, INDICES)
     with poisoned():
-        ours = fused.blend(*arguments, kind=kind, **settings)
-    expected = reference.blend(*arguments, kind=kind, **settings)
+        ours = fused.apply_masks(*arguments, kind=kind, **settings)
+    expected = reference.apply_masks(*arguments, kind=kind, **settings)
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert_close(ours, expected, **blend_tolerance(kind, ours.dtype))
+    assert_close(ours, expected, **masking_tolerance(kind, ours.dtype))
 
 
 # Philox --------------------------------------------------------------------------------------------------------------
@@ -57,14 +57,14 @@ def _philox(numbers, out):
 
 
 @triton.jit
-def _words(entry, out, first, STREAM: tl.constexpr, COUNT: tl.constexpr, ANY: tl.constexpr):
+def _random_uint32(entry, out, first, STREAM: tl.constexpr, COUNT: tl.constexpr, ANY: tl.constexpr):
     k0, k1 = tl.load(entry + 0).to(tl.uint32), tl.load(entry + 1).to(tl.uint32)
     step, index = tl.load(entry + 2).to(tl.uint32), tl.load(entry + 3).to(tl.uint32)
     position = tl.arange(0, COUNT)
     if ANY:
-        word = mask.words_at(first + position, k0, k1, step, index, STREAM)
+        word = mask.random_uint32_at(first + position, k0, k1, step, index, STREAM)
     else:
-        word = mask.words(first, k0, k1, step, index, STREAM, COUNT)
+        word = mask.random_uint32(first, k0, k1, step, index, STREAM, COUNT)
     tl.store(out + position, word.to(tl.int64))
 
 
@@ -88,14 +88,14 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: str)
 
 @PROPERTY
 @given(U32, U32, U32, U32, st.integers(0, 5000), st.integers(0, 2), st.booleans())
-def test_words_are_the_specified_ones(
+def test_random_numbers_equal_the_specification(
     low: int, high: int, step: int, index: int, block: int, stream: int, any_: bool
 ) -> None:
     out = torch.full((16,), -1, device=DEVICE)
     entry = torch.tensor([low, high, step, index], device=DEVICE)
-    _words[(1,)](entry, out, 4 * block, STREAM=stream, COUNT=16, ANY=any_)
+    _random_uint32[(1,)](entry, out, 4 * block, STREAM=stream, COUNT=16, ANY=any_)
     seed = low + (high << 32) - 2**64 * (high >> 31)
-    expected = counters.words(*(torch.tensor([x]) for x in (seed, step, index)), 4 * block + 16, stream)
+    expected = counters.random_uint32(*(torch.tensor([x]) for x in (seed, step, index)), 4 * block + 16, stream)
     assert out.tolist() == expected[0, 4 * block :].tolist()
 
 
@@ -104,27 +104,27 @@ def test_words_are_the_specified_ones(
 
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 @pytest.mark.parametrize(("kind", "grid"), [("gaussian", 8), ("rise", 8), ("rise", 1), ("rise", 3), ("rise", 32)])
-def test_masks_are_the_references(shape: tuple[int, int], kind: str, grid: int) -> None:
+def test_masks_equal_the_reference(shape: tuple[int, int], kind: str, grid: int) -> None:
     arguments, settings = (SEEDS, STEPS, INDICES[:3], shape), {"kind": kind, "grid": grid, "keep_probability": 0.3}
     with poisoned():
-        ours = fused.draw(*arguments, **settings)
-    expected = reference.draw(*arguments, **settings)
+        ours = fused.draw_masks(*arguments, **settings)
+    expected = reference.draw_masks(*arguments, **settings)
     assert_close(ours, expected, **tolerance("masks" if kind == "gaussian" else "masks_rise"))
 
 
-# p·2³² rounds to 0, to 2³¹ − 1 and 2³¹ (the sign of 32 bits), to a word and up from it, to 2³² − 1 and to 2³².
+# p·2³² rounds to 0, 1, 2³¹ − 1 and 2³¹ (the sign bit of 32), to a drawn number and one above, 2³² − 1 and 2³².
 @pytest.mark.parametrize(
     "threshold", [0.25, 1, 2**31 - 1, 2**31, 0x6627E8D5, 0x6627E8D5 + 0.6, 2**32 - 1, 2**32 - 0.25]
 )
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
-def test_every_threshold_is_compared_unsigned(threshold: float, kind: str) -> None:
+def test_thresholds_are_compared_unsigned(threshold: float, kind: str) -> None:
     arguments, settings = (0, 0, 0, 2, (5, 7)), {"kind": kind, "keep_probability": threshold / 2**32}
     expected = reference.masks(*arguments, **settings)
     ours = fused.masks(*arguments, **settings, device=DEVICE)
     assert_close(ours.cpu(), expected, **tolerance("masks" if kind == "gaussian" else "masks_rise"))
 
 
-def test_the_highest_word_is_kept_by_the_highest_threshold_alone() -> None:
+def test_only_the_highest_threshold_keeps_the_highest_number() -> None:
     # Found by search: word 2 of counter (0, 105672652, 0, 0), key 0, is ffffffff.
     for threshold, kept in ((2**32 - 1, False), (2**32 - 0.25, True)):
         for masks in (reference.masks, fused.masks):
@@ -142,7 +142,7 @@ def _weights_at(pixels, out, k0, k1, step, index, h, w, threshold, GRID: tl.cons
 
 
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
-def test_any_pixels_of_a_mask_in_a_tile(kind: str) -> None:
+def test_weights_at_arbitrary_pixels(kind: str) -> None:
     pixels = torch.randperm(91, generator=torch.Generator().manual_seed(0))[:32].reshape(4, 8)
     out = torch.full((4, 8), torch.nan, device=DEVICE)
     at = pixels.to(DEVICE, torch.int32)
@@ -151,25 +151,25 @@ def test_any_pixels_of_a_mask_in_a_tile(kind: str) -> None:
     assert_close(out.cpu(), mask_.flatten()[pixels].float(), **tolerance("masks_rise"))
 
 
-# Blend ---------------------------------------------------------------------------------------------------------------
+# Apply masks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
-def test_blend_is_the_references(shape: tuple[int, int], kind: str) -> None:
-    assert_blends_as_the_reference(latents(4, *shape), kind, keep_probability=0.3, grid=3)
+def test_apply_masks_equals_the_reference(shape: tuple[int, int], kind: str) -> None:
+    assert_equals_reference(latents(4, *shape), kind, keep_probability=0.3, grid=3)
 
 
 @pytest.mark.parametrize("c", [1, 3, 16, 17])
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
 def test_any_number_of_channels(c: int, kind: str) -> None:
-    assert_blends_as_the_reference(latents(c, 7, 13), kind)
+    assert_equals_reference(latents(c, 7, 13), kind)
 
 
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
 @pytest.mark.parametrize(("dtype", "out"), [*itertools.product(DTYPES, (None, *DTYPES)), (torch.float64, None)])
 def test_any_dtype(kind: str, dtype: torch.dtype, out: torch.dtype | None) -> None:
-    assert_blends_as_the_reference(exact_in(out or dtype, latents(4, 5, 3, dtype)), kind, dtype=out)
+    assert_equals_reference(exact_in(out or dtype, latents(4, 5, 3, dtype)), kind, dtype=out)
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (96, 64)])
@@ -177,53 +177,53 @@ def test_blocks_of_a_large_image_meet(shape: tuple[int, int]) -> None:
     one = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     x = latents(16, *shape, dtype=torch.float16, r=1)
     with poisoned():
-        ours = fused.blend(x, SEEDS[:1], STEPS[:1], one, one + 5)
-    assert_close(ours, reference.blend(x, SEEDS[:1], STEPS[:1], one, one + 5), **tolerance("blend"))
+        ours = fused.apply_masks(x, SEEDS[:1], STEPS[:1], one, one + 5)
+    assert_close(ours, reference.apply_masks(x, SEEDS[:1], STEPS[:1], one, one + 5), **tolerance("apply_masks"))
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of the interpreter
-def test_the_product_is_taken_before_it_is_rounded() -> None:
+def test_the_product_is_rounded_once() -> None:
     x = latents(4, 7, 13).sign() * 1e5  # beyond float16, but not where RISE's mask is below 0.65
-    assert_blends_as_the_reference(x, "rise", dtype=torch.float16)
+    assert_equals_reference(x, "rise", dtype=torch.float16)
 
 
-def test_padding_is_zeros_whatever_the_latents_hold() -> None:
+def test_padding_yields_zeros_for_nan_latents() -> None:
     x = latents(3, 7, 13)
     x[0] = torch.nan
     with poisoned():
-        blended = fused.blend(x, SEEDS, STEPS, ROWS, INDICES)
-    assert not blended[ROWS < 0].any()
-    assert blended[1].isnan().all()  # and what an entry's own latent holds is kept, masked or not
+        masked = fused.apply_masks(x, SEEDS, STEPS, ROWS, INDICES)
+    assert not masked[ROWS < 0].any()
+    assert masked[1].isnan().all()  # an entry's own NaN is kept, masked or not: 0 · NaN is NaN
 
 
-def test_strided_and_small_integers_are_read_right() -> None:
+def test_strided_and_int32_vectors() -> None:
     x = latents(3, 7, 13).contiguous(memory_format=torch.channels_last)
-    expected = reference.blend(x, SEEDS, STEPS, ROWS, INDICES)
+    expected = reference.apply_masks(x, SEEDS, STEPS, ROWS, INDICES)
     apart = (torch.stack((vector, vector + 1), 1)[:, 0] for vector in (SEEDS, STEPS, ROWS, INDICES))
-    assert_close(fused.blend(x, *apart), expected, **tolerance("blend"))
+    assert_close(fused.apply_masks(x, *apart), expected, **tolerance("apply_masks"))
     one, small = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.tensor([3, 1], device=DEVICE)
-    expected = reference.blend(x, SEEDS, one.new_full((3,), 2), one, small)
+    expected = reference.apply_masks(x, SEEDS, one.new_full((3,), 2), one, small)
     narrow = (tensor.to(torch.int32) for tensor in (one.new_full((3,), 2), one, small))
-    assert_close(fused.blend(x, SEEDS, *narrow), expected, **tolerance("blend"))
+    assert_close(fused.apply_masks(x, SEEDS, *narrow), expected, **tolerance("apply_masks"))
 
 
 def test_no_entries() -> None:
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    assert fused.blend(latents(3, 7, 13), SEEDS, STEPS, none, none).shape == (0, 3, 7, 13)
-    assert fused.draw(none, none, none, (7, 13)).shape == (0, 7, 13)
+    assert fused.apply_masks(latents(3, 7, 13), SEEDS, STEPS, none, none).shape == (0, 3, 7, 13)
+    assert fused.draw_masks(none, none, none, (7, 13)).shape == (0, 7, 13)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
-        ({"kind": "lime"}, "unknown kind of mask 'lime': choose one of gaussian, rise"),
+        ({"kind": "lime"}, "unknown mask kind 'lime': choose one of gaussian, rise"),
         ({"grid": 0}, "grid 0"),
     ],
 )
-def test_errors_are_the_references(change: dict, message: str) -> None:
+def test_errors_match_the_reference(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fused.blend(latents(3, 7, 13), SEEDS, STEPS, ROWS, INDICES, **change)
+        fused.apply_masks(latents(3, 7, 13), SEEDS, STEPS, ROWS, INDICES, **change)
     with pytest.raises(ValueError, match=message):
         fused.masks(0, 0, 0, 1, (7, 13), device=DEVICE, **change)
     with pytest.raises(ValueError, match="masks -1 to 0 are outside"):
@@ -241,8 +241,8 @@ def test_stable_diffusion_size(kind: str, dtype: torch.dtype) -> None:
     row, index = torch.arange(8, device=DEVICE), torch.arange(1000, device=DEVICE)
     entries = (row - 4, row, index % 9 - 1, index)
     with poisoned():
-        ours = fused.blend(x, *entries, kind=kind)
-    assert_close(ours, reference.blend(x, *entries, kind=kind), **blend_tolerance(kind, dtype))
+        ours = fused.apply_masks(x, *entries, kind=kind)
+    assert_close(ours, reference.apply_masks(x, *entries, kind=kind), **masking_tolerance(kind, dtype))
 
 
 @pytest.mark.gpu
@@ -251,11 +251,11 @@ def test_more_than_two_to_the_31_elements() -> None:
     n = 2**31 // (c * side * side) + 3
     x = latents(c, side, side, torch.float16)
     rows, indices = torch.arange(n, device=DEVICE) % 3, torch.arange(n, device=DEVICE)
-    blended = fused.blend(x, SEEDS, STEPS, rows, indices)
-    drawn = fused.draw(SEEDS[rows], STEPS[rows], indices, (side, side))
-    assert blended.numel() > 2**31
+    masked = fused.apply_masks(x, SEEDS, STEPS, rows, indices)
+    drawn = fused.draw_masks(SEEDS[rows], STEPS[rows], indices, (side, side))
+    assert masked.numel() > 2**31
     for part in (slice(0, 4), slice(n // 2 - 2, n // 2 + 2), slice(n - 4, n)):
-        expected = reference.blend(x, SEEDS, STEPS, rows[part], indices[part])
-        assert_close(blended[part], expected, **tolerance("blend"))
-        masks = reference.draw(SEEDS[rows[part]], STEPS[rows[part]], indices[part], (side, side))
+        expected = reference.apply_masks(x, SEEDS, STEPS, rows[part], indices[part])
+        assert_close(masked[part], expected, **tolerance("apply_masks"))
+        masks = reference.draw_masks(SEEDS[rows[part]], STEPS[rows[part]], indices[part], (side, side))
         assert torch.equal(drawn[part], masks)
