@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from dfengine import sweep as sweep
     from dfengine.diffusion.job import Job
     from dfengine.diffusion.path import exponential_timesteps
-    from dfengine.display import Result, open
+    from dfengine.display import Result as Result
+    from dfengine.display import open as open
     from dfengine.engine import Engine
     from dfengine.events import Finished, Generated
     from dfengine.explain import (

@@ -48,6 +48,18 @@ class Plan:
     def __len__(self) -> int:
         return len(self.jobs)
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """How each explainer's maps are labelled, by its name: its name itself if it is not registered."""
+        entries = {explainer.name: entry_of(explainer) for explainer in self.explainers}
+        return {name: entry.label if entry else name for name, entry in entries.items()}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """How each explainer's maps are drawn, by its name: "saliency" if it is not registered."""
+        entries = {explainer.name: entry_of(explainer) for explainer in self.explainers}
+        return {name: entry.form if entry else "saliency" for name, entry in entries.items()}
+
     def select(self, items: Sequence[int]) -> Plan:
         """Some of the jobs, as a plan of their own."""
         return Plan(tuple(self.jobs[item] for item in items), self.explainers)
@@ -74,9 +86,10 @@ class Plan:
                     explainer.name,
                     settings[explainer.name],
                     spec.num_masks,
-                    spec.has_error,
-                    bool(spec.layers),
-                    *label_and_form(explainer),
+                    has_error=spec.has_error,
+                    has_layers=bool(spec.layers),
+                    label=self.labels[explainer.name],
+                    form=self.forms[explainer.name],
                 )
                 for explainer, spec in zip(self.explainers, first.outputs.values(), strict=True)
             ),
@@ -110,12 +123,6 @@ def _outputs(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> d
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} both output {what}, and a result holds one set: run them apart")
     return outputs
-
-
-def label_and_form(explainer: Explainer) -> tuple[str, str]:
-    """How an explainer's maps are labelled and drawn; its name and "saliency" if it is not registered."""
-    entry = entry_of(explainer)
-    return (entry.label, entry.form) if entry else (explainer.name, "saliency")
 
 
 def item_key(denoiser: Denoiser, job: Job, settings: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.trajectory import Trajectory, restore, to_bytes
 from dfengine.display import Result
 from dfengine.events import Event, Finished, Generated
-from dfengine.explain import Explainer, StepMap, entry_of
-from dfengine.plan import Plan, PlannedJob
+from dfengine.explain import StepMap
+from dfengine.plan import Plan
 from dfengine.result import COMBINED
 
 
@@ -34,8 +34,7 @@ class Recorder:
         """`items` are the places of the jobs in the writer's plan, by default in order."""
         places = range(len(plan)) if items is None else items
         self._items = [
-            _ItemRecorder(denoiser, job, plan.explainers, previews, writer, place)
-            for job, place in zip(plan.jobs, places, strict=True)
+            _ItemRecorder(denoiser, plan, item, previews, writer, place) for item, place in enumerate(places)
         ]
 
     @property
@@ -71,19 +70,20 @@ class _ItemRecorder:
     def __init__(
         self,
         denoiser: Denoiser,
-        planned: PlannedJob,
-        explainers: Sequence[Explainer],
+        plan: Plan,
+        item: int,
         previews: bool,
         writer: store.Writer | None,
-        item: int,
+        place: int,
     ) -> None:
-        self._denoiser, self._planned, self._previews = denoiser, planned, previews
-        self._writer, self._item = writer, item
+        """The job is the plan's given item, and has the given place in the writer's plan."""
+        self._denoiser, self._planned, self._previews = denoiser, plan.jobs[item], previews
+        self._writer, self._item = writer, place
         self.done: set[tuple[str, int]] = set()
         self.restored: Trajectory | None = None
-        self.result = _empty_result(denoiser, planned, explainers)
-        if writer is not None and writer.has_trajectory(item):
-            self._restore(writer, writer.stored(item))
+        self.result = _empty_result(denoiser, plan, item)
+        if writer is not None and writer.has_trajectory(place):
+            self._restore(writer, writer.stored(place))
 
     def _restore(self, writer: store.Writer, stored: store.StoredItem) -> None:
         """Take over the trajectory and every map that is stored with all that belongs to it."""
@@ -154,7 +154,7 @@ class _ItemRecorder:
             layers = {name: part.numpy() for name, part in step_map.layers.items()}
             self._writer.cam(self._item, step_map.step, layers)
         self._writer.curves(
-            self._item, step_map.step, relevance=values.pop("relevance", None), heat=values.pop("word_maps", None)
+            self._item, step_map.step, relevance=values.pop("relevance", None), word_maps=values.pop("word_maps", None)
         )
         # Last, since it marks the step as done.
         self._writer.step(self._item, step_map.method, step_map.step, **values)
@@ -181,15 +181,15 @@ class _ItemRecorder:
             self._writer.finish(self._item, seconds)
 
 
-def _empty_result(denoiser: Denoiser, planned: PlannedJob, explainers: Sequence[Explainer]) -> Result:
+def _empty_result(denoiser: Denoiser, plan: Plan, item: int) -> Result:
     """A result with room for everything that is planned, NaN."""
+    planned = plan.jobs[item]
     job, outputs, tokens, words = planned.job, planned.outputs, planned.tokens, planned.words
     height, width = denoiser.latent_shape[1:]
 
     def empty(*size: int) -> np.ndarray:
         return np.full((len(job.timesteps), *size), np.nan, np.float32)
 
-    entries = {explainer.name: entry for explainer in explainers if (entry := entry_of(explainer))}
     maps: dict[str, Any] = {name: empty(height, width) for name in outputs}
     for name, spec in outputs.items():
         if spec.layers:
@@ -211,7 +211,7 @@ def _empty_result(denoiser: Denoiser, planned: PlannedJob, explainers: Sequence[
         relevance=None if tokens is None else empty(len(tokens)).T,
         words=words,
         word_maps=empty(len(words), height, width).swapaxes(0, 1) if words else None,
-        settings={explainer.name: explainer for explainer in explainers},
-        labels={name: entry.label for name, entry in entries.items()},
-        forms={name: entry.form for name, entry in entries.items()},
+        settings={explainer.name: explainer for explainer in plan.explainers},
+        labels=plan.labels,
+        forms=plan.forms,
     )

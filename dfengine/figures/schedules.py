@@ -63,10 +63,10 @@ class Group:
         errors: dict[str, dict[str, list[float]]] = {}
         sums: dict[str, dict[str, tuple[float, float, float]]] = {}
         for column, schedule in enumerate(self.timesteps):
-            lines = {name: np.array([row[column][name] for row in rows]) for name in names}
-            means[schedule] = {name: values.mean(0).tolist() for name, values in lines.items()}
-            errors[schedule] = {name: standard_error(values).tolist() for name, values in lines.items()}
-            sums[schedule] = {name: _sum_interval(values) for name, values in lines.items()}
+            by_name = {name: np.array([row[column][name] for row in rows]) for name in names}
+            means[schedule] = {name: values.mean(0).tolist() for name, values in by_name.items()}
+            errors[schedule] = {name: standard_error(values).tolist() for name, values in by_name.items()}
+            sums[schedule] = {name: _sum_interval(values) for name, values in by_name.items()}
         details = f"{self.details}, {_describe_seeds([*complete])}"
         title = heading(self.prompt, details, width(len(self.timesteps)), FONT_SIZE)
         return concepts([(title, means, sums)], self.timesteps, [errors] if len(rows) > 1 else [])

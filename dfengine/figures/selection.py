@@ -11,8 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dfengine.result import COMBINED, Explanation, normalised
-from dfengine.tokens import content_words
-from dfengine.tokens import words as word_spans
+from dfengine.tokens import content_words, word_spans
 
 
 def evenly_spaced(length: int, count: int = 6) -> list[int]:

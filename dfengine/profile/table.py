@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dfengine.profile.measure import Profile
-from dfengine.runtime.tuning import duration
+from dfengine.runtime.tuning import format_duration
 
 #: Stages, as a person would name them.
 _STAGES = {
@@ -50,7 +50,7 @@ def lines(found: Profile) -> Iterator[str]:
     what = (
         f"{job['images']:.0f} image{'s' * (job['images'] != 1)} × {job['steps']:.0f} steps × {job['masks']:.0f} masks"
     )
-    yield f"  {what}: about {duration(job['seconds'])}, a file of about {job['bytes'] / 1e6:,.1f} MB"
+    yield f"  {what}: about {format_duration(job['seconds'])}, a file of about {job['bytes'] / 1e6:,.1f} MB"
     for reason in found.missed:
         yield f"  could be faster: {reason}"
 
