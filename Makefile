@@ -7,7 +7,7 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: demo test soak lint types setup clean kernels bench \
+.PHONY: FORCE demo test soak lint types setup clean kernels bench \
   gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-games gpu-estimators
 
 demo: $(VENV)/.ready
@@ -92,16 +92,33 @@ types: $(VENV)/.dev-ready
 
 setup: $(VENV)/.ready
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
 # torch goes first: on a machine without a CUDA build at hand its pinned version is found as a CPU build, and what
-# follows then keeps it.
-$(VENV)/.ready: pyproject.toml constraints.txt
+# follows then keeps it. setuptools installs this project again below, without the network.
+$(VENV)/.requirements: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(PIP) torch setuptools
+	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev-ready: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.dev-requirements: $(VENV)/.requirements
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# The names of all files of the packages. It changes only where one is added, renamed or removed.
+$(VENV)/.files: FORCE
+	@mkdir -p $(VENV)
+	@find dfengine kernels/dfkernels -type f ! -path '*/__pycache__/*' ! -name '.*' | LC_ALL=C sort >$@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+FORCE:
+
+# An editable install is a tree of links to those files (pyproject.toml says why): seconds.
+$(VENV)/.ready: $(VENV)/.requirements $(VENV)/.files
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev-ready: $(VENV)/.dev-requirements $(VENV)/.ready
 	@touch $@
 
 clean:

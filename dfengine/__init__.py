@@ -9,7 +9,7 @@ result = engine.explain("a red circle above a blue square on a gray background",
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from dfengine import evaluate as evaluate
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from dfengine.models.scheduler import ExponentialDDIMScheduler
 
+# Without `open`, so that `from dfengine import *` does not replace the built-in function.
 __all__ = [
     "Attention",
     "Cam",

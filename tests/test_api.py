@@ -72,7 +72,9 @@ def described(name: str, value: object) -> list[str]:
 
 def of_module(name: str) -> str:
     module = importlib.import_module(name)
-    lines = [line for one in module.__all__ if one != "__version__" for line in described(one, getattr(module, one))]
+    # dfengine.open is public, but not for `from dfengine import *`.
+    names = [*module.__all__, *(["open"] if name == "dfengine" else [])]
+    lines = [line for one in names if one != "__version__" for line in described(one, getattr(module, one))]
     return "\n".join(lines)
 
 
