@@ -7,7 +7,7 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: FORCE demo test soak lint types setup clean kernels bench \
+.PHONY: FORCE demo test soak lint types setup setup-dev clean kernels bench \
   gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-games gpu-estimators
 
 demo: $(VENV)/.ready
@@ -91,6 +91,8 @@ types: $(VENV)/.dev-ready
 	$(BIN)/mypy
 
 setup: $(VENV)/.ready
+
+setup-dev: $(VENV)/.dev-ready
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
