@@ -1,21 +1,22 @@
-"""Seconds a prompt for Table 3, beside one generation a step and schedule.
+"""Seconds per prompt for Table 3, compared with a plain implementation that explains one prompt at a time.
 
     python bench/concepts.py
 
-Both ways' lines of the first prompt are compared first; then they are timed in turn. Rows of this device are replaced
-in bench/results/concepts.json, and the table in bench/README.md is made anew.
+The relevance of the first prompt's concepts is compared first; then both implementations are timed in turn. Replaces
+the rows of this device and model in bench/results/concepts.json.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import plain_gradients as plain
 import record
 from diffusers import DDIMScheduler
-from explainers import AGREEMENT, NUM_STEPS, clocked, spread
+from explainers import AGREEMENT, NUM_STEPS, spread, timed
 
 from dfengine import Engine, ExponentialDDIMScheduler, Relevance
 from dfengine.diffusion.trajectory import start_noise
@@ -28,6 +29,8 @@ SCHEDULES, PROMPTS, ROUNDS = ("uniform", "early", "latter"), 16, 2
 
 def main() -> None:
     """Compare, measure, record and print."""
+    options = record.parser(__doc__).parse_args()
+    recorder = record.Recorder("concepts", TABLES, record=not options.no_record)
     engine = Engine.from_pretrained("shapes")
     denoiser, prompts = engine.denoiser, embedded_prompts(PROMPTS)
     pipeline: Any = denoiser.pipeline  # type: ignore[attr-defined]
@@ -35,58 +38,65 @@ def main() -> None:
     config = DDIMScheduler.from_config(pipeline.scheduler.config).config
     noise = start_noise(0, denoiser.latent_shape)[None]
 
-    def ours() -> tuple[list[Measured], list[Concepts]]:
-        planned = [Measured(schedule, place, 0) for schedule in SCHEDULES for place in range(len(prompts))]
+    def all_prompts() -> tuple[list[Measured], list[Concepts]]:
+        planned = [Measured(schedule, number, 0) for schedule in SCHEDULES for number in range(len(prompts))]
         jobs = [engine.job(prompts[one.prompt].text, num_steps=NUM_STEPS, sampling=one.schedule) for one in planned]
-        found = measure(engine.stream(jobs, Relevance()), planned, prompts, denoiser.tokens)
-        return found, summarise(found, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
+        measured = measure(engine.stream(jobs, Relevance()), planned, prompts, denoiser.tokens)
+        return measured, summarise(measured, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
 
-    def obvious() -> list[np.ndarray]:
-        found = []
+    def first_prompt() -> list[np.ndarray]:
+        """The baseline: relevance of the first prompt's positions, [positions, steps], for each schedule."""
+        values = []
         for stage in SCHEDULES:
             pipeline.scheduler = ExponentialDDIMScheduler.from_config(config, stage=stage)
-            one = plain.Generation(pipeline, prompts[0].text, noise, engine.guidance, NUM_STEPS)
-            found.append(np.stack([step.numpy() for step in plain.relevance(one, positions)], axis=1))
-        return found
+            generation = plain.Generation(pipeline, prompts[0].text, noise, engine.guidance, NUM_STEPS)
+            values.append(np.stack([step.numpy() for step in plain.relevance(generation, positions)], axis=1))
+        return values
 
-    measured, _ = ours()
+    measured, _ = all_prompts()
     tokens = denoiser.tokens(prompts[0].text)
-    for schedule, values in zip(SCHEDULES, obvious(), strict=True):
+    tolerance = 10 * (1 - AGREEMENT[denoiser.dtype])
+    for schedule, values in zip(SCHEDULES, first_prompt(), strict=True):
+        # The engine adds up the positions from the end of the text on.
         ends = values[: len(tokens) - 1]
         expected = lines_of(np.concatenate([ends, values[len(ends) :].sum(0, keepdims=True)]), tokens, prompts[0])
-        assert np.isfinite(normalised(ends, tokens)).all()
+        record.check(bool(np.isfinite(normalised(ends, tokens)).all()), f"{schedule}: relevance is not finite")
         (first,) = [one for one in measured if one.schedule == schedule and one.prompt == 0]
         for role, line in expected.items():
             worst = float(np.abs(line - first.lines[role]).max())
-            assert worst < 10 * (1 - AGREEMENT[denoiser.dtype]), f"{schedule}, {role}: the two ways differ by {worst}"
+            record.check(worst < tolerance, f"{schedule}, {role}: relevance differs by {worst}, expected < {tolerance}")
     rounds = []
     for _ in range(ROUNDS):
-        rounds.append((clocked(ours, denoiser.device)[0] / PROMPTS, clocked(obvious, denoiser.device)[0]))
-        print(f"{rounds[-1][0]:.2f} s a prompt, the obvious way {rounds[-1][1]:.1f} s", flush=True)
-    row = record.environment(denoiser.device) | {
+        seconds = timed(all_prompts, denoiser.device)[0] / PROMPTS
+        rounds.append((seconds, timed(first_prompt, denoiser.device)[0]))
+        print(f"{rounds[-1][0]:.2f} s per prompt, baseline {rounds[-1][1]:.1f} s", flush=True)
+    row = recorder.environment(denoiser.device) | {
         "model": "shapes",
         "prompts": PROMPTS,
         "steps": NUM_STEPS,
         "seconds": spread([fast for fast, _ in rounds]),
-        "obvious_seconds": spread([slow for _, slow in rounds]),
+        "baseline_seconds": spread([slow for _, slow in rounds]),
         "ratio": round(statistics.median(slow / fast for fast, slow in rounds), 1),
     }
-    every = record.replace("concepts", [row], ("device", "model"))
-    record.place(table(every), "bench/README.md", "concepts")
-    print(table(every))
+    recorder.replace([row], ("device", "model"))
+    print(table([row]))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = ["| model | device | one at a time, s a prompt | dfengine, s a prompt | × |", "|---|---|---|---|---|"]
+def table(rows: Sequence[record.Row]) -> str:
+    """All rows, one line each."""
+    lines = ["| model | device | commit | baseline, s per prompt | dfengine, s per prompt | × |", "|---" * 6 + "|"]
     for row in rows:
-        both = (row["obvious_seconds"], row["seconds"])
-        slow, fast = (f"{low:.2f} **{middle:.2f}** {high:.2f}" for low, middle, high in both)
+        slow, fast = (
+            f"{low:.2f} **{median:.2f}** {high:.2f}" for low, median, high in (row["baseline_seconds"], row["seconds"])
+        )
         lines.append(
-            f"| {row['model']} | {row['device']} | {slow} | {fast} (of {row['prompts']} together) | {row['ratio']} |"
+            f"| {row['model']} | {row['device']} | `{row['commit']}` | {slow} | {fast} ({row['prompts']} together) "
+            f"| {row['ratio']} |"
         )
     return "\n".join(lines) + "\n"
 
+
+TABLES = {("bench/README.md", "concepts"): table}
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,15 @@
-"""What DF-RISE's defaults are worth: one setting changed at a time, against ground truth and in both games.
+"""What DF-RISE's defaults are worth: one setting changed at a time, compared by ground truth and by both tests.
 
     OMP_NUM_THREADS=1 python bench/defaults.py
 
-Maps of generated images and of rendered scenes, at every step of a short generation, are held against the true area of
-the shapes; and of one step both games are played. Differences from the defaults are of the same images, with their
-interval. Rows are written as they are made, and the table in bench/README.md is made anew.
+Maps of generated images and of rendered scenes, at every step of a short generation, are compared with the true area
+of the shapes; deletion and insertion are computed at one step. Differences from the defaults are over the same
+images, with confidence intervals. Checked first: the engine's map is the plain loop's (bench/plain.py), and a scene's
+true area itself has an AUROC of 1. Rows are recorded after each variation, in bench/results/defaults.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -17,11 +17,15 @@ from typing import Any
 
 import numpy as np
 import record
+import torch
+from plain import Plain
+from throughput import AGREEMENT, STEP, agreement
 
 from dfengine import Engine, Rise
+from dfengine.diffusion.trajectory import trajectories
 from dfengine.evaluate import GeneratedAreas, captions, faithfulness, games, scenes
 from dfengine.evaluate.intervals import Interval, interval
-from dfengine.evaluate.localisation import measures
+from dfengine.evaluate.localisation import Scene, measures
 from dfengine.explain import StepMap
 
 NUM_STEPS, MASKS, GAME_STEP = 4, 250, 2
@@ -41,80 +45,98 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure, record and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=int, default=12, help="generated, and as many rendered")
-    given = parser.parse_args()
-    engine, texts, drawn = Engine.from_pretrained("shapes"), captions(given.images), scenes(given.images)
+    parser = record.parser(__doc__)
+    parser.add_argument("--images", type=int, default=12, help="generated images, and as many rendered scenes")
+    options = parser.parse_args()
+    recorder = record.Recorder("defaults", TABLES, record=not options.no_record)
+    engine, texts, rendered = Engine.from_pretrained("shapes"), captions(options.images), scenes(options.images)
+    check(engine, rendered)
     generated = [engine.job(text, num_steps=NUM_STEPS, seed=seed) for seed, text in enumerate(texts)]
     noised = [
-        engine.job(scene.prompt, image=scene.image, num_steps=NUM_STEPS, seed=seed) for seed, scene in enumerate(drawn)
+        engine.job(scene.prompt, image=scene.image, num_steps=NUM_STEPS, seed=seed)
+        for seed, scene in enumerate(rendered)
     ]
     areas = GeneratedAreas(texts)
     paths = list(engine.sample([*generated, *noised]))
-    true = [areas(item, path.image.numpy()) for item, path in enumerate(paths[: len(texts)])]
-    shapes = [None if known is None else known["both"] for known in [*true, *(scene.areas for scene in drawn)]]
-    base: np.ndarray | None = None
+    known = [areas(item, path.image.numpy()) for item, path in enumerate(paths[: len(texts)])]
+    shapes = [None if area is None else area["both"] for area in [*known, *(scene.areas for scene in rendered)]]
+    of_defaults: np.ndarray | None = None
     rows = []
     for name, settings in VARIATIONS.items():
         rise = dataclasses.replace(DEFAULT, **settings)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = auroc(list(rise.explain(engine.denoiser, paths)), shapes)
-            played = faithfulness(
-                games(engine.denoiser, engine.sample, generated, [rise], step=GAME_STEP), "frechet-single"
-            ).methods[rise.name]
-        base = found if base is None else base
-        half = len(texts)
-        row = record.environment(engine.denoiser.device) | {
-            "model": "shapes",
-            "variation": name,
-            "masks": rise.num_masks,
-            "steps": NUM_STEPS,
-            "images": [int(np.isfinite(part).sum()) for part in (found[:half], found[half:])],
-            "auroc_generated": _told(found[:half]),
-            "auroc_scenes": _told(found[half:]),
-            "difference": _told(found - base),
-            "deletion": _values(played["deletion"].auc),
-            "insertion": _values(played["insertion"].auc),
-        }
-        rows.append(row)
-        every = record.replace("defaults", rows, ("device", "model"))
-        record.place(table(every), "bench/README.md", "defaults")
-        print(table([row]).splitlines()[-1], flush=True)
+            values = auroc(list(rise.explain(engine.denoiser, paths)), shapes)
+            played = games(engine.denoiser, engine.sample, generated, [rise], step=GAME_STEP)
+            areas_under = faithfulness(played, "frechet-single").methods[rise.name]
+        of_defaults = values if of_defaults is None else of_defaults
+        count = len(texts)
+        rows.append(
+            recorder.environment(engine.denoiser.device)
+            | {
+                "model": "shapes",
+                "variation": name,
+                "masks": rise.num_masks,
+                "steps": NUM_STEPS,
+                "images": [int(np.isfinite(part).sum()) for part in (values[:count], values[count:])],
+                "auroc_generated": rounded(interval(values[:count].tolist())),
+                "auroc_scenes": rounded(interval(values[count:].tolist())),
+                "difference": rounded(interval((values - of_defaults).tolist())),
+                "deletion": rounded(areas_under["deletion"].auc),
+                "insertion": rounded(areas_under["insertion"].auc),
+            }
+        )
+        recorder.replace(rows, ("device", "model"))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
 
 
-def auroc(made: Sequence[StepMap], shapes: Sequence[Any]) -> np.ndarray:
-    """Each item's mean over the steps, NaN where the true area is not known."""
-    each: dict[int, list[float]] = {}
-    for one in made:
-        true = shapes[one.item]
-        value = float("nan") if true is None else measures(one.saliency.double().numpy(), true)["auroc"]
-        each.setdefault(one.item, []).append(value)
-    return np.array([np.mean(each[item]) for item in sorted(each)])
+def check(engine: Engine, rendered: Sequence[Scene]) -> None:
+    """Exit unless the engine's map is the plain loop's and the true areas themselves have an AUROC of 1."""
+    denoiser: Any = engine.denoiser
+    job = engine.job("a red circle above a blue square on a gray background", num_steps=30)
+    (trajectory,) = trajectories(denoiser, [job])
+    trajectory = dataclasses.replace(trajectory, explain_steps=[STEP])
+    explained = (trajectory.latents[STEP], job.timesteps[STEP], job.guidance)
+    plain = Plain(denoiser.pipeline, job.prompt, *explained, guided=False)
+    rank, expected = agreement(engine, plain, trajectory, "conditional"), AGREEMENT[torch.float32]
+    record.check(rank >= expected, f"rank correlation with the plain loop is {rank:.5f}, expected at least {expected}")
+    for scene in rendered:
+        area = scene.areas["both"]
+        value = measures(area.astype(float), area)["auroc"]
+        record.check(value == 1, f"the true area of '{scene.prompt}' has AUROC {value}, expected 1")
 
 
-def _told(values: np.ndarray) -> list[float]:
-    return _values(interval(values.tolist()))
+def auroc(step_maps: Sequence[StepMap], shapes: Sequence[Any]) -> np.ndarray:
+    """Each item's AUROC, mean over the steps; NaN where the true area is not known."""
+    by_item: dict[int, list[float]] = {}
+    for one in step_maps:
+        area = shapes[one.item]
+        value = float("nan") if area is None else measures(one.saliency.double().numpy(), area)["auroc"]
+        by_item.setdefault(one.item, []).append(value)
+    return np.array([np.mean(by_item[item]) for item in sorted(by_item)])
 
 
-def _values(found: Interval) -> list[float]:
-    return [round(value, 4) for value in (found.mean, found.low, found.high)]
+def rounded(one: Interval) -> list[float]:
+    return [round(value, 4) for value in (one.mean, one.low, one.high)]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+def table(rows: Sequence[record.Row]) -> str:
+    """All rows, one line each."""
     lines = [
-        "| model | device | changed | AUROC, generated | AUROC, scenes | difference from the defaults | deletion ↑ | "
-        "insertion ↓ |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | device | commit | changed | AUROC, generated | AUROC, scenes | difference from the defaults "
+        "| deletion ↑ | insertion ↓ |",
+        "|---" * 9 + "|",
     ]
     columns = ("auroc_generated", "auroc_scenes", "difference", "deletion", "insertion")
     for row in rows:
         cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[name]) for name in columns]
-        lines.append(f"| {row['model']} | {row['device']} | {row['variation']} | {' | '.join(cells)} |")
+        start = [row["model"], row["device"], f"`{row['commit']}`", row["variation"]]
+        lines.append("| " + " | ".join(start + cells) + " |")
     return "\n".join(lines) + "\n"
 
+
+TABLES = {("bench/README.md", "defaults"): table}
 
 if __name__ == "__main__":
     main()

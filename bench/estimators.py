@@ -1,23 +1,22 @@
-"""How many masks does each estimator of a DF-RISE map need? Rank correlation over pixels with maps of other masks.
+"""How many masks each estimator of a DF-RISE map needs, by rank correlation over pixels with maps from other masks.
 
-    OMP_NUM_THREADS=1 python bench/estimators.py   # writes bench/results/estimators.json, the table in bench/README.md
+    OMP_NUM_THREADS=1 python bench/estimators.py
     python bench/estimators.py --model sd15 --random-weights --device cuda --half 12000
 
-Two halves of equally many masks are scored for each prompt and step. Maps of the first 10, 15, 20, 30 … masks of one
-half are compared with two maps of the whole other half: the same estimator's ("own") and the score's default
-estimator's ("reference"). Verified first: maps summed a few masks at a time are those of one sum, and the engine's own.
+Two halves of equally many masks are scored for each prompt and step. Maps from the first 10, 15, 20, 30 … masks of
+one half are compared with two maps from all masks of the other half: the same estimator's ("own") and that of the
+score's default estimator ("reference"). Checked first: maps from partial sums are those from one sum, and the
+engine's own. Replaces the rows of this model and kind of device in bench/results/estimators.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import dfkernels
 import record
@@ -41,13 +40,14 @@ PROMPTS = (
 STEPS, NUM_STEPS = (3, 12, 21, 28), 30
 BATCH = 64
 THRESHOLDS = (0.95, 0.99)
-#: score → the estimators that make a map of it
+#: score → the estimators of a map from it
 ESTIMATORS = {"local": ("sum", "coverage", "contrast"), "global": ("sum", "coverage", "contrast", "ridge")}
 #: score → the estimator of the reference map
 REFERENCE = {"local": "coverage", "global": "ridge"}
-#: what a map is compared with, by its name in the rows and in the table
+#: what a map is compared with: its name in the rows → its name in the table
 CONVERGED = {"own": "own map", "reference": "reference"}
-#: Standard errors that a map may be from the engine's: its batches hold other latents, by which half precision rounds.
+#: The distance from the engine's map that is allowed, in standard errors: half precision rounds differently where other
+#: latents share the batch.
 ROUNDING = 0.05
 
 
@@ -59,32 +59,32 @@ def counts(half: int) -> tuple[int, ...]:
 
 def needed(counts: Sequence[int], curve: Sequence[float], threshold: float) -> int | None:
     """The smallest of the counts from which on the curve stays at or above the threshold; None if there is none."""
-    backwards = zip(reversed(counts), reversed(curve), strict=True)
-    return min((count for count, value in itertools.takewhile(lambda at: at[1] >= threshold, backwards)), default=None)
+    points = zip(reversed(counts), reversed(curve), strict=True)
+    return min((count for count, _ in itertools.takewhile(lambda point: point[1] >= threshold, points)), default=None)
 
 
 def agreement(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"]) -> float:
-    """Spearman's correlation over pixels, to four digits."""
+    """Spearman's rank correlation over pixels, rounded to four digits."""
     return round(float(spearmanr(one.flatten().cpu(), other.flatten().cpu()).statistic), 4)
 
 
-def scores_of(engine: Engine, path: Trajectory, step: int, first: int, count: int) -> dict[str, Tensor]:
+def scores_of(engine: Engine, trajectory: Trajectory, step: int, first: int, count: int) -> dict[str, Tensor]:
     """Local score maps [n, h, w] and global scores [n] of the masks first … first + count − 1 of one step."""
     denoiser, device = engine.denoiser, engine.denoiser.device
-    network, latent = denoiser.with_prompts(path.prompt), path.latents[step : step + 1]
-    seeds, steps = (torch.tensor([number], device=device) for number in (path.job.mask_seed, step))
+    network, latent = denoiser.with_prompts(trajectory.prompt), trajectory.latents[step : step + 1]
+    seeds, steps = (torch.tensor([number], device=device) for number in (trajectory.job.mask_seed, step))
 
     def epsilon(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        t = torch.full((len(x),), path.job.timesteps[step], device=device)
+        t = torch.full((len(x),), trajectory.job.timesteps[step], device=device)
         return denoiser.schedule.epsilon(network(x, t, 0), x, t)
 
     unmasked = epsilon(latent)[0]
     scores: dict[str, list[Tensor]] = {score: [] for score in ESTIMATORS}
     for indices in torch.arange(first, first + count, device=device).split(BATCH):
-        answers = epsilon(dfkernels.apply_masks(latent, seeds, steps, torch.zeros_like(indices), indices))
-        for score, found in scores.items():
-            found.append(dfkernels.similarity(answers, unmasked, score=score))
-    return {score: torch.cat(found) for score, found in scores.items()}
+        epsilons = epsilon(dfkernels.apply_masks(latent, seeds, steps, torch.zeros_like(indices), indices))
+        for score, parts in scores.items():
+            parts.append(dfkernels.similarity(epsilons, unmasked, score=score))
+    return {score: torch.cat(parts) for score, parts in scores.items()}
 
 
 def maps_of(
@@ -96,37 +96,37 @@ def maps_of(
     *,
     first: int = 0,
 ) -> dict[str, list[Tensor]]:
-    """Every estimator's maps of so many scores, those of the masks first, first + 1, …; each mask is added once."""
+    """Each estimator's maps from the first so many scores, of the masks first, first + 1, …, one map for each count."""
     device = scores.device
     sums = dfkernels.Sums.zeros(1, shape, device)
-    found: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS["local" if scores.ndim == 3 else "global"]}
+    by_estimator: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS["local" if scores.ndim == 3 else "global"]}
     seeds, steps = torch.tensor([seed], device=device), torch.tensor([step], device=device)
     for begin, end in itertools.pairwise((0, *counts)):
         indices = torch.arange(first + begin, first + end, device=device)
         dfkernels.add(sums, scores[begin:end], seeds, steps, torch.zeros_like(indices), indices)
-        for estimator, maps in found.items():
+        for estimator, maps in by_estimator.items():
             if estimator == "ridge":
                 maps.append(dfkernels.ridge(scores[:end], seed, step, shape, first=first)[0])
             else:
                 maps.append(dfkernels.estimate(sums, estimator)[0][0])
-    return found
+    return by_estimator
 
 
-def rows_of(engine: Engine, path: Trajectory, step: int, half: int) -> Iterator[dict[str, Any]]:
-    """One step's row of each score and estimator."""
-    where = (path.job.mask_seed, step, engine.denoiser.latent_shape[1:])
+def rows_of(engine: Engine, trajectory: Trajectory, step: int, half: int) -> Iterator[record.Row]:
+    """The rows of one step, one for each score and estimator."""
+    masks = (trajectory.job.mask_seed, step, engine.denoiser.latent_shape[1:])
     grid = counts(half)
-    one, other = (scores_of(engine, path, step, first, half) for first in (0, half))
+    one, other = (scores_of(engine, trajectory, step, first, half) for first in (0, half))
     for score, estimator in REFERENCE.items():
-        tested = maps_of(one[score], *where, grid)
-        whole = {name: maps[0] for name, maps in maps_of(other[score], *where, (half,), first=half).items()}
-        reliability = agreement(tested[estimator][-1], whole[estimator])
+        tested = maps_of(one[score], *masks, grid)
+        converged = {name: maps[0] for name, maps in maps_of(other[score], *masks, (half,), first=half).items()}
+        reliability = agreement(tested[estimator][-1], converged[estimator])
         for name, maps in tested.items():
-            against = {"own": whole[name], "reference": whole[estimator]}
+            references = {"own": converged[name], "reference": converged[estimator]}
             curves = {
-                what: [agreement(saliency, converged) for saliency in maps] for what, converged in against.items()
+                what: [agreement(saliency, reference) for saliency in maps] for what, reference in references.items()
             }
-            row = {"prompt": path.job.prompt, "step": step, "score": score, "estimator": name, "half": half}
+            row = {"prompt": trajectory.job.prompt, "step": step, "score": score, "estimator": name, "half": half}
             for what, threshold in itertools.product(curves, THRESHOLDS):
                 row[needed_key(what, threshold)] = needed(grid, curves[what], threshold)
             yield row | {"reliability": reliability, "agreement": {"counts": grid, **curves}}
@@ -136,36 +136,42 @@ def needed_key(what: str, threshold: float) -> str:
     return f"needed_{threshold * 100:.0f}_{what}"
 
 
-def verify(engine: Engine, path: Trajectory, step: int) -> None:
-    """Maps summed a few masks at a time are those of one sum, and the engine's own; or nothing is measured."""
+def check(engine: Engine, trajectory: Trajectory, step: int) -> None:
+    """Exit unless maps from partial sums are those from one sum, and the engine's own."""
     count = 5 * BATCH
-    elsewhere = {(0, other) for other in range(len(path)) if other != step}
-    for score, values in scores_of(engine, path, step, 0, count).items():
-        where = (values, path.job.mask_seed, step, engine.denoiser.latent_shape[1:])
-        parts, whole = maps_of(*where, (7, 100, count)), maps_of(*where, (count,))
+    other_steps = {(0, other) for other in range(len(trajectory)) if other != step}
+    for score, values in scores_of(engine, trajectory, step, 0, count).items():
+        scored = (values, trajectory.job.mask_seed, step, engine.denoiser.latent_shape[1:])
+        partial, single = maps_of(*scored, (7, 100, count)), maps_of(*scored, (count,))
         for estimator in ESTIMATORS[score]:
-            torch.testing.assert_close(parts[estimator][-1], whole[estimator][0], **tolerance("estimate"))
+            with record.checked(f"{score} {estimator} maps from partial sums"):
+                torch.testing.assert_close(partial[estimator][-1], single[estimator][0], **tolerance("estimate"))
         rise = Rise(num_masks=count, score=score, estimator="coverage")
-        (theirs,) = rise.explain(engine.denoiser, [path], elsewhere)
-        away = (whole["coverage"][0].cpu() - theirs.saliency).abs() / theirs.error
-        assert (away <= ROUNDING).all(), f"{score} maps are {away.max():.3f} standard errors from the engine's"
+        (step_map,) = rise.explain(engine.denoiser, [trajectory], other_steps)
+        distance = float(((single["coverage"][0].cpu() - step_map.saliency).abs() / step_map.error).max())
+        record.check(
+            distance <= ROUNDING,
+            f"{score} maps are {distance:.3f} standard errors from the engine's, expected at most {ROUNDING}",
+        )
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Masks needed over prompts and steps and how reliable the references are, of each model and kind of device."""
-    models: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def table(rows: Sequence[record.Row]) -> str:
+    """Masks needed over prompts and steps, and the references' reliability, for each model and kind of device."""
+    models: dict[tuple[str, str], list[record.Row]] = {}
     for row in rows:
         models.setdefault((row["model"], row["device_type"]), []).append(row)
-    return "\n".join(
-        part for (model, device_type), mine in models.items() for part in table_of(model, device_type, mine)
-    )
+    return "\n".join(part for group in models.values() for part in table_of(group))
 
 
-def table_of(model: str, device_type: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The same of one model."""
+def table_of(rows: Sequence[record.Row]) -> Iterator[str]:
+    """The parts of the table of one model and kind of device."""
     columns = list(itertools.product(CONVERGED, THRESHOLDS))
     prompts, steps = (len({row[name] for row in rows}) for name in ("prompt", "step"))
-    yield f"{model} ({device_type}): {prompts} prompts × {steps} steps, halves of {rows[0]['half']} masks.\n"
+    first = rows[0]
+    yield (
+        f"{first['model']} ({first['device_type']}, commit `{first['commit']}`): {prompts} prompts × {steps} steps, "
+        f"halves of {first['half']} masks.\n"
+    )
     yield "| score | estimator | " + " | ".join(f"{CONVERGED[what]}: {threshold}" for what, threshold in columns) + " |"
     yield "|---" * (2 + len(columns)) + "|"
     for score, estimators in ESTIMATORS.items():
@@ -182,48 +188,50 @@ def table_of(model: str, device_type: str, rows: Sequence[dict[str, Any]]) -> It
 
 
 def spread(numbers: Sequence[int | None]) -> str:
-    """Median [lowest–highest], and in how many cases the threshold is reached; a case where it is not has ∞."""
+    """Median [lowest–highest], and in how many cases the threshold is reached; the others count as infinite."""
     values = [math.inf if count is None else count for count in numbers]
 
-    def told(count: float) -> str:
+    def shown(count: float) -> str:
         return "never" if math.isinf(count) else f"{count:.0f}"
 
     reached = sum(map(math.isfinite, values))
     if not reached:
         return f"**never**, 0 of {len(values)}"
-    lowest, highest = told(min(values)), told(max(values))
-    return f"**{told(statistics.median(values))}** [{lowest}–{highest}], {reached} of {len(values)}"
+    lowest, highest = shown(min(values)), shown(max(values))
+    return f"**{shown(statistics.median(values))}** [{lowest}–{highest}], {reached} of {len(values)}"
+
+
+TABLES = {("bench/README.md", "estimators"): table}
 
 
 @torch.no_grad()
 def main() -> None:
-    """Verify, measure, record and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Check, measure, record and print."""
+    parser = record.parser(__doc__)
     parser.add_argument("--model", default="shapes", help="shapes, a diffusers folder, or sd15 with --random-weights")
     parser.add_argument("--random-weights", action="store_true")
-    parser.add_argument("--device", help="by default the GPU where there is one")
+    parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--half", type=int, default=3000, help="masks in each of the two halves")
     options = parser.parse_args()
+    recorder = record.Recorder("estimators", TABLES, record=not options.no_record)
     engine = Engine.from_pretrained(
         options.model, device=options.device, random_weights=options.random_weights, batch_size=BATCH
     )
-    paths = trajectories(engine.denoiser, [engine.job(prompt, seed=7, num_steps=NUM_STEPS) for prompt in PROMPTS])
-    verify(engine, paths[0], STEPS[0])
+    jobs = [engine.job(prompt, seed=7, num_steps=NUM_STEPS) for prompt in PROMPTS]
+    sampled = trajectories(engine.denoiser, jobs)
+    check(engine, sampled[0], STEPS[0])
 
     device = engine.denoiser.device
-    # A folder by its own name, wherever it lies.
+    # A folder is recorded by its name, not by its path.
     model = engine.denoiser.name.replace(options.model, Path(options.model).name)
-    here = {"model": model, "device_type": device.type}
-    environment, rows = record.environment(device), []
-    for path, step in itertools.product(paths, STEPS):
-        rows += [here | row | environment for row in rows_of(engine, path, step, options.half)]
-        print(
-            f"{path.job.prompt}, step {step}: reliability of ridge {rows[-1]['reliability']}",
-            file=sys.stderr,
-            flush=True,
-        )
-    every = record.replace("estimators", rows, tuple(here))
-    record.place(table(every), "bench/README.md", "estimators")
+    measured_on = {"model": model, "device_type": device.type}
+    rows: list[record.Row] = []
+    for trajectory, step in itertools.product(sampled, STEPS):
+        measured = rows_of(engine, trajectory, step, options.half)
+        rows += [measured_on | row | recorder.environment(device) for row in measured]
+        reliability = rows[-1]["reliability"]
+        print(f"{trajectory.job.prompt}, step {step}: reliability of ridge {reliability}", file=sys.stderr, flush=True)
+    recorder.replace(rows, tuple(measured_on))
     print(table(rows), end="")
 
 

@@ -1,18 +1,17 @@
-"""Seconds for one image of thirty steps: DF-CAM, relevance and attention, beside the obvious way of each.
+"""Seconds to explain one image of 30 steps by DF-CAM, relevance and attention, compared with plain implementations.
 
     python bench/explainers.py                           # the embedded model
-    python bench/explainers.py sd15 --random-weights     # Stable Diffusion 1.5's architecture, on a GPU
+    python bench/explainers.py sd15 --random-weights     # the architecture of Stable Diffusion 1.5, on a GPU
 
-The obvious way (bench/plain_gradients.py) is the authors': a whole generation a layer for DF-CAM, a whole generation a
-step for relevance. Its maps are compared with the engine's first. Then it and the engine, with one image and with a
-group of images whose steps share batches, are timed in turn, generation and decoding included; a ratio is the median of
-the rounds' ratios. Rows of this model and device are replaced in
-bench/results/explainers.json, and the table in bench/README.md is made anew.
+The plain implementations (bench/plain_gradients.py) follow the authors' code: one generation for each layer of
+DF-CAM, one for each step of relevance. Their maps are compared with the engine's first. Then they and the engine,
+with one image and with a group of images whose steps share batches, are timed in turn, generation and decoding
+included; a ratio is the median of the rounds' ratios. Replaces the rows of this model, device and dtype in
+bench/results/explainers.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,31 +30,35 @@ from dfengine.runtime.tuning import synchronize
 
 PROMPT = {"shapes": "a red circle above a blue square on a gray background"}
 NUM_STEPS, MASKS, GUIDANCE = 30, 500, 5.0
-#: How well the obvious way's maps and the engine's must agree, by rank: for float16 both are rounded.
+#: The rank correlation that both implementations' maps must reach; in half precision both are rounded.
 AGREEMENT = {torch.float32: 0.999, torch.float16: 0.95, torch.bfloat16: 0.9}
 
 
-def clocked(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that some work takes, and its result."""
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """The seconds that a call takes, and its result."""
     synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     result = work()
     synchronize(device)
-    return time.perf_counter() - began, result
+    return time.perf_counter() - start, result
 
 
-def agreement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-    """The lowest rank correlation of maps in pairs; those that are the same everywhere must be so in both."""
-    pairs = zip(ours, theirs, strict=True)
+def agreement(maps: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """The lowest rank correlation of pairs of maps; a constant map agrees with a constant map only."""
     return min(
         float(np.ptp(a) == np.ptp(b)) if np.ptp(b) == 0 else float(spearmanr(a.ravel(), b.ravel()).statistic)
-        for a, b in pairs
+        for a, b in zip(maps, expected, strict=True)
     )
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Lowest, median and highest, rounded to milliseconds."""
+    return [round(value, 3) for value in (min(values), statistics.median(values), max(values))]
 
 
 def main() -> None:
     """Compare, measure, record and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("model", nargs="?", default="shapes")
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--dtype")
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--group", type=int, default=8, help="images that are explained together")
     options = parser.parse_args()
+    recorder = record.Recorder("explainers", TABLES, record=not options.no_record)
     engine = Engine.from_pretrained(
         options.model, random_weights=options.random_weights, dtype=options.dtype, image_size=options.image_size
     )
@@ -70,111 +74,109 @@ def main() -> None:
     pipeline: Any = denoiser.pipeline  # type: ignore[attr-defined]
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     prompt = PROMPT.get(options.model, "a photo of an astronaut riding a horse")
-    job = engine.job(prompt, num_steps=NUM_STEPS, guidance=GUIDANCE)
-    obvious = plain.Generation(
-        pipeline, prompt, start_noise(job.seed, denoiser.latent_shape)[None], GUIDANCE, NUM_STEPS
-    )
+    jobs = [engine.job(prompt, num_steps=NUM_STEPS, guidance=GUIDANCE, seed=seed) for seed in range(options.group)]
+    noise = start_noise(jobs[0].seed, denoiser.latent_shape)[None]
+    generation = plain.Generation(pipeline, prompt, noise, GUIDANCE, NUM_STEPS)
     layers, tokens = list(denoiser.layers()), denoiser.tokens(prompt)
     positions = denoiser.encode_prompts([prompt]).tensors["text"].shape[1]
 
-    jobs = [job, *(engine.job(prompt, num_steps=NUM_STEPS, guidance=GUIDANCE, seed=n) for n in range(1, options.group))]
-
-    def ours(explainer: Any, count: int = 1) -> Callable[[], list[Any]]:
+    def engine_maps(explainer: Any, count: int = 1) -> Callable[[], list[Any]]:
         return lambda: list(explainer.explain(denoiser, trajectories(denoiser, jobs[:count])))
 
-    def gate(name: str, made: list[Any], theirs: Any) -> float:
+    def agreement_of(name: str, steps: list[Any], expected: Any) -> float:
         if name == "cam":
             return min(
-                agreement([step.layers[layer].numpy() for step in made], [m.numpy() for m in theirs[layer]])
+                agreement([step.layers[layer].numpy() for step in steps], [one.numpy() for one in expected[layer]])
                 for layer in layers
             )
         if name == "relevance":
-            return agreement(
-                [step.relevance[tokens.own].numpy() for step in made], [one[tokens.own].numpy() for one in theirs]
-            )
-        return agreement([step.saliency.numpy() for step in made], [one[tokens.own].sum(0).numpy() for one in theirs])
+            values = [step.relevance[tokens.own].numpy() for step in steps]
+            return agreement(values, [one[tokens.own].numpy() for one in expected])
+        return agreement(
+            [step.saliency.numpy() for step in steps], [one[tokens.own].sum(0).numpy() for one in expected]
+        )
 
-    ways: dict[str, tuple[Any, Callable[[], Any], str]] = {
-        "cam": (Cam(), lambda: plain.cam(obvious, layers), f"{len(layers)} generations, one a layer"),
-        "relevance": (Relevance(), lambda: plain.relevance(obvious, positions), f"{NUM_STEPS} generations, one a step"),
-        "attention": (Attention(), lambda: plain.attention(obvious, denoiser.latent_shape[1:]), "one generation"),
+    compared: dict[str, tuple[Any, Callable[[], Any], str]] = {
+        "cam": (Cam(), lambda: plain.cam(generation, layers), f"{len(layers)} generations, one per layer"),
+        "relevance": (
+            Relevance(),
+            lambda: plain.relevance(generation, positions),
+            f"{NUM_STEPS} generations, one per step",
+        ),
+        "attention": (Attention(), lambda: plain.attention(generation, denoiser.latent_shape[1:]), "one generation"),
     }
-    rise = Rise(MASKS)
-    (path,) = trajectories(denoiser, [job])
-    one_step = [(0, step) for step in range(1, NUM_STEPS)]
-    step_seconds = [clocked(lambda: list(rise.explain(denoiser, [path], one_step)), device)[0] for _ in range(4)]
+    (trajectory,) = trajectories(denoiser, jobs[:1])
+    rise, other_steps = Rise(MASKS), [(0, step) for step in range(1, NUM_STEPS)]
+    rise_seconds = [timed(lambda: list(rise.explain(denoiser, [trajectory], other_steps)), device)[0] for _ in range(4)]
     rows = []
-    for name, (explainer, slow, how) in ways.items():
-        made, theirs = ours(explainer)(), slow()
-        agreed = gate(name, made, theirs)
-        print(f"{name}: agreement {agreed:.6f}", flush=True)
-        assert agreed >= AGREEMENT[denoiser.dtype], f"{name}: the two ways agree by {agreed} only"
+    for name, (explainer, baseline, description) in compared.items():
+        agreed = agreement_of(name, engine_maps(explainer)(), baseline())
+        print(f"{name}: rank correlation {agreed:.6f}", flush=True)
+        expected = AGREEMENT[denoiser.dtype]
+        record.check(agreed >= expected, f"{name}: rank correlation {agreed:.4f}, expected at least {expected}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         rounds = []
         for _ in range(options.rounds):
-            one = statistics.median(clocked(ours(explainer), device)[0] for _ in range(3))
-            each = clocked(ours(explainer, options.group), device)[0] / options.group
+            one = statistics.median(timed(engine_maps(explainer), device)[0] for _ in range(3))
+            grouped = timed(engine_maps(explainer, options.group), device)[0] / options.group
             alone = statistics.median(
-                clocked(lambda: list(explainer.explain(denoiser, [path])), device)[0]  # noqa: B023  # called here
+                timed(lambda: list(explainer.explain(denoiser, [trajectory])), device)[0]  # noqa: B023  # called here
                 for _ in range(3)
             )
-            rounds.append((one, each, clocked(slow, device)[0], alone))
-            print(f"{name}: {one:.2f} s, {each:.2f} s in a group, the obvious way {rounds[-1][2]:.1f} s", flush=True)
-        ones, eachs, slows, alones = zip(*rounds, strict=True)
+            rounds.append((one, grouped, timed(baseline, device)[0], alone))
+            print(f"{name}: {one:.2f} s, {grouped:.2f} s in a group, baseline {rounds[-1][2]:.1f} s", flush=True)
+        ones, in_group, baselines, alones = zip(*rounds, strict=True)
         rows.append(
-            record.environment(device)
+            recorder.environment(device)
             | {
                 "model": options.model,
                 "image": list(denoiser.image_shape),
                 "dtype": str(denoiser.dtype).removeprefix("torch."),
                 "explainer": name,
                 "steps": NUM_STEPS,
-                "obvious": how,
+                "baseline": description,
+                "baseline_seconds": spread(baselines),
                 "seconds": spread(ones),
                 "group": options.group,
-                "seconds_in_a_group": spread(eachs),
-                "obvious_seconds": spread(slows),
+                "seconds_in_a_group": spread(in_group),
                 "ratio": round(statistics.median(slow / one for one, _, slow, _ in rounds), 1),
                 "ratio_in_a_group": round(statistics.median(slow / each for _, each, slow, _ in rounds), 1),
                 "explaining_seconds": round(statistics.median(alones), 3),
-                "rise_step_seconds": round(statistics.median(step_seconds[1:]), 3),
+                "rise_step_seconds": round(statistics.median(rise_seconds[1:]), 3),
                 "agreement": round(agreed, 6),
-                "peak_gib": _peak(device),
+                "peak_gib": peak_gib(device),
             }
         )
-    every = record.replace("explainers", rows, ("device", "model", "dtype", "explainer"))
-    record.place(table(every), "bench/README.md", "explainers")
-    print(table(every))
+    recorder.replace(rows, ("device", "model", "dtype", "explainer"))
+    print(table(rows))
 
 
-def spread(values: Sequence[float]) -> list[float]:
-    return [round(value, 3) for value in (min(values), statistics.median(values), max(values))]
-
-
-def _peak(device: torch.device) -> float | None:
+def peak_gib(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+def table(rows: Sequence[record.Row]) -> str:
+    """All rows, one line each."""
     lines = [
-        "| model | device | explainer | the obvious way, s | | dfengine, one image, s | × | in a group, s an image | × "
-        "| without the generation, s | one step of DF-RISE, 500 masks, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | device | commit | explainer | baseline, s | | dfengine, one image, s | × | in a group, s per image "
+        "| × | without the generation, s | one step of DF-RISE, 500 masks, s |",
+        "|---" * 12 + "|",
     ]
     for row in rows:
         slow, one, each = (
-            f"{low:.2f} **{middle:.2f}** {high:.2f}"
-            for low, middle, high in (row["obvious_seconds"], row["seconds"], row["seconds_in_a_group"])
+            f"{low:.2f} **{median:.2f}** {high:.2f}"
+            for low, median, high in (row["baseline_seconds"], row["seconds"], row["seconds_in_a_group"])
         )
         lines.append(
-            f"| {row['model']}, {row['dtype']} | {row['device']} | {row['explainer']} | {slow} | {row['obvious']} | "
-            f"{one} | {row['ratio']} | {each} ({row['group']} images) | {row['ratio_in_a_group']} | "
-            f"{row['explaining_seconds']:.2f} | {row['rise_step_seconds']:.2f} |"
+            f"| {row['model']}, {row['dtype']} | {row['device']} | `{row['commit']}` | {row['explainer']} | {slow} "
+            f"| {row['baseline']} | {one} | {row['ratio']} | {each} ({row['group']} images) "
+            f"| {row['ratio_in_a_group']} | {row['explaining_seconds']:.2f} | {row['rise_step_seconds']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
+
+TABLES = {("bench/README.md", "explainers"): table}
 
 if __name__ == "__main__":
     main()

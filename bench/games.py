@@ -1,19 +1,19 @@
-"""Seconds a prompt for Table 1, beside one latent a forward and one image a feature pass; and the table itself.
+"""Seconds per prompt for Table 1, compared with plain implementations, and the table itself.
 
-    python bench/games.py [--prompts 200] [--out a folder for the table's figures]
+    python bench/games.py [--prompts 200]
 
-The obvious way is timed on one prompt before, one amid and one after dfengine's, after its curves and its DF-CAM and
-DF-RISE maps were held against dfengine's. Seconds for 1000 prompts are predicted from the first 16. Rows of this device
-are replaced in bench/results/games.json, and the tables in bench/README.md are made anew.
+The plain implementations (one latent in a forward, one image in a feature pass) are timed on the first prompt, on one
+in the middle and on the last one, after their curves and their DF-CAM map were compared with the engine's. The hours
+for 1000 prompts are also predicted from the first 16. Replaces the rows of this device and model in
+bench/results/games.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,146 +22,143 @@ import record
 import torch
 from diffusers import DDIMScheduler
 from explainers import spread
-from plain import Plain
-from plain_games import Games, drawn, lime
+from plain import Plain, random_masks
+from plain_games import Games, lime
 from scipy.stats import spearmanr
 
 from dfengine import Cam, Engine
 from dfengine.diffusion.trajectory import start_noise
-from dfengine.evaluate import TABLES, Kept, captions, explained_step, faithfulness, faithfulness_table, games, methods
+from dfengine.evaluate import TABLES as PAPER_TABLES
+from dfengine.evaluate import Kept, captions, explained_step, faithfulness, faithfulness_table, games, methods
 from dfengine.evaluate.games import play
 
 NUM_STEPS, MASKS, SAMPLES, FIRST = 30, 500, 1000, 16
-#: Features of one point of both ways, and their maps' ranks, agree so far.
+#: The largest relative difference of features, and the lowest rank correlation of maps, of both implementations.
 FEATURES_AGREE, MAPS_AGREE = 1e-3, 0.999
 
 
-class Obvious:
-    """Table 1's work for one prompt."""
+class Baseline:
+    """The work of Table 1 for one prompt, by the plain implementations."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.denoiser = engine, engine.denoiser
         self.pipeline: Any = engine.denoiser.pipeline  # type: ignore[attr-defined]
         self.pipeline.scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
         self.pipeline.scheduler.set_timesteps(NUM_STEPS)
+        self.seconds: list[float] = []
 
     def __call__(self, prompt: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By method, the map and the features of both curves."""
-        (path,) = self.engine.sample([self.engine.job(prompt, num_steps=NUM_STEPS)])  # a second; both ways need it
+        """method → the map and the features of both curves. Adds to `seconds`."""
+        start = time.perf_counter()
+        # Sampling takes a second; both implementations need it.
+        (trajectory,) = self.engine.sample([self.engine.job(prompt, num_steps=NUM_STEPS)])
         step = explained_step(NUM_STEPS)
-        where = (path.latents[step], path.job.timesteps[step], self.engine.guidance)
-        board = Games(self.pipeline, prompt, *where, self.denoiser.features)
-        network = Plain(self.pipeline, prompt, *where, guided=False)
+        explained = (trajectory.latents[step], trajectory.job.timesteps[step], self.engine.guidance)
+        tests = Games(self.pipeline, prompt, *explained, self.denoiser.features)
+        network = Plain(self.pipeline, prompt, *explained, guided=False)
         shape = self.denoiser.latent_shape[1:]
         noise = start_noise(0, self.denoiser.latent_shape)[None]
         generation = plain_gradients.Generation(self.pipeline, prompt, noise, self.engine.guidance, NUM_STEPS)
         layers = plain_gradients.cam(generation, list(self.denoiser.layers()))
         maps = {
             "random": np.random.default_rng(0).random(shape),
-            "lime": lime(network, path.image.numpy(), SAMPLES),
-            "rise": network.maps(drawn(shape, MASKS))[1],
+            "lime": lime(network, trajectory.image.numpy(), SAMPLES),
+            "rise": network.maps(random_masks(shape, MASKS, seed=0))[1],
             "cam": combined({name: maps[step] for name, maps in layers.items()}, shape),
         }
-        return {name: (saliency, board.curves(saliency)) for name, saliency in maps.items()}
+        curves = {name: (saliency, tests.curves(saliency)) for name, saliency in maps.items()}
+        self.seconds.append(time.perf_counter() - start)
+        print(f"baseline: {self.seconds[-1]:.1f} s per prompt", flush=True)
+        return curves
 
 
 def combined(layers: dict[str, torch.Tensor], shape: tuple[int, int]) -> np.ndarray:
-    """The sum of layers, each at the latent's size and in [0, 1]."""
+    """The sum of all layers' maps, each at the latent's size and scaled to [0, 1]."""
     total = np.zeros(shape)
-    for one in layers.values():
-        resized = torch.nn.functional.interpolate(one[None, None], size=shape, mode="bilinear")[0, 0].numpy()
+    for layer in layers.values():
+        resized = torch.nn.functional.interpolate(layer[None, None], size=shape, mode="bilinear")[0, 0].numpy()
         if np.ptp(resized) > 0:
             total += (resized - resized.min()) / np.ptp(resized)
     return total
 
 
-def check(engine: Engine, prompt: str, theirs: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Both ways' DF-CAM is one map, and of one map both ways' curves are the same."""
-    (path,) = engine.sample([engine.job(prompt, num_steps=NUM_STEPS)])
-    path = dataclasses.replace(path, explain_steps=(explained_step(NUM_STEPS),))
-    (cam,) = Cam().explain(engine.denoiser, [path])
-    ranks = float(spearmanr(cam.saliency.numpy().ravel(), theirs["cam"][0].ravel()).statistic)
-    assert ranks > MAPS_AGREE, f"DF-CAM of both ways agrees by {ranks} only"
-    maps = {name: torch.from_numpy(saliency).float()[None] for name, (saliency, _) in theirs.items()}
-    assert engine.denoiser.features is not None
-    for name, (one,) in play(engine.denoiser, [path], maps, engine.denoiser.features).items():
-        off = float(np.abs(one.features.numpy() - theirs[name][1]).max() / np.abs(theirs[name][1]).max())
-        assert off < FEATURES_AGREE, f"curves of {name} differ by {off}"
+def check(engine: Engine, prompt: str, expected: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Exit unless both DF-CAM maps agree, and both curves of the same map."""
+    (trajectory,) = engine.sample([engine.job(prompt, num_steps=NUM_STEPS)])
+    trajectory = dataclasses.replace(trajectory, explain_steps=(explained_step(NUM_STEPS),))
+    (cam,) = Cam().explain(engine.denoiser, [trajectory])
+    ranks = float(spearmanr(cam.saliency.numpy().ravel(), expected["cam"][0].ravel()).statistic)
+    record.check(ranks > MAPS_AGREE, f"rank correlation of the DF-CAM maps is {ranks:.5f}, expected > {MAPS_AGREE}")
+    maps = {name: torch.from_numpy(saliency).float()[None] for name, (saliency, _) in expected.items()}
+    features = engine.denoiser.features
+    if features is None:
+        raise ValueError(f"{engine.denoiser.name} has no feature extractor, which the curves need")
+    for name, (curves,) in play(engine.denoiser, [trajectory], maps, features).items():
+        difference = np.abs(curves.features.numpy() - expected[name][1]).max() / np.abs(expected[name][1]).max()
+        record.check(
+            difference < FEATURES_AGREE, f"curves of {name} differ by {difference}, expected < {FEATURES_AGREE}"
+        )
 
 
 def main() -> None:
     """Compare, measure, record and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
+    recorder = record.Recorder("games", TABLES, record=not options.no_record)
     engine = Engine.from_pretrained("shapes")
-    obvious, prompts = Obvious(engine), captions(given.prompts)
-    slow: list[float] = []
-
-    def time_obvious(prompt: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        began = time.perf_counter()
-        found = obvious(prompt)
-        slow.append(time.perf_counter() - began)
-        print(f"the obvious way: {slow[-1]:.1f} s a prompt", flush=True)
-        return found
-
-    check(engine, prompts[0], time_obvious(prompts[0]))
-    explainers = methods(TABLES[1], num_masks=MASKS, num_samples=SAMPLES)
+    baseline, prompts = Baseline(engine), captions(options.prompts)
+    check(engine, prompts[0], baseline(prompts[0]))
+    explainers = methods(PAPER_TABLES[1], num_masks=MASKS, num_samples=SAMPLES)
     jobs = [engine.job(text, num_steps=NUM_STEPS, seed=seed) for seed, text in enumerate(prompts)]
-    kept, seconds, done = Kept(), 0.0, 0
-    predicted = 0.0
+    cache, seconds, predicted = Kept(), 0.0, 0.0
     engine.prepare(engine.plan(jobs[:1], explainers))
-    for size in (FIRST, len(jobs) // 2, len(jobs)):
-        began = time.perf_counter()
-        found = games(engine.denoiser, engine.sample, jobs[:size], explainers, kept=kept)
-        seconds, done = seconds + time.perf_counter() - began, size
-        predicted = predicted or 1000 * seconds / done
-        print(f"dfengine: {done} prompts in {seconds:.0f} s", flush=True)
-        if size != FIRST:
-            time_obvious(prompts[size - 1])
-    began = time.perf_counter()
-    summary = faithfulness(found)
-    row = record.environment(engine.denoiser.device) | {
+    for count in (FIRST, len(jobs) // 2, len(jobs)):
+        start = time.perf_counter()
+        results = games(engine.denoiser, engine.sample, jobs[:count], explainers, kept=cache)
+        seconds += time.perf_counter() - start
+        predicted = predicted or 1000 * seconds / count
+        print(f"dfengine: {count} prompts in {seconds:.0f} s", flush=True)
+        if count != FIRST:
+            baseline(prompts[count - 1])
+    start = time.perf_counter()
+    summary = faithfulness(results)
+    row = recorder.environment(engine.denoiser.device) | {
         "model": "shapes",
         "prompts": len(jobs),
         "steps": NUM_STEPS,
         "masks": MASKS,
         "samples": SAMPLES,
-        "obvious_seconds": spread(slow),
+        "baseline_seconds": spread(baseline.seconds),
         "seconds": round(seconds / len(jobs), 3),
-        "ratio": round(statistics.median(slow) / (seconds / len(jobs)), 1),
+        "ratio": round(statistics.median(baseline.seconds) / (seconds / len(jobs)), 1),
         "predicted_hours_for_1000": round(predicted / 3600, 3),
         "measured_hours_for_1000": round(1000 * seconds / len(jobs) / 3600, 3),
-        "summary_seconds": round(time.perf_counter() - began, 1),
+        "summary_seconds": round(time.perf_counter() - start, 1),
         "table": list(faithfulness_table(summary)),
     }
-    every = record.replace("games", [row], ("device", "model"))
-    record.place(table(every), "bench/README.md", "games")
-    print(table(every))
-    if given.out is not None:
-        from dfengine.cli.games import write
-
-        given.out.mkdir(parents=True, exist_ok=True)
-        write(given.out, engine, jobs, found, summary)
+    recorder.replace([row], ("device", "model"))
+    print(table([row]))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, and the last one's table."""
+def table(rows: Sequence[record.Row]) -> str:
+    """All rows, one line each, and Table 1 of the last one."""
     lines = [
-        "| model | device | prompts | one at a time, s a prompt | dfengine, s a prompt | × | 1000 prompts, from "
-        f"{FIRST} | from all |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | device | commit | prompts | baseline, s per prompt | dfengine, s per prompt | × "
+        f"| 1000 prompts, predicted from {FIRST} | measured |",
+        "|---" * 9 + "|",
     ]
     for row in rows:
-        low, middle, high = row["obvious_seconds"]
+        low, median, high = row["baseline_seconds"]
         lines.append(
-            f"| {row['model']} | {row['device']} | {row['prompts']} | {low:.1f} **{middle:.1f}** {high:.1f} | "
-            f"**{row['seconds']:.2f}** | {row['ratio']} | {row['predicted_hours_for_1000']:.2f} h | "
-            f"{row['measured_hours_for_1000']:.2f} h |"
+            f"| {row['model']} | {row['device']} | `{row['commit']}` | {row['prompts']} "
+            f"| {low:.1f} **{median:.1f}** {high:.1f} | **{row['seconds']:.2f}** | {row['ratio']} "
+            f"| {row['predicted_hours_for_1000']:.2f} h | {row['measured_hours_for_1000']:.2f} h |"
         )
     return "\n".join([*lines, "", *rows[-1]["table"]]) + "\n"
 
+
+TABLES = {("bench/README.md", "games"): table}
 
 if __name__ == "__main__":
     main()

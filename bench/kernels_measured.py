@@ -1,16 +1,16 @@
 """The fused operations on a GPU: GB/s and the share of a copy's bandwidth, next to the eager and compiled reference.
 
-    python bench/kernels_measured.py        # writes bench/results/kernels_measured.json, the table in kernels/README.md
+    python bench/kernels_measured.py        # records bench/results/kernels_measured.json
 
 Each operation is verified first and not timed if it is wrong. Bytes are what an ideal kernel moves: kernels/README.md.
 Inputs are random and rotate through more memory than the cache holds; times are medians of device events after a
-warm-up. Without a GPU nothing is measured or written. (This file must not be called kernels.py: scripts in this folder
+warm-up. Without a GPU nothing is measured or recorded. (This file must not be called kernels.py: scripts in this folder
 would import it in place of Hugging Face's package of that name.)
 """
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -141,14 +141,14 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / median / 1e6
 
 
-def measure(case: Case, shape: tuple[int, ...], copy: float) -> Iterator[dict[str, Any]]:
+def measure(case: Case, shape: tuple[int, ...], copy: float) -> Iterator[record.Row]:
     """Rows for the fused, eager and compiled operation; a single row with the error if the check fails."""
     sets = [case.inputs() for _ in range(SETS)]
     fused = case.fused()
     row = {"op": case.name, "shape": shape, "bytes": case.bytes, "copy_gb_s": round(copy)}
     try:
-        for ours, theirs in zip(result(fused, sets[0]), result(case.operation, sets[0]), strict=True):
-            torch.testing.assert_close(ours, theirs, **tolerance(case.tolerance), equal_nan=True)
+        for actual, expected in zip(result(fused, sets[0]), result(case.operation, sets[0]), strict=True):
+            torch.testing.assert_close(actual, expected, **tolerance(case.tolerance), equal_nan=True)
     except AssertionError as error:
         yield row | {"implementation": "fused", "wrong": str(error).split("\n")[0]}
         return
@@ -166,13 +166,13 @@ def measure(case: Case, shape: tuple[int, ...], copy: float) -> Iterator[dict[st
         yield row | {"implementation": name, **times, "gb_s": round(speed), "share_of_copy": round(speed / copy, 3)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[record.Row]) -> str:
     """Milliseconds of each implementation, and the fused one's bandwidth."""
     lines = ["| op | n × c × h × w | fused ms | GB/s | share of a copy | eager ms | compiled ms |", "|---" * 7 + "|"]
     for key in dict.fromkeys((row["op"], tuple(row["shape"])) for row in rows):
         mine = {row["implementation"]: row for row in rows if (row["op"], tuple(row["shape"])) == key}
 
-        def cell(name: str, column: str, mine: dict[str, dict[str, Any]] = mine) -> str:
+        def cell(name: str, column: str, mine: dict[str, record.Row] = mine) -> str:
             row = mine.get(name, {})
             return str(row.get(column, "wrong" if "wrong" in row else "failed" if "failed" in row else "not measured"))
 
@@ -182,27 +182,36 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recorded_table(rows: Sequence[record.Row]) -> str:
+    return f"{table(rows)}\n{record.provenance(rows, 'triton')}"
+
+
+TABLES = {("kernels/README.md", "kernels_measured"): recorded_table}
+
+
 def main() -> None:
     """Measure, record and print."""
+    options = record.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         rows = [{"op": case.name, "shape": shape, "implementation": ""} for shape in SHAPES for case in cases(*shape)]
-        print("no CUDA device: nothing was measured or written\n" + table(rows), end="")
+        print("no CUDA device: nothing was measured or recorded\n" + table(rows), end="")
         return
     import triton
 
-    here = record.environment(torch.device(DEVICE)) | {"triton": triton.__version__}
+    recorder = record.Recorder("kernels_measured", TABLES, record=not options.no_record)
+    environment = recorder.environment(torch.device(DEVICE)) | {"triton": triton.__version__}
     copy, rows = copy_bandwidth(), []
     for shape in SHAPES:
         for case in cases(*shape):
             for row in measure(case, shape, copy):
-                rows.append(here | row)
+                rows.append(environment | row)
                 print(row, file=sys.stderr, flush=True)
-            record.write("kernels_measured", rows)
+            recorder.replace(rows)
             torch.compiler.reset()
             torch.cuda.empty_cache()
-    record.place(table(rows), "kernels/README.md", "kernels_measured")
     print(f"copy: {copy:.0f} GB/s\n{table(rows)}", end="")
-    sys.exit(1 if any("wrong" in row for row in rows) else 0)
+    wrong = ", ".join(dict.fromkeys(row["op"] for row in rows if "wrong" in row))
+    record.check(not wrong, f"{wrong} differ from the reference and are not timed")
 
 
 if __name__ == "__main__":

@@ -1,94 +1,128 @@
-"""What a card makes of each model: `dfengine profile`, recorded.
+"""`dfengine profile` of each model on this device, recorded.
 
     python bench/profiles.py                                  # the embedded model
-    python bench/profiles.py shapes sd15 sdxl                 # with the published architectures, random weights
+    python bench/profiles.py shapes sd15 sdxl                 # and published architectures with random weights
 
-Rows of this device are replaced in bench/results/profiles.json, and the tables in bench/README.md and
-docs/performance.md are made anew. To add those of your own card, run it there and send the three files.
+Each model is profiled uncompiled and compiled, after a map from its complete batches was compared with one from
+small, uncompiled batches. Replaces the rows of this device in bench/results/profiles.json. To add your own card, run
+it there and send that file, bench/README.md and docs/performance.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import record
 import torch
+from scipy.stats import spearmanr
+from throughput import AGREEMENT, NUM_CHECK_MASKS
 
 from dfengine import Engine, Rise
+from dfengine.diffusion.trajectory import trajectories
 from dfengine.models.architectures import ARCHITECTURES
 from dfengine.profile import Profile, lines, profile
 
+SMALL_BATCH = 4
 
-def measure(model: str, compiled: bool, seconds: float) -> dict[str, Any]:
-    """The profile of a model on this device, with its waterfall of stages printed."""
+
+def measure(recorder: record.Recorder, model: str, compiled: bool, seconds: float) -> record.Row:
+    """The profile of a model on this device; its waterfall of stages is printed."""
     engine = Engine.from_pretrained(model, random_weights=model in ARCHITECTURES, compile=compiled)
-    job = engine.job("a red circle" if model == "shapes" else "a photo of a cat", num_steps=30)
-    found = profile(engine, Rise(500), job, seconds=seconds)
-    print("\n".join(lines(found)), "\n", file=sys.stderr)
-    return record.environment(engine.denoiser.device) | dataclasses.asdict(found)
+    prompt = "a red circle" if model == "shapes" else "a photo of a cat"
+    measured = profile(engine, Rise(500), engine.job(prompt, num_steps=30), seconds=seconds)
+    check(engine, prompt, measured)
+    print("\n".join(lines(measured)), "\n", file=sys.stderr)
+    return recorder.environment(engine.denoiser.device) | dataclasses.asdict(measured)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Every recorded profile in a line."""
-    columns = ["device", "model", "dtype", "attention", "compiled", "latents a forward", "masks a second", "TFLOP/s"]
-    columns += ["of a matrix product", "outside the U-Net", "GiB at most", "30 steps × 500 masks"]
+def check(engine: Engine, prompt: str, measured: Profile) -> None:
+    """Exit unless batches as profiled give the map of small uncompiled ones, at a speed that the device can have."""
+    share = measured.share_of_ceiling
+    record.check(0 < share <= 1, f"{measured.model} reaches {share:.0%} of a matrix product's speed")
+    denoiser = engine.denoiser
+    (trajectory,) = trajectories(denoiser, [engine.job(prompt, num_steps=1)])
+    rise = Rise(NUM_CHECK_MASKS)
+    (profiled,) = rise.explain(denoiser, [trajectory])
+    denoiser.batch_size, denoiser.compiled = SMALL_BATCH, False
+    (reference,) = rise.explain(denoiser, [trajectory])
+    rank = float(spearmanr(profiled.saliency.numpy().ravel(), reference.saliency.numpy().ravel()).statistic)
+    expected = AGREEMENT[denoiser.dtype]
+    record.check(
+        rank >= expected,
+        f"{measured.model}: rank correlation with the map from batches of {SMALL_BATCH} is {rank:.4f}, "
+        f"expected at least {expected}",
+    )
+
+
+def table(rows: Sequence[record.Row]) -> str:
+    """All rows, one line each."""
+    columns = [
+        "device",
+        "commit",
+        "model",
+        "dtype",
+        "attention",
+        "compiled",
+        "batch size",
+        "masks per second",
+        "TFLOP/s",
+    ]
+    columns += ["of a matrix product", "outside the U-Net", "peak GiB", "30 steps × 500 masks"]
     shown = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        cells = [row["device"], row["model"], row["dtype"], row["attention"], "yes" if row["compiled"] else "no"]
-        cells += [str(row["batch_size"]), f"**{row['masks_a_second']:.3g}**", f"{row['tflop_s']:.3g}"]
-        cells += [f"{row['share_of_ceiling']:.0%}", f"{row['outside_network']:.1%}", f"{row['peak_gib']:.2f}"]
-        shown.append("| " + " | ".join([*cells, f"{row['job']['seconds']:,.0f} s"]) + " |")
+        cells = [row["device"], f"`{row['commit']}`", row["model"], row["dtype"], row["attention"]]
+        cells += ["yes" if row["compiled"] else "no", str(row["batch_size"])]
+        cells += [f"**{row['masks_a_second']:.3g}**", f"{row['tflop_s']:.3g}", f"{row['share_of_ceiling']:.0%}"]
+        cells += [f"{row['outside_network']:.1%}", f"{row['peak_gib']:.2f}", f"{row['job']['seconds']:,.0f} s"]
+        shown.append("| " + " | ".join(cells) + " |")
     return "\n".join(shown) + "\n"
 
 
-def curves(rows: list[dict[str, Any]]) -> str:
-    """The network alone, masks a second by latents a forward, a recorded profile in a line."""
+def curves(rows: Sequence[record.Row]) -> str:
+    """Masks per second of the network alone by batch size, one line for each row."""
     sizes = sorted({point["batch"] for row in rows for point in row["curve"]})
-    shown = ["| latents a forward | " + " | ".join(map(str, sizes)) + " |", "|---" * (1 + len(sizes)) + "|"]
+    shown = ["| batch size | commit | " + " | ".join(map(str, sizes)) + " |", "|---" * (2 + len(sizes)) + "|"]
     for row in rows:
-        made = {point["batch"]: f"{point['masks_a_second']:.3g}" for point in row["curve"]}
+        rates = {point["batch"]: f"{point['masks_a_second']:.3g}" for point in row["curve"]}
         name = f"{row['model']}, {row['dtype']}{', compiled' * row['compiled']}, {row['device']}"
-        shown.append(f"| {name} | {' | '.join(made.get(size, '') for size in sizes)} |")
+        shown.append(f"| {name} | `{row['commit']}` | {' | '.join(rates.get(size, '') for size in sizes)} |")
     return "\n".join(shown) + "\n"
 
 
-def printed(row: dict[str, Any]) -> str:
-    """What `dfengine profile` says of a recorded profile."""
-    found = Profile(**{field.name: row[field.name] for field in dataclasses.fields(Profile)})
-    if ", threads: " in found.device:  # a CPU's, whose peak says nothing of one batch; rows once had it
-        found = dataclasses.replace(found, curve=[point | {"peak_gib": None} for point in found.curve])
-    return "\n".join(["```", *lines(found), "```", ""])
+def example(rows: Sequence[record.Row]) -> str:
+    """What `dfengine profile` prints, of the newest uncompiled row of the embedded model."""
+    row = next((row for row in reversed(rows) if row["model"] == "shapes" and not row["compiled"]), None)
+    if row is None:
+        return record.NOT_MEASURED
+    measured = Profile(**{field.name: row[field.name] for field in dataclasses.fields(Profile)})
+    return "\n".join([f"Commit `{row['commit']}`:", "", "```", *lines(measured), "```", ""])
 
 
-def example(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row that is shown whole: the newest of the embedded model, uncompiled."""
-    return next(row for row in reversed(rows) if row["model"] == "shapes" and not row["compiled"])
+TABLES = {
+    ("bench/README.md", "profiles"): table,
+    ("docs/performance.md", "curves"): curves,
+    ("docs/performance.md", "profile"): example,
+}
 
 
 def main() -> None:
     """Measure, record and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("models", nargs="*", default=["shapes"])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement, about")
-    parser.add_argument("--eager", action="store_true", help="not compiled, where compiling takes too long")
+    parser.add_argument("--seconds", type=float, default=3.0, help="approximate duration of each measurement")
+    parser.add_argument("--eager", action="store_true", help="uncompiled only, where compiling takes too long")
     options = parser.parse_args()
+    recorder = record.Recorder("profiles", TABLES, record=not options.no_record)
+    rows = []
     for model in options.models:
         for compiled in (False,) if options.eager else (False, True):
-            row = measure(model, compiled, options.seconds)
-            every = record.replace("profiles", [row], ("device", "model", "dtype", "compiled"))
-            record.place(table(every), "bench/README.md", "profiles")
-            record.place(curves(every), "docs/performance.md", "curves")
-            record.place(printed(example(every)), "docs/performance.md", "profile")
+            rows.append(measure(recorder, model, compiled, options.seconds))
+            recorder.replace(rows, ("device", "model", "dtype", "compiled"))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    print(table([row for row in every if row["device"] == record.environment(torch_device())["device"]]), end="")
-
-
-def torch_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":

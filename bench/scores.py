@@ -1,15 +1,15 @@
-"""How fast the reference is on this processor, which is what runs where there is no GPU; beside scikit-image's SSIM.
+"""Microseconds per mask of the reference operations, which run where there is no GPU, and of scikit-image's SSIM.
 
-    OMP_NUM_THREADS=1 python bench/scores.py        # writes bench/results/scores.json and the table in bench/README.md
+    OMP_NUM_THREADS=1 python bench/scores.py        # records bench/results/scores.json
 
-What is timed is verified first: SSIM equals scikit-image's away from the border (where that one reflects and this one
-renormalises), and `accumulate` in one batch equals it in parts.
+Checked first: SSIM equals scikit-image's away from the border (where scikit-image reflects and we renormalise), and
+`accumulate` of one batch equals that of its parts.
 """
 
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import dfkernels
 import numpy as np
@@ -29,14 +29,14 @@ REPEATS = 15
 
 
 def by_scikit_image(a: Tensor, b: Tensor) -> np.ndarray:
-    """SSIM maps [n, h, w], one image at a time: the Gaussian window of the original, mean over channels."""
+    """SSIM maps [n, h, w] in a Gaussian window, mean over channels; one image at a time."""
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     images = (structural_similarity(x, b.numpy(), channel_axis=0, full=True, **settings)[1] for x in a.numpy())
     return np.stack([image.mean(0) for image in images])
 
 
 def cases(n: int, c: int, h: int, w: int) -> dict[str, Callable[[], object]]:
-    """What is timed on one batch, verified."""
+    """The operations on one batch, checked."""
     g = torch.Generator().manual_seed(0)
     b = torch.rand(c, h, w, generator=g)
     a = (0.5 * b + 0.5 * torch.rand(n, c, h, w, generator=g)).contiguous(memory_format=torch.channels_last)
@@ -49,12 +49,14 @@ def cases(n: int, c: int, h: int, w: int) -> dict[str, Callable[[], object]]:
 
     inside = (slice(None), slice(5, -5), slice(5, -5))
     ours = reference.similarity(a, b, "ssim").numpy()
-    np.testing.assert_allclose(ours[inside], by_scikit_image(a, b)[inside], **tolerance("similarity"))
-    whole, parts = (dfkernels.Sums.zeros(1, (h, w)) for _ in range(2))
-    accumulate(whole, slice(0, n))
+    with record.checked("SSIM and scikit-image's"):
+        np.testing.assert_allclose(ours[inside], by_scikit_image(a, b)[inside], **tolerance("similarity"))
+    single, partial = (dfkernels.Sums.zeros(1, (h, w)) for _ in range(2))
+    accumulate(single, slice(0, n))
     for part in (slice(0, 5), slice(5, n)):
-        accumulate(parts, part)
-    torch.testing.assert_close(whole.moments, parts.moments, **tolerance("similarity"))
+        accumulate(partial, part)
+    with record.checked("accumulate of a batch and of its parts"):
+        torch.testing.assert_close(single.moments, partial.moments, **tolerance("similarity"))
 
     return {
         "scikit-image SSIM": lambda: by_scikit_image(a, b),
@@ -68,7 +70,7 @@ def cases(n: int, c: int, h: int, w: int) -> dict[str, Callable[[], object]]:
 
 
 def microseconds(run: Callable[[], object]) -> tuple[float, float, float]:
-    """Lowest, median and highest of the repeats, after two that do not count."""
+    """Lowest, median and highest of the repeats, after two untimed ones."""
     times = []
     for repeat in range(REPEATS + 2):
         start = time.perf_counter()
@@ -79,30 +81,34 @@ def microseconds(run: Callable[[], object]) -> tuple[float, float, float]:
     return min(times), statistics.median(times), max(times)
 
 
-def table(rows: list[dict]) -> str:
-    """Microseconds a mask, the median."""
+def table(rows: Sequence[record.Row]) -> str:
+    """Median microseconds per mask, one line for each operation."""
     names = list(dict.fromkeys(row["op"] for row in rows))
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
-    lines = ["| µs a mask | " + " | ".join("×".join(map(str, shape)) for shape in shapes) + " |"]
+    lines = ["| µs per mask | " + " | ".join("×".join(map(str, shape)) for shape in shapes) + " |"]
     lines.append("|---" * (len(shapes) + 1) + "|")
     for name in names:
         cells = (f"{row['median_us'] / row['shape'][0]:.1f}" for row in rows if row["op"] == name)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", record.provenance(rows, "scikit-image")])
+
+
+TABLES = {("bench/README.md", "scores"): table}
 
 
 def main() -> None:
-    """Verify, measure, record and print."""
-    here = record.environment(torch.device("cpu")) | {"scikit-image": skimage.__version__}
+    """Check, measure, record and print."""
+    options = record.parser(__doc__).parse_args()
+    recorder = record.Recorder("scores", TABLES, record=not options.no_record)
+    environment = recorder.environment(torch.device("cpu")) | {"scikit-image": skimage.__version__}
     rows = []
     for shape in SHAPES:
         for name, run in cases(*shape).items():
             low, median, high = microseconds(run)
             row = {"op": name, "shape": shape, "median_us": round(median), "low_us": round(low), "high_us": round(high)}
-            rows.append(row | here)
+            rows.append(row | environment)
             print(row, file=sys.stderr)
-    record.write("scores", rows)
-    record.place(table(rows), "bench/README.md", "scores")
+    recorder.replace(rows)
     print(table(rows), end="")
 
 

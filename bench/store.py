@@ -1,10 +1,11 @@
-"""How fast the store writes, how large its files are, and what writing costs the demo.
+"""How fast the store writes, how large its files are, and the writer's share of the demo's time.
 
-    python bench/store.py            # writes bench/results/store.json and the table in bench/README.md
+    python bench/store.py            # records bench/results/store.json
 
-DF-RISE maps of a stand-in model (a local average, so that maps vary as a model's do) of the embedded model's and Stable
-Diffusion's shapes are written with each compression, read back and compared, and timed: steps a second, the file's
-closing included, median of repeated files. Then the demo's own run, with a clock on every call of the writer.
+DF-RISE maps in the shapes of the embedded model and of Stable Diffusion, from a local average in the place of the
+model (so that maps vary smoothly), are written with each compression, read back and compared, and timed: steps per
+second, closing the file included, median of several files. Then the demo is run with a timer around every call of the
+writer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from dfengine import Engine, Rise, store
 
 PROMPT = "a red circle above a blue square on a gray background"
 STEPS, ITEMS, REPEATS = 30, 8, 7
-#: Steps whose maps are computed, and masks drawn for each.
+#: Steps whose maps are computed (the others repeat them), and masks drawn for each.
 DISTINCT, DRAWN = 5, 125
 
 #: name → latent (c, h, w), image (H, W), masks a step
@@ -37,7 +38,7 @@ SHAPES = {
     "Stable Diffusion 1.5": ((4, 64, 64), (512, 512), 1000),
 }
 #: compression, mantissa bits of the errors
-WAYS = (("gzip", 23), ("gzip", 10), ("none", 23))
+SETTINGS = (("gzip", 23), ("gzip", 10), ("none", 23))
 
 
 def plan_of(shape: str, mantissa_bits: int) -> store.Plan:
@@ -53,7 +54,7 @@ def plan_of(shape: str, mantissa_bits: int) -> store.Plan:
 
 
 def maps_of(shape: str) -> dict[str, np.ndarray]:
-    """An item's saliency, errors and scores, [steps, …], and its latents: a few real steps, again and again."""
+    """An item's saliency, errors, scores and latents, [steps, …]: a few computed steps, repeated."""
     (channels, *size), _, masks = SHAPES[shape]
     latents = torch.randn(DISTINCT, channels, *size, generator=torch.Generator().manual_seed(0))
     sums = dfkernels.Sums.zeros(DISTINCT, (size[0], size[1]))
@@ -67,13 +68,13 @@ def maps_of(shape: str) -> dict[str, np.ndarray]:
         where = (seeds, steps, torch.full((DRAWN,), step), indices)
         scores.append(dfkernels.accumulate(model(dfkernels.apply_masks(latents, *where)), model(latents), sums, *where))
     saliency, error = dfkernels.estimate(sums, "coverage")
-    made = {"saliency": saliency, "error": error, "latents": latents}
-    repeated = {name: np.tile(part, (STEPS // DISTINCT, *[1] * (part.ndim - 1))) for name, part in made.items()}
+    computed = {"saliency": saliency, "error": error, "latents": latents}
+    repeated = {name: np.tile(part, (STEPS // DISTINCT, *[1] * (part.ndim - 1))) for name, part in computed.items()}
     return repeated | {"scores": np.tile(torch.stack(scores), (STEPS // DISTINCT, -(-masks // DRAWN)))[:, :masks]}
 
 
 def write(path: Path, plan: store.Plan, compression: str, maps: dict[str, np.ndarray]) -> float:
-    """Seconds to write a whole file."""
+    """Seconds to write a file."""
     image = np.random.default_rng(0).integers(256, size=(*plan.image, 3), dtype=np.uint8)
     rest = {
         "timesteps": np.arange(STEPS)[::-1],
@@ -81,7 +82,7 @@ def write(path: Path, plan: store.Plan, compression: str, maps: dict[str, np.nda
         "noise": np.linspace(1, 0, STEPS),
         "image": image,
     }
-    began = time.perf_counter()
+    start = time.perf_counter()
     with store.Writer.create(path, plan, compression=compression, overwrite=True) as writer:
         for item in range(ITEMS):
             writer.trajectory(item, **rest, latents=maps["latents"], epsilon=maps["latents"])
@@ -89,13 +90,13 @@ def write(path: Path, plan: store.Plan, compression: str, maps: dict[str, np.nda
                 values = {name: maps[name][step] for name in ("saliency", "error", "scores")}
                 writer.step(item, "rise", step, **values)
             writer.finish(item, 1.0)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def verify(path: Path, maps: dict[str, np.ndarray], exact: bool) -> None:
-    """What was written is read, or there is no row."""
-    with store.open(path) as run:
-        assert run.finished
+def check(path: Path, maps: dict[str, np.ndarray], exact: bool) -> None:
+    """Exit unless the file reads as what was written."""
+    with store.open(path) as run, record.checked(f"what {path.name} reads as"):
+        record.check(run.finished, f"{path.name} is not finished")
         for item in run:
             np.testing.assert_array_equal(item.maps["rise"], maps["saliency"])
             np.testing.assert_array_equal(item.scores["rise"], maps["scores"])
@@ -103,13 +104,13 @@ def verify(path: Path, maps: dict[str, np.ndarray], exact: bool) -> None:
 
 
 def speeds(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row a shape and way of writing."""
+    """One row for each shape and compression."""
     for shape in SHAPES:
         maps = maps_of(shape)
-        for compression, bits in WAYS:
+        for compression, bits in SETTINGS:
             plan, path = plan_of(shape, bits), folder / "run.h5"
             seconds = [write(path, plan, compression, maps) for _ in range(REPEATS)]
-            verify(path, maps, exact=bits == 23)
+            check(path, maps, exact=bits == 23)
             with h5py.File(path) as h5:
                 stored = {name: h5["entry/maps"][name].id.get_storage_size() for name in ("saliency", "error")}
             per_second = sorted(ITEMS * STEPS / second for second in seconds)
@@ -124,45 +125,46 @@ def speeds(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def clocked() -> Iterator[dict[str, float]]:
-    """Seconds that the caller is held by the store, and of the writing thread's processor time."""
+def writer_timed() -> Iterator[dict[str, float]]:
+    """Seconds that callers spend in the writer ("held"), and processor time of its thread ("thread")."""
     spent = {"held": 0.0, "thread": 0.0}
     names = ("create", "trajectory", "step", "finish", "close")
-    before = {name: vars(store.Writer)[name] for name in (*names, "_work")}
+    originals = {name: vars(store.Writer)[name] for name in (*names, "_work")}
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **more: Any) -> Any:
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
                 return function(*args, **more)
             finally:
-                spent["held"] += time.perf_counter() - began
+                spent["held"] += time.perf_counter() - start
 
         return call
 
     def work(self: store.Writer) -> None:
-        before["_work"](self)
+        originals["_work"](self)
         spent["thread"] += time.thread_time()
 
     for name in names:
-        kept = before[name]
-        setattr(store.Writer, name, classmethod(timed(kept.__func__)) if name == "create" else timed(kept))
-    store.Writer._work = work  # type: ignore[method-assign]  # put back below
+        original = originals[name]
+        wrapped = classmethod(timed(original.__func__)) if name == "create" else timed(original)
+        setattr(store.Writer, name, wrapped)
+    store.Writer._work = work  # type: ignore[method-assign]  # restored below
     try:
         yield spent
     finally:
-        for name, function in before.items():
+        for name, function in originals.items():
             setattr(store.Writer, name, function)
 
 
 def demo(folder: Path) -> dict[str, Any]:
-    """The demo's run: its time, and the share of it that the store takes."""
+    """The demo's duration, and the store's share of it."""
     engine, path = Engine.from_pretrained("shapes", device="cpu"), folder / "demo.h5"
     engine.explain(PROMPT, Rise(num_masks=16), num_steps=2, out=folder / "warm-up.h5")
-    with clocked() as spent:
-        began = time.perf_counter()
+    with writer_timed() as spent:
+        start = time.perf_counter()
         engine.explain(PROMPT, Rise(num_masks=256), num_steps=STEPS, seed=0, out=path)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "steps_per_second": STEPS / seconds,
@@ -172,11 +174,11 @@ def demo(folder: Path) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Speeds and sizes of each way of writing, and the demo's share."""
+def table(rows: Sequence[record.Row]) -> str:
+    """Speeds and sizes for each shape and compression, and the demo's row, which is the last."""
     *written, run = rows
     lines = [
-        "| shape | compression | mantissa of errors | steps a second | bytes an item | maps | errors |",
+        "| shape | compression | mantissa of errors | steps per second | bytes per item | maps | errors |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in written:
@@ -191,25 +193,30 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"The demo ({STEPS} steps, 256 masks each) makes {run['steps_per_second']:.2f} steps a second there. Of its "
-        f"{run['seconds']:.1f} s the engine",
-        f"is held by the store for {run['held_share']:.2%}, creating and closing the file included; the writing thread "
-        f"works for {run['thread_share']:.2%}.",
-        f"The file has {run['bytes_per_item']:,} bytes.",
+        f"The demo ({STEPS} steps, 256 masks each) computes {run['steps_per_second']:.2f} steps per second and takes "
+        f"{run['seconds']:.1f} s. The engine waits for the writer for {run['held_share']:.2%} of that, creating and "
+        f"closing the file included; the writer's thread works for {run['thread_share']:.2%} of it. The file has "
+        f"{run['bytes_per_item']:,} bytes.",
+        "",
+        record.provenance(rows, "h5py"),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+TABLES = {("bench/README.md", "store"): table}
 
 
 def main() -> None:
     """Measure, record and print."""
+    options = record.parser(__doc__).parse_args()
+    recorder = record.Recorder("store", TABLES, record=not options.no_record)
     versions = {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
-    here = record.environment(torch.device("cpu")) | versions
+    environment = recorder.environment(torch.device("cpu")) | versions
     build = record.ROOT / "build"  # on the same disk as the checkout, and ignored by git
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build) as folder:
-        rows = [*speeds(Path(folder)), demo(Path(folder))]
-    record.write("store", [row | here for row in rows])
-    record.place(table(rows), "bench/README.md", "store")
+        rows = [row | environment for row in (*speeds(Path(folder)), demo(Path(folder)))]
+    recorder.replace(rows)
     print(table(rows), end="")
 
 

@@ -1,13 +1,14 @@
-"""What a sweep costs beside its work: an item's overhead, a second worker's worth, a million items, a killed worker.
+"""The overhead of a sweep: per item, with two workers, after a killed worker, and for a million items.
 
-    python bench/sweeps.py           # writes bench/results/sweeps.json and the tables in bench/README.md
+    python bench/sweeps.py           # records bench/results/sweeps.json
 
-The embedded model, workers of one thread. The million items have no model: their segments are closed files of the true
-format in which every item is marked as finished, and nothing else; each stage runs in a process of its own.
+The embedded model, workers of one thread. The million items have no model: their segments are closed files of the
+real format in which every item is marked as finished, and nothing else; each stage runs in its own process.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,49 +49,55 @@ def sweep_of(items: int, explainers: list[Any], steps: int, minutes: float) -> s
     )
 
 
-def where(workers: int) -> sweep.Where:
+def resources(workers: int) -> sweep.Where:
     return sweep.Where(workers=workers, device="cpu", threads=1)
 
 
-def timed(records: Iterator[tuple[int, sweep.Record]]) -> list[tuple[float, int, sweep.Record]]:
+def timestamped(records: Iterator[tuple[int, sweep.Record]]) -> list[tuple[float, int, sweep.Record]]:
+    """(seconds, worker, record) of every record."""
     return [(time.perf_counter(), worker, one) for worker, one in records]
+
+
+def check_finished(run: Path) -> None:
+    record.check(sweep.outcome(run).finished, f"the sweep in {run.name} is not finished")
 
 
 # --- an item's overhead -----------------------------------------------------------------------------------------------
 
 
 def overhead(folder: Path) -> dict[str, Any]:
-    """Milliseconds an item of 2 steps with random maps, which cost next to nothing: computed alone, into a file, and by
-    a worker process; what each adds to the one before. Units of 16, the first left out, rounds in turn."""
+    """Milliseconds per item of 2 steps with random maps, which cost nearly nothing: computed only, written to a file,
+    and by a worker process. Units of 16 items; the first unit of each round is left out; the rounds take turns."""
     described = sweep_of(80, [Random()], 2, 1.0)
     probed = Probed("cpu", 10 / 16, (Kind(2, 1, 1),))
     engine, shared = Engine.from_pretrained("shapes", device="cpu"), Shared.of(described.shared)
     planned = list(units(described, {described.models[0]: probed}))
-    assert [len(unit) for unit in planned] == [16] * 5
+    record.check([len(unit) for unit in planned] == [16] * 5, "80 items are not planned as 5 units of 16")
     jobs = [[engine.job(unit.prompts[prompt], num_steps=2) for prompt, _, _ in unit.items] for unit in planned]
-    found: dict[str, list[float]] = {"computed": [], "into a file": [], "by a worker": []}
+    seconds: dict[str, list[float]] = {"computed": [], "into a file": [], "by a worker": []}
     for number in range(ROUNDS):
         for group in jobs:
-            began = time.perf_counter()
-            assert sum(1 for _ in engine.stream(group, Random())) == 16 * 4
-            found["computed"] += [time.perf_counter() - began] if group is not jobs[0] else []
+            start = time.perf_counter()
+            events = sum(1 for _ in engine.stream(group, Random()))
+            seconds["computed"] += [time.perf_counter() - start] if group is not jobs[0] else []
+            record.check(events == 16 * 4, f"16 items of 2 steps are {events} events, expected 64")
         run = store.Folder(folder / f"in process {number}", settings=described.shared)
         for unit in planned:
-            began = time.perf_counter()
+            start = time.perf_counter()
             *_, last = explain_unit(engine, shared, run, unit)
-            assert isinstance(last, sweep.Closed)
-            found["into a file"] += [time.perf_counter() - began] if unit is not planned[0] else []
+            seconds["into a file"] += [time.perf_counter() - start] if unit is not planned[0] else []
+            record.check(isinstance(last, sweep.Closed), f"unit {unit.name} was not closed")
         run = store.Folder(folder / f"worker {number}", settings=described.shared)
         store.plan_units(run.path, planned, spec=described.digest)
-        told = timed(sweep.run(described, run.path, where(1)))
-        closed = [at for at, _, one in told if isinstance(one, sweep.Closed)]
-        found["by a worker"] += list(np.diff(closed))
-        assert sweep.outcome(run.path).finished
-    each = {name: 1e3 * statistics.median(seconds) / 16 for name, seconds in found.items()}
+        records = timestamped(sweep.run(described, run.path, resources(1)))
+        closed = [at for at, _, one in records if isinstance(one, sweep.Closed)]
+        seconds["by a worker"] += list(np.diff(closed))
+        check_finished(run.path)
+    per_item = {name: [1e3 * one / 16 for one in units] for name, units in seconds.items()}
     return {
         "what": "overhead",
-        "milliseconds": each,
-        "spread": {n: [1e3 * min(s) / 16, 1e3 * max(s) / 16] for n, s in found.items()},
+        "milliseconds": {name: statistics.median(values) for name, values in per_item.items()},
+        "spread": {name: [min(values), max(values)] for name, values in per_item.items()},
     }
 
 
@@ -98,29 +105,23 @@ def overhead(folder: Path) -> dict[str, Any]:
 
 
 def efficiency(folder: Path) -> dict[str, Any]:
-    """Items a minute of one and of two workers, of one thread each, on two cores; between the first item that is done
-    and the last of which both are still at work. Rounds in turn."""
+    """Items per minute of one and of two workers of one thread each, on two cores, between the first finished item and
+    the last one during which all of them work. The rounds take turns."""
     described = sweep_of(8, [Rise(200), Cam()], 4, 1e-9)
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(ROUNDS):
         for workers in rates:
             out = folder / f"{workers} workers {number}"
-            told = timed(sweep.run(described, out, where(workers)))
-            assert sweep.outcome(out).finished
+            records = timestamped(sweep.run(described, out, resources(workers)))
+            check_finished(out)
             by_worker: dict[int, list[float]] = {}
-            for at, worker, one in told:
+            for at, worker, one in records:
                 if isinstance(one, sweep.Closed):
                     by_worker.setdefault(worker, []).append(at)
-            # Each worker's own pace while all are at work: the first unit has the model's loading in it.
-            end = min(times[-1] for times in by_worker.values())
-            begin = max(times[0] for times in by_worker.values())
-            rates[workers].append(
-                sum(
-                    60 * (len(inside) - 1) / (inside[-1] - inside[0])
-                    for times in by_worker.values()
-                    for inside in [[at for at in times if begin <= at <= end]]
-                )
-            )
+            # Each worker's own rate while all of them work: loading the model is part of the first unit.
+            begin, end = max(times[0] for times in by_worker.values()), min(times[-1] for times in by_worker.values())
+            within = [[at for at in times if begin <= at <= end] for times in by_worker.values()]
+            rates[workers].append(sum(60 * (len(times) - 1) / (times[-1] - times[0]) for times in within))
     one, two = (statistics.median(rates[workers]) for workers in (1, 2))
     shares = [b / a / 2 for a, b in zip(rates[1], rates[2], strict=True)]
     return {
@@ -135,25 +136,25 @@ def efficiency(folder: Path) -> dict[str, Any]:
 
 
 def recovery(folder: Path) -> dict[str, Any]:
-    """Seconds from a worker's death by SIGKILL, in the middle of an item, to the first map that another adds to it; and
-    the share of the maps made until then that were made again."""
+    """Seconds from a SIGKILL of a worker, in the middle of an item, to the first map that another worker adds to it;
+    and how many maps were computed twice."""
     described = sweep_of(2, [Rise(200)], 12, 1e-9)
-    found, again = [], []
+    seconds, again = [], []
     for number in range(ROUNDS):
-        out, killed, begun, total = folder / f"killed {number}", 0.0, 0.0, 0
-        for _, one in sweep.run(described, out, where(1)):
+        out, killed, resumed, total = folder / f"killed {number}", 0.0, 0.0, 0
+        for _, one in sweep.run(described, out, resources(1)):
             if isinstance(one, sweep.Progress):
                 total += one.maps
                 if not killed and one.maps:
                     (worker,) = map(int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
                     killed = time.perf_counter()
                     os.kill(worker, signal.SIGKILL)
-                elif killed and not begun and one.maps:
-                    begun = time.perf_counter()
-        assert sweep.outcome(out).finished
-        found.append(begun - killed)
+                elif killed and not resumed and one.maps:
+                    resumed = time.perf_counter()
+        check_finished(out)
+        seconds.append(resumed - killed)
         again.append(total - 2 * 12)
-    return {"what": "recovery", "seconds": sorted(found), "maps made again": again}
+    return {"what": "recovery", "seconds": sorted(seconds), "maps made again": again}
 
 
 # --- a million items --------------------------------------------------------------------------------------------------
@@ -169,31 +170,31 @@ def simulated(prompts: int) -> sweep.Sweep:
 
 
 def stage(name: str, out: Path) -> None:
-    """One stage of the million, in this process; prints its seconds, its peak memory, and what it found."""
+    """Run one stage of the million; prints its seconds, its peak memory and a count of what it went through as JSON."""
     described = simulated(MILLION // 10 + (10 if name == "grow" else 0))
     probed = Probed("none", 1.0, tuple(Kind(30, 1, 1) for _ in described.schedules))
-    began, found = time.perf_counter(), 0
+    start, count = time.perf_counter(), 0
     if name in ("plan", "plan again", "grow"):
-        found = sum(map(len, prepare(described, out, lambda source: probed)))
+        count = sum(map(len, prepare(described, out, lambda source: probed)))
     elif name == "segments":
-        found = _segments(out)
+        count = write_segments(out)
     elif name == "resume":
-        found = sum(map(len, prepare(simulated(MILLION // 10 + 10), out, lambda source: probed)))
+        count = sum(map(len, prepare(simulated(MILLION // 10 + 10), out, lambda source: probed)))
     elif name == "open":
         with store.open(out) as run:
-            assert not run.finished
-            found = len(run)
+            record.check(not run.finished, "a run whose last 100 items were not computed is finished")
+            count = len(run)
     else:
         generator = np.random.default_rng(0)
         with store.open(out) as run:
-            began = time.perf_counter()
-            found = sum(run[int(number)].seed >= 0 for number in generator.integers(len(run), size=1000))
-    told = {"seconds": time.perf_counter() - began, "found": found}
-    print(json.dumps(told | {"gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+            start = time.perf_counter()
+            count = sum(run[int(number)].seed >= 0 for number in generator.integers(len(run), size=1000))
+    measured = {"seconds": time.perf_counter() - start, "found": count}
+    print(json.dumps(measured | {"gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 
 
-def _segments(out: Path) -> int:
-    """A closed segment for each unit of the first million, as if its items were finished."""
+def write_segments(out: Path) -> int:
+    """Write a closed segment for each unit of the first million, as if its items were finished."""
     lines, done = [], 0
     for unit in store.planned_units(out):
         if done == MILLION:
@@ -216,74 +217,82 @@ def _segments(out: Path) -> int:
 
 
 def million(folder: Path) -> dict[str, Any]:
-    """Each stage in a process of its own."""
-    out, found = folder / "million", {}
+    """Each stage, in its own process."""
+    out, measured = folder / "million", {}
+    expected = dict(zip(STAGES, (MILLION, MILLION, MILLION + 100, MILLION, 100, MILLION, 1000), strict=True))
     for name in STAGES:
-        command = [sys.executable, __file__, name, str(out)]
-        told = subprocess.run(command, capture_output=True, text=True)
-        assert told.returncode == 0, told.stderr
-        found[name] = json.loads(told.stdout)
-        print(f"  {name}: {found[name]}")
-    assert [found[name]["found"] for name in STAGES] == [*[MILLION] * 2, MILLION + 100, MILLION, 100, MILLION, 1000]
-    return {"what": "million", **found}
+        command = [sys.executable, __file__, "--stage", name, "--out", str(out)]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        record.check(process.returncode == 0, f"stage '{name}' ended with status {process.returncode}")
+        measured[name] = json.loads(process.stdout)
+        print(f"  {name}: {measured[name]}")
+        count = measured[name]["found"]
+        record.check(count == expected[name], f"stage '{name}' went through {count} items, expected {expected[name]}")
+    return {"what": "million", **measured}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    each, two = rows["overhead"]["milliseconds"], rows["efficiency"]
-    killed, many = rows["recovery"], rows["million"]
-    spread = rows["overhead"]["spread"]
+def table(rows: Sequence[record.Row]) -> str:
+    """Both tables and what is said between them, of the four rows."""
+    overheads, two, killed, many = rows
     lines = [
-        "| milliseconds an item of 2 steps | lowest, **median**, highest | more than the one above |",
+        "| milliseconds per item of 2 steps | lowest, **median**, highest | difference from the line above |",
         "|---|---|---|",
     ]
     before = None
-    for name, value in each.items():
+    for name, value in overheads["milliseconds"].items():
+        low, high = overheads["spread"][name]
         more = "" if before is None else f"{value - before:+.1f}"
-        lines.append(f"| {name} | {spread[name][0]:.1f} **{value:.1f}** {spread[name][1]:.1f} | {more} |")
+        lines.append(f"| {name} | {low:.1f} **{value:.1f}** {high:.1f} | {more} |")
         before = value
     rate = two["items a minute"]
     lines += [
         "",
-        f"Two workers do {rate['2']:.1f} items a minute where one does {rate['1']:.1f}: {two['efficiency']:.0%} of "
-        "twice as many. "
-        f"After a SIGKILL another worker adds its first map to the same item within {killed['seconds'][0]:.1f} to "
-        f"{killed['seconds'][-1]:.1f} s, of which most is Python and the model being loaded; of the 12 maps of an item "
-        f"{max(killed['maps made again'])} at the most were made twice.",
+        f"Two workers compute {rate['2']:.1f} items per minute and one computes {rate['1']:.1f}: "
+        f"{two['efficiency']:.0%} of twice as many. After a SIGKILL another worker adds its first map to the same item "
+        f"within {killed['seconds'][0]:.1f} to {killed['seconds'][-1]:.1f} s, most of which is the start of Python and "
+        f"loading the model; at most {max(killed['maps made again'])} of an item's 12 maps were computed twice.",
         "",
-        "| a million items | seconds | GiB at the most |",
+        "| a million items | seconds | peak GiB |",
         "|---|---|---|",
     ]
-    words = {
-        "plan": "plan them, in units of 256",
-        "plan again": "look whether all is planned",
+    labels = {
+        "plan": "plan them in units of 256",
+        "plan again": "find that all are planned",
         "grow": "add 100 items to the plan",
-        "resume": "find what is left, beside 3907 closed segments",
-        "open": "open the run folder, and say whether it is finished",
-        "read": "read 1000 of its items, here and there",
+        "resume": "find the remaining items, with 3907 closed segments",
+        "open": "open the run folder and tell whether it is finished",
+        "read": "read 1000 random items",
     }
-    lines += [f"| {text} | {many[name]['seconds']:.1f} | {many[name]['gib']:.2f} |" for name, text in words.items()]
-    return "\n".join(lines) + "\n"
+    lines += [f"| {label} | {many[name]['seconds']:.1f} | {many[name]['gib']:.2f} |" for name, label in labels.items()]
+    return "\n".join([*lines, "", record.provenance(rows)])
+
+
+TABLES = {("bench/README.md", "sweeps"): table}
 
 
 def main() -> None:
+    """Measure, record and print; with --stage, run that stage of the million."""
+    parser = record.parser(__doc__)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage is not None:
+        stage(options.stage, options.out)
+        return
+    recorder = record.Recorder("sweeps", TABLES, record=not options.no_record)
     torch.set_num_threads(1)
-    environment = record.environment(torch.device("cpu"))
+    environment = recorder.environment(torch.device("cpu"))
     rows = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         for measure in (overhead, efficiency, recovery, million):
             rows.append(measure(Path(folder)) | environment)
             print(json.dumps(rows[-1]))
-    record.write("sweeps", rows)
-    told = table({row["what"]: row for row in rows})
-    record.place(told, "bench/README.md", "sweeps")
-    print(told)
+    recorder.replace(rows)
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        stage(sys.argv[1], Path(sys.argv[2]))
-    else:
-        main()
+    main()

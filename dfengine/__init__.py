@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     )
     from dfengine.models.scheduler import ExponentialDDIMScheduler
 
-# Without `open`, so that `from dfengine import *` does not replace the built-in function.
 __all__ = [
     "Attention",
     "Cam",

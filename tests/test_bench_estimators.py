@@ -1,4 +1,4 @@
-"""The study of the estimators counts masks rightly, sums them rightly, and measures nothing on a failing check."""
+"""The study of the estimators counts and sums masks correctly, and measures nothing on a failing check."""
 
 import sys
 from pathlib import Path
@@ -49,15 +49,15 @@ def test_a_case_that_is_never_reached_counts_as_infinitely_many() -> None:
     assert estimators.spread([None, None]) == "**never**, 0 of 2"
 
 
-def test_ridge_finds_what_each_pixel_adds_from_either_half() -> None:
+def test_ridge_estimates_what_each_pixel_adds_from_either_half() -> None:
     weights = torch.arange(30.0).reshape(SHAPE)
     for first in (0, 200):
         masks = dfkernels.masks(7, 3, first, 200, SHAPE)
         scores = (masks * weights).sum((1, 2))
-        found = estimators.maps_of(scores, 7, 3, SHAPE, (50, 200), first=first)
-        assert [len(maps) for maps in found.values()] == [2, 2, 2, 2]
-        assert estimators.agreement(found["ridge"][1], weights) > 0.99
-        assert_close(found["coverage"][0], (masks * scores[:, None, None])[:50].sum(0) / masks[:50].sum(0))
+        maps = estimators.maps_of(scores, 7, 3, SHAPE, (50, 200), first=first)
+        assert [len(of_estimator) for of_estimator in maps.values()] == [2, 2, 2, 2]
+        assert estimators.agreement(maps["ridge"][1], weights) > 0.99
+        assert_close(maps["coverage"][0], (masks * scores[:, None, None])[:50].sum(0) / masks[:50].sum(0))
 
 
 @pytest.fixture
@@ -66,24 +66,26 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def path(engine: Engine) -> Trajectory:
+def trajectory(engine: Engine) -> Trajectory:
     latents = torch.randn(3, 2, *SHAPE, generator=torch.Generator().manual_seed(0))
     return engine.denoiser.trajectory(latents)
 
 
-def test_maps_are_the_engines(engine: Engine, path: Trajectory) -> None:
-    estimators.verify(engine, path, 1)
+def test_maps_of_the_engine_pass_the_check(engine: Engine, trajectory: Trajectory) -> None:
+    estimators.check(engine, trajectory, 1)
 
 
-def test_other_masks_do_not_pass(engine: Engine, path: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = estimators.scores_of
-    monkeypatch.setattr(estimators, "scores_of", lambda *args: right(*args[:3], 64, args[4]))
-    with pytest.raises(AssertionError, match="standard errors from the engine's"):
-        estimators.verify(engine, path, 1)
+def test_maps_from_other_masks_fail_the_check(
+    engine: Engine, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = estimators.scores_of
+    monkeypatch.setattr(estimators, "scores_of", lambda *args: original(*args[:3], 64, args[4]))
+    with pytest.raises(SystemExit, match="check failed: .* standard errors from the engine's"):
+        estimators.check(engine, trajectory, 1)
 
 
-def test_rows_and_table(engine: Engine, path: Trajectory) -> None:
-    measured = list(estimators.rows_of(engine, path, 1, 45))
+def test_rows_and_table(engine: Engine, trajectory: Trajectory) -> None:
+    measured = list(estimators.rows_of(engine, trajectory, 1, 45))
     assert [(row["score"], row["estimator"]) for row in measured] == [
         (score, estimator) for score, names in estimators.ESTIMATORS.items() for estimator in names
     ]
@@ -93,9 +95,11 @@ def test_rows_and_table(engine: Engine, path: Trajectory) -> None:
         assert not is_default or row["agreement"]["own"] == row["agreement"]["reference"]
         assert not is_default or row["agreement"]["own"][-1] == row["reliability"]
 
-    rows = [{"model": model, "device_type": "cpu"} | row for model in ("one", "other") for row in measured]
+    rows = [
+        {"model": model, "device_type": "cpu", "commit": "abc"} | row for model in ("one", "other") for row in measured
+    ]
     lines = estimators.table(rows).splitlines()
-    assert lines[0] == "one (cpu): 1 prompts × 1 steps, halves of 45 masks."
+    assert lines[0] == "one (cpu, commit `abc`): 1 prompts × 1 steps, halves of 45 masks."
     assert len(lines) == 2 * (2 + 2 + 7 + 2) + 1
     assert all(line.count(" of 1 |") == 4 for line in lines if "`" in line and line.startswith("|"))
     assert lines[12].startswith("Split-half reliability of the references: local `coverage` ")

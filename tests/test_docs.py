@@ -296,34 +296,6 @@ def test_maths_survive_markdown():
             assert (displayed + within).count("{") == (displayed + within).count("}"), displayed + within
 
 
-def recorded(name):
-    return json.loads((ROOT / f"bench/results/{name}.json").read_text())
-
-
-def table(document, name):
-    return re.search(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", (ROOT / document).read_text(), re.DOTALL)[1]
-
-
-@pytest.mark.parametrize("name", re.findall(r"<!-- (\w+): begin -->", (ROOT / "bench/README.md").read_text()))
-def test_tables_are_made_of_recorded_rows(name):
-    rows = recorded(name)
-    if name == "sweeps":
-        rows = {row["what"]: row for row in rows}
-    assert table("bench/README.md", name) == importlib.import_module(name).table(rows)
-
-
-def test_other_tables_are_made_of_recorded_rows():
-    import kernels_compiled
-    import profiles
-    import throughput
-
-    rows = recorded("profiles")
-    assert table("docs/performance.md", "curves") == profiles.curves(rows)
-    assert table("docs/performance.md", "profile") == profiles.printed(profiles.example(rows))
-    assert table("README.md", "speed") == throughput.summary(recorded("throughput"))
-    assert table("kernels/README.md", "kernels_compiled") == kernels_compiled.table(recorded("kernels_compiled"))
-
-
 def test_when_compiling_repays_itself():
     minutes = {
         device: round(tuning.MIN_COMPILE_PAYOFF * expected.seconds / (1 - 1 / expected.speedup) / 60)
