@@ -19,7 +19,7 @@ import numpy as np
 import record
 import torch
 from plain import Plain
-from throughput import AGREEMENT, STEP, agreement
+from throughput import AGREEMENT, agreement
 
 from dfengine import Engine, Rise
 from dfengine.diffusion.trajectory import trajectories
@@ -50,7 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     recorder = record.Recorder("defaults", TABLES, record=not options.no_record)
     engine, texts, rendered = Engine.from_pretrained("shapes"), captions(options.images), scenes(options.images)
-    check(engine, rendered)
+    check_areas(rendered)
+    check_map(engine)
     generated = [engine.job(text, num_steps=NUM_STEPS, seed=seed) for seed, text in enumerate(texts)]
     noised = [
         engine.job(scene.prompt, image=scene.image, num_steps=NUM_STEPS, seed=seed)
@@ -91,20 +92,24 @@ def main() -> None:
     print(table(rows))
 
 
-def check(engine: Engine, rendered: Sequence[Scene]) -> None:
-    """Exit unless the engine's map is the plain loop's and the true areas themselves have an AUROC of 1."""
-    denoiser: Any = engine.denoiser
-    job = engine.job("a red circle above a blue square on a gray background", num_steps=30)
-    (trajectory,) = trajectories(denoiser, [job])
-    trajectory = dataclasses.replace(trajectory, explain_steps=[STEP])
-    explained = (trajectory.latents[STEP], job.timesteps[STEP], job.guidance)
-    plain = Plain(denoiser.pipeline, job.prompt, *explained, guided=False)
-    rank, expected = agreement(engine, plain, trajectory, "conditional"), AGREEMENT[torch.float32]
-    record.check(rank >= expected, f"rank correlation with the plain loop is {rank:.5f}, expected at least {expected}")
+def check_areas(rendered: Sequence[Scene]) -> None:
+    """Exit unless the true areas themselves have an AUROC of 1."""
     for scene in rendered:
         area = scene.areas["both"]
         value = measures(area.astype(float), area)["auroc"]
         record.check(value == 1, f"the true area of '{scene.prompt}' has AUROC {value}, expected 1")
+
+
+def check_map(engine: Engine) -> None:
+    """Exit unless the engine's map is the plain loop's."""
+    denoiser: Any = engine.denoiser
+    job = engine.job("a red circle above a blue square on a gray background", num_steps=NUM_STEPS)
+    (trajectory,) = trajectories(denoiser, [job])
+    trajectory = dataclasses.replace(trajectory, explain_steps=[GAME_STEP])
+    explained = (trajectory.latents[GAME_STEP], job.timesteps[GAME_STEP], job.guidance)
+    plain = Plain(denoiser.pipeline, job.prompt, *explained, guided=False)
+    rank, expected = agreement(engine, plain, trajectory, "conditional"), AGREEMENT[torch.float32]
+    record.check(rank >= expected, f"rank correlation with the plain loop is {rank:.5f}, expected at least {expected}")
 
 
 def auroc(step_maps: Sequence[StepMap], shapes: Sequence[Any]) -> np.ndarray:

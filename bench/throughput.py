@@ -75,9 +75,9 @@ def configurations(
 
 
 def agreement(engine: Engine, plain: Plain, trajectory: Trajectory, target: str) -> float:
-    """The rank correlation of the plain loop's map and the engine's map from the same masks."""
-    shape = engine.denoiser.latent_shape[1:]
-    masks = dfkernels.masks(trajectory.job.mask_seed, STEP, 0, NUM_CHECK_MASKS, shape).numpy()
+    """The rank correlation, at the one explained step, of the plain loop's map and the engine's from the same masks."""
+    shape, (step,) = engine.denoiser.latent_shape[1:], trajectory.explain_steps
+    masks = dfkernels.masks(trajectory.job.mask_seed, step, 0, NUM_CHECK_MASKS, shape).numpy()
     expected, _ = plain.maps(iter(masks))
     rise = Rise(NUM_CHECK_MASKS, target=target, estimator="sum")
     (step_map,) = rise.explain(engine.denoiser, [trajectory])

@@ -1,9 +1,7 @@
 """The study of the estimators counts and sums masks correctly, and measures nothing on a failing check."""
 
-import sys
-from pathlib import Path
-
 import dfkernels
+import estimators
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +10,6 @@ from torch.testing import assert_close
 
 from dfengine import Engine
 from dfengine.diffusion.trajectory import Trajectory
-
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
-
-import estimators
 
 SHAPE = (6, 5)
 
@@ -80,7 +74,7 @@ def test_maps_from_other_masks_fail_the_check(
 ) -> None:
     original = estimators.scores_of
     monkeypatch.setattr(estimators, "scores_of", lambda *args: original(*args[:3], 64, args[4]))
-    with pytest.raises(SystemExit, match="check failed: .* standard errors from the engine's"):
+    with pytest.raises(SystemExit, match=r"check failed: .* standard errors from the engine's"):
         estimators.check(engine, trajectory, 1)
 
 

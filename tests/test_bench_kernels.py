@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernels_measured
 import pytest
 import torch
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "bench"))
-
-import kernels_measured  # noqa: E402
 
 CASES = list(kernels_measured.cases(5, 4, 7, 13))
 

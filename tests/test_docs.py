@@ -7,7 +7,6 @@ import importlib
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "kernels/README.md", ROOT / "bench/README.md"]
 CAPTION = "a red circle above a blue square on a gray background"
-
-sys.path.append(str(ROOT / "bench"))
 
 
 def blocks(name, language):
