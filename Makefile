@@ -7,7 +7,7 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: FORCE demo test soak lint types setup setup-dev clean kernels bench \
+.PHONY: FORCE demo test soak lint types setup setup-dev clean kernels bench studies \
   gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-games gpu-estimators
 
 demo: $(VENV)/.ready
@@ -27,20 +27,28 @@ test: $(VENV)/.dev-ready lint types
 soak: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -n $(WORKERS) -m soak -rP
 
-# Every kernel, compiled for every generation of GPU: needs none.
+# Every kernel compiled for every generation of GPU, without one.
 kernels: $(VENV)/.dev-ready
 	$(BIN)/python bench/kernels_compiled.py
 
-# What is measured of the engine, on this machine's processor: half an hour.
+# The benchmarks of the engine on this machine's processor, the shortest first: about an hour on two cores. Rows are
+# recorded from committed sources only.
 bench: $(VENV)/.dev-ready
-	$(BIN)/python bench/throughput.py
-	$(BIN)/python bench/waterfall.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/scores.py
+	$(BIN)/python bench/shapes_model.py
+	$(BIN)/python bench/store.py
 	$(BIN)/python bench/profiles.py
+	$(BIN)/python bench/throughput.py
 	$(BIN)/python bench/explainers.py
 	$(BIN)/python bench/concepts.py
-	$(BIN)/python bench/games.py
-	$(BIN)/python bench/estimators.py
 	$(BIN)/python bench/sweeps.py
+	$(BIN)/python bench/waterfall.py
+
+# The studies of many images: about two hours.
+studies: $(VENV)/.dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python bench/estimators.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/defaults.py
+	$(BIN)/python bench/games.py
 
 # On a machine with a GPU, with the packages of its own (torch, triton, jaxtyping, pytest, scipy; from gpu-shapes on also
 # diffusers, transformers, accelerate, h5py): nothing is installed or downloaded. Each takes less than eight minutes,
