@@ -29,9 +29,9 @@ import torch
 from dfengine import Cam, Engine, Random, Rise, evaluate, store, sweep
 from dfengine.store.file import template
 from dfengine.store.file.files import append_lines
-from dfengine.sweep.planning import prepare, units
-from dfengine.sweep.records import Kind, Probed
-from dfengine.sweep.spec import Shared
+from dfengine.sweep.events import ItemCost, ModelProfile
+from dfengine.sweep.planning import make_units, prepare
+from dfengine.sweep.spec import SharedSettings
 from dfengine.sweep.unit import explain_unit
 
 ROUNDS = 2
@@ -48,12 +48,12 @@ def sweep_of(items: int, explainers: list[Any], steps: int, minutes: float) -> s
     )
 
 
-def where(workers: int) -> sweep.Where:
-    return sweep.Where(workers=workers, device="cpu", threads=1)
+def resources(workers: int) -> sweep.Resources:
+    return sweep.Resources(workers=workers, device="cpu", threads=1)
 
 
-def timed(records: Iterator[tuple[int, sweep.Record]]) -> list[tuple[float, int, sweep.Record]]:
-    return [(time.perf_counter(), worker, one) for worker, one in records]
+def timed(events: Iterator[tuple[int, sweep.Event]]) -> list[tuple[float, int, sweep.Event]]:
+    return [(time.perf_counter(), worker, one) for worker, one in events]
 
 
 # --- an item's overhead -----------------------------------------------------------------------------------------------
@@ -63,9 +63,9 @@ def overhead(folder: Path) -> dict[str, Any]:
     """Milliseconds an item of 2 steps with random maps, which cost next to nothing: computed alone, into a file, and by
     a worker process; what each adds to the one before. Units of 16, the first left out, rounds in turn."""
     described = sweep_of(80, [Random()], 2, 1.0)
-    probed = Probed("cpu", 10 / 16, (Kind(2, 1, 1),))
-    engine, shared = Engine.from_pretrained("shapes", device="cpu"), Shared.of(described.shared)
-    planned = list(units(described, {described.models[0]: probed}))
+    profile = ModelProfile("cpu", 10 / 16, (ItemCost(2, 1, 1),))
+    engine, shared = Engine.from_pretrained("shapes", device="cpu"), SharedSettings.from_json(described.shared)
+    planned = list(make_units(described, {described.models[0]: profile}))
     assert [len(unit) for unit in planned] == [16] * 5
     jobs = [[engine.job(unit.prompts[prompt], num_steps=2) for prompt, _, _ in unit.items] for unit in planned]
     found: dict[str, list[float]] = {"computed": [], "into a file": [], "by a worker": []}
@@ -82,7 +82,7 @@ def overhead(folder: Path) -> dict[str, Any]:
             found["into a file"] += [time.perf_counter() - began] if unit is not planned[0] else []
         run = store.Folder(folder / f"worker {number}", settings=described.shared)
         store.plan_units(run.path, planned, spec=described.digest)
-        told = timed(sweep.run(described, run.path, where(1)))
+        told = timed(sweep.run(described, run.path, resources(1)))
         closed = [at for at, _, one in told if isinstance(one, sweep.Closed)]
         found["by a worker"] += list(np.diff(closed))
         assert sweep.outcome(run.path).finished
@@ -105,7 +105,7 @@ def efficiency(folder: Path) -> dict[str, Any]:
     for number in range(ROUNDS):
         for workers in rates:
             out = folder / f"{workers} workers {number}"
-            told = timed(sweep.run(described, out, where(workers)))
+            told = timed(sweep.run(described, out, resources(workers)))
             assert sweep.outcome(out).finished
             by_worker: dict[int, list[float]] = {}
             for at, worker, one in told:
@@ -141,7 +141,7 @@ def recovery(folder: Path) -> dict[str, Any]:
     found, again = [], []
     for number in range(ROUNDS):
         out, killed, begun, total = folder / f"killed {number}", 0.0, 0.0, 0
-        for _, one in sweep.run(described, out, where(1)):
+        for _, one in sweep.run(described, out, resources(1)):
             if isinstance(one, sweep.Progress):
                 total += one.maps
                 if not killed and one.maps:
@@ -171,14 +171,14 @@ def simulated(prompts: int) -> sweep.Sweep:
 def stage(name: str, out: Path) -> None:
     """One stage of the million, in this process; prints its seconds, its peak memory, and what it found."""
     described = simulated(MILLION // 10 + (10 if name == "grow" else 0))
-    probed = Probed("none", 1.0, tuple(Kind(30, 1, 1) for _ in described.schedules))
+    profile = ModelProfile("none", 1.0, tuple(ItemCost(30, 1, 1) for _ in described.schedules))
     began, found = time.perf_counter(), 0
     if name in ("plan", "plan again", "grow"):
-        found = sum(map(len, prepare(described, out, lambda source: probed)))
+        found = sum(map(len, prepare(described, out, lambda model: profile)))
     elif name == "segments":
         found = _segments(out)
     elif name == "resume":
-        found = sum(map(len, prepare(simulated(MILLION // 10 + 10), out, lambda source: probed)))
+        found = sum(map(len, prepare(simulated(MILLION // 10 + 10), out, lambda model: profile)))
     elif name == "open":
         with store.open(out) as run:
             assert not run.finished
