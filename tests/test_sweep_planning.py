@@ -19,10 +19,10 @@ from dfengine.store import (
     FailureLog,
     Unit,
     failures,
-    release_units,
     plan_units,
     planned_specs,
     planned_units,
+    release_units,
     units_left,
 )
 from dfengine.sweep.events import ItemCost, ModelProfile
@@ -722,7 +722,7 @@ UNIT = Unit(
 )
 
 
-def test_a_units_line_says_all_of_it(tmp_path):
+def test_the_line_of_a_unit(tmp_path):
     plan_units(tmp_path, [UNIT])
     assert json.loads((tmp_path / "plan.jsonl").read_text()) == {
         "name": "u",
@@ -737,7 +737,7 @@ def test_a_units_line_says_all_of_it(tmp_path):
     assert len(UNIT) == 4
 
 
-def test_plans_are_added_each_with_its_digest(tmp_path):
+def test_plans_are_appended_with_their_digests(tmp_path):
     again = dataclasses.replace(UNIT, name="u-retry1", retry_of="u")
     plan_units(tmp_path, [UNIT], spec="one")
     plan_units(tmp_path, [], spec="two")
@@ -747,7 +747,7 @@ def test_plans_are_added_each_with_its_digest(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"name": "v", "pro', b'{"planned": "on', b"\xe2\x80", b"\0\0\0", b"{", b""])
-def test_a_line_that_was_cut_off_is_passed_over(tmp_path, torn):
+def test_a_truncated_line_is_skipped(tmp_path, torn):
     plan_units(tmp_path, [UNIT])
     with (tmp_path / "plan.jsonl").open("ab") as file:
         file.write(torn)
@@ -759,7 +759,7 @@ def test_a_line_that_was_cut_off_is_passed_over(tmp_path, torn):
 
 @given(text=st.text())
 @settings(max_examples=50, deadline=None)
-def test_a_line_is_one_line_whatever_the_prompt(text):
+def test_any_prompt_fits_in_one_line(text):
     unit = dataclasses.replace(UNIT, prompts=(text, "b"))
     with tempfile.TemporaryDirectory() as folder:
         plan_units(Path(folder), [unit, unit], spec="one")
@@ -767,7 +767,7 @@ def test_a_line_is_one_line_whatever_the_prompt(text):
         assert list(planned_units(Path(folder))) == [unit, unit]
 
 
-def test_where_nothing_can_be_written_a_line_says_so(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(store.StoreError, match=r"cannot write .*plan.jsonl: the folder does not exist"):
         plan_units(tmp_path / "none", [UNIT])
     with pytest.raises(store.StoreError, match=r"cannot write .*failures: the folder does not exist"):
@@ -778,7 +778,7 @@ def test_where_nothing_can_be_written_a_line_says_so(tmp_path):
     release_units(tmp_path, ["u"])  # whatever ends a run is not hidden by this
 
 
-# FailureLog: of each process its own, from the disk ---------------------------------------------------------------------
+# The failure log, read from disk by each process ----------------------------------------------------------------------
 
 
 def seen(folder):
@@ -786,52 +786,52 @@ def seen(folder):
     return {one.item: (one.state, *one.errors) for one in failures(folder)}
 
 
-def test_one_alone_is_set_aside_at_its_second_time(tmp_path):
+def test_an_item_that_fails_twice_is_quarantined(tmp_path):
     (result,) = FailureLog(tmp_path, UNIT).failed([2], "first")
     assert result == store.Failure("u", 2, UNIT.describe(2), "failed", ("first",))
     assert list(failures(tmp_path)) == [result]
-    troubles = FailureLog(tmp_path, UNIT)
-    assert (list(troubles.suspects), troubles.quarantined) == ([2], set())
-    (result,) = troubles.failed([2], "second")
+    log = FailureLog(tmp_path, UNIT)
+    assert (list(log.suspects), log.quarantined) == ([2], set())
+    (result,) = log.failed([2], "second")
     assert result == store.Failure("u", 2, UNIT.describe(2), "quarantined", ("first", "second"))
-    for known in (troubles, FailureLog(tmp_path, UNIT)):
+    for known in (log, FailureLog(tmp_path, UNIT)):
         assert (list(known.suspects), known.quarantined) == ([], {2})
     assert list(failures(tmp_path)) == [result]
 
 
-def test_one_alone_is_set_aside_at_once_where_it_is_for_good(tmp_path):
+def test_a_permanent_failure_quarantines_at_once(tmp_path):
     FailureLog(tmp_path, UNIT).failed([1], "no such word", for_good=True)
     assert seen(tmp_path) == {1: ("quarantined", "no such word")}
 
 
-def test_several_are_suspects_until_each_has_failed_alone(tmp_path):
+def test_items_that_fail_together_are_suspects_until_each_fails_alone(tmp_path):
     assert [one.state for one in FailureLog(tmp_path, UNIT).failed([0, 1, 3], "crash", for_good=True)] == [
         "suspect"
     ] * 3
-    assert seen(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("suspect",)}, "nobody's error"
+    assert seen(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("suspect",)}, "no item is blamed"
     FailureLog(tmp_path, UNIT).failed([3], "first")
     FailureLog(tmp_path, UNIT).failed([0, 3], "crash")
     assert seen(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("failed", "first")}
-    troubles = FailureLog(tmp_path, UNIT)
-    assert (set(troubles.suspects), troubles.quarantined) == ({0, 1, 3}, set())
-    troubles.failed([3], "second")
-    troubles.failed([0], "no such word", for_good=True)
+    log = FailureLog(tmp_path, UNIT)
+    assert (set(log.suspects), log.quarantined) == ({0, 1, 3}, set())
+    log.failed([3], "second")
+    log.failed([0], "no such word", for_good=True)
     assert seen(tmp_path) == {
         0: ("quarantined", "no such word"),
         1: ("suspect",),
         3: ("quarantined", "first", "second"),
     }
-    assert (list(troubles.suspects), troubles.quarantined) == ([1], {0, 3})
+    assert (list(log.suspects), log.quarantined) == ([1], {0, 3})
 
 
 def test_suspects_that_have_failed_come_last(tmp_path):
-    """So that others are done before they end the process once more."""
+    """So that the others are done before the process dies again."""
     FailureLog(tmp_path, UNIT).failed([0], "first")
     FailureLog(tmp_path, UNIT).failed([0, 3, 1], "crash")
     assert list(FailureLog(tmp_path, UNIT).suspects) == [3, 1, 0]
 
 
-def test_one_that_was_in_hand_alone_is_to_blame_for_a_crash(tmp_path):
+def test_a_crash_is_blamed_on_a_single_item_in_progress(tmp_path):
     FailureLog(tmp_path, UNIT).take([0, 1, 2])
     FailureLog(tmp_path, UNIT).take([3])
     (result,) = FailureLog(tmp_path, UNIT).recover([1, 2, 3])
@@ -856,7 +856,7 @@ def test_one_that_was_in_hand_alone_is_to_blame_for_a_crash(tmp_path):
         ([], {}),
     ],
 )
-def test_of_several_those_that_are_left_are_suspects(tmp_path, left, blamed):
+def test_of_several_items_in_progress_the_unfinished_are_suspects(tmp_path, left, blamed):
     FailureLog(tmp_path, UNIT).take([0, 1, 3])
     result = FailureLog(tmp_path, UNIT).recover(left)
     assert {one.item: one.state for one in result} == blamed
@@ -864,12 +864,12 @@ def test_of_several_those_that_are_left_are_suspects(tmp_path, left, blamed):
     assert FailureLog(tmp_path, UNIT).recover([0, 1, 2, 3]) == []
 
 
-def test_nobody_is_to_blame_for_what_was_put_down(tmp_path):
-    troubles, other = FailureLog(tmp_path, UNIT), FailureLog(tmp_path, dataclasses.replace(UNIT, name="v"))
-    assert troubles.recover([0, 1]) == [], "nothing was ever in hand"
+def test_released_items_are_not_blamed(tmp_path):
+    log, other = FailureLog(tmp_path, UNIT), FailureLog(tmp_path, dataclasses.replace(UNIT, name="v"))
+    assert log.recover([0, 1]) == [], "nothing was in progress"
     other.take([1])
-    for release in (troubles.release, troubles.settle, lambda: release_units(tmp_path, ["none", "u"])):
-        troubles.take([0])
+    for release in (log.release, log.settle, lambda: release_units(tmp_path, ["none", "u"])):
+        log.take([0])
         release()
         assert FailureLog(tmp_path, UNIT).recover([0, 1]) == []
         release()
@@ -877,54 +877,54 @@ def test_nobody_is_to_blame_for_what_was_put_down(tmp_path):
     assert [one.unit for one in failures(tmp_path)] == ["v"]
 
 
-def test_nobody_is_to_blame_where_it_is_not_known(tmp_path):
-    troubles = FailureLog(tmp_path, UNIT)
-    troubles.take([0])
-    (in_hand,) = (tmp_path / "failures").iterdir()
-    in_hand.write_text("[0, ")
-    assert troubles.recover([0, 1]) == []
+def test_a_damaged_record_blames_no_item(tmp_path):
+    log = FailureLog(tmp_path, UNIT)
+    log.take([0])
+    (in_progress,) = (tmp_path / "failures").iterdir()
+    in_progress.write_text("[0, ")
+    assert log.recover([0, 1]) == []
 
 
-def test_what_is_in_hand_is_no_failure(tmp_path):
+def test_items_in_progress_are_not_failures(tmp_path):
     FailureLog(tmp_path, UNIT).take([0])
     assert list(failures(tmp_path)) == []
     release_units(tmp_path / "none", ["u"])
 
 
-def test_what_is_not_set_aside_has_worked_after_all(tmp_path):
-    troubles = FailureLog(tmp_path, UNIT)
-    troubles.failed([0], "for good", for_good=True)
-    troubles.mark_rescheduled([0])
-    troubles.failed([1], "once")
-    troubles.failed([2, 3], "who knows")
-    troubles.failed([3], "for good", for_good=True)
-    troubles.settle()
+def test_settling_keeps_only_quarantined_items(tmp_path):
+    log = FailureLog(tmp_path, UNIT)
+    log.failed([0], "for good", for_good=True)
+    log.mark_rescheduled([0])
+    log.failed([1], "once")
+    log.failed([2, 3], "who knows")
+    log.failed([3], "for good", for_good=True)
+    log.settle()
     assert seen(tmp_path) == {0: ("retried", "for good"), 3: ("quarantined", "for good")}
-    assert (troubles.quarantined, list(troubles.suspects)) == ({0, 3}, [])
+    assert (log.quarantined, list(log.suspects)) == ({0, 3}, [])
 
 
-def test_no_failures_leave_nothing_behind(tmp_path):
-    troubles = FailureLog(tmp_path, UNIT)
-    troubles.failed([0, 1], "who knows")
-    troubles.take([0])
-    troubles.settle()
+def test_no_failures_leave_no_files(tmp_path):
+    log = FailureLog(tmp_path, UNIT)
+    log.failed([0, 1], "who knows")
+    log.take([0])
+    log.settle()
     assert list((tmp_path / "failures").iterdir()) == []
-    troubles.settle()
-    troubles.mark_rescheduled([])
+    log.settle()
+    log.mark_rescheduled([])
     assert list((tmp_path / "failures").iterdir()) == []
 
 
-def test_what_is_tried_again_elsewhere_is_not_tried_here(tmp_path):
-    troubles = FailureLog(tmp_path, UNIT)
-    troubles.failed([0], "for good", for_good=True)
-    troubles.failed([1], "once")
-    troubles.mark_rescheduled([0])
+def test_rescheduled_items_are_not_tried_here(tmp_path):
+    log = FailureLog(tmp_path, UNIT)
+    log.failed([0], "for good", for_good=True)
+    log.failed([1], "once")
+    log.mark_rescheduled([0])
     assert seen(tmp_path) == {0: ("retried", "for good"), 1: ("failed", "once")}
-    for known in (troubles, FailureLog(tmp_path, UNIT)):
+    for known in (log, FailureLog(tmp_path, UNIT)):
         assert (known.quarantined, list(known.suspects)) == ({0}, [1])
 
 
-def test_failures_are_told_by_unit(tmp_path):
+def test_failures_are_read_by_unit(tmp_path):
     for name in ("v", "u", "w-retry1"):
         FailureLog(tmp_path, dataclasses.replace(UNIT, name=name)).failed([3, 1], "who knows")
     FailureLog(tmp_path, dataclasses.replace(UNIT, name="x")).take([1])

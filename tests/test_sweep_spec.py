@@ -245,7 +245,7 @@ models: [m, shapes, {model: m}]
         ("prompts: {limit: 3}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
         ("prompts: {file: none.txt}", "none.txt' cannot be read: No such file"),
         ("prompts: {file: none.xml}", "is not a file of prompts: expected .txt, .csv, .jsonl, .json"),
-        ("prompts: {file: prompts.txt, limit: 0}", "prompts: 0 prompts are not possible: expected at least 1"),
+        ("prompts: {file: prompts.txt, limit: 0}", "prompts: limit is 0: expected at least 1 prompt"),
         ("seeds: 0", "seeds: 0 seeds are not possible: expected at least 1"),
         ("seeds: {count: 0}", "seeds: 0 seeds are not possible: expected at least 1"),
         ("seeds: -2", "seeds: -2 seeds are not possible: expected at least 1"),

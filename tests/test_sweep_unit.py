@@ -154,12 +154,12 @@ def test_another_error_asks_for_a_new_process_and_quarantines_the_second_time(en
     assert first[-1].needs_restart
     assert [(one.item, one.state, one.errors) for one in first[-1].failures] == [(2, "suspect", ()), (3, "suspect", ())]
     second = run_unit(engine, common, folder, unit)
-    told = "RuntimeError: no such kernel"
+    message = "RuntimeError: no such kernel"
     assert second[-1].needs_restart
-    assert [(one.item, one.state, one.errors) for one in second[-1].failures] == [(2, "failed", (told,))]
+    assert [(one.item, one.state, one.errors) for one in second[-1].failures] == [(2, "failed", (message,))]
     third = run_unit(engine, common, folder, unit)
     assert third[-1].needs_restart
-    assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "quarantined", (told, told))]
+    assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "quarantined", (message, message))]
     assert run_unit(engine, common, folder, unit)[-1] == Closed("u-00000")
     # Finished items are not explained again, and suspects run alone, after the others.
     assert explainer.seen == [["1", "2"], ["3", "4"], ["5"], ["3"], ["4"], ["3"]]
@@ -216,10 +216,10 @@ def test_interrupted_work_resumes(engine, folder, monkeypatch):
     assert sum(record.maps for record in rest if isinstance(record, Progress)) == 5 * STEPS - made
     whole = store.Folder(folder.path.with_name("whole"))
     run_unit(engine, common, whole, unit)
-    expected, found = maps_by_item(whole), maps_by_item(folder)
-    assert expected.keys() == found.keys()
+    expected, resumed = maps_by_item(whole), maps_by_item(folder)
+    assert expected.keys() == resumed.keys()
     for key, saliency in expected.items():
-        np.testing.assert_array_equal(found[key], saliency)
+        np.testing.assert_array_equal(resumed[key], saliency)
 
 
 @pytest.mark.parametrize(("hand", "states"), [([1], {1: "failed"}), ([1, 2], {1: "suspect", 2: "suspect"}), ([0], {})])
@@ -233,9 +233,9 @@ def test_a_crash_is_attributed_to_the_items_in_progress(engine, folder, monkeypa
     records.close()
     (folder.path / "failures/.u-00000.json").write_text(json.dumps({"driver": "", "items": hand}))
     rest = run_unit(engine, shared(Rise(4), Random()), folder, unit)
-    told = [one for record in rest if isinstance(record, Failed) for one in record.failures]
-    assert {one.item: one.state for one in told} == states
-    assert all("its process crashed" in error for one in told for error in one.errors)
+    crashed = [one for record in rest if isinstance(record, Failed) for one in record.failures]
+    assert {one.item: one.state for one in crashed} == states
+    assert all("its process crashed" in error for one in crashed for error in one.errors)
     assert rest[-1] == Closed("u-00000")
     with store.open(folder.path) as run:
         assert run.finished
@@ -291,8 +291,8 @@ def test_the_end_of_a_driver_is_no_failure_of_an_item(engine, folder):
     unit = unit_of("1", "2")
     for driver in "abc":
         store.FailureLog(folder.path, unit, driver=driver).take([1])
-        troubles = store.FailureLog(folder.path, unit, driver="now")
-        assert [(one.item, one.state, one.errors) for one in troubles.recover([0, 1])] == [(1, "suspect", ())]
+        log = store.FailureLog(folder.path, unit, driver="now")
+        assert [(one.item, one.state, one.errors) for one in log.recover([0, 1])] == [(1, "suspect", ())]
     store.FailureLog(folder.path, unit, driver="now").take([1])
     (blamed,) = store.FailureLog(folder.path, unit, driver="now").recover([0, 1])
     assert (blamed.state, len(blamed.errors)) == ("failed", 1)
