@@ -30,9 +30,9 @@ import torch
 from dfengine import Cam, Engine, Random, Rise, evaluate, store, sweep
 from dfengine.store.file import template
 from dfengine.store.file.files import append_lines
-from dfengine.sweep.planning import prepare, units
-from dfengine.sweep.records import Kind, Probed
-from dfengine.sweep.spec import Shared
+from dfengine.sweep.planning import make_units, prepare
+from dfengine.sweep.events import ItemCost, ModelProfile
+from dfengine.sweep.spec import SharedSettings
 from dfengine.sweep.unit import explain_unit
 
 ROUNDS = 2
@@ -49,11 +49,11 @@ def sweep_of(items: int, explainers: list[Any], steps: int, minutes: float) -> s
     )
 
 
-def resources(workers: int) -> sweep.Where:
-    return sweep.Where(workers=workers, device="cpu", threads=1)
+def resources(workers: int) -> sweep.Resources:
+    return sweep.Resources(workers=workers, device="cpu", threads=1)
 
 
-def timestamped(records: Iterator[tuple[int, sweep.Record]]) -> list[tuple[float, int, sweep.Record]]:
+def timestamped(records: Iterator[tuple[int, sweep.Event]]) -> list[tuple[float, int, sweep.Event]]:
     """(seconds, worker, record) of every record."""
     return [(time.perf_counter(), worker, one) for worker, one in records]
 
@@ -69,9 +69,9 @@ def overhead(folder: Path) -> dict[str, Any]:
     """Milliseconds per item of 2 steps with random maps, which cost nearly nothing: computed only, written to a file,
     and by a worker process. Units of 16 items; the first unit of each round is left out; the rounds take turns."""
     described = sweep_of(80, [Random()], 2, 1.0)
-    probed = Probed("cpu", 10 / 16, (Kind(2, 1, 1),))
-    engine, shared = Engine.from_pretrained("shapes", device="cpu"), Shared.of(described.shared)
-    planned = list(units(described, {described.models[0]: probed}))
+    probed = ModelProfile("cpu", 10 / 16, (ItemCost(2, 1, 1),))
+    engine, shared = Engine.from_pretrained("shapes", device="cpu"), SharedSettings.from_json(described.shared)
+    planned = list(make_units(described, {described.models[0]: probed}))
     record.check([len(unit) for unit in planned] == [16] * 5, "80 items are not planned as 5 units of 16")
     jobs = [[engine.job(unit.prompts[prompt], num_steps=2) for prompt, _, _ in unit.items] for unit in planned]
     seconds: dict[str, list[float]] = {"computed": [], "into a file": [], "by a worker": []}
@@ -172,7 +172,7 @@ def simulated(prompts: int) -> sweep.Sweep:
 def stage(name: str, out: Path) -> None:
     """Run one stage of the million; prints its seconds, its peak memory and a count of what it went through as JSON."""
     described = simulated(MILLION // 10 + (10 if name == "grow" else 0))
-    probed = Probed("none", 1.0, tuple(Kind(30, 1, 1) for _ in described.schedules))
+    probed = ModelProfile("none", 1.0, tuple(ItemCost(30, 1, 1) for _ in described.schedules))
     start, count = time.perf_counter(), 0
     if name in ("plan", "plan again", "grow"):
         count = sum(map(len, prepare(described, out, lambda source: probed)))

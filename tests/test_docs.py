@@ -165,13 +165,15 @@ def test_maps_of_another_tool_are_scored(tmp_path, monkeypatch, capsys):
 # Sweeps --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_sweep_in_the_document(tmp_path):
-    (example,) = blocks("docs/sweeps.md", "yaml")
-    (tmp_path / "spec.yaml").write_text(example)
-    described = sweep.read(tmp_path / "spec.yaml")
+def test_the_sweeps_in_the_document(tmp_path):
+    examples = blocks("docs/sweeps.md", "yaml")
+    for number, example in enumerate(examples):
+        (tmp_path / f"{number}.yaml").write_text(example)
+    described, presets = (sweep.read(tmp_path / f"{number}.yaml") for number in range(len(examples)))
     assert described.explainers == (Rise(num_masks=200), Cam(), Relevance())
     assert (len(described.prompts), described.seeds, len(described.schedules)) == (2, (0, 1), 3)
     assert {one.steps for one in described.schedules} == {10}
+    assert presets.explainers == (Rise(num_masks=200), XDiffusionRise(num_masks=200, name="rise-released"))
 
 
 def test_the_sweep_in_the_readme(tmp_path):
@@ -186,8 +188,8 @@ def test_the_sweep_in_the_readme(tmp_path):
 def test_the_sweep_in_python(monkeypatch):
     (example,) = blocks("docs/sweeps.md", "python")
     asked = []
-    monkeypatch.setattr(sweep, "run", lambda *given: asked.append(given) or iter([(0, "a record")]))
-    monkeypatch.setattr(sweep, "outcome", lambda folder: sweep.Outcome(items=4, units_left=0, aside=()))
+    monkeypatch.setattr(sweep, "run", lambda *given: asked.append(given) or iter([(0, "an event")]))
+    monkeypatch.setattr(sweep, "outcome", lambda folder: sweep.Outcome(items=4, units_left=0, quarantined=()))
     exec(example, {})
     ((described, folder),) = asked
     assert ([one.steps for one in described.schedules], folder) == ([30, 10], "run")
@@ -197,7 +199,7 @@ def test_every_key_of_a_sweep_is_documented():
     table = (DOCS / "sweeps.md").read_text()
     keys = {key for row in re.findall(r"^\| (`.*?`) \|", table, re.M) for key in re.findall(r"`(\w+)`", row)}
     assert keys == {*sweep.Sweep.model_fields, "steps", "gamma", "guidance"}
-    assert all(f"{name}:" in table for name in sweep.Source.model_fields)
+    assert all(f"{name}:" in table for name in sweep.ModelSpec.model_fields)
     assert all(f"{name}: …" in table for name in sweep.Schedule.model_fields)
 
 

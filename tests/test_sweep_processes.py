@@ -1,4 +1,4 @@
-"""Sweeps by real processes: the same results whatever the number of workers, and whatever becomes of them."""
+"""Sweeps in real processes: equal results for any number of workers, whatever happens to them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def described(tiny_folder):
-    """Units of one item each: nothing of them takes long enough for more, but that they may be no longer."""
+    """Units of one item each, since `unit_minutes` allows no more."""
     return sweep.Sweep(
         prompts=PROMPTS,
         seeds=(0, 1),
@@ -34,11 +34,11 @@ def described(tiny_folder):
     )
 
 
-def records_of(described, out, workers, **where):
-    return list(sweep.run(described, out, sweep.Where(workers=workers, device="cpu", threads=1, **where)))
+def run_sweep(described, out, workers, **resources):
+    return list(sweep.run(described, out, sweep.Resources(workers=workers, device="cpu", threads=1, **resources)))
 
 
-def contents(out):
+def read_arrays(out):
     """Every array of every item, by key."""
     with store.open(out) as run:
         return {
@@ -52,130 +52,130 @@ def contents(out):
         }
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(arrays_by_key, expected):
+    assert arrays_by_key.keys() == expected.keys()
     for key, arrays in expected.items():
         for name, array in arrays.items():
-            np.testing.assert_array_equal(found[key][name], array, err_msg=name)
+            np.testing.assert_array_equal(arrays_by_key[key][name], array, err_msg=name)
 
 
 @pytest.fixture(scope="session")
 def expected(described, tmp_path_factory):
-    """What one worker makes, whom nothing happens to."""
+    """What one undisturbed worker computes."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    records = records_of(described, out, 1)
-    begun = records[0][1]
-    assert (begun.items, begun.maps, begun.units, begun.workers) == (ITEMS, ITEMS * 2 * 2, ITEMS, 1)
-    assert sum(record.maps for _, record in records if isinstance(record, sweep.Progress)) == begun.maps
+    events = run_sweep(described, out, 1)
+    started = events[0][1]
+    assert (started.items, started.maps, started.units, started.workers) == (ITEMS, ITEMS * 2 * 2, ITEMS, 1)
+    assert sum(event.maps for _, event in events if isinstance(event, sweep.Progress)) == started.maps
     assert sweep.outcome(out).finished
     with store.open(out) as run:
         assert run.finished
         assert (len(run), run.planned) == (ITEMS, ITEMS)
-    return contents(out)
+    return read_arrays(out)
 
 
-def test_the_same_again_does_nothing(described, expected, tmp_path):
+def test_a_finished_sweep_does_nothing_again(described, expected, tmp_path):
     out = tmp_path / "run"
-    records_of(described, out, 2)
+    run_sweep(described, out, 2)
     began = time.monotonic()
-    ((_, begun),) = records_of(described, out, 2)
-    assert (begun.items, begun.units, begun.workers) == (0, 0, 0)
-    assert time.monotonic() - began < 2, "no worker is begun for that"
-    assert_same(contents(out), expected)
+    ((_, started),) = run_sweep(described, out, 2)
+    assert (started.items, started.units, started.workers) == (0, 0, 0)
+    assert time.monotonic() - began < 2, "no worker is started"
+    assert_same(read_arrays(out), expected)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_worker_killed_in_the_middle_changes_nothing(described, expected, tmp_path, monkeypatch, workers):
+def test_a_killed_worker_changes_nothing(described, expected, tmp_path, monkeypatch, workers):
     poison(monkeypatch, {POISONED: f"once:kill:{tmp_path / 'killed'}"})
     out = tmp_path / "run"
-    records = records_of(described, out, workers)
+    events = run_sweep(described, out, workers)
     assert (tmp_path / "killed").exists()
-    assert sum(isinstance(record, sweep.Gone) for _, record in records) == 1
-    (failed,) = [one for _, record in records if isinstance(record, sweep.Failed) for one in record.failures]
+    assert sum(isinstance(event, sweep.WorkerExited) for _, event in events) == 1
+    (failed,) = [one for _, event in events if isinstance(event, sweep.Failed) for one in event.failures]
     assert (failed.described["prompt"], failed.state) == (POISONED, "failed")
     assert sweep.outcome(out).finished
-    assert not list(store.failures(out)), "it worked the second time"
-    assert_same(contents(out), expected)
+    assert not list(store.failures(out)), "it succeeded the second time"
+    assert_same(read_arrays(out), expected)
 
 
-def test_a_poisoned_item_is_set_aside_and_comes_back_on_request(described, expected, tmp_path, monkeypatch):
+def test_a_poisoned_item_is_quarantined_and_retried_on_request(described, expected, tmp_path, monkeypatch):
     poison(monkeypatch, {POISONED: "kill"})
     out = tmp_path / "run"
-    records = records_of(described, out, 2)
-    assert sum(isinstance(record, sweep.Gone) for _, record in records) == 4, "two items, each twice"
-    found = sweep.outcome(out)
-    assert not found.finished
-    assert found.units_left == 0
-    assert [one.described["prompt"] for one in found.aside] == [POISONED] * 2
-    assert all(len(one.errors) == 2 for one in found.aside)
+    events = run_sweep(described, out, 2)
+    assert sum(isinstance(event, sweep.WorkerExited) for _, event in events) == 4, "two items, each twice"
+    outcome = sweep.outcome(out)
+    assert not outcome.finished
+    assert outcome.units_left == 0
+    assert [one.described["prompt"] for one in outcome.quarantined] == [POISONED] * 2
+    assert all(len(one.errors) == 2 for one in outcome.quarantined)
     with store.open(out) as run:
         assert not run.finished
-    # Asked again, it is not tried again.
-    assert records_of(described, out, 2)[0][1].units == 0
+    # It is not tried again unless that is requested.
+    assert run_sweep(described, out, 2)[0][1].units == 0
     monkeypatch.delenv("POISON")
-    records = list(sweep.run(described, out, sweep.Where(workers=1, device="cpu", threads=1), retry_failed=True))
-    assert records[0][1].items == 2
+    events = list(sweep.run(described, out, sweep.Resources(workers=1, device="cpu", threads=1), retry_failed=True))
+    assert events[0][1].items == 2
     assert sweep.outcome(out).finished
     with store.open(out) as run:
         assert run.finished
-    assert_same(contents(out), expected)
+    assert_same(read_arrays(out), expected)
 
 
-def test_a_worker_that_hangs_is_ended_and_its_unit_runs_elsewhere(described, expected, tmp_path, monkeypatch):
+def test_a_hanging_worker_is_replaced(described, expected, tmp_path, monkeypatch):
     poison(monkeypatch, {POISONED: f"once:hang:{tmp_path / 'hung'}"})
     out = tmp_path / "run"
-    records = records_of(described, out, 2, stall=25)
+    events = run_sweep(described, out, 2, stall=25)
     assert (tmp_path / "hung").exists()
-    assert sum(isinstance(record, sweep.Gone) for _, record in records) == 1
+    assert sum(isinstance(event, sweep.WorkerExited) for _, event in events) == 1
     assert sweep.outcome(out).finished
-    assert_same(contents(out), expected)
+    assert_same(read_arrays(out), expected)
 
 
-def test_an_error_gets_a_fresh_process_and_an_impossible_item_none(described, tmp_path, monkeypatch):
+def test_an_error_gets_a_new_process_and_an_invalid_item_does_not(described, tmp_path, monkeypatch):
     poison(monkeypatch, {PROMPTS[0]: "raise", POISONED: "value"})
     out = tmp_path / "run"
-    records = records_of(described, out, 1)
+    events = run_sweep(described, out, 1)
     failed = [
-        (record.fresh, one) for _, record in records if isinstance(record, sweep.Failed) for one in record.failures
+        (event.needs_restart, one) for _, event in events if isinstance(event, sweep.Failed) for one in event.failures
     ]
     by_prompt = {
         prompt: [(fresh, one.state) for fresh, one in failed if one.described["prompt"] == prompt]
         for prompt in (PROMPTS[0], POISONED)
     }
-    # An item alone in its unit is to blame the first time.
+    # An item alone in its unit is known to be the cause.
     assert sorted(by_prompt[PROMPTS[0]]) == [(True, "quarantined")] * 2 + [(True, "failed")] * 2
     assert by_prompt[POISONED] == [(False, "quarantined")] * 2
-    assert {one.errors[-1] for one in sweep.outcome(out).aside} == {
+    assert {one.errors[-1] for one in sweep.outcome(out).quarantined} == {
         "RuntimeError: poisoned on purpose",
         "poisoned on purpose",
     }
 
 
 @pytest.mark.parametrize("failure", ["kill", "model"])
-def test_ray_does_the_same(described, expected, tmp_path, monkeypatch, failure):
+def test_ray_computes_the_same(described, expected, tmp_path, monkeypatch, failure):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     if failure == "model":
-        gone = described.model_copy(update={"models": (sweep.Source(model=str(tmp_path / "nothing")),)})
+        missing = described.model_copy(update={"models": (sweep.ModelSpec(model=str(tmp_path / "nothing")),)})
         with pytest.raises(ValueError, match=r"there is no model at .*nothing"):
-            records_of(gone, tmp_path / "run", 1, ray_address="local")
+            run_sweep(missing, tmp_path / "run", 1, ray_address="local")
         assert not (tmp_path / "run").exists()
         return
     poison(monkeypatch, {POISONED: f"once:kill:{tmp_path / 'killed'}"})
-    records = records_of(described, tmp_path / "run", 2, ray_address="local")
-    assert sum(isinstance(record, sweep.Gone) for _, record in records) == 1
-    assert {worker for worker, record in records if isinstance(record, sweep.Closed)} == {0, 1}
+    events = run_sweep(described, tmp_path / "run", 2, ray_address="local")
+    assert sum(isinstance(event, sweep.WorkerExited) for _, event in events) == 1
+    assert {worker for worker, event in events if isinstance(event, sweep.Closed)} == {0, 1}
     assert sweep.outcome(tmp_path / "run").finished
-    assert_same(contents(tmp_path / "run"), expected)
+    assert_same(read_arrays(tmp_path / "run"), expected)
 
 
-def test_shards_do_a_part_each_and_all_of_it_together(described, expected, tmp_path):
+def test_shards_together_do_all_of_it(described, expected, tmp_path):
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
-    both = [begin(["worker", spec, "-o", str(out), "--shard", f"{part}/2", "--threads", "1"]) for part in (1, 2)]
-    told = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
+    both = [start(["worker", spec, "-o", str(out), "--shard", f"{part}/2", "--threads", "1"]) for part in (1, 2)]
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
     assert sweep.outcome(out).finished
-    assert_same(contents(out), expected)
+    assert_same(read_arrays(out), expected)
     with store.open(out) as run:
         assert all(segment.attempt == 1 for segment in run.segments), "no unit was done by both"
 
@@ -183,100 +183,83 @@ def test_shards_do_a_part_each_and_all_of_it_together(described, expected, tmp_p
 def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch):
     poison(monkeypatch, {POISONED: "value"})
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
-    process = begin(["sweep", spec, "-o", str(out), "--json", "--device", "cpu"])
-    told, errors = process.communicate(timeout=300)
+    process = start(["sweep", spec, "-o", str(out), "--json", "--device", "cpu"])
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
-    lines = [json.loads(line) for line in told.splitlines()]
-    assert lines[0] == {"event": "Begun", "worker": 0, "items": ITEMS, "maps": 24, "units": ITEMS, "workers": 1}
-    assert {line["event"] for line in lines} == {"Begun", "Progress", "Failed", "Closed", "Outcome"}
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert lines[0] == {"event": "SweepStarted", "worker": 0, "items": ITEMS, "maps": 24, "units": ITEMS, "workers": 1}
+    assert {line["event"] for line in lines} == {"SweepStarted", "Progress", "Failed", "Closed", "Outcome"}
     assert sum(line["maps"] for line in lines if line["event"] == "Progress") > 0
-    assert (lines[-1]["finished"], lines[-1]["units_left"], len(lines[-1]["aside"])) == (False, 0, 2)
+    assert (lines[-1]["finished"], lines[-1]["units_left"], len(lines[-1]["quarantined"])) == (False, 0, 2)
     assert "poisoned on purpose" in errors
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whatever_ends_it_the_same_command_goes_on(described, expected, tmp_path, monkeypatch, end):
+def test_the_same_command_resumes_whatever_ended_it(described, expected, tmp_path, monkeypatch, end):
     hung = tmp_path / "hung"
     poison(monkeypatch, {POISONED: f"once:hang:{hung}"})
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
     command = ["sweep", spec, "-o", str(out), "--json", "--workers", "2", "--threads", "1", "--device", "cpu"]
-    process = begin(command)
-    wait_for(hung.exists)  # one worker does nothing more: the other goes on for a while
+    process = start(command)
+    wait_for(hung.exists)  # one worker hangs, the other continues for a while
     workers = children(process.pid)
     assert len(workers) == 2
     os.kill(process.pid, end)
-    _, errors = process.communicate(timeout=60)  # standard error is the workers', too: until they have ended
+    _, errors = process.communicate(timeout=60)  # the workers share standard error: this waits for them, too
     wait_for(lambda: not any(map(is_alive, workers)))  # a moment after their files are closed
-    assert not list((out / "failures").glob(".*")), "nobody is to blame"
+    assert not list((out / "failures").glob(".*")), "no item is blamed"
     if end == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 130, errors
         assert f"interrupted; what was done is in {out}, the same command goes on" in errors
     assert not sweep.outcome(out).finished
-    process = begin(command)
+    process = start(command)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert_same(contents(out), expected)
+    assert_same(read_arrays(out), expected)
 
 
-def test_mistakes_are_one_line_before_anything_is_begun(described, tmp_path):
+def test_mistakes_are_one_line_before_anything_starts(described, tmp_path):
     spec = spec_file(described, tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")
+    run = str(tmp_path / "run")
     mistakes = {
-        ("sweep", str(tmp_path / "no.yaml"), "-o", "run"): "cannot be read: No such file or directory",
-        (
-            "sweep",
-            spec,
-            "-o",
-            str(tmp_path / "other"),
-        ): "is not a run folder, and not empty",
+        ("sweep", str(tmp_path / "no.yaml"), "-o", run): "cannot be read: No such file or directory",
+        ("sweep", spec, "-o", str(tmp_path / "other")): "is not a run folder, and not empty",
         ("sweep", spec, "-o", spec): "is a file: name a folder",
-        (
-            "sweep",
-            spec,
-            "-o",
-            str(tmp_path / "run"),
-            "--workers",
-            "0",
-        ): "0 workers are not possible: expected at least 1",
-        ("sweep", spec, "-o", str(tmp_path / "run"), "--device", "cuda:1"): "expected cpu or cuda; each worker has one",
-        (
-            "worker",
-            spec,
-            "-o",
-            str(tmp_path / "run"),
-            "--shard",
-            "3/2",
-        ): "shard 3/2 is not possible: expected 1/2 to 2/2",
-        ("worker", spec, "-o", str(tmp_path / "run"), "--shard", "two"): "shard 'two' is not understood: expected I/N",
+        ("sweep", spec, "-o", run, "--workers", "0"): "0 workers are not possible: expected at least 1",
+        ("sweep", spec, "-o", run, "--device", "cuda:1"): "cuda:1' is not possible: expected cpu or cuda; GPUs are",
+        ("worker", spec, "-o", run, "--shard", "3/2"): "shard 3/2 is not possible: expected 1/2 to 2/2",
+        ("worker", spec, "-o", run, "--shard", "two"): "shard 'two' is not understood: expected I/N",
     }
-    for command, told in mistakes.items():
-        process = begin(command)
+    for command, message in mistakes.items():
+        process = start(command)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2, command
-        assert told in errors
+        assert message in errors
         assert len(errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_measures_and_writes_nothing(described, tmp_path):
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
-    process = begin(["sweep", spec, "-o", str(out), "--dry-run", "--json", "--device", "cpu", "--workers", "2"])
-    told, errors = process.communicate(timeout=120)
+    process = start(["sweep", spec, "-o", str(out), "--dry-run", "--json", "--device", "cpu", "--workers", "2"])
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    found = json.loads(told)
-    # Two steps of 6 masks and the whole each, and both halves of the guidance.
-    assert (found["items"], found["units"], found["forwards"]) == (ITEMS, ITEMS, ITEMS * 2 * (7 + 2))
-    assert found["hours"] > 0
-    assert (found["workers"], found["devices"]) == (2, ["cpu"])
+    result = json.loads(output)
+    # Two steps, each with 6 masks, the unmasked latent and both halves of the guidance.
+    assert (result["items"], result["units"], result["forwards"]) == (ITEMS, ITEMS, ITEMS * 2 * (7 + 2))
+    assert result["hours"] > 0
+    assert (result["workers"], result["devices"]) == (2, ["cpu"])
     assert not out.exists()
 
 
 def poison(monkeypatch, actions):
     monkeypatch.setenv("POISON", json.dumps(actions))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "poison"))
+    others = filter(None, [os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent / "poison"), *others]))
 
 
 def spec_file(described, folder):
@@ -288,7 +271,7 @@ def spec_file(described, folder):
     return str(path)
 
 
-def begin(arguments):
+def start(arguments):
     command = [sys.executable, "-m", "dfengine.cli", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

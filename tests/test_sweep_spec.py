@@ -1,15 +1,16 @@
-"""What a sweep is: every form that a file may give it in, what is said of those that are none, and what names it."""
+"""The description of a sweep: every form that a file may use, the message for every mistake, and the digest."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
 
-from dfengine import Attention, Cam, Lime, Random, Relevance, Rise
+from dfengine import Attention, Cam, Engine, Lime, Random, Relevance, Rise
 from dfengine.explain import XDiffusionCam, XDiffusionLime, XDiffusionRise
-from dfengine.sweep.spec import Schedule, Shared, Source, Sweep, read
+from dfengine.sweep.spec import ModelSpec, Schedule, SharedSettings, Sweep, read
 
-ALL_OF_IT = """
+EVERY_KEY = """
 prompts:
   - a red circle
   - a blue square, and “this”
@@ -27,10 +28,10 @@ models:
   - {model: other/one, dtype: float16, variant: fp16, revision: main, random_weights: true, image_size: [64, 32]}
 explainers:
   - rise
-  - Random
+  - random
   - rise: {num_masks: 8, name: few}
 negative_prompt: blurry
-behaviour: paper
+preset: paper
 previews: true
 compression: none
 mantissa_bits: 10
@@ -39,24 +40,24 @@ unit_minutes: 2.5
 
 
 @pytest.fixture
-def told(tmp_path):
-    """Reads what a file of these lines describes; what it needs and does not say is the least."""
+def read_lines(tmp_path):
+    """Reads a file of these lines, with prompts and explainers added where they are missing."""
 
-    def reading(text):
-        least = {"prompts": "prompts: a cat", "explainers": "explainers: random"}
-        given = [line for key, line in least.items() if f"{key}:" not in text]
-        (tmp_path / "sweep.yaml").write_text("\n".join([*given, text]), encoding="utf-8")
+    def read_file(text):
+        required = {"prompts": "prompts: a cat", "explainers": "explainers: random"}
+        added = [line for key, line in required.items() if f"{key}:" not in text]
+        (tmp_path / "sweep.yaml").write_text("\n".join([*added, text]), encoding="utf-8")
         return read(tmp_path / "sweep.yaml")
 
-    return reading
+    return read_file
 
 
-def swept(**given):
-    return Sweep(**{"prompts": "a cat", "explainers": Random()} | given)
+def make_sweep(**keys):
+    return Sweep(**{"prompts": "a cat", "explainers": Random()} | keys)
 
 
-def test_a_file_may_say_all_of_it(told):
-    sweep = told(ALL_OF_IT)
+def test_every_key(read_lines):
+    sweep = read_lines(EVERY_KEY)
     assert sweep.prompts == ("a red circle", "a blue square, and “this”")
     assert sweep.seeds == (7, 3)
     assert sweep.schedules == (
@@ -66,14 +67,14 @@ def test_a_file_may_say_all_of_it(told):
         Schedule(sampling=(900, 500, 100), steps=3, gamma=0, guidance=2.5),
     )
     other = {"dtype": "float16", "variant": "fp16", "revision": "main", "random_weights": True, "image_size": (64, 32)}
-    assert sweep.models == (Source(model="shapes"), Source(model="other/one", **other))
-    assert sweep.explainers == (Rise(), Random(), Rise(8, name="few"))
-    assert (sweep.negative_prompt, sweep.behaviour, sweep.previews) == ("blurry", "paper", True)
+    assert sweep.models == (ModelSpec(model="shapes"), ModelSpec(model="other/one", **other))
+    assert sweep.explainers == (Rise.paper(), Random(), Rise.paper(num_masks=8, name="few"))
+    assert (sweep.negative_prompt, sweep.preset, sweep.previews) == ("blurry", "paper", True)
     assert (sweep.compression, sweep.mantissa_bits, sweep.unit_minutes) == ("none", 10, 2.5)
 
 
-def test_a_file_need_only_have_prompts_and_explainers(told):
-    sweep = told("prompts: a cat\nexplainers: rise")
+def test_only_prompts_and_explainers_are_required(read_lines):
+    sweep = read_lines("prompts: a cat\nexplainers: rise")
     assert (sweep.prompts, sweep.seeds, sweep.explainers) == (("a cat",), (0,), (Rise(),))
     assert [one.model_dump() for one in sweep.schedules] == [
         {"sampling": "uniform", "steps": 30, "gamma": 0.0, "guidance": None}
@@ -82,7 +83,7 @@ def test_a_file_need_only_have_prompts_and_explainers(told):
         {"model": "shapes", "dtype": None, "variant": None, "revision": None}
         | {"random_weights": False, "image_size": None}
     ]
-    assert (sweep.negative_prompt, sweep.behaviour, sweep.previews) == ("", "paper", False)
+    assert (sweep.negative_prompt, sweep.preset, sweep.previews) == ("", "default", False)
     assert (sweep.compression, sweep.mantissa_bits, sweep.unit_minutes) == ("gzip", 23, 5)
 
 
@@ -109,33 +110,33 @@ def test_a_file_need_only_have_prompts_and_explainers(told):
         ("schedules: [early, {sampling: latter}]", (Schedule(sampling="early"), Schedule(sampling="latter"))),
         ("schedules: [[9, 4]]", (Schedule(sampling=(9, 4), steps=2),)),
         ("schedules: {sampling: [9, 4]}", (Schedule(sampling=(9, 4), steps=2),)),
+        ("schedules: [9.5, 4]", (Schedule(sampling=(9.5, 4), steps=2),)),
         ("schedules: [[9], [9, 4]]", (Schedule(sampling=(9,), steps=1), Schedule(sampling=(9, 4), steps=2))),
-        ("models: a/b", (Source(model="a/b"),)),
-        ("models: {model: a/b, dtype: bfloat16}", (Source(model="a/b", dtype="bfloat16"),)),
-        ("models: [a/b, {model: c}]", (Source(model="a/b"), Source(model="c"))),
+        ("models: a/b", (ModelSpec(model="a/b"),)),
+        ("models: {model: a/b, dtype: bfloat16}", (ModelSpec(model="a/b", dtype="bfloat16"),)),
+        ("models: [a/b, {model: c}]", (ModelSpec(model="a/b"), ModelSpec(model="c"))),
         ("explainers: rise", (Rise(),)),
-        ("explainers: Rise", (Rise(),)),
         ("explainers: {rise: {num_masks: 5}}", (Rise(5),)),
         ("explainers: [{rise: }, cam]", (Rise(), Cam())),
-        ("explainers: [relevance, attention, lime, Random]", (Relevance(), Attention(), Lime(), Random())),
+        ("explainers: [relevance, attention, lime, random]", (Relevance(), Attention(), Lime(), Random())),
         ("explainers: [{cam: {layers: [up*, mid*]}}]", (Cam(layers=("up*", "mid*")),)),
         ("explainers: [{cam: {layers: mid*}}]", (Cam(layers=("mid*",)),)),
         ("explainers: [{attention: {words: cat}}]", (Attention(words=("cat",)),)),
         ("explainers: [{attention: {words: [cat]}}]", (Attention(words=("cat",)),)),
         (
-            "explainers: [XDiffusionRise, releasedcam, XDiffusionLime]",
+            "explainers: [xdiffusion-rise, xdiffusion-cam, xdiffusion-lime]",
             (XDiffusionRise(), XDiffusionCam(), XDiffusionLime()),
         ),
     ],
 )
-def test_each_key_has_its_forms(told, tmp_path, text, expected):
+def test_every_form_of_a_value(read_lines, tmp_path, text, expected):
     (tmp_path / "sub").mkdir()
     (tmp_path / "prompts.txt").write_text("one\ntwo\n# no prompt\nthree\n")
     (tmp_path / "sub/table.csv").write_text("prompt\na cat on a mat\n")
-    assert getattr(told(text), text.partition(":")[0]) == expected
+    assert getattr(read_lines(text), text.partition(":")[0]) == expected
 
 
-def test_a_file_of_prompts_is_beside_the_sweep_wherever_it_is_read_from(tmp_path, monkeypatch):
+def test_a_file_of_prompts_is_relative_to_the_sweep(tmp_path, monkeypatch):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps/prompts.txt").write_text("beside it\n")
     (tmp_path / "prompts.txt").write_text("here\n")
@@ -144,51 +145,53 @@ def test_a_file_of_prompts_is_beside_the_sweep_wherever_it_is_read_from(tmp_path
     sweep.write_text("{prompts: {file: prompts.txt}, explainers: rise}")
     assert read("sweeps/sweep.yaml").prompts == ("beside it",)
     sweep.write_text(f"{{prompts: {{file: {tmp_path / 'prompts.txt'}}}, explainers: rise}}")
-    assert read(sweep).prompts == ("here",), "a path from the root is that path"
-    assert swept(prompts={"file": "prompts.txt"}).prompts == ("here",)
+    assert read(sweep).prompts == ("here",), "an absolute path"
+    assert make_sweep(prompts={"file": "prompts.txt"}).prompts == ("here",)
 
 
-def test_what_is_said_at_the_top_goes_to_schedules_that_do_not_say():
-    sweep = swept(
+def test_settings_of_the_top_level_are_defaults_of_the_schedules():
+    sweep = make_sweep(
         steps=5, gamma=7, guidance=2, schedules=["early", {"sampling": "latter", "steps": 6, "gamma": 8, "guidance": 3}]
     )
     assert sweep.schedules == (
         Schedule(sampling="early", steps=5, gamma=7, guidance=2),
         Schedule(sampling="latter", steps=6, gamma=8, guidance=3),
     )
-    assert swept(steps=5).schedules == (Schedule(steps=5),)
-    assert swept(gamma=5, schedules="latter").schedules == (Schedule(sampling="latter", gamma=5),)
-    assert swept(guidance=0, schedules={"steps": 4}).schedules == (Schedule(steps=4, guidance=0),)
-    assert swept(guidance=2, schedules={"guidance": None}).schedules == (Schedule(),), "which says: the model's own"
+    assert make_sweep(steps=5).schedules == (Schedule(steps=5),)
+    assert make_sweep(gamma=5, schedules="latter").schedules == (Schedule(sampling="latter", gamma=5),)
+    assert make_sweep(guidance=0, schedules={"steps": 4}).schedules == (Schedule(steps=4, guidance=0),)
+    assert make_sweep(guidance=2, schedules={"guidance": None}).schedules == (Schedule(),), (
+        "an explicit null is the model's own"
+    )
 
 
 @pytest.mark.parametrize("sampling", ["uniform", (9, 4)])
-def test_gamma_is_0_where_it_has_no_meaning(sampling):
-    """So that a schedule has one description."""
+def test_gamma_is_0_where_it_is_not_used(sampling):
+    """So that equal schedules are equal."""
     assert Schedule(sampling=sampling, gamma=3) == Schedule(sampling=sampling)
     assert Schedule(sampling=sampling).gamma == 0
     assert [Schedule(sampling=stage).gamma for stage in ("early", "latter")] == [60, 60]
 
 
 @pytest.mark.parametrize("steps", [{}, {"steps": 30}, {"steps": 2}])
-def test_a_list_of_time_steps_says_how_many_there_are(steps):
+def test_a_list_of_time_steps_determines_their_number(steps):
     assert Schedule(sampling=[9, 4, 2], **steps).steps == 3
-    assert swept(schedules=[[9, 4, 2]], **steps).schedules == (Schedule(sampling=(9, 4, 2)),)
-    assert swept(schedules={"sampling": [9, 4, 2]}, **steps).schedules[0].steps == 3
+    assert make_sweep(schedules=[[9, 4, 2]], **steps).schedules == (Schedule(sampling=(9, 4, 2)),)
+    assert make_sweep(schedules={"sampling": [9, 4, 2]}, **steps).schedules[0].steps == 3
 
 
-def test_in_python_values_may_be_what_they_become():
-    schedules, models = (Schedule(sampling="early"), Schedule(steps=3)), (Source(model="a/b"),)
+def test_values_may_be_objects_in_python():
+    schedules, models = (Schedule(sampling="early"), Schedule(steps=3)), (ModelSpec(model="a/b"),)
     explainers = (Rise(4), Cam(layers=("up*",)))
-    sweep = swept(prompts=("a", "b"), seeds=range(2), schedules=schedules, models=models, explainers=explainers)
+    sweep = make_sweep(prompts=("a", "b"), seeds=range(2), schedules=schedules, models=models, explainers=explainers)
     assert (sweep.prompts, sweep.seeds) == (("a", "b"), (0, 1))
     assert (sweep.schedules, sweep.models, sweep.explainers) == (schedules, models, explainers)
-    assert swept(schedules=schedules[0], models=models[0], explainers=explainers[0]).schedules == schedules[:1]
-    assert swept(explainers=[Rise(4), "cam", {"lime": {"num_samples": 9}}]).explainers == (Rise(4), Cam(), Lime(9))
+    assert make_sweep(schedules=schedules[0], models=models[0], explainers=explainers[0]).schedules == schedules[:1]
+    assert make_sweep(explainers=[Rise(4), "cam", {"lime": {"num_samples": 9}}]).explainers == (Rise(4), Cam(), Lime(9))
 
 
-def test_what_is_said_twice_is_there_once_where_it_was_first(told):
-    sweep = told("""
+def test_duplicates_are_removed_in_order(read_lines):
+    sweep = read_lines("""
 prompts: [b, a, b]
 seeds: [2, 1, 2, 1]
 steps: 4
@@ -201,7 +204,7 @@ models: [m, shapes, {model: m}]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         # Keys: the place, and the nearest that is known.
         ("prompt: a", "prompt is not known: did you mean 'prompts'?"),
@@ -210,7 +213,7 @@ models: [m, shapes, {model: m}]
         ("model: a", "model is not known: did you mean 'models'?"),
         ("explainer: rise", "explainer is not known: did you mean 'explainers'?"),
         ("negativeprompt: a", "negativeprompt is not known: did you mean 'negative_prompt'?"),
-        ("behavior: paper", "behavior is not known: did you mean 'behaviour'?"),
+        ("presets: paper", "presets is not known: did you mean 'preset'?"),
         ("preview: true", "preview is not known: did you mean 'previews'?"),
         ("compresion: none", "compresion is not known: did you mean 'compression'?"),
         ("mantisa_bits: 3", "mantisa_bits is not known: did you mean 'mantissa_bits'?"),
@@ -231,7 +234,7 @@ models: [m, shapes, {model: m}]
         # Names.
         ("explainers: [rise, cma]", "explainers.1: explainer 'cma' is not known: did you mean 'cam'?"),
         ("explainers: [{ris: {num_masks: 3}}]", "explainers.0: explainer 'ris' is not known: did you mean 'rise'?"),
-        ("explainers: zzz", "explainers.0: explainer 'zzz' is not known: expected one of rise, cam, relevance"),
+        ("explainers: zzz", "explainers.0: explainer 'zzz' is not known: expected one of attention, cam, "),
         ("schedules: [uniform, erly]", "schedules.1.sampling: 'erly' is not known: did you mean 'early'?"),
         ("schedules: zzz", "'zzz' is not known: expected one of uniform, early, latter; or give a list of time-steps"),
         # Values.
@@ -242,7 +245,7 @@ models: [m, shapes, {model: m}]
         ("prompts: {limit: 3}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
         ("prompts: {file: none.txt}", "none.txt' cannot be read: No such file"),
         ("prompts: {file: none.xml}", "is not a file of prompts: expected .txt, .csv, .jsonl, .json"),
-        ("prompts: {file: prompts.txt, limit: 0}", "prompts: 0 prompts are not possible: expected at least 1"),
+        ("prompts: {file: prompts.txt, limit: 0}", "prompts: limit is 0: expected at least 1 prompt"),
         ("seeds: 0", "seeds: 0 seeds are not possible: expected at least 1"),
         ("seeds: {count: 0}", "seeds: 0 seeds are not possible: expected at least 1"),
         ("seeds: -2", "seeds: -2 seeds are not possible: expected at least 1"),
@@ -256,24 +259,24 @@ models: [m, shapes, {model: m}]
         ("schedules: []", "schedules: "),
         ("schedules: [[]]", "schedules.0.steps: "),
         ("schedules: [early, 5]", "schedules.1.sampling: 5 is not known: expected one of uniform, early, latter"),
-        ("schedules: [[9, 4.5]]", "schedules.0.sampling: [9, 4.5] is not known"),
+        ("schedules: [[9, .inf]]", "schedules.0.sampling: [9, inf] is not known"),
         ("schedules: {sampling: [true]}", "schedules.0.sampling: [True] is not known"),
         ("schedules: {sampling: early, gamma: x}", "schedules.0.gamma: "),
         ("schedules: {guidance: x}", "schedules.0.guidance: "),
         ("schedules: {guidance: .nan}", "schedules.0.guidance: Input should be a finite number"),
         ("gamma: .inf\nschedules: early", "schedules.0.gamma: Input should be a finite number"),
         ("seeds: []", "seeds: "),
-        ("seeds: true", "seeds: True is not understood: expected a number, a list, or {first: 100, count: 8}"),
-        ("seeds: {count: null}", "seeds: {'count': None} is not understood"),
-        ("seeds: {first: [1]}", "seeds: {'first': [1]} is not understood"),
-        ("seeds: {count: 2.7}", "seeds: {'count': 2.7} is not understood"),
+        ("seeds: true", "seeds: True is not valid: expected a number, a list, or {first: 100, count: 8}"),
+        ("seeds: {count: null}", "seeds: {'count': None} is not valid"),
+        ("seeds: {first: [1]}", "seeds: {'first': [1]} is not valid"),
+        ("seeds: {count: 2.7}", "seeds: {'count': 2.7} is not valid"),
         ("prompts: {file: 3}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
         ("prompts: {file: p.txt, limit: x}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
         ("prompts: {file: p.txt, limit: 2.5}", "prompts: expected a list of prompts"),
-        ('prompts: "half \\ud83d a letter"', "has half a character: it is no text"),
+        ('prompts: "half \\ud83d a letter"', "contains half of a surrogate pair: it is not valid text"),
         ("unit-minutes: 3", "unit-minutes is not known: did you mean 'unit_minutes'?"),
         ("schedules: {guidance-scale: 3}", "schedules.0.guidance-scale is not known: did you mean 'guidance'?"),
-        ("explainers: [rise, {cam: {scale: x}}]", "explainers.1: cam.scale: Input should be a valid number"),
+        ("explainers: [rise, {cam: {loss_scale: x}}]", "explainers.1: cam.loss_scale: Input should be a valid number"),
         ("explainers: [{rise: {similarity: 3}}]", "explainers.0: rise.similarity: Input should be a valid string"),
         ("models: []", "models: "),
         ("models: [a, 3]", "models.1: "),
@@ -281,38 +284,52 @@ models: [m, shapes, {model: m}]
         ("models: {image_size: 64}", "models.0.image_size: "),
         ("models: {random_weights: perhaps}", "models.0.random_weights: "),
         ("explainers: []", "explainers: "),
-        ("explainers: [3]", "explainers.0: explainer 3 is not known"),
-        ("explainers: [{rise: {}, cam: {}}]", "explainers.0: explainer {'rise': {}, 'cam': {}} is not known"),
-        ("explainers: [{rise: 5}]", "explainers.0: 5 is no set of settings of rise: expected names and values"),
+        ("explainers: [3]", "explainers.0: 3 is not an explainer: expected a name or {name: settings}"),
+        (
+            "explainers: [{rise: {}, cam: {}}]",
+            "explainers.0: {'rise': {}, 'cam': {}} is not an explainer: expected a name",
+        ),
+        ("explainers: [{rise: 5}]", "explainers.0: 5 is not valid: expected settings of rise as {name: value}"),
         ("explainers: [{rise: {num_masks: x}}]", "explainers.0: rise.num_masks: Input should be a valid integer"),
         ("explainers: [{rise: {num_masks: 0}}]", "explainers.0: rise: 0 masks are not possible: expected at least 1"),
         ("explainers: [{lime: {num_samples: 1}}]", "1 samples are not possible: expected at least 2"),
         ("explainers: [rise, rise]", "explainers share a name (rise, rise): give each its own, as in - rise: {name: "),
         ("explainers: [cam, {rise: {name: cam}}]", "explainers share a name (cam, cam)"),
         ("negative_prompt: [a]", "negative_prompt: "),
-        ("behaviour: released", "behaviour: Input should be 'paper' or 'xdiffusion'"),
+        ("preset: released", "preset: preset 'released' is not known: expected one of default, paper, xdiffusion"),
+        ("preset: papr", "preset: preset 'papr' is not known: did you mean 'paper'?"),
+        ("explainers: [{rise: {preset: papr}}]", "explainers.0: preset 'papr' of rise is not known: did you mean 'pa"),
+        # What version 0.1 spelled otherwise.
+        ("behaviour: xdiffusion", "behaviour has been replaced by presets: write preset: xdiffusion instead"),
+        ("explainers: Rise", "explainers.0: explainer 'Rise' is now spelled 'rise'"),
+        ("explainers: [ReleasedRise]", "explainers.0: explainer 'ReleasedRise' is now spelled 'xdiffusion-rise'"),
+        ("explainers: [cam, {releasedcam: {}}]", "explainers.1: explainer 'releasedcam' is now spelled 'xdiffusion-c"),
+        ("explainers: XDiffusionLime", "explainers.0: explainer 'XDiffusionLime' is now spelled 'xdiffusion-lime'"),
+        ("explainers: [{rise: {masks: rise}}]", "explainers.0: 'masks' of rise is now called 'mask_kind'"),
+        ("explainers: [{cam: {scale: 2}}]", "explainers.0: 'scale' of cam is now called 'loss_scale'"),
         ("previews: perhaps", "previews: "),
         ("compression: zip", "compression: Input should be 'gzip' or 'none'"),
         ("mantissa_bits: 24", "mantissa_bits: "),
         ("mantissa_bits: 0", "mantissa_bits: "),
         ("unit_minutes: 0", "unit_minutes: "),
         ("unit_minutes: .nan", "unit_minutes: "),
-        ("{behaviour: xdiffusion, prompts: a, explainers: [{rise: {grid: 4}}]}", "grid=4 is not what the"),
-        ("{behaviour: xdiffusion, prompts: a, explainers: [{rise: {similarity: ssim}}]}", "similarity 'ssim' is not"),
+        ("{preset: xdiffusion, prompts: a, explainers: [{rise: {grid: 4}}]}", "explainers.0: rise: "),
+        ("{preset: xdiffusion, prompts: a, explainers: [{rise: {similarity: ssim}}]}", "similarity 'ssim' is not"),
+        ("preset: xdiffusion\ngamma: 0\nschedules: early", "schedule 'early' has gamma 0, which in the released code "),
     ],
 )
-def test_what_is_not_possible_is_one_line_with_the_place(told, tmp_path, text, said):
+def test_a_mistake_is_one_line_with_its_place(read_lines, tmp_path, text, message):
     (tmp_path / "prompts.txt").write_text("one\n")
     with pytest.raises(ValueError, match=r"sweep\.yaml") as refused:
-        told(text)
+        read_lines(text)
     line = str(refused.value)
     assert line.startswith(f"{tmp_path / 'sweep.yaml'}: ")
-    assert said in line
+    assert message in line
     assert "\n" not in line
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("prompts: a", "explainers is missing"),
         ("explainers: rise", "prompts is missing"),
@@ -321,49 +338,75 @@ def test_what_is_not_possible_is_one_line_with_the_place(told, tmp_path, text, s
         ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "schedules.0.steps: "),
         ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "; models.0.bar is not known"),
         ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "; foo is not known: expected one of "),
-        ("- prompts", "describes no sweep: expected keys, of which prompts and explainers are needed"),
-        ("", "describes no sweep"),
+        ("- prompts", "is not a sweep: expected keys, at least prompts and explainers"),
+        ("", "is not a sweep"),
         ("prompts: [a\nexplainers: rise", "is not YAML: while parsing a flow sequence"),
         (b"prompts: \xff", "is not YAML: "),
         (None, "cannot be read: No such file or directory"),
     ],
 )
-def test_a_file_that_describes_no_sweep_is_told_of_in_one_line(tmp_path, text, said):
+def test_a_file_that_is_not_a_sweep_is_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "sweep.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=r"sweep\.yaml") as refused:
         read(tmp_path / "sweep.yaml")
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_function_of_the_callers_own_does_not_reach_other_processes():
+def test_functions_and_classes_of_this_process_are_refused():
     @dataclasses.dataclass(frozen=True)
     class Mine(Random):
         """An explainer that no other process can import."""
 
     for explainer in (Rise(similarity=lambda a, b: a), Mine()):
-        with pytest.raises(ValueError, match="has code of the caller's own, which other processes do not have"):
-            swept(explainers=explainer)
+        with pytest.raises(ValueError, match="contains code that worker processes do not have"):
+            make_sweep(explainers=explainer)
 
 
-def test_explainers_are_named_apart_as_the_behaviour_has_them():
-    assert swept(explainers=[Rise(8), Rise(9, name="few")]).released == [Rise(8), Rise(9, name="few")]
-    both = swept(explainers=[Rise(8), Cam(), Lime(9), Random(), Rise(9, name="few")], behaviour="xdiffusion")
-    assert both.released == [
-        XDiffusionRise(8),
-        XDiffusionCam(),
-        XDiffusionLime(9),
+def test_the_preset_is_that_of_explainers_by_name_that_do_not_name_their_own(read_lines):
+    explainers = "explainers: [{rise: {num_masks: 8}}, cam, {rise: {name: own, preset: default}}, {lime: }, random]"
+    assert read_lines(f"preset: xdiffusion\n{explainers}").explainers == (
+        Rise.xdiffusion(num_masks=8),
+        Cam.xdiffusion(),
+        Rise(name="own"),
+        Lime.xdiffusion(),
         Random(),
-        XDiffusionRise(9, name="few"),
-    ]
+    )
+    assert read_lines("explainers: [rise, {rise: {preset: xdiffusion, num_masks: 5, name: x}}]").explainers == (
+        Rise(),
+        Rise.xdiffusion(num_masks=5, name="x"),
+    )
+    assert make_sweep(explainers=[Rise(8), "cam"], preset="xdiffusion").explainers == (Rise(8), Cam.xdiffusion())
     with pytest.raises(ValueError, match=r"explainers share a name \(rise, rise\)"):
-        swept(explainers=[Rise(8), XDiffusionRise(8)], behaviour="xdiffusion")
+        make_sweep(explainers=[Rise(8), "rise"], preset="xdiffusion")
+
+
+def test_defaults_are_those_of_python():
+    """Of a schedule those of `Engine.job`, of explainers their own (above)."""
+    defaults = {name: one.default for name, one in inspect.signature(Engine.job).parameters.items()}
+    schedule = Schedule(sampling="early")
+    assert (schedule.steps, schedule.gamma, schedule.guidance) == tuple(
+        defaults[name] for name in ("num_steps", "gamma", "guidance")
+    )
+    assert Schedule().sampling == defaults["sampling"]
+    explain = {name: one.default for name, one in inspect.signature(Engine.explain).parameters.items()}
+    sweep = make_sweep()
+    for name in ("negative_prompt", "compression", "mantissa_bits"):
+        assert getattr(sweep, name) == explain[name]
+    load = {name: one.default for name, one in inspect.signature(Engine.from_pretrained).parameters.items()}
+    for name, value in ModelSpec().model_dump().items():
+        assert value == load[name]
+
+
+def test_gamma_0_is_a_schedule_of_other_presets():
+    assert make_sweep(schedules="early", gamma=0).schedules == (Schedule(sampling="early", gamma=0),)
+    assert make_sweep(schedules="uniform", preset="xdiffusion").schedules == (Schedule(),), "which has no gamma"
 
 
 EXPLAINERS = (
     Rise(8, keep_probability=0.3, mask_kind="rise", score="global", similarity="frechet", stop_at_error=0.1, name="r"),
-    Cam(layers=("up*", "mid*"), target="unconditional", scale=2, name="c"),
+    Cam(layers=("up*", "mid*"), target="unconditional", loss_scale=2, name="c"),
     Relevance(self_attention=False, name="v"),
     Attention(words=("red", "blue square"), name="a"),
     Lime(9, kernel_size=3, name="l"),
@@ -375,29 +418,24 @@ EXPLAINERS = (
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda one: type(one).__name__)
-def test_a_worker_has_the_explainers_that_were_asked_for(explainer):
-    sweep = swept(explainers=explainer)
+def test_explainers_survive_the_way_to_a_worker(explainer):
+    sweep = make_sweep(explainers=explainer)
     assert json.loads(json.dumps(sweep.shared)) == sweep.shared
-    (rebuilt,) = Shared.of(json.loads(json.dumps(sweep.shared))).explainers
+    (rebuilt,) = SharedSettings.from_json(json.loads(json.dumps(sweep.shared))).explainers
     assert (type(rebuilt), rebuilt) == (type(explainer), explainer)
 
 
-def test_a_worker_has_what_holds_for_every_item():
-    told = {"negative_prompt": "ugly “x”", "previews": True, "compression": "none", "mantissa_bits": 11}
-    sweep = swept(explainers=EXPLAINERS, prompts=["p", "q"], seeds=2, unit_minutes=3, **told)
-    assert dataclasses.asdict(Shared.of(sweep.shared)) == {
-        "explainers": tuple(map(dataclasses.asdict, EXPLAINERS)),
-        "behaviour": "paper",
-    } | {name: told[name] for name in told}
-    assert set(sweep.shared) == {*told, "behaviour", "explainers"}
-
-
-def test_a_worker_has_the_released_explainers_with_their_behaviour():
-    sweep = swept(explainers=[Rise(8), Cam(loss_scale=2), Lime(9), Attention(("red",))], behaviour="xdiffusion")
-    shared = Shared.of(json.loads(json.dumps(sweep.shared)))
-    assert list(map(type, shared.explainers)) == [XDiffusionRise, XDiffusionCam, XDiffusionLime, Attention]
-    assert list(shared.explainers) == sweep.released
-    assert shared.behaviour == "xdiffusion"
+def test_shared_settings_survive_the_way_to_a_worker():
+    values = {"negative_prompt": "ugly “x”", "previews": True, "compression": "none", "mantissa_bits": 11}
+    sweep = make_sweep(explainers=EXPLAINERS, prompts=["p", "q"], seeds=2, unit_minutes=3, **values)
+    assert (
+        dataclasses.asdict(SharedSettings.from_json(sweep.shared))
+        == {
+            "explainers": tuple(map(dataclasses.asdict, EXPLAINERS)),
+        }
+        | values
+    )
+    assert set(sweep.shared) == {*values, "explainers"}
 
 
 BASE = {
@@ -409,7 +447,7 @@ BASE = {
 }
 
 
-#: Each makes another sweep of it.
+#: Each makes it another sweep.
 CHANGES = [
     {"prompts": ["a cat"]},
     {"prompts": ["a cat", "a dog", "a cow"]},
@@ -437,7 +475,8 @@ CHANGES = [
     {"explainers": [Rise(8), Cam(layers=("up*",))]},
     {"explainers": [Rise(8), Lime(name="cam")]},
     {"negative_prompt": "blurry"},
-    {"behaviour": "xdiffusion"},
+    {"explainers": ["rise", "cam"]},
+    {"explainers": ["rise", "cam"], "preset": "xdiffusion"},
     {"previews": True},
     {"compression": "none"},
     {"mantissa_bits": 10},
@@ -445,12 +484,11 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changed", CHANGES)
-def test_another_sweep_has_another_digest(changed):
+def test_a_change_changes_the_digest(changed):
     assert Sweep(**BASE | changed).digest != Sweep(**BASE).digest
 
 
-def test_all_other_sweeps_have_digests_of_their_own():
-    """No change looks like another."""
+def test_no_two_changes_have_the_same_digest():
     digests = {Sweep(**BASE | changed).digest for changed in CHANGES}
     assert len(digests) == len(CHANGES)
     assert all(len(digest) == 64 and int(digest, 16) for digest in digests)
@@ -466,29 +504,30 @@ def test_all_other_sweeps_have_digests_of_their_own():
         {"schedules": [{"steps": 30}, Schedule(sampling="early")]},
         {"schedules": [{"gamma": 5}, {"sampling": "early", "gamma": 60}]},
         {"steps": 30, "gamma": 60},
-        {"models": Source(model="shapes", random_weights=False)},
+        {"models": ModelSpec(model="shapes", random_weights=False)},
         {"explainers": [{"rise": {"num_masks": 8}}, "cam"]},
         {"negative_prompt": ""},
         {"mantissa_bits": 23},
+        {"preset": "paper"},
     ],
 )
-def test_the_same_sweep_in_other_words_has_the_same_digest(same):
+def test_equal_sweeps_have_equal_digests(same):
     assert Sweep(**BASE | same).digest == Sweep(**BASE).digest
 
 
-def test_a_sweep_is_not_changed_once_it_is_made():
-    sweep = swept()
+def test_a_sweep_is_immutable():
+    sweep = make_sweep()
     for one, name in ((sweep, "prompts"), (sweep.schedules[0], "steps"), (sweep.models[0], "model")):
         with pytest.raises(ValueError, match="frozen"):
             setattr(one, name, "x")
-    assert {sweep.schedules: 1, sweep.models: 2} == {(Schedule(),): 1, (Source(),): 2}, "they are keys"
+    assert {sweep.schedules: 1, sweep.models: 2} == {(Schedule(),): 1, (ModelSpec(),): 2}, "they are keys"
 
 
-def test_numbers_alone_are_the_time_steps_of_one_schedule(told):
-    sweep = told("prompts: a cat\nexplainers: rise\nschedules: [901, 401, 1]\nguidance: 3")
+def test_bare_numbers_are_the_time_steps_of_one_schedule(read_lines):
+    sweep = read_lines("prompts: a cat\nexplainers: rise\nschedules: [901, 401, 1]\nguidance: 3")
     assert sweep.schedules == (Schedule(sampling=(901, 401, 1), steps=3, gamma=0, guidance=3),)
 
 
-def test_a_schedule_that_is_one_already_is_left_as_it_is():
-    both = swept(schedules=[Schedule(sampling="early"), "early"], steps=5, gamma=7)
+def test_schedule_objects_are_kept():
+    both = make_sweep(schedules=[Schedule(sampling="early"), "early"], steps=5, gamma=7)
     assert both.schedules == (Schedule(sampling="early"), Schedule(sampling="early", steps=5, gamma=7))

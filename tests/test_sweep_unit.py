@@ -1,4 +1,4 @@
-"""One unit of a sweep, done in this process: what is written, and what becomes of items that fail."""
+"""One unit of a sweep, run in this process: what is written, and what happens to items that fail."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import pytest
 from analytic import Analytic
 
 from dfengine import Engine, Random, Rise, store
-from dfengine.sweep.records import Closed, Failed, Progress
-from dfengine.sweep.spec import Schedule, Shared
+from dfengine.sweep.events import Closed, Failed, Progress
+from dfengine.sweep.spec import Schedule, SharedSettings
 from dfengine.sweep.unit import explain_unit
 
 STEPS = 3
@@ -34,8 +34,8 @@ def harmful(**errors):
 
 
 def shared(*explainers, **changed):
-    settings = {"negative_prompt": "", "behaviour": "paper", "previews": False, "compression": "none"}
-    return Shared(explainers, **settings | {"mantissa_bits": 23} | changed)
+    settings = {"negative_prompt": "", "previews": False, "compression": "none"}
+    return SharedSettings(explainers, **settings | {"mantissa_bits": 23} | changed)
 
 
 def unit_of(*prompts, seeds=(0,), schedules=("uniform",), **settings):
@@ -55,7 +55,7 @@ def folder(tmp_path):
     return store.Folder(tmp_path / "run")
 
 
-def do(engine, common, folder, unit):
+def run_unit(engine, common, folder, unit):
     return list(explain_unit(engine, common, folder, unit))
 
 
@@ -68,14 +68,14 @@ def maps_by_item(folder):
         }
 
 
-def test_its_maps_are_those_of_explain(engine, folder):
+def test_maps_equal_those_of_explain(engine, folder):
     rise = Rise(7)
     unit = unit_of("1", "2", "3", seeds=(0, 5), schedules=("uniform", "early"), guidance=3.5)
-    records = do(engine, shared(rise, Random(), negative_prompt="4"), folder, unit)
+    records = run_unit(engine, shared(rise, Random(), negative_prompt="4"), folder, unit)
     assert records[-1] == Closed("u-00000")
-    told = [record for record in records if isinstance(record, Progress)]
-    assert sum(record.maps for record in told) == 12 * 2 * STEPS
-    assert sorted(item for record in told for item, _ in record.items) == list(range(12))
+    progress = [record for record in records if isinstance(record, Progress)]
+    assert sum(record.maps for record in progress) == 12 * 2 * STEPS
+    assert sorted(item for record in progress for item, _ in record.items) == list(range(12))
     stored = maps_by_item(folder)
     assert len(stored) == 12
     for prompt, how, seed in unit.items:
@@ -97,8 +97,8 @@ def test_its_maps_are_those_of_explain(engine, folder):
         assert not list(store.failures(folder.path))
 
 
-def test_what_the_settings_say_reaches_the_file(engine, folder):
-    do(engine, shared(Random(), previews=True, compression="gzip", mantissa_bits=9), folder, unit_of("1"))
+def test_settings_reach_the_file(engine, folder):
+    run_unit(engine, shared(Random(), previews=True, compression="gzip", mantissa_bits=9), folder, unit_of("1"))
     with store.open(folder.path) as run:
         part = run.opened("u-00000.1.h5")
         assert part.plan.previews
@@ -107,61 +107,61 @@ def test_what_the_settings_say_reaches_the_file(engine, folder):
         assert run[0].previews.shape == (STEPS, *engine.denoiser.image_shape, 3)
 
 
-def test_an_impossible_item_is_set_aside_and_the_others_are_done(engine, folder):
+def test_an_invalid_item_is_quarantined_and_the_others_are_done(engine, folder):
     explainer = harmful()
-    records = do(engine, shared(explainer, Rise(4)), folder, unit_of("1", "x", "2", "3"))
+    records = run_unit(engine, shared(explainer, Rise(4)), folder, unit_of("1", "x", "2", "3"))
     failed = [one for record in records if isinstance(record, Failed) for one in record.failures]
-    # First the two that were tried together, then the one alone.
+    # First the group of two, then each alone.
     assert [(one.item, one.state) for one in failed] == [(0, "suspect"), (1, "suspect"), (1, "quarantined")]
-    assert not any(record.fresh for record in records if isinstance(record, Failed))
+    assert not any(record.needs_restart for record in records if isinstance(record, Failed))
     assert records[-1] == Closed("u-00000")
     assert len(maps_by_item(folder)) == 3
     (aside,) = store.failures(folder.path)
     assert (aside.item, aside.state, aside.described["prompt"]) == (1, "quarantined", "x")
     assert "could not convert string to float: 'x'" in aside.errors[0]
-    # The third and fourth were explained before the suspects, which were explained alone.
+    # The second group ran before the suspects, which ran alone.
     assert explainer.seen == [["2", "3"], ["1"]]
     with store.open(folder.path) as run:
         assert not run.finished
 
 
-def test_what_is_known_to_be_impossible_beforehand_has_no_place_in_the_file(engine, folder):
+def test_an_item_that_is_refused_beforehand_is_not_in_the_file(engine, folder):
     class Choosy(Random):
-        def contents(self, denoiser, job):
+        def output_spec(self, denoiser, job):
             if job.prompt == "2":
                 raise ValueError("not this one")
             return Random().output_spec(denoiser, job)
 
-    records = do(engine, shared(Choosy()), folder, unit_of("1", "2", "3"))
+    records = run_unit(engine, shared(Choosy()), folder, unit_of("1", "2", "3"))
     assert [one.errors for record in records if isinstance(record, Failed) for one in record.failures] == [
         ("not this one",)
     ]
     with store.open(folder.path) as run:
         assert [item.prompt for item in run] == ["1", "3"]
         assert not run.finished
-    # The same again: nothing is recorded twice, and the places are the same.
+    # A second run records nothing twice.
     again = store.Folder(folder.path.with_name("again"))
-    assert [type(record) for record in do(engine, shared(Choosy()), again, unit_of("2"))] == [Failed, Closed]
-    assert [type(record) for record in do(engine, shared(Choosy()), again, unit_of("2"))] == [Closed]
+    assert [type(record) for record in run_unit(engine, shared(Choosy()), again, unit_of("2"))] == [Failed, Closed]
+    assert [type(record) for record in run_unit(engine, shared(Choosy()), again, unit_of("2"))] == [Closed]
     assert not list((again.path / "segments").iterdir())
 
 
-def test_another_error_asks_for_a_fresh_process_and_is_set_aside_the_second_time(engine, folder):
+def test_another_error_asks_for_a_new_process_and_quarantines_the_second_time(engine, folder):
     explainer = harmful(of_3=RuntimeError("no such kernel"))
     common, unit = shared(explainer), unit_of("1", "2", "3", "4", "5")
-    first = do(engine, common, folder, unit)
+    first = run_unit(engine, common, folder, unit)
     assert isinstance(first[-1], Failed)
-    assert first[-1].fresh
+    assert first[-1].needs_restart
     assert [(one.item, one.state, one.errors) for one in first[-1].failures] == [(2, "suspect", ()), (3, "suspect", ())]
-    second = do(engine, common, folder, unit)
-    told = "RuntimeError: no such kernel"
-    assert second[-1].fresh
-    assert [(one.item, one.state, one.errors) for one in second[-1].failures] == [(2, "failed", (told,))]
-    third = do(engine, common, folder, unit)
-    assert third[-1].fresh
-    assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "quarantined", (told, told))]
-    assert do(engine, common, folder, unit)[-1] == Closed("u-00000")
-    # Whoever was done is not done again, and suspects come alone, after the others.
+    second = run_unit(engine, common, folder, unit)
+    message = "RuntimeError: no such kernel"
+    assert second[-1].needs_restart
+    assert [(one.item, one.state, one.errors) for one in second[-1].failures] == [(2, "failed", (message,))]
+    third = run_unit(engine, common, folder, unit)
+    assert third[-1].needs_restart
+    assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "quarantined", (message, message))]
+    assert run_unit(engine, common, folder, unit)[-1] == Closed("u-00000")
+    # Finished items are not explained again, and suspects run alone, after the others.
     assert explainer.seen == [["1", "2"], ["3", "4"], ["5"], ["3"], ["4"], ["3"]]
     with store.open(folder.path) as run:
         done = {item.prompt: bool(item.done["random"].all()) for item in run}
@@ -169,25 +169,25 @@ def test_another_error_asks_for_a_fresh_process_and_is_set_aside_the_second_time
     assert [one.state for one in store.failures(folder.path)] == ["quarantined"]
 
 
-def test_what_worked_the_second_time_leaves_no_trace(engine, folder):
+def test_success_at_the_second_attempt_clears_the_failure(engine, folder):
     unit = unit_of("1", "2")
-    assert do(engine, shared(harmful(of_2=RuntimeError("once"))), folder, unit)[-1].fresh
+    assert run_unit(engine, shared(harmful(of_2=RuntimeError("once"))), folder, unit)[-1].needs_restart
     assert (folder.path / "failures/u-00000.json").exists()
-    assert do(engine, shared(harmful()), folder, unit)[-1] == Closed("u-00000")
+    assert run_unit(engine, shared(harmful()), folder, unit)[-1] == Closed("u-00000")
     assert not list((folder.path / "failures").iterdir())
     with store.open(folder.path) as run:
         assert run.finished
 
 
 @pytest.mark.parametrize("error", [store.StoreError("the disk is full"), OSError(28, "No space left on device")])
-def test_a_full_disk_is_no_items_fault(engine, folder, error):
+def test_a_full_disk_is_no_failure_of_an_item(engine, folder, error):
     with pytest.raises(type(error)):
-        do(engine, shared(harmful(of_2=error)), folder, unit_of("1", "2"))
+        run_unit(engine, shared(harmful(of_2=error)), folder, unit_of("1", "2"))
     assert not list((folder.path / "failures").iterdir())
 
 
-def test_what_is_in_hand_is_known_on_the_disk_and_forgotten_when_it_is_let_go(engine, folder, monkeypatch):
-    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+def test_items_in_progress_are_recorded_until_they_are_released(engine, folder, monkeypatch):
+    monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)
     in_hand = folder.path / "failures/.u-00000.json"
     records = explain_unit(engine, shared(Rise(4)), folder, unit_of("1", "2", "3"))
     hands = []
@@ -204,111 +204,101 @@ def test_what_is_in_hand_is_known_on_the_disk_and_forgotten_when_it_is_let_go(en
         assert run.segments[0].is_part
 
 
-def test_work_that_was_cut_off_goes_on_where_it_was(engine, folder, monkeypatch):
-    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+def test_interrupted_work_resumes(engine, folder, monkeypatch):
+    monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)
     common, unit = shared(Rise(6)), unit_of("1", "2", "3", "4", "5")
     records = explain_unit(engine, common, folder, unit)
     made = 0
     while made < 2 * STEPS + 1:  # one group, and a step of the second
         made += next(records).maps
     records.close()
-    rest = do(engine, common, folder, unit)
+    rest = run_unit(engine, common, folder, unit)
     assert sum(record.maps for record in rest if isinstance(record, Progress)) == 5 * STEPS - made
     whole = store.Folder(folder.path.with_name("whole"))
-    do(engine, common, whole, unit)
-    expected, found = maps_by_item(whole), maps_by_item(folder)
-    assert expected.keys() == found.keys()
+    run_unit(engine, common, whole, unit)
+    expected, resumed = maps_by_item(whole), maps_by_item(folder)
+    assert expected.keys() == resumed.keys()
     for key, saliency in expected.items():
-        np.testing.assert_array_equal(found[key], saliency)
+        np.testing.assert_array_equal(resumed[key], saliency)
 
 
 @pytest.mark.parametrize(("hand", "states"), [([1], {1: "failed"}), ([1, 2], {1: "suspect", 2: "suspect"}), ([0], {})])
-def test_a_crash_is_blamed_on_what_was_in_hand(engine, folder, monkeypatch, hand, states):
-    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+def test_a_crash_is_attributed_to_the_items_in_progress(engine, folder, monkeypatch, hand, states):
+    monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)
     unit = unit_of("1", "2", "3")
     records = explain_unit(engine, shared(Rise(4), Random()), folder, unit)
-    for record in records:  # until the first is done, and then the process is gone
+    for record in records:  # until the first is done, when the process dies
         if any(item == 0 for item, _ in record.items):
             break
     records.close()
     (folder.path / "failures/.u-00000.json").write_text(json.dumps({"driver": "", "items": hand}))
-    rest = do(engine, shared(Rise(4), Random()), folder, unit)
-    told = [one for record in rest if isinstance(record, Failed) for one in record.failures]
-    assert {one.item: one.state for one in told} == states
-    assert all("without a word" in error for one in told for error in one.errors)
+    rest = run_unit(engine, shared(Rise(4), Random()), folder, unit)
+    crashed = [one for record in rest if isinstance(record, Failed) for one in record.failures]
+    assert {one.item: one.state for one in crashed} == states
+    assert all("its process crashed" in error for one in crashed for error in one.errors)
     assert rest[-1] == Closed("u-00000")
     with store.open(folder.path) as run:
         assert run.finished
 
 
-def test_an_item_that_was_set_aside_is_left_alone(engine, folder):
+def test_a_quarantined_item_is_skipped(engine, folder):
     unit = unit_of("1", "2", "3")
     store.FailureLog(folder.path, unit).failed([1], "no", for_good=True)
     explainer = harmful()
-    assert do(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
+    assert run_unit(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
     assert Counter(prompt for group in explainer.seen for prompt in group) == {"1": 1, "3": 1}
 
 
-def test_a_unit_of_another_writer_is_busy(engine, folder, monkeypatch):
-    monkeypatch.setattr("dfengine.sweep.unit.TELL_SECONDS", 0)
+def test_a_unit_held_by_another_writer_is_busy(engine, folder, monkeypatch):
+    monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)
     unit = unit_of("1", "2")
     records = explain_unit(engine, shared(Rise(4)), folder, unit)
     next(records)
     with pytest.raises(store.Busy, match="is being written by another run"):
-        do(engine, shared(Rise(4)), folder, unit)
+        run_unit(engine, shared(Rise(4)), folder, unit)
     records.close()
-    assert do(engine, shared(Rise(4)), folder, unit)[-1] == Closed("u-00000")
+    assert run_unit(engine, shared(Rise(4)), folder, unit)[-1] == Closed("u-00000")
 
 
-def test_a_folder_is_not_finished_before_its_plan_is(engine, folder):
+def test_a_folder_is_finished_when_its_plan_is(engine, folder):
     first, second = unit_of("1"), dataclasses.replace(unit_of("2"), name="u-00001")
     store.plan_units(folder.path, [first, second])
     for unit, finished in ((first, False), (second, True)):
-        do(engine, shared(Random()), folder, unit)
+        run_unit(engine, shared(Random()), folder, unit)
         with store.open(folder.path) as run:
             assert (run.finished, run.planned) == (finished, 2)
             assert run.units_left == ([] if finished else ["u-00001"])
 
 
-def test_the_released_behaviour_is_the_jobs_too(engine, folder):
-    """There a shift of 0 is the uniform schedule."""
-    unit = unit_of("1", schedules=("early",), gamma=0)
-    do(engine, shared(Random(), behaviour="xdiffusion"), folder, unit)
-    with store.open(folder.path) as run:
-        expected = engine.job("1", num_steps=STEPS, sampling="uniform").timesteps
-        assert tuple(run[0].timesteps) == expected
-        assert engine.job("1", num_steps=STEPS, sampling="early", gamma=0).timesteps != expected
-
-
-def test_what_is_still_to_come_decides_whether_to_compile(engine, folder, monkeypatch):
-    told = []
-    monkeypatch.setattr(engine, "prepare", lambda jobs, explainers, done=(), times=1: told.append((len(jobs), times)))
+def test_the_expected_work_decides_whether_to_compile(engine, folder, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(engine, "prepare", lambda plan, done=(), times=1: prepared.append((len(plan), times)))
     list(explain_unit(engine, shared(Random()), folder, unit_of("1", "2", "3"), times=40))
-    assert told[0] == (3, 40)
+    assert prepared[0] == (3, 40)
 
 
-def test_a_unit_that_is_closed_already_is_done(engine, folder):
-    """By another driver, or by a worker that died before it could say so."""
+def test_a_closed_unit_is_not_run_again(engine, folder):
+    """Another driver closed it, or a worker that died before reporting it."""
     explainer, unit = harmful(), unit_of("1")
-    assert do(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
-    assert do(engine, shared(explainer), folder, unit) == [Closed("u-00000")]
+    assert run_unit(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
+    assert run_unit(engine, shared(explainer), folder, unit) == [Closed("u-00000")]
     assert explainer.seen == [["1"]]
     assert len(list((folder.path / "segments").iterdir())) == 1
 
 
-def test_nobody_is_blamed_for_the_end_of_a_driver(engine, folder):
-    """A kill of everything, or a power cut, which may come again and again."""
+def test_the_end_of_a_driver_is_no_failure_of_an_item(engine, folder):
+    """Such as a power cut, however often it happens."""
     unit = unit_of("1", "2")
     for driver in "abc":
         store.FailureLog(folder.path, unit, driver=driver).take([1])
-        troubles = store.FailureLog(folder.path, unit, driver="now")
-        assert [(one.item, one.state, one.errors) for one in troubles.recover([0, 1])] == [(1, "suspect", ())]
+        log = store.FailureLog(folder.path, unit, driver="now")
+        assert [(one.item, one.state, one.errors) for one in log.recover([0, 1])] == [(1, "suspect", ())]
     store.FailureLog(folder.path, unit, driver="now").take([1])
     (blamed,) = store.FailureLog(folder.path, unit, driver="now").recover([0, 1])
     assert (blamed.state, len(blamed.errors)) == ("failed", 1)
 
 
-def test_a_driver_lets_go_of_its_own_only(folder):
+def test_a_driver_releases_only_its_own_units(folder):
     unit = unit_of("1", "2")
     store.FailureLog(folder.path, unit, driver="a").take([1])
     marker = folder.path / "failures/.u-00000.json"

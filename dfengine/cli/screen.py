@@ -23,7 +23,7 @@ from rich.progress import (
 
 if TYPE_CHECKING:
     from dfengine.engine import Event
-    from dfengine.sweep import Record
+    from dfengine.sweep import Event as SweepEvent
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def counted(things: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 @contextmanager
-def sweep_bars() -> Iterator[Callable[[int, Record], None]]:
+def sweep_bars() -> Iterator[Callable[[int, SweepEvent], None]]:
     """A bar for a whole sweep, and one for each worker, that follow its records; notes and failures as lines."""
     from dfengine import sweep
 
@@ -97,8 +97,8 @@ def sweep_bars() -> Iterator[Callable[[int, Record], None]]:
                 said.add(text)
                 err.print(f"dfengine: {text}", markup=False)
 
-        def show(worker: int, record: Record) -> None:
-            if isinstance(record, sweep.Begun):
+        def show(worker: int, record: SweepEvent) -> None:
+            if isinstance(record, sweep.SweepStarted):
                 bars.update(whole, description=f"{record.items} items", total=record.maps)
                 share = record.maps / max(1, record.workers)
                 by_worker.update(
@@ -117,9 +117,9 @@ def sweep_bars() -> Iterator[Callable[[int, Record], None]]:
                     if one.errors:
                         made = f"{one.described['prompt']!r}, seed {one.described['seed']}"
                         say(f"{made}: {one.errors[-1]}; {_STATES[one.state]}")
-            elif isinstance(record, sweep.Gone):
+            elif isinstance(record, sweep.WorkerExited):
                 say(f"worker {worker} ended without a word, or stalled: another goes on")
-            elif isinstance(record, sweep.Taken):
+            elif isinstance(record, sweep.UnitBusy):
                 say(f"{record.unit} is being written by another run: left to it")
 
         yield show

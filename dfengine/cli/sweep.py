@@ -14,7 +14,7 @@ import typer
 from dfengine.cli import options, screen
 
 if TYPE_CHECKING:
-    from dfengine.sweep import Estimate, Outcome, Record
+    from dfengine.sweep import Estimate, Event, Outcome
 
 #: Of items that were set aside.
 _MOST_LINES = 20
@@ -50,7 +50,7 @@ def sweep(
     from dfengine import sweep as sweeping
 
     described = sweeping.read(spec)
-    where = sweeping.Where(
+    resources = sweeping.Resources(
         workers=workers,
         device=device,
         threads=threads,
@@ -61,10 +61,10 @@ def sweep(
         stall=60 * stall_minutes,
     )
     if not dry_run:
-        _run(sweeping.run(described, out, where, retry_failed=retry_failed), out, as_json)
+        _run(sweeping.run(described, out, resources, retry_failed=retry_failed), out, as_json)
         return
     with screen.err.status("measuring the models"):
-        found, notes = sweeping.dry_run(described, out, where)
+        found, notes = sweeping.dry_run(described, out, resources)
     for note in notes:
         screen.err.print(f"dfengine: note: {note}", markup=False)
     print(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(_expected(found, out)))
@@ -86,7 +86,7 @@ def worker(
     """Do a fixed part of a sweep with one worker, as one of a Slurm array's tasks: they share the run folder."""
     from dfengine import sweep as sweeping
 
-    where = sweeping.Where(
+    resources = sweeping.Resources(
         workers=1,
         device=device,
         threads=threads,
@@ -95,26 +95,26 @@ def worker(
         compile=compile,
         stall=60 * stall_minutes,
     )
-    records = sweeping.run(sweeping.read(spec), out, where, shard=_shard(shard), retry_failed=retry_failed)
-    _run(records, out, as_json, whole=False)
+    events = sweeping.run(sweeping.read(spec), out, resources, shard=_shard(shard), retry_failed=retry_failed)
+    _run(events, out, as_json, whole=False)
 
 
-def _run(records: Iterator[tuple[int, Record]], out: Path, as_json: bool, *, whole: bool = True) -> None:
+def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, whole: bool = True) -> None:
     """Follow a sweep, and end with the exit status that tells whether everything is done."""
     from dfengine import sweep as sweeping
 
-    taken = set()  # by another run, and not given back
+    busy = set()  # held by another run
     with screen.terminated_as_interrupted():
         try:
-            with closing(records), screen.sweep_bars() as show:  # type: ignore[type-var]  # it is a generator
-                for worker, record in records:
-                    if isinstance(record, sweeping.Taken):
-                        taken.add(record.unit)
-                    elif isinstance(record, sweeping.Closed):
-                        taken.discard(record.unit)
-                    show(worker, record)
+            with closing(events), screen.sweep_bars() as show:  # type: ignore[type-var]  # it is a generator
+                for worker, event in events:
+                    if isinstance(event, sweeping.UnitBusy):
+                        busy.add(event.unit)
+                    elif isinstance(event, sweeping.Closed):
+                        busy.discard(event.unit)
+                    show(worker, event)
                     if as_json:
-                        print(json.dumps(_line(worker, record), ensure_ascii=False), flush=True)
+                        print(json.dumps(_line(worker, event), ensure_ascii=False), flush=True)
         except KeyboardInterrupt:
             done = f"what was done is in {out}" if out.exists() else "nothing was written"
             screen.err.print(f"dfengine: interrupted; {done}, the same command goes on", markup=False)
@@ -126,12 +126,12 @@ def _run(records: Iterator[tuple[int, Record]], out: Path, as_json: bool, *, who
         )
     else:
         print("\n".join(_told(found, out)))
-    left = taken or found.aside or (whole and found.units_left)
+    left = busy or found.quarantined or (whole and found.units_left)
     raise typer.Exit(int(bool(left and not found.finished)))
 
 
-def _line(worker: int, record: Record) -> dict[str, Any]:
-    return {"event": type(record).__name__, "worker": worker} | dataclasses.asdict(record)
+def _line(worker: int, event: Event) -> dict[str, Any]:
+    return {"event": type(event).__name__, "worker": worker} | dataclasses.asdict(event)
 
 
 def _expected(found: Estimate, out: Path) -> Iterator[str]:
@@ -150,17 +150,19 @@ def _expected(found: Estimate, out: Path) -> Iterator[str]:
 
 
 def _told(found: Outcome, out: Path) -> Iterator[str]:
-    for one in found.aside[:_MOST_LINES]:
+    for one in found.quarantined[:_MOST_LINES]:
         what = one.described
         yield f"set aside: {what['prompt']!r}, seed {what['seed']}, {what['schedule']['sampling']}: {one.errors[-1]}"
-    if len(found.aside) > _MOST_LINES:
-        yield f"and {len(found.aside) - _MOST_LINES} more: dfengine info {out} --json"
+    if len(found.quarantined) > _MOST_LINES:
+        yield f"and {len(found.quarantined) - _MOST_LINES} more: dfengine info {out} --json"
     if found.finished:
         yield f"{out}: all {found.items} items are done"
         return
     parts = [f"{found.units_left} units are left"] if found.units_left else []
-    if found.aside:
-        parts.append(f"{len(found.aside)} of {found.items} items were set aside (--retry-failed tries them again)")
+    if found.quarantined:
+        parts.append(
+            f"{len(found.quarantined)} of {found.items} items were set aside (--retry-failed tries them again)"
+        )
     yield f"{out}: {', '.join(parts)}"
 
 

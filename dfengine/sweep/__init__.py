@@ -1,28 +1,34 @@
-"""Sweeps: many jobs, on one device or many, on one machine or many, into one run folder."""
+"""Sweeps: many jobs, on any number of devices and machines, into one run folder."""
 
+from dfengine.sweep.events import (
+    Closed,
+    Event,
+    Failed,
+    Note,
+    Progress,
+    SweepStarted,
+    UnitBusy,
+    WorkerExited,
+)
 from dfengine.sweep.planning import Estimate
-from dfengine.sweep.records import Begun, Closed, Failed, Gone, Idle, Kind, Note, Probed, Progress, Record, Taken
-from dfengine.sweep.running import Outcome, Where, dry_run, outcome, run
-from dfengine.sweep.spec import Schedule, Source, Sweep, read
+from dfengine.sweep.running import Outcome, Resources, dry_run, outcome, run
+from dfengine.sweep.spec import ModelSpec, Schedule, Sweep, read
 
 __all__ = [
-    "Begun",
     "Closed",
     "Estimate",
+    "Event",
     "Failed",
-    "Gone",
-    "Idle",
-    "Kind",
+    "ModelSpec",
     "Note",
     "Outcome",
-    "Probed",
     "Progress",
-    "Record",
+    "Resources",
     "Schedule",
-    "Source",
     "Sweep",
-    "Taken",
-    "Where",
+    "SweepStarted",
+    "UnitBusy",
+    "WorkerExited",
     "dry_run",
     "outcome",
     "read",

@@ -1,4 +1,4 @@
-"""The driver: gives units to workers, and goes on when one of them dies or stalls. It keeps nothing: the files do."""
+"""The driver: assigns units to workers, and replaces workers that exit or stall. All its state is in the run folder."""
 
 from __future__ import annotations
 
@@ -10,65 +10,85 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dfengine import store
-from dfengine.sweep.records import Closed, Failed, Gone, Idle, Probed, Progress, Record, Refused, Taken
-from dfengine.sweep.spec import Source, Sweep
-from dfengine.sweep.worker import Explain, Probe
+from dfengine.sweep.events import (
+    Closed,
+    Event,
+    Failed,
+    ModelProfile,
+    Progress,
+    Refused,
+    UnitBusy,
+    WorkerExited,
+    WorkerReady,
+)
+from dfengine.sweep.spec import ModelSpec, Sweep
+from dfengine.sweep.worker import ExplainRequest, ProfileRequest
 
-#: Workers may end so often, one after the other, before any of them has done anything.
-_MOST_DEATHS = 3
-#: Seconds that are waited for a worker to tell something, before looking whether one stalls.
-_LOOK_SECONDS = 1.0
-#: A unit that another process is at is looked at so often, after the others.
-_MOST_LOOKS = 6
+#: Exits in a row, beyond one for each worker, after which the sweep is given up if nothing was done between them.
+_MAX_EXITS = 3
+#: Seconds to wait for an event before looking for stalled workers.
+_POLL_SECONDS = 1.0
+#: A unit that another process holds is offered this often, each time after the others.
+_MAX_OFFERS = 6
 
 
 @runtime_checkable
-class Crew(Protocol):
-    """Workers, by number, on whatever they run."""
+class WorkerPool(Protocol):
+    """Numbered workers, on whatever they run."""
 
-    def start(self, worker: int) -> None: ...
+    workers: int
+    """how many there is room for"""
 
-    def ask(self, worker: int, request: Any) -> None: ...
+    def start(self, worker: int) -> None:
+        """Start a worker unless it runs; it reports when it is ready."""
 
-    def receive(self, timeout: float) -> Iterator[tuple[int, Record]]: ...
+    def send(self, worker: int, request: Any) -> None:
+        """Send a request to a worker that is ready."""
 
-    def end(self, worker: int) -> None: ...
+    def receive(self, timeout: float) -> Iterator[tuple[int, Event]]:
+        """Events since the last call, after waiting for the first for at most `timeout` seconds."""
 
-    def close(self) -> None: ...
+    def stop(self, worker: int) -> None:
+        """End a worker at once."""
+
+    def close(self) -> None:
+        """End all workers; what they have done is on disk."""
 
 
-def probe(crew: Crew, sweep: Sweep, source: Source) -> Iterator[tuple[int, Record]]:
-    """Ask worker 0, which is idle or not there, what a model is like; the last record is the answer, `Probed`.
+def profile(pool: WorkerPool, sweep: Sweep, model: ModelSpec) -> Iterator[tuple[int, Event]]:
+    """Have worker 0, ready or not started, load and measure a model; yield its events, the `ModelProfile` last.
 
-    Raises ValueError where the model is not possible.
+    Raises ValueError if the model cannot be used.
     """
-    crew.start(0)
-    answer: Probed | None = None
+    pool.start(0)
+    result: ModelProfile | None = None
     while True:
-        for worker, record in crew.receive(_LOOK_SECONDS):
-            if isinstance(record, Refused):
-                raise ValueError(record.error)
-            if isinstance(record, Gone):
-                raise ValueError(
-                    f"the process that loaded {source.model!r} ended without a word: is there enough memory?"
-                )
-            if isinstance(record, Probed):
-                answer = record
-            elif isinstance(record, Idle):
-                if answer is not None:
-                    yield worker, answer
+        for worker, event in pool.receive(_POLL_SECONDS):
+            match event:
+                case Refused():
+                    raise ValueError(event.error)
+                case WorkerExited():
+                    raise ValueError(
+                        f"the process that loaded {model.model!r} ended without reporting an error: is there enough "
+                        "memory?"
+                    )
+                case ModelProfile():
+                    result = event
+                case WorkerReady() if result is not None:
+                    yield worker, result
                     return
-                crew.ask(0, Probe(source, sweep.schedules, sweep.prompts))
-            else:
-                yield worker, record
+                case WorkerReady():
+                    pool.send(0, ProfileRequest(model, sweep.schedules, sweep.prompts))
+                case _:
+                    yield worker, event
 
 
 class Driver:
-    """One run of the units that are left, by some workers."""
+    """Runs the remaining units of a sweep on the workers of a pool."""
 
     def __init__(
         self,
-        crew: Crew,
+        pool: WorkerPool,
         folder: Path,
         units: Sequence[store.Unit],
         *,
@@ -76,95 +96,93 @@ class Driver:
         stall: float,
         driver: str = "",
     ) -> None:
-        """A worker that has told nothing for `stall` seconds is ended, and its unit begun again. `driver` is what the
-        workers know this driver by.
-        """
-        self._driver = driver
-        self._looks: Counter[str] = Counter()
-        self._crew, self._folder, self._stall = crew, folder, stall
-        self._left = deque(units)
-        self._number = min(workers, len(units))
-        self._in_hand: dict[int, store.Unit] = {}
-        self._heard: dict[int, float] = {}
-        self._deaths = 0
+        """A worker that reports nothing for `stall` seconds is replaced. `driver` identifies this driver on disk."""
+        self._pool, self._folder, self._stall, self._driver = pool, folder, stall, driver
+        self._pending = deque(units)
+        self._num_workers = min(workers, len(units))
+        self._assigned: dict[int, store.Unit] = {}
+        self._last_event: dict[int, float] = {}
+        self._offers: Counter[str] = Counter()
+        self._exits = 0
 
-    def run(self) -> Iterator[tuple[int, Record]]:
-        """Everything that the workers tell, each with its worker's number, until no unit is left.
+    def run(self) -> Iterator[tuple[int, Event]]:
+        """Yield the workers' events, each with the worker's number, until no unit is left.
 
-        Closing the iterator stops the workers; what they had in hand is put down, and goes on the next time. Raises
-        ValueError where a worker says that the sweep is not possible, or workers keep ending before anything is done.
+        Closing the iterator stops the workers; their units are released, and continue in the next run. Raises
+        ValueError if a worker reports that the sweep is not possible, or workers keep exiting before anything is done.
         """
-        for worker in range(self._number):
-            self._crew.start(worker)
-        working = self._number
+        for worker in range(self._num_workers):
+            self._pool.start(worker)
+        running = self._num_workers
         try:
-            while working:
-                for worker, record in self._crew.receive(_LOOK_SECONDS):
-                    if not isinstance(record, Idle):
+            while running:
+                for worker, event in self._pool.receive(_POLL_SECONDS):
+                    if not isinstance(event, WorkerReady):
                         before = time.monotonic()
-                        yield worker, record
-                        self._excuse(time.monotonic() - before)
-                    working -= self._heed(worker, record)
+                        yield worker, event
+                        self._discount_wait(time.monotonic() - before)
+                    running -= self._handle(worker, event)
                 for worker in self._stalled():
-                    self._crew.end(worker)
-                    yield worker, Gone()
-                    working -= self._heed(worker, Gone())
+                    self._pool.stop(worker)
+                    yield worker, WorkerExited()
+                    running -= self._handle(worker, WorkerExited())
         finally:
-            self._crew.close()
-            store.release_units(self._folder, (unit.name for unit in self._in_hand.values()), driver=self._driver)
+            self._pool.close()
+            store.release_units(self._folder, (unit.name for unit in self._assigned.values()), driver=self._driver)
 
-    def _heed(self, worker: int, record: Record) -> bool:
-        """Act on a record; true where the worker was the last's, and is ended."""
-        self._heard[worker] = time.monotonic()
-        if isinstance(record, Refused):
-            raise ValueError(record.error)
-        if isinstance(record, Progress | Closed | Taken | Failed):
-            self._deaths = 0
-        if isinstance(record, Closed | Taken):
-            unit = self._in_hand.pop(worker)
-            self._looks[unit.name] += 1
-            if isinstance(record, Taken) and self._looks[unit.name] < _MOST_LOOKS:
-                self._left.append(unit)
-        if isinstance(record, Failed) and record.fresh:
-            self._crew.end(worker)
-            return self._again(worker, later=True)
-        if isinstance(record, Gone):
-            self._deaths += 1
-            if self._deaths > _MOST_DEATHS + self._number:
-                raise ValueError(
-                    f"workers ended {self._deaths} times before anything was done: is there enough memory for the "
-                    "model, and time to load it (--stall-minutes)? what was done is kept"
-                )
-            return self._again(worker, later=False)
-        if isinstance(record, Idle):
-            return self._give(worker)
+    def _handle(self, worker: int, event: Event) -> bool:
+        """Act on an event; return whether the worker has ended for good."""
+        self._last_event[worker] = time.monotonic()
+        if isinstance(event, Progress | Closed | UnitBusy | Failed):
+            self._exits = 0
+        match event:
+            case Refused():
+                raise ValueError(event.error)
+            case Closed() | UnitBusy():
+                unit = self._assigned.pop(worker)
+                self._offers[unit.name] += 1
+                if isinstance(event, UnitBusy) and self._offers[unit.name] < _MAX_OFFERS:
+                    self._pending.append(unit)
+            case Failed(needs_restart=True):
+                self._pool.stop(worker)
+                return self._requeue(worker, last=True)
+            case WorkerExited():
+                self._exits += 1
+                if self._exits > _MAX_EXITS + self._num_workers:
+                    raise ValueError(
+                        f"workers exited {self._exits} times before anything was done: is there enough memory for the "
+                        "model, and time to load it (--stall-minutes)? Completed work is kept"
+                    )
+                return self._requeue(worker, last=False)
+            case WorkerReady():
+                return self._assign(worker)
         return False
 
-    def _again(self, worker: int, *, later: bool) -> bool:
-        """Put back what an ended worker had, and begin another in its place; true where nothing is left to do."""
-        if unit := self._in_hand.pop(worker, None):
-            (self._left.append if later else self._left.appendleft)(unit)
-        self._heard.pop(worker, None)
-        if not self._left:
+    def _requeue(self, worker: int, *, last: bool) -> bool:
+        """Put an ended worker's unit back, and start a replacement; return whether no unit is left for one."""
+        if unit := self._assigned.pop(worker, None):
+            (self._pending.append if last else self._pending.appendleft)(unit)
+        self._last_event.pop(worker, None)
+        if not self._pending:
             return True
-        self._crew.start(worker)
+        self._pool.start(worker)
         return False
 
-    def _give(self, worker: int) -> bool:
-        """Give an idle worker the next unit; true where there is none, and it is ended."""
-        if not self._left:
-            self._crew.end(worker)
+    def _assign(self, worker: int) -> bool:
+        """Send the next unit to a worker; without one, end it and return True."""
+        if not self._pending:
+            self._pool.stop(worker)
             return True
-        unit = self._left.popleft()
-        self._in_hand[worker] = unit
-        self._crew.ask(worker, Explain(unit, times=1 + math.ceil(len(self._left) / self._number)))
+        unit = self._pending.popleft()
+        self._assigned[worker] = unit
+        self._pool.send(worker, ExplainRequest(unit, times=1 + math.ceil(len(self._pending) / self._num_workers)))
         return False
 
-    def _excuse(self, seconds: float) -> None:
-        """What the consumer took its time for is no worker's stalling."""
-        self._heard = {worker: heard + seconds for worker, heard in self._heard.items()}
+    def _discount_wait(self, seconds: float) -> None:
+        """Exclude time that the consumer of the events took from the workers' silence."""
+        self._last_event = {worker: last + seconds for worker, last in self._last_event.items()}
 
     def _stalled(self) -> list[int]:
-        """Workers that have a unit, and have told nothing for too long."""
+        """Workers that have a unit and have reported nothing for too long."""
         now = time.monotonic()
-        return [worker for worker in self._in_hand if now - self._heard[worker] > self._stall]
+        return [worker for worker in self._assigned if now - self._last_event[worker] > self._stall]

@@ -1,4 +1,4 @@
-"""From a sweep to units: what there is to do, in pieces of a few minutes, and what it is expected to cost."""
+"""Splits a sweep into units of a few minutes' work each, and estimates what it costs."""
 
 from __future__ import annotations
 
@@ -14,194 +14,209 @@ from pathlib import Path
 from typing import Any
 
 from dfengine import store
-from dfengine.sweep.records import Probed
-from dfengine.sweep.spec import Schedule, Source, Sweep
+from dfengine.sweep.events import ModelProfile
+from dfengine.sweep.spec import ModelSpec, Schedule, Sweep
 
-#: A worker takes a unit of at most so many items: its file's description has all of them.
-MOST_ITEMS = 256
-#: There are at least so many units of a model: workers end at about the same time.
-FEWEST_UNITS = 32
-#: Unless they would be shorter than this.
-SHORTEST_SECONDS = 10.0
+#: A unit's file lists all its items in its header, which limits their number.
+MAX_UNIT_ITEMS = 256
+#: A model has at least this many units, so that workers finish at about the same time,
+MIN_UNITS = 32
+#: unless the units would be shorter than this.
+MIN_UNIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a sweep is, and what it is expected to cost."""
+    """The size and the expected cost of a sweep."""
 
     items: int
     units: int
     forwards: int
+    """network evaluations of one latent"""
     hours: float
-    """of all workers together, if each is as fast as the one that was measured"""
+    """until the last worker ends, if each is as fast as the measured one"""
     nbytes: int
     """before compression"""
     workers: int
     devices: tuple[str, ...]
 
 
-def estimate(sweep: Sweep, probed: Mapping[Source, Probed], workers: int) -> Estimate:
-    """What all of a sweep costs."""
-    each = len(sweep.prompts) * len(sweep.seeds)
-    kinds = [(one, kind) for one in probed.values() for kind in one.kinds]
+def estimate(sweep: Sweep, profiles: Mapping[ModelSpec, ModelProfile], workers: int) -> Estimate:
+    """The cost of the complete sweep, whatever part of it is already done."""
+    items_each = len(sweep.prompts) * len(sweep.seeds)
+    costs = [(profile, cost) for profile in profiles.values() for cost in profile.costs]
     return Estimate(
-        items=each * len(kinds),
+        items=items_each * len(costs),
         units=sum(
-            math.ceil(len(schedules) * each / _unit_size(sweep, probed[source], schedules))
-            for source in sweep.models
-            for schedules in _shapes(sweep)
+            math.ceil(len(schedules) * items_each / _unit_size(sweep, profiles[model], schedules))
+            for model in sweep.models
+            for schedules in _by_num_steps(sweep)
         ),
-        forwards=each * sum(kind.forwards for _, kind in kinds),
-        hours=each * sum(kind.forwards * one.seconds for one, kind in kinds) / 3600 / workers,
-        nbytes=each * sum(kind.nbytes for _, kind in kinds),
+        forwards=items_each * sum(cost.forwards for _, cost in costs),
+        hours=items_each * sum(cost.forwards * profile.seconds for profile, cost in costs) / 3600 / workers,
+        nbytes=items_each * sum(cost.nbytes for _, cost in costs),
         workers=workers,
-        devices=tuple(dict.fromkeys(one.device for one in probed.values())),
+        devices=tuple(dict.fromkeys(profile.device for profile in profiles.values())),
     )
 
 
 def prepare(
-    sweep: Sweep, path: Path, probe: Callable[[Source], Probed], *, retry_failed: bool = False
+    sweep: Sweep, path: Path, profile: Callable[[ModelSpec], ModelProfile], *, retry_failed: bool = False
 ) -> list[store.Unit]:
-    """The units of a sweep that are left in its run folder, in order, all planned there now if they are not yet.
+    """The remaining units of a sweep, in order, after adding to the run folder's plan whatever it does not contain yet.
 
-    A folder's plan only grows: with prompts, seeds, schedules or models that are new, what there is stays. `probe` is
-    asked about each model before anything is planned. With `retry_failed`, items that were set aside are planned again.
-    Raises ValueError where the folder is another sweep's, or something else.
+    A plan only grows: new prompts, seeds, schedules or models are added to it. `profile` is called for each model
+    before anything is written. With `retry_failed`, quarantined items are planned again. Raises ValueError if the path
+    holds another sweep or something else.
     """
     store.check_free(path)
     if store.is_folder(path):
-        check_same(sweep, store.Folder(path))
+        check_compatible(sweep, store.Folder(path))
     is_planned = sweep.digest in store.planned_specs(path)
-    probed = {} if is_planned else {source: probe(source) for source in sweep.models}
+    profiles = {} if is_planned else {model: profile(model) for model in sweep.models}
     folder = store.Folder(path, settings=sweep.shared)
     with folder.planning():
-        check_same(sweep, folder)
+        # Another process may have created the folder or planned in it meanwhile.
+        check_compatible(sweep, folder)
         if sweep.digest not in store.planned_specs(path):
-            known = {_identity(unit.model, unit.describe(item)) for unit in _first(folder) for item in range(len(unit))}
+            planned = {
+                _item_id(unit.model, unit.describe(item))
+                for unit in _original_units(folder)
+                for item in range(len(unit))
+            }
             names = {unit.name for unit in store.planned_units(path)}
-            store.plan_units(path, units(sweep, probed, known, names), spec=sweep.digest)
+            store.plan_units(path, make_units(sweep, profiles, planned, names), spec=sweep.digest)
         if retry_failed:
-            _retry(folder)
+            _plan_retries(folder)
     return list(store.units_left(path, folder.closed()))
 
 
-def check_same(sweep: Sweep, folder: store.Folder) -> None:
-    """Raise ValueError where a folder was made with other settings, or has items that the sweep has not."""
+def check_compatible(sweep: Sweep, folder: store.Folder) -> None:
+    """Raise ValueError if a folder was begun with other settings, or holds items that the sweep no longer has."""
     shared = sweep.shared
-    for name, value in shared.items():
-        if folder.settings.get(name) != value:
+    for name in {**shared, **folder.settings}:
+        if folder.settings.get(name) != shared.get(name):
             raise ValueError(
-                f"{folder.path} was begun with other settings: {name} {_shown(folder.settings.get(name))}, now "
-                f"{_shown(value)}; use those, or another folder"
+                f"{folder.path} was begun with other settings: {name} {_abbreviate(folder.settings.get(name))}, now "
+                f"{_abbreviate(shared.get(name))}; restore them, or use another folder"
             )
     if sweep.digest in store.planned_specs(folder.path):
         return
-    prompts, seeds, schedules = set(sweep.prompts), set(sweep.seeds), [_json(one) for one in sweep.schedules]
-    models = [_json(one) for one in sweep.models]
-    for unit in _first(folder):
-        for what, mine, theirs in (
-            ("the model", [dict(unit.model)], models),
-            ("the schedule", list(map(dict, unit.schedules)), schedules),
-            ("the prompt", unit.prompts, prompts),
-            ("the seed", {seed for _, _, seed in unit.items}, seeds),
+    prompts, seeds, schedules = set(sweep.prompts), set(sweep.seeds), [_to_json(one) for one in sweep.schedules]
+    models = [_to_json(one) for one in sweep.models]
+    for unit in _original_units(folder):
+        for kind, planned, current in (
+            ("model", [dict(unit.model)], models),
+            ("schedule", list(map(dict, unit.schedules)), schedules),
+            ("prompt", unit.prompts, prompts),
+            ("seed", {seed for _, _, seed in unit.items}, seeds),
         ):
-            if gone := [one for one in mine if one not in theirs]:
+            if removed := [one for one in planned if one not in current]:
                 raise ValueError(
-                    f"{folder.path} has {what} {_shown(gone[0])}, which the sweep has no more: a sweep may grow, not "
-                    "shrink; use another folder"
+                    f"{folder.path} has the {kind} {_abbreviate(removed[0])}, which the sweep no longer has: a sweep "
+                    "can grow, but not shrink; use another folder"
                 )
 
 
-def units(
-    sweep: Sweep, probed: Mapping[Source, Probed], known: Collection[bytes] = (), names: Collection[str] = ()
+def make_units(
+    sweep: Sweep,
+    profiles: Mapping[ModelSpec, ModelProfile],
+    planned: Collection[bytes] = (),
+    names: Collection[str] = (),
 ) -> Iterator[store.Unit]:
-    """The units of all items that are not known: model by model, and within it a prompt's items together."""
-    slugs: dict[str, int] = {}
-    for source in sweep.models:
-        slug = re.sub(r"\W+", "-", Path(source.model).name).strip("-")[:60] or "model"
-        model = _json(source)
-        for schedules in _shapes(sweep):
+    """Units of all items that are not planned yet, model by model, with the items of a prompt together.
+
+    `names` are taken by other units.
+    """
+    counters: dict[str, int] = {}
+    for spec in sweep.models:
+        slug = re.sub(r"\W+", "-", Path(spec.model).name).strip("-")[:60] or "model"
+        model = _to_json(spec)
+        for schedules in _by_num_steps(sweep):
             items = (
                 (prompt, schedule, seed)
                 for prompt, schedule, seed in itertools.product(sweep.prompts, schedules, sweep.seeds)
-                if not known or _identity(model, _described(prompt, schedule, seed)) not in known
+                if not planned or _item_id(model, _describe_item(prompt, schedule, seed)) not in planned
             )
-            size = _unit_size(sweep, probed[source], schedules)
-            while chosen := list(itertools.islice(items, size)):
-                number = slugs.get(slug, 0)
+            size = _unit_size(sweep, profiles[spec], schedules)
+            while batch := list(itertools.islice(items, size)):
+                number = counters.get(slug, 0)
                 while (name := f"{slug}-{number:05}") in names:
                     number += 1
-                slugs[slug] = number + 1
-                yield _unit(name, model, chosen)
+                counters[slug] = number + 1
+                yield _make_unit(name, model, batch)
 
 
-def _unit(name: str, model: Mapping[str, Any], items: list[tuple[str, Schedule, int]]) -> store.Unit:
+def _make_unit(name: str, model: Mapping[str, Any], items: list[tuple[str, Schedule, int]]) -> store.Unit:
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _, _ in items))}
     schedules = {one: number for number, one in enumerate(dict.fromkeys(schedule for _, schedule, _ in items))}
     return store.Unit(
         name,
         model,
-        tuple(map(_json, schedules)),
+        tuple(map(_to_json, schedules)),
         tuple(prompts),
         tuple((prompts[prompt], schedules[schedule], seed) for prompt, schedule, seed in items),
     )
 
 
-def _shapes(sweep: Sweep) -> list[list[Schedule]]:
-    """Schedules of equally many steps, which one file can hold."""
-    shapes: dict[int, list[Schedule]] = {}
+def _by_num_steps(sweep: Sweep) -> list[list[Schedule]]:
+    """Schedules grouped by their number of steps, which a file has one of."""
+    groups: dict[int, list[Schedule]] = {}
     for schedule in sweep.schedules:
-        shapes.setdefault(schedule.steps, []).append(schedule)
-    return list(shapes.values())
+        groups.setdefault(schedule.steps, []).append(schedule)
+    return list(groups.values())
 
 
-def _unit_size(sweep: Sweep, probed: Probed, schedules: list[Schedule]) -> int:
-    """How many items of these schedules are some minutes' work."""
-    kinds = [kind for kind in probed.kinds if kind.num_steps == schedules[0].steps]
-    seconds = probed.seconds * sum(kind.forwards for kind in kinds) / len(kinds)
-    share = seconds * len(sweep.prompts) * len(sweep.seeds) * len(schedules) / FEWEST_UNITS
-    wanted = min(60 * sweep.unit_minutes, max(share, SHORTEST_SECONDS))
-    return max(1, min(MOST_ITEMS, int(wanted / max(seconds, 1e-6) + 1e-6)))
+def _unit_size(sweep: Sweep, profile: ModelProfile, schedules: list[Schedule]) -> int:
+    """The number of items of these schedules that take about the sweep's `unit_minutes`."""
+    costs = [cost for cost in profile.costs if cost.num_steps == schedules[0].steps]
+    item_seconds = profile.seconds * sum(cost.forwards for cost in costs) / len(costs)
+    share = item_seconds * len(sweep.prompts) * len(sweep.seeds) * len(schedules) / MIN_UNITS
+    unit_seconds = min(60 * sweep.unit_minutes, max(share, MIN_UNIT_SECONDS))
+    return max(1, min(MAX_UNIT_ITEMS, int(unit_seconds / max(item_seconds, 1e-6) + 1e-6)))
 
 
-def _retry(folder: store.Folder) -> None:
-    """Plan units of the items that were set aside. Whatever ends this in the middle, none is lost."""
-    planned = list(store.planned_units(folder.path))
-    names = {unit.name for unit in planned}
-    aside: dict[str, list[int]] = {}
+def _plan_retries(folder: store.Folder) -> None:
+    """Plan new units of the quarantined items; an interruption at any point loses none of them."""
+    units = list(store.planned_units(folder.path))
+    names = {unit.name for unit in units}
+    quarantined: dict[str, list[int]] = {}
     for one in store.failures(folder.path):
         if one.state == "quarantined":
-            aside.setdefault(one.unit, []).append(one.item)
-    for unit in planned:
-        if unit.name not in aside:
+            quarantined.setdefault(one.unit, []).append(one.item)
+    for unit in units:
+        if unit.name not in quarantined:
             continue
-        first = unit.retry_of or unit.name
-        name = next(name for number in itertools.count(1) if (name := f"{first}-again{number}") not in names)
+        original = unit.retry_of or unit.name
+        name = next(name for number in itertools.count(1) if (name := f"{original}-retry{number}") not in names)
         names.add(name)
-        again = replace(unit, name=name, items=tuple(unit.items[item] for item in aside[unit.name]), retry_of=first)
-        with contextlib.suppress(store.Busy), folder.hold(unit.name):  # what a worker is at may fail again just now
-            store.plan_units(folder.path, [again])
-            store.FailureLog(folder.path, unit).mark_rescheduled(aside[unit.name])
+        retry = replace(
+            unit, name=name, items=tuple(unit.items[item] for item in quarantined[unit.name]), retry_of=original
+        )
+        # A unit that a worker holds may be about to record another failure: its items wait for the next run.
+        with contextlib.suppress(store.Busy), folder.hold(unit.name):
+            store.plan_units(folder.path, [retry])
+            store.FailureLog(folder.path, unit).mark_rescheduled(quarantined[unit.name])
 
 
-def _first(folder: store.Folder) -> Iterator[store.Unit]:
-    """The planned units that are not there to try something again."""
+def _original_units(folder: store.Folder) -> Iterator[store.Unit]:
+    """The planned units that are not retries."""
     return (unit for unit in store.planned_units(folder.path) if not unit.retry_of)
 
 
-def _described(prompt: str, schedule: Schedule, seed: int) -> dict[str, Any]:
-    return {"prompt": prompt, "seed": seed, "schedule": _json(schedule)}
+def _describe_item(prompt: str, schedule: Schedule, seed: int) -> dict[str, Any]:
+    return {"prompt": prompt, "seed": seed, "schedule": _to_json(schedule)}
 
 
-def _identity(model: Mapping[str, Any], described: Mapping[str, Any]) -> bytes:
-    told = json.dumps([dict(model), dict(described)], sort_keys=True)
-    return hashlib.sha256(told.encode()).digest()[:16]
+def _item_id(model: Mapping[str, Any], item: Mapping[str, Any]) -> bytes:
+    text = json.dumps([dict(model), dict(item)], sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def _json(one: Schedule | Source) -> dict[str, Any]:
+def _to_json(one: Schedule | ModelSpec) -> dict[str, Any]:
     return one.model_dump(mode="json")
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:79]}…"

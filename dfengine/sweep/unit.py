@@ -1,10 +1,10 @@
-"""One unit of a sweep: its items explained into a segment of their own, whatever becomes of some of them."""
+"""Explains the items of one unit of a sweep into its own file, whatever happens to some of them."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
@@ -17,162 +17,174 @@ from dfengine.plan import Plan
 from dfengine.recorder import Recorder
 from dfengine.runtime.grouping import group_size
 from dfengine.runtime.tuning import device_name
-from dfengine.sweep.records import Closed, Failed, Progress, Record
-from dfengine.sweep.spec import Schedule, Shared
+from dfengine.sweep.events import Closed, Event, Failed, Progress
+from dfengine.sweep.spec import Schedule, SharedSettings
 
-#: Seconds between two records of progress.
-TELL_SECONDS = 0.5
+#: Seconds between two progress events.
+PROGRESS_SECONDS = 0.5
 
 
-class _Broken(Exception):
+class _UnsafeProcess(Exception):
     """An item failed in a way that may have harmed the process."""
 
     def __init__(self, failures: Sequence[store.Failure]) -> None:
         self.failures = tuple(failures)
 
 
-def explain_unit(
-    engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, *, times: int = 1, driver: str = ""
-) -> Iterator[Record]:
-    """Do what is left of a unit, telling of it; `times` is how many such units are expected of this engine, `driver`
-    who asked for it.
+def make_job(engine: Engine, shared: SharedSettings, prompt: str, schedule: Schedule, seed: int = 0) -> Job:
+    """The job of one item. Raises ValueError if the model does not allow it."""
+    return engine.job(
+        prompt,
+        negative_prompt=shared.negative_prompt,
+        seed=seed,
+        num_steps=schedule.steps,
+        sampling=schedule.sampling,
+        gamma=schedule.gamma,
+        guidance=schedule.guidance,
+    )
 
-    What is wrong with an item is recorded, and the others go on: a ValueError sets it aside at once, anything else at
-    the second time, in a fresh process (the last record then asks for one). Closing the iterator stops the work, and
-    keeps what is done. Raises Busy where another process is at the unit; StoreError and OSError, which are no item's
-    fault.
+
+def explain_unit(
+    engine: Engine, shared: SharedSettings, folder: store.Folder, unit: store.Unit, *, times: int = 1, driver: str = ""
+) -> Iterator[Event]:
+    """Compute what is left of a unit, yielding events.
+
+    `times` is the number of similar units this engine is expected to do, `driver` identifies who asked for this one.
+
+    Failures of items are recorded and the others continue. An item is quarantined at its first ValueError, or when
+    anything else fails a second time, in a new process (the last event then asks for one). Closing the iterator stops
+    the work and keeps what is done. Raises Busy if another process holds the unit; StoreError and OSError, for which
+    no item is responsible.
     """
     with folder.hold(unit.name):
-        if unit.name in folder.closed():  # meanwhile, by another driver's worker, or by one that could not say so
+        if unit.name in folder.closed():  # by another driver's worker, or by one that died before reporting it
             yield Closed(unit.name)
             return
-        yield from _explain_held(engine, shared, folder, unit, times, driver)
+        failures = store.FailureLog(folder.path, unit, driver=driver)
+        items, plan, refused = _plan_unit(engine, shared, unit, failures)
+        if refused:
+            yield Failed(unit.name, tuple(refused))
+        if items:
+            described = plan.file_plan(engine.denoiser, previews=shared.previews, mantissa_bits=shared.mantissa_bits)
+            device = device_name(engine.denoiser.device)
+            try:
+                with folder.segment(unit.name, described, compression=shared.compression, device=device) as writer:
+                    yield from _UnitRun(engine, shared, unit, items, plan, failures, writer).explain_remaining(times)
+            except _UnsafeProcess as error:
+                yield Failed(unit.name, error.failures, needs_restart=True)
+                return
+        yield Closed(unit.name)
 
 
-def _explain_held(
-    engine: Engine, shared: Shared, folder: store.Folder, unit: store.Unit, times: int, driver: str
-) -> Iterator[Record]:
-    troubles = store.FailureLog(folder.path, unit, driver=driver)
-    jobs, refused = _jobs(engine, shared, unit, troubles)
-    if refused:
-        yield Failed(unit.name, tuple(refused))
-    if jobs:
-        plan = engine.plan(list(jobs.values()), shared.explainers)
-        described = plan.file_plan(engine.denoiser, previews=shared.previews, mantissa_bits=shared.mantissa_bits)
-        device = device_name(engine.denoiser.device)
-        try:
-            with folder.segment(unit.name, described, compression=shared.compression, device=device) as writer:
-                yield from _Work(
-                    engine, shared, unit, dict(zip(jobs, range(len(jobs)), strict=True)), plan, troubles, writer
-                ).rest(times)
-        except _Broken as error:
-            yield Failed(unit.name, error.failures, fresh=True)
-            return
-    yield Closed(unit.name)
-
-
-def _jobs(
-    engine: Engine, shared: Shared, unit: store.Unit, troubles: store.FailureLog
-) -> tuple[dict[int, Job], list[store.Failure]]:
-    """The jobs that are possible, by item, and the failures of others that were not known yet."""
+def _plan_unit(
+    engine: Engine, shared: SharedSettings, unit: store.Unit, failures: store.FailureLog
+) -> tuple[list[int], Plan, list[store.Failure]]:
+    """The items that are possible, their plan, and new failures of the others."""
     schedules = [Schedule(**one) for one in unit.schedules]
-    jobs, refused = {}, []
+    jobs: dict[int, Job] = {}
+    refused: list[store.Failure] = []
+
+    def refuse(item: int, error: ValueError) -> None:
+        if item not in failures.quarantined:
+            refused.extend(failures.failed([item], str(error), for_good=True))
+
     for item, (prompt, schedule, seed) in enumerate(unit.items):
-        how = schedules[schedule]
         try:
-            job = engine.job(
-                unit.prompts[prompt],
-                negative_prompt=shared.negative_prompt,
-                seed=seed,
-                num_steps=how.steps,
-                sampling=how.sampling,
-                gamma=how.gamma,
-                guidance=how.guidance,
-            )
-            engine.plan([job], shared.explainers)
-            jobs[item] = job
+            jobs[item] = make_job(engine, shared, unit.prompts[prompt], schedules[schedule], seed)
         except ValueError as error:
-            if item not in troubles.quarantined:
-                refused += troubles.failed([item], str(error), for_good=True)
-    return jobs, refused
+            refuse(item, error)
+    try:
+        return list(jobs), engine.plan(list(jobs.values()), shared.explainers), refused
+    except ValueError:  # of one item or several: plan each alone to find them
+        planned = {}
+        for item, job in jobs.items():
+            try:
+                planned[item] = engine.plan([job], shared.explainers).jobs[0]
+            except ValueError as error:
+                refuse(item, error)
+        return list(planned), Plan(tuple(planned.values()), shared.explainers), refused
 
 
-class _Work:
-    """What is left of a unit's items, group by group."""
+class _UnitRun:
+    """The remaining items of a unit, explained group by group."""
 
     def __init__(
         self,
         engine: Engine,
-        shared: Shared,
+        shared: SharedSettings,
         unit: store.Unit,
-        places: Mapping[int, int],
+        items: Sequence[int],
         plan: Plan,
-        troubles: store.FailureLog,
+        failures: store.FailureLog,
         writer: store.Writer,
     ) -> None:
+        """`items` are those of the plan, in its order."""
         self._engine, self._shared, self._unit, self._plan = engine, shared, unit, plan
-        self._troubles, self._writer = troubles, writer
-        self._places = places
-        self._maps, self._finished, self._told = 0, list[tuple[int, float]](), time.monotonic()
+        self._failures, self._writer = failures, writer
+        self._index = {item: index for index, item in enumerate(items)}
+        """of each item in the plan and in the file"""
+        self._maps, self._finished, self._last_report = 0, list[tuple[int, float]](), time.monotonic()
 
-    def rest(self, times: int) -> Iterator[Record]:
-        """Explain all that is neither finished nor set aside. Raises _Broken."""
-        left = [item for item in self._places if np.isnan(self._writer.stored(self._places[item]).seconds)]
-        if found := self._troubles.recover(left):
-            yield Failed(self._unit.name, tuple(found))
-        left = [item for item in left if item not in self._troubles.quarantined]
-        self._engine.prepare(self._plan.select([self._places[item] for item in left]), times=times)
-        alone = [item for item in self._troubles.suspects if item in left]
-        together = [item for item in left if item not in alone]
+    def explain_remaining(self, times: int) -> Iterator[Event]:
+        """Explain every item that is neither finished nor quarantined. Raises _UnsafeProcess."""
+        pending = [item for item in self._index if np.isnan(self._writer.stored(self._index[item]).seconds)]
+        if crashed := self._failures.recover(pending):
+            yield Failed(self._unit.name, tuple(crashed))
+        pending = [item for item in pending if item not in self._failures.quarantined]
+        self._engine.prepare(self._plan.select([self._index[item] for item in pending]), times=times)
+        suspects = [item for item in self._failures.suspects if item in pending]
+        trusted = [item for item in pending if item not in suspects]
         size = group_size(self._engine.denoiser)
-        groups = deque([*(together[start : start + size] for start in range(0, len(together), size))])
-        # Last, so that what they do to the process costs the others nothing.
-        groups.extend([item] for item in alone)
+        groups = deque([*(trusted[start : start + size] for start in range(0, len(trusted), size))])
+        # Suspects run last and alone, so that whatever they do to the process costs no other item.
+        groups.extend([item] for item in suspects)
         while groups:
             group = groups.popleft()
-            found = yield from self._try(group)
-            if found and len(group) > 1:
+            failed = yield from self._try(group)
+            if failed and len(group) > 1:
                 groups.extend([item] for item in group)
-        self._troubles.settle()
+        self._failures.settle()
         if self._maps or self._finished:
             yield self._progress()
 
-    def _try(self, group: list[int]) -> Generator[Record, None, list[store.Failure]]:
-        """Explain a group; returns the failures if there were some that the process is none the worse for."""
-        self._troubles.take(group)
+    def _try(self, group: list[int]) -> Generator[Event, None, list[store.Failure]]:
+        """Explain a group; return its failures if they did the process no harm. Raises _UnsafeProcess otherwise."""
+        self._failures.take(group)
         try:
             yield from self._explain(group)
         except (GeneratorExit, store.StoreError, OSError):
-            self._troubles.release()
+            self._failures.release()
             raise
         except Exception as error:
             is_input = isinstance(error, ValueError)
-            told = str(error).strip() or type(error).__name__
-            found = self._troubles.failed(
-                group, told if is_input else f"{type(error).__name__}: {told}", for_good=is_input
-            )
-            self._troubles.release()
+            failed = self._failures.failed(group, error_text(error), for_good=is_input)
+            self._failures.release()
             if not is_input:
-                raise _Broken(found) from error
-            yield Failed(self._unit.name, tuple(found))
-            return found
+                raise _UnsafeProcess(failed) from error
+            yield Failed(self._unit.name, tuple(failed))
+            return failed
         return []
 
     def _explain(self, group: Sequence[int]) -> Iterator[Progress]:
-        shared, engine = self._shared, self._engine
-        places = [self._places[item] for item in group]
-        plan = self._plan.select(places)
-        recorder = Recorder(engine.denoiser, plan, previews=shared.previews, writer=self._writer, items=places)
-        for event in engine.run(plan, restored=recorder.restored, done=recorder.done):
+        denoiser, indices = self._engine.denoiser, [self._index[item] for item in group]
+        plan = self._plan.select(indices)
+        recorder = Recorder(denoiser, plan, previews=self._shared.previews, writer=self._writer, items=indices)
+        for event in self._engine.run(plan, restored=recorder.restored, done=recorder.done):
             recorder.take(event)
             self._maps += isinstance(event, StepMap)
             if isinstance(event, Finished):
                 self._finished.append((group[event.item], event.seconds))
-            if time.monotonic() - self._told > TELL_SECONDS:
+            if time.monotonic() - self._last_report > PROGRESS_SECONDS:
                 yield self._progress()
 
     def _progress(self) -> Progress:
-        """What was done since the last."""
-        told = Progress(self._unit.name, self._maps, tuple(self._finished))
-        self._maps, self._finished, self._told = 0, [], time.monotonic()
-        return told
+        """What was done since the last progress event."""
+        progress = Progress(self._unit.name, self._maps, tuple(self._finished))
+        self._maps, self._finished, self._last_report = 0, [], time.monotonic()
+        return progress
+
+
+def error_text(error: Exception) -> str:
+    """An error in one line: its message, with its type unless it is a ValueError."""
+    message = str(error).strip() or type(error).__name__
+    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"

@@ -1,4 +1,4 @@
-"""A worker: the process that has a device to itself, and does what it is asked, one thing after the other."""
+"""A worker: it has one device to itself, and handles one request after the other."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ import torch
 
 from dfengine import store
 from dfengine.engine import Engine
+from dfengine.plan import Plan
 from dfengine.runtime.tuning import device_name
-from dfengine.sweep.records import Idle, Kind, Note, Probed, Record, Refused, Taken
-from dfengine.sweep.spec import Schedule, Shared, Source
-from dfengine.sweep.unit import explain_unit
+from dfengine.sweep.events import Event, ItemCost, ModelProfile, Note, Refused, UnitBusy, WorkerReady
+from dfengine.sweep.spec import ModelSpec, Schedule, SharedSettings
+from dfengine.sweep.unit import error_text, explain_unit, make_job
 
-#: Prompts of which at least one must be possible, for a model to be.
-_TRIED = 16
-#: A process that was ended may hold its file for a moment.
-_LOOKS = 5
+#: A model is refused if none of this many prompts is possible.
+_MAX_TRIED_PROMPTS = 16
+#: A process that was killed may hold its file for a moment: a busy unit is tried this often, once a second.
+_MAX_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What all workers of a sweep have in common."""
+class WorkerSetup:
+    """What all workers of a sweep share."""
 
     folder: Path
-    shared: Shared
+    shared: SharedSettings
     driver: str = ""
-    """tells the sweep's driver from any other"""
+    """identifies the driver"""
     device: str | None = None
     batch_size: int | None = None
     attention: str = "auto"
@@ -43,75 +44,71 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Asks what a model is like: whether it can do these schedules and some of these prompts, and how fast."""
+class ProfileRequest:
+    """Asks whether a model supports all of these schedules and some of these prompts, and how fast it is."""
 
-    source: Source
+    model: ModelSpec
     schedules: tuple[Schedule, ...]
     prompts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Explain:
-    """Asks for a unit, of so many like it that are expected of this worker."""
+class ExplainRequest:
+    """Asks for a unit, the first of about `times` that this worker will do."""
 
     unit: store.Unit
     times: int = 1
 
 
 class Worker:
-    """Has one model at a time."""
+    """Handles requests, with at most one model loaded."""
 
-    def __init__(self, setup: Setup, *, threads: int | None = None) -> None:
+    def __init__(self, setup: WorkerSetup, *, threads: int | None = None) -> None:
         self._setup = setup
-        self._loaded: tuple[Source, Engine] | None = None
+        self._loaded: tuple[ModelSpec, Engine] | None = None
         self._notes: deque[str] = deque()
         if threads is not None:
             torch.set_num_threads(threads)
-        _listen(self._notes)
+        _collect_notes(self._notes)
 
-    def answer(self, request: Probe | Explain | None) -> Generator[Record, None, None]:
-        """Do what is asked, telling of it; the last record says that the worker waits for more.
-
-        Raises nothing: what it cannot do it refuses.
-        """
+    def handle(self, request: ProfileRequest | ExplainRequest | None) -> Generator[Event, None, None]:
+        """Yield the events of a request; the last is `WorkerReady`. Raises nothing: errors are yielded as `Refused`."""
         try:
-            if isinstance(request, Probe):
-                yield self._probe(request)
-            elif isinstance(request, Explain):
-                for record in self._explain(request):
-                    yield from self._noted()
-                    yield record
+            if isinstance(request, ProfileRequest):
+                yield self._profile(request)
+            elif isinstance(request, ExplainRequest):
+                for event in self._explain(request):
+                    yield from self._take_notes()
+                    yield event
         except Exception as error:
             if not isinstance(error, ValueError | OSError):
                 traceback.print_exc(file=sys.stderr)
-            told = str(error).strip() or type(error).__name__
-            yield Refused(told if isinstance(error, ValueError) else f"{type(error).__name__}: {told}")
-        yield from self._noted()
-        yield Idle()
+            yield Refused(error_text(error))
+        yield from self._take_notes()
+        yield WorkerReady()
 
-    def _noted(self) -> Iterator[Note]:
+    def _take_notes(self) -> Iterator[Note]:
         while self._notes:
             yield Note(self._notes.popleft())
 
-    def _engine(self, source: Source) -> Engine:
-        if self._loaded is None or self._loaded[0] != source:
+    def _engine(self, model: ModelSpec) -> Engine:
+        if self._loaded is None or self._loaded[0] != model:
             self._loaded = None
-            gc.collect()  # before the next model comes, of which there may not be room for two
+            gc.collect()  # there may not be room for two models
             engine = Engine.from_pretrained(
-                **source.model_dump(),
+                **model.model_dump(),
                 device=self._setup.device,
                 batch_size=self._setup.batch_size,
                 attention=self._setup.attention,
                 compile=self._setup.compile,
             )
-            self._loaded = source, engine
+            self._loaded = model, engine
         return self._loaded[1]
 
-    def _explain(self, request: Explain) -> Iterator[Record]:
-        engine = self._engine(Source(**request.unit.model))
+    def _explain(self, request: ExplainRequest) -> Iterator[Event]:
+        engine = self._engine(ModelSpec(**request.unit.model))
         folder = store.Folder(self._setup.folder)
-        for _ in range(_LOOKS):
+        for _ in range(_MAX_ATTEMPTS):
             try:
                 yield from explain_unit(
                     engine,
@@ -124,56 +121,49 @@ class Worker:
                 return
             except store.Busy:
                 time.sleep(1)
-        yield Taken(request.unit.name)
+        yield UnitBusy(request.unit.name)
 
-    def _probe(self, request: Probe) -> Probed:
-        """Raises ValueError where the model cannot do one of the schedules, or none of the first prompts."""
-        engine, shared = self._engine(request.source), self._setup.shared
-        jobs = [
-            engine.job(
-                request.prompts[0],
-                negative_prompt=shared.negative_prompt,
-                num_steps=how.steps,
-                sampling=how.sampling,
-                gamma=how.gamma,
-                guidance=how.guidance,
-            )
-            for how in request.schedules
-        ]
-        prompt = _possible(engine, shared, request)
-        kinds = []
-        for how, job in zip(request.schedules, jobs, strict=True):
-            job = engine.job(prompt, num_steps=how.steps, sampling=job.timesteps)
-            described = engine.plan([job], shared.explainers).file_plan(engine.denoiser, previews=shared.previews)
-            steps = len(job.timesteps)
+    def _profile(self, request: ProfileRequest) -> ModelProfile:
+        """Raises ValueError if the model does not support one of the schedules, or none of the first prompts."""
+        engine, shared = self._engine(request.model), self._setup.shared
+        plan = _plan_possible_prompt(engine, shared, request)
+        costs = []
+        for index, planned in enumerate(plan.jobs):
+            steps = len(planned.job.timesteps)
             forwards = 2 * steps + sum(explainer.num_forwards(steps) for explainer in shared.explainers)
-            kinds.append(Kind(steps, forwards, store.nbytes(described)))
-        return Probed(device_name(engine.denoiser.device), engine.forward_cost().seconds, tuple(kinds))
+            file_plan = plan.select([index]).file_plan(engine.denoiser, previews=shared.previews)
+            costs.append(ItemCost(steps, forwards, store.nbytes(file_plan)))
+        return ModelProfile(device_name(engine.denoiser.device), engine.forward_cost().seconds, tuple(costs))
 
 
-def _possible(engine: Engine, shared: Shared, request: Probe) -> str:
-    """The first prompt that the explainers take. Raises ValueError, the first's, if it is none of the first few."""
-    first: ValueError | None = None
-    for prompt in request.prompts[:_TRIED]:
-        job = engine.job(prompt, num_steps=1)
+def _plan_possible_prompt(engine: Engine, shared: SharedSettings, request: ProfileRequest) -> Plan:
+    """A job for each schedule, of the first prompt that the model and the explainers accept.
+
+    Raises the first prompt's ValueError if they accept none of the first few.
+    """
+    first_error: ValueError | None = None
+    for prompt in request.prompts[:_MAX_TRIED_PROMPTS]:
         try:
-            engine.plan([job], shared.explainers)
-            engine.denoiser.encode_prompts([prompt, shared.negative_prompt])
-            return prompt
+            jobs = [make_job(engine, shared, prompt, schedule) for schedule in request.schedules]
+            plan = engine.plan(jobs, shared.explainers)
+            with torch.no_grad():
+                engine.denoiser.condition(jobs[:1])
+                engine.denoiser.condition(jobs[:1], negative=True)
+            return plan
         except ValueError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            first_error = first_error or error
+    assert first_error is not None
+    raise first_error
 
 
-def _listen(notes: deque[str]) -> None:
-    """From now on the package's log and all warnings of this process become notes."""
+def _collect_notes(notes: deque[str]) -> None:
+    """From now on, append the package's log messages and all warnings of this process to the notes."""
 
-    class Listener(logging.Handler):
+    class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             notes.append(record.getMessage())
 
     log = logging.getLogger("dfengine")
     log.setLevel(logging.INFO)
-    log.addHandler(Listener(logging.INFO))
+    log.addHandler(Handler(logging.INFO))
     warnings.showwarning = lambda message, *_: notes.append(str(message))
