@@ -19,7 +19,7 @@ import torch
 
 from dfengine import Engine, Rise
 from dfengine.models.architectures import ARCHITECTURES
-from dfengine.profile import Profile, lines, profile
+from dfengine.profile import Profile, format_profile, profile
 
 
 def measure(model: str, compiled: bool, seconds: float) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def measure(model: str, compiled: bool, seconds: float) -> dict[str, Any]:
     engine = Engine.from_pretrained(model, random_weights=model in ARCHITECTURES, compile=compiled)
     job = engine.job("a red circle" if model == "shapes" else "a photo of a cat", num_steps=30)
     found = profile(engine, Rise(500), job, seconds=seconds)
-    print("\n".join(lines(found)), "\n", file=sys.stderr)
+    print("\n".join(format_profile(found)), "\n", file=sys.stderr)
     return record.environment(engine.denoiser.device) | dataclasses.asdict(found)
 
 
@@ -38,7 +38,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     shown = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [row["device"], row["model"], row["dtype"], row["attention"], "yes" if row["compiled"] else "no"]
-        cells += [str(row["batch_size"]), f"**{row['masks_a_second']:.3g}**", f"{row['tflop_s']:.3g}"]
+        cells += [str(row["batch_size"]), f"**{row['masks_per_second']:.3g}**", f"{row['tflop_s']:.3g}"]
         cells += [f"{row['share_of_ceiling']:.0%}", f"{row['outside_network']:.1%}", f"{row['peak_gib']:.2f}"]
         shown.append("| " + " | ".join([*cells, f"{row['job']['seconds']:,.0f} s"]) + " |")
     return "\n".join(shown) + "\n"
@@ -49,7 +49,7 @@ def curves(rows: list[dict[str, Any]]) -> str:
     sizes = sorted({point["batch"] for row in rows for point in row["curve"]})
     shown = ["| latents a forward | " + " | ".join(map(str, sizes)) + " |", "|---" * (1 + len(sizes)) + "|"]
     for row in rows:
-        made = {point["batch"]: f"{point['masks_a_second']:.3g}" for point in row["curve"]}
+        made = {point["batch"]: f"{point['masks_per_second']:.3g}" for point in row["curve"]}
         name = f"{row['model']}, {row['dtype']}{', compiled' * row['compiled']}, {row['device']}"
         shown.append(f"| {name} | {' | '.join(made.get(size, '') for size in sizes)} |")
     return "\n".join(shown) + "\n"
@@ -60,7 +60,7 @@ def printed(row: dict[str, Any]) -> str:
     found = Profile(**{field.name: row[field.name] for field in dataclasses.fields(Profile)})
     if ", threads: " in found.device:  # a CPU's, whose peak says nothing of one batch; rows once had it
         found = dataclasses.replace(found, curve=[point | {"peak_gib": None} for point in found.curve])
-    return "\n".join(["```", *lines(found), "```", ""])
+    return "\n".join(["```", *format_profile(found), "```", ""])
 
 
 def example(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        from dfengine.profile.clock import processor  # not at the top: the kernels are measured without dfengine
+        from dfengine.profile.clock import cpu_description  # not at the top: the kernels are measured without dfengine
 
-        name = processor()
+        name = cpu_description()
     return {"commit": commit, "device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 

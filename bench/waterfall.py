@@ -35,7 +35,7 @@ from dfengine import Engine, Rise
 from dfengine.diffusion.denoiser import PromptedDenoiser
 from dfengine.diffusion.trajectory import trajectories
 from dfengine.models.unet import cpu
-from dfengine.profile.measure import peak
+from dfengine.profile.clock import peak_memory
 from dfengine.runtime.tuning import synchronize
 
 PROMPT = {"shapes": "a red circle above a blue square on a gray background"}
@@ -155,7 +155,7 @@ def run(stage: Stage, options: argparse.Namespace, out: Path) -> None:
     rate = masks / (time.perf_counter() - began)
     # The map that is compared is of the same masks in every stage.
     np.save(out, saliency if masks == options.masks else explain(options.masks))
-    told = {"masks_s": rate, "batch": denoiser.batch_size, "peak_gib": peak(denoiser.device) / 2**30}
+    told = {"masks_s": rate, "batch": denoiser.batch_size, "peak_gib": peak_memory(denoiser.device) / 2**30}
     print(json.dumps(told | record.environment(denoiser.device) | {"model": denoiser.name}))
 
 
