@@ -165,9 +165,9 @@ def test_the_prediction_covers_the_complete_job(measured: Profile) -> None:
     assert (job["images"], job["steps"], job["masks"], job["forwards"]) == (3, 5, 64, 3 * 5 * 65)
     masks_alone = 3 * 5 * 64 / measured.masks_per_second
     assert masks_alone < job["seconds"] < masks_alone + 3 * 5 * 2
-    # Maps, errors, R_t and ε in float32, scores, and six pictures; the rest is bookkeeping.
+    # Maps, errors, R_t and ε in float32, scores, and six pictures; then t, a, b and a marker per step, and six numbers.
     values = 3 * (5 * 4 * (2 * 256 + 2 * 4 * 256 + 64) + 6 * 3 * 64 * 64)
-    assert values < job["bytes"] < 1.001 * values
+    assert job["bytes"] == values + 3 * (5 * (3 * 8 + 1) + 8 + 8 + 3 * 4 + 1)
 
 
 def test_guidance_costs_two_forwards_minus_the_shared_part(engine: Engine, measured: Profile) -> None:
@@ -201,11 +201,11 @@ def test_suggestions(engine: Engine) -> None:
 
 
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
-    quick = ["--steps", "2", "--masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile", "--device", "cpu"]
+    quick = ["--num-steps", "2", "--num-masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile", "--device", "cpu"]
     command = [
         sys.executable,
         "-m",
-        "dfengine.cli",
+        "dfengine",
         "profile",
         *quick,
         "--json",
