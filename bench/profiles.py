@@ -22,7 +22,7 @@ from throughput import AGREEMENT, NUM_CHECK_MASKS
 from dfengine import Engine, Rise
 from dfengine.diffusion.trajectory import trajectories
 from dfengine.models.architectures import ARCHITECTURES
-from dfengine.profile import Profile, lines, profile
+from dfengine.profile import Profile, format_profile, profile
 
 SMALL_BATCH = 4
 
@@ -33,7 +33,7 @@ def measure(recorder: record.Recorder, model: str, compiled: bool, seconds: floa
     prompt = "a red circle" if model == "shapes" else "a photo of a cat"
     measured = profile(engine, Rise(500), engine.job(prompt, num_steps=30), seconds=seconds)
     check(engine, prompt, measured)
-    print("\n".join(lines(measured)), "\n", file=sys.stderr)
+    print("\n".join(format_profile(measured)), "\n", file=sys.stderr)
     return recorder.environment(engine.denoiser.device) | dataclasses.asdict(measured)
 
 
@@ -74,7 +74,7 @@ def table(rows: Sequence[record.Row]) -> str:
     for row in rows:
         cells = [row["device"], f"`{row['commit']}`", row["model"], row["dtype"], row["attention"]]
         cells += ["yes" if row["compiled"] else "no", str(row["batch_size"])]
-        cells += [f"**{row['masks_a_second']:.3g}**", f"{row['tflop_s']:.3g}", f"{row['share_of_ceiling']:.0%}"]
+        cells += [f"**{row['masks_per_second']:.3g}**", f"{row['tflop_s']:.3g}", f"{row['share_of_ceiling']:.0%}"]
         cells += [f"{row['outside_network']:.1%}", f"{row['peak_gib']:.2f}", f"{row['job']['seconds']:,.0f} s"]
         shown.append("| " + " | ".join(cells) + " |")
     return "\n".join(shown) + "\n"
@@ -85,7 +85,7 @@ def curves(rows: Sequence[record.Row]) -> str:
     sizes = sorted({point["batch"] for row in rows for point in row["curve"]})
     shown = ["| batch size | commit | " + " | ".join(map(str, sizes)) + " |", "|---" * (2 + len(sizes)) + "|"]
     for row in rows:
-        rates = {point["batch"]: f"{point['masks_a_second']:.3g}" for point in row["curve"]}
+        rates = {point["batch"]: f"{point['masks_per_second']:.3g}" for point in row["curve"]}
         name = f"{row['model']}, {row['dtype']}{', compiled' * row['compiled']}, {row['device']}"
         shown.append(f"| {name} | `{row['commit']}` | {' | '.join(rates.get(size, '') for size in sizes)} |")
     return "\n".join(shown) + "\n"
@@ -97,7 +97,7 @@ def example(rows: Sequence[record.Row]) -> str:
     if row is None:
         return record.NOT_MEASURED
     measured = Profile(**{field.name: row[field.name] for field in dataclasses.fields(Profile)})
-    return "\n".join([f"Commit `{row['commit']}`:", "", "```", *lines(measured), "```", ""])
+    return "\n".join([f"Commit `{row['commit']}`:", "", "```", *format_profile(measured), "```", ""])
 
 
 TABLES = {

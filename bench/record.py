@@ -127,9 +127,9 @@ def provenance(rows: Sequence[Row], *names: str) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    from dfengine.profile.clock import processor  # not at the top: the kernels are measured without dfengine
+    from dfengine.profile.clock import cpu_description  # not at the top: the kernels are measured without dfengine
 
-    return processor()
+    return cpu_description()
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     rate = masks / (time.perf_counter() - start)
     # Every stage compares the map of the same number of masks.
     np.save(options.out, saliency if masks == options.masks else explain(options.masks))
-    measured = {"masks_s": rate, "batch": denoiser.batch_size, "peak_gib": peak(denoiser.device) / 2**30}
+    measured = {"masks_s": rate, "batch": denoiser.batch_size, "peak_gib": peak_memory(denoiser.device) / 2**30}
     print(json.dumps(measured | {"model": denoiser.name}))
 
 

@@ -95,7 +95,7 @@ def test_the_table_of_profiles() -> None:
         "attention": "sdpa",
         "compiled": False,
         "batch_size": 64,
-        "masks_a_second": 538.2,
+        "masks_per_second": 538.2,
         "tflop_s": 432.0,
         "share_of_ceiling": 0.55,
         "outside_network": 0.018,

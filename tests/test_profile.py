@@ -1,4 +1,4 @@
-"""The profile: what it counts by an independent way, what it predicts, and the command."""
+"""The profile: its counts by independent means, its prediction, and the command."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from analytic import Analytic
 from torch import nn
 
 from dfengine import Engine, Rise
-from dfengine.profile import Profile, lines, profile
+from dfengine.profile import Profile, format_profile, profile
 from dfengine.profile.clock import Clock, copy_bandwidth, matmul_ceiling
-from dfengine.profile.measure import _missed, _padded
+from dfengine.profile.measure import _padded, suggestions
 from dfengine.profile.operations import KINDS, flops_by_kind, kind_of, time_by_kind
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def found(engine: Engine) -> Profile:
+def measured(engine: Engine) -> Profile:
     return profile(engine, Rise(64), engine.job("a red circle", num_steps=5), images=3, seconds=0.2)
 
 
@@ -53,11 +53,11 @@ def found(engine: Engine) -> Profile:
         ("aten::copy_", "other"),
     ],
 )
-def test_operations_are_told_by_their_names(name: str, kind: str) -> None:
+def test_kinds_of_operations(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
 
-def test_work_is_counted_as_by_hand() -> None:
+def test_flops_match_a_count_by_hand() -> None:
     convolution, linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 16)
     x = torch.randn(2, 3, 6, 5)
 
@@ -76,14 +76,14 @@ def test_work_is_counted_as_by_hand() -> None:
     }
 
 
-def test_time_is_shared_out_by_kind() -> None:
+def test_time_by_kind_sums_to_one() -> None:
     a = torch.randn(400, 400)
     shares = time_by_kind(lambda: [a @ a for _ in range(20)], CPU)
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["linear"] > 0.8
 
 
-def test_a_clock_repeats_what_is_short_and_not_what_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_repeats_short_work_and_not_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     now, calls = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
@@ -91,7 +91,7 @@ def test_a_clock_repeats_what_is_short_and_not_what_is_long(monkeypatch: pytest.
         calls.append(seconds)
         now[0] += seconds
 
-    clock = Clock(CPU, seconds=1.0, most=5)
+    clock = Clock(CPU, seconds=1.0, max_repeats=5)
     for seconds, repeats in ((0.01, 5), (0.3, 4), (1.5, 3)):
         assert len(clock.times(lambda seconds=seconds: work(seconds))) == repeats
     calls.clear()
@@ -99,108 +99,113 @@ def test_a_clock_repeats_what_is_short_and_not_what_is_long(monkeypatch: pytest.
     assert calls == [3.0]
 
 
-def test_a_device_has_ceilings() -> None:
+def test_ceilings_are_plausible() -> None:
     clock = Clock(CPU, seconds=0.1)
     assert 1e8 < matmul_ceiling(clock, torch.float32) < 1e15
     assert 1e8 < copy_bandwidth(clock) < 1e13
 
 
-def test_ceilings_are_operations_and_bytes_over_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = iter([0.5, 2.0, 0.25])
-    monkeypatch.setattr(Clock, "median", lambda self, work: next(taken))
+def test_ceilings_divide_operations_and_bytes_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    medians = iter([0.5, 2.0, 0.25])
+    monkeypatch.setattr(Clock, "median", lambda self, work: next(medians))
     assert matmul_ceiling(Clock(CPU), torch.float32) == 2 * 2048**3 / 2.0
     assert copy_bandwidth(Clock(CPU)) == 2 * 2**28 / 0.25
 
 
-def test_a_median_is_not_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_median_of_the_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "times", lambda self, work: [1.0, 9.0, 2.0])
     assert Clock(CPU).median(lambda: None) == 2.0
 
 
 @pytest.mark.parametrize(("total", "padded"), [(5, 5), (16, 16), (17, 32), (33, 48)])
-def test_a_padded_tail_is_paid_for(total: int, padded: int) -> None:
+def test_the_padded_tail_is_included(total: int, padded: int) -> None:
     assert _padded(total, 16) == padded
 
 
-def test_a_denoiser_of_ones_own_and_ridge_are_profiled() -> None:
+def test_a_custom_denoiser_and_ridge_can_be_profiled() -> None:
     engine = Engine(Analytic(lambda x_t, _: torch.nn.functional.conv2d(x_t, torch.ones(2, 2, 1, 1)), batch_size=4))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* masks are few")
-        found = profile(engine, Rise(70, score="global"), engine.job("1", num_steps=2), seconds=0.01)
-    assert found.gflop_a_mask["convolution"] == 2 * 2 * 2 * 30 / 1e9
-    assert found.attention == "its own"
+        measured = profile(engine, Rise(70, score="global"), engine.job("1", num_steps=2), seconds=0.01)
+    assert measured.gflop_per_mask["convolution"] == 2 * 2 * 2 * 30 / 1e9
+    assert measured.attention == "its own"
 
 
-def test_the_profile_hangs_together(found: Profile) -> None:
-    loop = 1 / found.masks_a_second
-    stages = found.seconds_a_mask
+def test_the_profile_is_consistent(measured: Profile) -> None:
+    loop = 1 / measured.masks_per_second
+    stages = measured.seconds_per_mask
     assert set(stages) == {"network", "masks", "scores", "maps", "rest", "file"}
     assert all(seconds >= 0 for seconds in stages.values())
     assert stages["network"] > 5 * (stages["masks"] + stages["scores"])
-    assert found.outside_network == pytest.approx(1 - stages["network"] / loop)
-    assert 0 < found.outside_network < 0.5
+    assert measured.outside_network == pytest.approx(1 - stages["network"] / loop)
+    assert 0 < measured.outside_network < 0.5
     assert stages["file"] > 0
-    assert 0.1 < found.peak_gib < 20
-    rates = [point["masks_a_second"] for point in found.curve]
-    assert 0.4 < found.masks_a_second / rates[-1] < 1.2
+    assert 0.1 < measured.peak_gib < 20
+    rates = [point["masks_per_second"] for point in measured.curve]
+    assert 0.4 < measured.masks_per_second / rates[-1] < 1.2
     assert rates[-1] > rates[0]
-    assert {point["peak_gib"] for point in found.curve} == {None}
-    assert sum(found.network.values()) == pytest.approx(1)
-    assert set(found.network) == set(KINDS) == set(found.gflop_a_mask)
-    assert found.tflop_s == pytest.approx(sum(found.gflop_a_mask.values()) * found.masks_a_second / 1e3)
-    assert found.share_of_ceiling == pytest.approx(found.tflop_s / found.ceiling_tflop_s)
-    assert [point["batch"] for point in found.curve] == [1, 2, 4, 8, 16]
-    assert (found.batch_size, found.compiled, found.dtype, found.attention) == (16, False, "float32", "sdpa")
-    # The embedded model's forward, less the text's keys and values and 5/9 of the convolutions after upsampling.
-    assert sum(found.gflop_a_mask.values()) == pytest.approx(0.468 - 0.53e-3 * 100 * 5 / 9, abs=0.005)
+    assert {point["peak_gib"] for point in measured.curve} == {None}
+    assert sum(measured.network_shares.values()) == pytest.approx(1)
+    assert set(measured.network_shares) == set(KINDS) == set(measured.gflop_per_mask)
+    assert measured.tflop_s == pytest.approx(sum(measured.gflop_per_mask.values()) * measured.masks_per_second / 1e3)
+    assert measured.share_of_ceiling == pytest.approx(measured.tflop_s / measured.ceiling_tflop_s)
+    assert [point["batch"] for point in measured.curve] == [1, 2, 4, 8, 16]
+    assert (measured.batch_size, measured.compiled, measured.dtype, measured.attention) == (
+        16,
+        False,
+        "float32",
+        "sdpa",
+    )
+    # The embedded model's forward without the text's keys and values and 5/9 of the convolutions after upsampling.
+    assert sum(measured.gflop_per_mask.values()) == pytest.approx(0.468 - 0.53e-3 * 100 * 5 / 9, abs=0.005)
 
 
-def test_the_prediction_is_of_the_whole_job(found: Profile) -> None:
-    job = found.job
+def test_the_prediction_covers_the_complete_job(measured: Profile) -> None:
+    job = measured.job
     assert (job["images"], job["steps"], job["masks"], job["forwards"]) == (3, 5, 64, 3 * 5 * 65)
-    masks_alone = 3 * 5 * 64 / found.masks_a_second
+    masks_alone = 3 * 5 * 64 / measured.masks_per_second
     assert masks_alone < job["seconds"] < masks_alone + 3 * 5 * 2
-    # Maps, errors, R_t and ε in float32, scores, and six pictures; the rest is bookkeeping.
+    # Maps, errors, R_t and ε in float32, scores, and six pictures; then t, a, b and a marker per step, and six numbers.
     values = 3 * (5 * 4 * (2 * 256 + 2 * 4 * 256 + 64) + 6 * 3 * 64 * 64)
-    assert values < job["bytes"] < 1.001 * values
+    assert job["bytes"] == values + 3 * (5 * (3 * 8 + 1) + 8 + 8 + 3 * 4 + 1)
 
 
-def test_guidance_costs_two_forwards_less_what_comes_before_the_text(engine: Engine, found: Profile) -> None:
+def test_guidance_costs_two_forwards_minus_the_shared_part(engine: Engine, measured: Profile) -> None:
     guided = profile(engine, Rise(64, target="guided"), engine.job("a red circle", num_steps=2), seconds=0.2)
     pixels, width = 256, 48
     # The first convolution, a resnet's two, the first attention's projections and its products.
     products = pixels * width * (4 * 9 + 2 * 9 * width + width + 4 * width + 2 * pixels)
-    expected = 2 * sum(found.gflop_a_mask.values()) - 2 * products / 1e9
-    assert sum(guided.gflop_a_mask.values()) == pytest.approx(expected, rel=1e-4)
+    expected = 2 * sum(measured.gflop_per_mask.values()) - 2 * products / 1e9
+    assert sum(guided.gflop_per_mask.values()) == pytest.approx(expected, rel=1e-4)
     assert guided.job["forwards"] == 2 * 2 * 65
 
 
-def test_the_table_says_it_all(found: Profile) -> None:
-    text = "\n".join(lines(found))
+def test_the_table_is_complete(measured: Profile) -> None:
+    text = "\n".join(format_profile(measured))
     assert text.startswith("shapes on ")
-    assert "float32, batches of 16, not compiled, attention sdpa" in text
+    assert "float32, batch size 16, not compiled, sdpa attention" in text
     assert "3 images × 5 steps × 64 masks: about " in text
-    for word in ("masks a second", "outside the U-Net", "scores and sums", "file (another thread)", *KINDS):
+    for word in ("masks per second", "outside the network", "scores and sums", "file (separate thread)", *KINDS):
         assert word in text
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_missed_paths_are_told(engine: Engine) -> None:
-    assert _missed(engine) == ["the network is not compiled: --compile; by default long jobs are"]
+def test_suggestions(engine: Engine) -> None:
+    assert suggestions(engine) == ["the network is not compiled: --compile (the default for long jobs)"]
     hook = engine.denoiser.unet.mid_block.register_forward_hook(lambda *_: None)
     try:
-        first, _ = _missed(engine)
+        first, _ = suggestions(engine)
     finally:
         hook.remove()
     assert first == "the UNet falls back to diffusers' own forward: mid_block has a hook"
 
 
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
-    quick = ["--steps", "2", "--masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile", "--device", "cpu"]
+    quick = ["--num-steps", "2", "--num-masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile", "--device", "cpu"]
     command = [
         sys.executable,
         "-m",
-        "dfengine.cli",
+        "dfengine",
         "profile",
         *quick,
         "--json",
@@ -210,9 +215,9 @@ def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
-    told = json.loads(run.stdout)
-    assert set(told) == {field.name for field in dataclasses.fields(Profile)}
-    assert told["job"]["forwards"] == 2 * 9
+    printed = json.loads(run.stdout)
+    assert set(printed) == {field.name for field in dataclasses.fields(Profile)}
+    assert printed["job"]["forwards"] == 2 * 9
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     named = {event.get("name") for event in events}
     assert {"dfengine: masks", "dfengine: network", "dfengine: scores", "dfengine: maps"} <= named

@@ -54,10 +54,12 @@ def profile(
         def on_progress(what: str) -> None:
             status.update(f"measuring {what}")
 
-        measured = profiling.profile(engine, rise, job, images=images, seconds=seconds, tell=on_progress)
+        measured = profiling.profile(engine, rise, job, images=images, seconds=seconds, on_progress=on_progress)
         if trace is not None:
-            profiling.trace(engine, rise, job, trace)
-    print(json.dumps(dataclasses.asdict(measured), indent=2) if as_json else "\n".join(profiling.lines(measured)))
+            profiling.write_trace(engine, rise, job, trace)
+    print(
+        json.dumps(dataclasses.asdict(measured), indent=2) if as_json else "\n".join(profiling.format_profile(measured))
+    )
 
 
 def layers(
