@@ -37,7 +37,6 @@ from dfengine import Engine, Rise
 from dfengine.diffusion.denoiser import PromptedDenoiser
 from dfengine.diffusion.trajectory import trajectories
 from dfengine.models.unet import cpu
-from dfengine.profile.measure import peak
 from dfengine.runtime.tuning import synchronize
 
 ROUNDS = 3
