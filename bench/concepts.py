@@ -32,8 +32,8 @@ def main() -> None:
     options = record.parser(__doc__).parse_args()
     recorder = record.Recorder("concepts", TABLES, record=not options.no_record)
     engine = Engine.from_pretrained("shapes")
-    denoiser, prompts = engine.denoiser, embedded_prompts(PROMPTS)
-    pipeline: Any = denoiser.pipeline  # type: ignore[attr-defined]
+    denoiser: Any = engine.denoiser
+    pipeline, prompts = denoiser.pipeline, embedded_prompts(PROMPTS)
     positions = denoiser.encode_prompts([""]).tensors["text"].shape[1]
     config = DDIMScheduler.from_config(pipeline.scheduler.config).config
     noise = start_noise(0, denoiser.latent_shape)[None]

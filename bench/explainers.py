@@ -70,8 +70,8 @@ def main() -> None:
     engine = Engine.from_pretrained(
         options.model, random_weights=options.random_weights, dtype=options.dtype, image_size=options.image_size
     )
-    denoiser, device = engine.denoiser, engine.denoiser.device
-    pipeline: Any = denoiser.pipeline  # type: ignore[attr-defined]
+    denoiser: Any = engine.denoiser
+    device, pipeline = denoiser.device, denoiser.pipeline
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     prompt = PROMPT.get(options.model, "a photo of an astronaut riding a horse")
     jobs = [engine.job(prompt, num_steps=NUM_STEPS, guidance=GUIDANCE, seed=seed) for seed in range(options.group)]

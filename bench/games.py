@@ -41,8 +41,9 @@ class Baseline:
     """The work of Table 1 for one prompt, by the plain implementations."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.denoiser = engine, engine.denoiser
-        self.pipeline: Any = engine.denoiser.pipeline  # type: ignore[attr-defined]
+        self.engine = engine
+        self.denoiser: Any = engine.denoiser
+        self.pipeline = self.denoiser.pipeline
         self.pipeline.scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
         self.pipeline.scheduler.set_timesteps(NUM_STEPS)
         self.seconds: list[float] = []

@@ -109,12 +109,12 @@ class DiffusersForward(PromptedDenoiser):
     def __call__(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
-        unet: Any = self.denoiser.unet  # type: ignore[attr-defined]
+        denoiser: Any = self.denoiser
         rows = torch.full_like(timesteps, rows) if isinstance(rows, int) else rows
         tensors = self.condition[rows].tensors
         added = {name: value for name, value in tensors.items() if name != "text"}
-        x = x_t.to(unet.dtype, memory_format=self.layout)
-        return unet(x, timesteps, tensors["text"], added_cond_kwargs=added, return_dict=False)[0]
+        x = x_t.to(denoiser.unet.dtype, memory_format=self.layout)
+        return denoiser.unet(x, timesteps, tensors["text"], added_cond_kwargs=added, return_dict=False)[0]
 
 
 def disable(stage: Stage, denoiser: Any) -> None:
