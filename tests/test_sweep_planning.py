@@ -946,7 +946,7 @@ def test_units_in_progress_are_retried_later(path, five):
 
 def test_the_plan_is_marked_complete_after_its_units_are_on_disk(path, monkeypatch):
     calls = []
-    monkeypatch.setattr("dfengine.store.units.append_lines", lambda path, lines: calls.append(list(lines)))
+    monkeypatch.setattr("dfengine.store.run.units.append_lines", lambda path, lines: calls.append(list(lines)))
     plan_sweep(make_sweep(seeds=3, models=["m"]), path)
     assert [len(lines) for lines in calls] == [3, 1]
     assert "planned" in calls[1][0]

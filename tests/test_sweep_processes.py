@@ -272,7 +272,7 @@ def spec_file(described, folder):
 
 
 def start(arguments):
-    command = [sys.executable, "-m", "dfengine.cli", *arguments]
+    command = [sys.executable, "-m", "dfengine", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
