@@ -248,6 +248,7 @@ def test_layers_are_rows_and_steps_columns() -> None:
     made = explained("a cat", size=(12, 8))
     figure = figures.layers(made, steps=[3, 0], names=["mid_block.resnets.1", "down_blocks.3.resnets.0"])
     assert titles(figure) == ["step 3\nt = 10", "step 0\nt = 40"]
+    assert figure.get_suptitle().splitlines() == ["“a cat”", "DF-CAM, shapes, seed 0"]
     assert labels(figure) == [
         "predicted $x_0$",
         "combined,\n2×3",
@@ -511,3 +512,28 @@ def test_memory_and_file_draw_the_same(tmp_path: Path) -> None:
             if method == "relevance":
                 assert lines(file).keys() == {"red", "circle", "gray", "background"}
                 np.testing.assert_equal(lines(file), lines(memory))
+
+
+@pytest.mark.parametrize("form", ["saliency", "layers", "tokens", "words", "a form of the future"])
+def test_the_declared_form_alone_chooses_the_figure(form: str) -> None:
+    """A method of any name; an unknown form is drawn like saliency."""
+    made = explained("a red cat")
+    maps = made.maps["cam" if form == "layers" else "rise"]
+    mine = dataclasses.replace(made, maps={"mine": maps}, labels={"mine": "Mine"}, forms={"mine": form}, scores={})
+    expected = {
+        "layers": lambda: figures.layers(mine, "mine", [1]),
+        "tokens": lambda: figures.relevance(mine, steps=[1]),
+        "words": lambda: figures.attention(mine, steps=[1]),
+    }.get(form, lambda: strip(mine, "mine", [1]))()
+    drawn = figures.draw(mine, "mine", [1])
+    assert [text.get_text() for text in texts(drawn)] == [text.get_text() for text in texts(expected)]
+    assert any("Mine" in text.get_text() for text in texts(drawn))
+
+
+def test_rows_are_selected_by_name() -> None:
+    made = explained("a red cat")
+    assert labels(figures.draw(made, "cam", [0], ["mid_block.resnets.1"]))[2:] == ["mid_block.\nresnets.1,\n8×8"]
+    assert list(lines(figures.draw(made, "relevance", [0], ["cat"]))) == ["cat"]
+    assert labels(figures.draw(made, "attention", [0], ["a"]))[1:] == ["a"]
+    with pytest.raises(ValueError, match="the figure of 'rise' has no rows to choose: leave out cat"):
+        figures.draw(made, "rise", [0], ["cat"])

@@ -1,4 +1,4 @@
-"""Heat maps from raw maps, against SciPy and by hand; what a result shows, draws and hands on of itself."""
+"""Heat maps against SciPy and by hand; labels, forms, plots, notebook view and dataset of a result."""
 
 import base64
 import dataclasses
@@ -106,7 +106,28 @@ def whole() -> Result:
         words=("a", "b", "c"),
         word_maps=values(3, 3, 4, 6),
         settings={"rise": Rise(num_masks=5), "cam": Cam(), "relevance": Relevance(), "attention": Attention()},
+        labels={"rise": "DF-RISE", "cam": "DF-CAM"},
+        forms={"rise": "saliency", "cam": "layers", "relevance": "tokens", "attention": "words"},
     )
+
+
+def test_labels_and_forms_are_those_of_the_explainers_or_follow_from_the_maps() -> None:
+    assert [whole().label(name) for name in ("rise", "attention")] == ["DF-RISE", "attention"]
+    assert [whole().form(name) for name in whole().maps] == ["saliency", "layers", "tokens", "words"]
+    undeclared = dataclasses.replace(whole(), labels={}, forms={})
+    assert [undeclared.label(name) for name in undeclared.maps] == ["rise", "cam", "relevance", "attention"]
+    assert [undeclared.form(name) for name in undeclared.maps] == ["saliency", "layers", "saliency", "saliency"]
+
+
+def test_methods_with_the_same_label_are_named_too() -> None:
+    rise = whole().maps["rise"]
+    labels = {"few": "DF-RISE", "many": "DF-RISE", "cam": "DF-CAM"}
+    result = dataclasses.replace(whole(), maps=dict.fromkeys(labels, rise), labels=labels, forms={}, previews=None)
+    assert [name.partition(",")[0] for name in pictures(result._repr_html_())][1::3] == [
+        "DF-RISE (few)",
+        "DF-RISE (many)",
+        "DF-CAM",
+    ]
 
 
 def pictures(html: str) -> dict[str, np.ndarray]:
@@ -124,14 +145,15 @@ def test_it_tells_of_itself_in_a_line() -> None:
 
 def test_html_has_the_pictures_as_they_are() -> None:
     shown, made = pictures(whole()._repr_html_()), whole()
-    steps = ("step 1", "step 2", "step 3")
-    names = [f"{row}, {step}" for row in ("predicted x0", *made.maps) for step in steps]
+    steps = ("step 0", "step 1", "step 2")
+    rows = ("predicted x0", "DF-RISE", "DF-CAM", "relevance", "attention")
+    names = [f"{row}, {step}" for row in rows for step in steps]
     assert list(shown) == ["image", *names]
     np.testing.assert_array_equal(shown["image"], made.image)
-    np.testing.assert_array_equal(shown["predicted x0, step 2"], made.previews[1])
+    np.testing.assert_array_equal(shown["predicted x0, step 1"], made.previews[1])
     grey = (made.previews[2] / 255 @ [0.299, 0.587, 0.114])[..., None]
     colour = matplotlib.colormaps["inferno"](heatmap(made.maps["cam"][COMBINED][2], (8, 12)))[..., :3]
-    np.testing.assert_allclose(shown["cam, step 3"], (0.4 * grey + 0.6 * colour) * 255, atol=0.51)
+    np.testing.assert_allclose(shown["DF-CAM, step 2"], (0.4 * grey + 0.6 * colour) * 255, atol=0.51)
 
 
 def test_html_tells_what_it_is_of() -> None:
@@ -143,7 +165,7 @@ def test_html_tells_what_it_is_of() -> None:
     assert rows["rise"].startswith("3 of 3 maps, 4×6; Rise(num_masks=5, keep_probability=0.5, ")
     assert (
         rows["cam"]
-        == "3 of 3 maps, 4×6, 3 layers; Cam(layers=(&#x27;*&#x27;,), target=&#x27;conditional&#x27;, scale=256.0)"
+        == "3 of 3 maps, 4×6, 3 layers; Cam(layers=(&#x27;*&#x27;,), target=&#x27;conditional&#x27;, loss_scale=256.0)"
     )
     assert "<b>" not in html
     assert not re.search(r"(?<!-)(color|background)\s*:", html)
@@ -153,7 +175,7 @@ def test_html_has_five_steps_that_are_computed() -> None:
     maps = np.random.default_rng(0).random((12, 2, 3), np.float32)
     maps[9:] = np.nan
     html = result(maps)._repr_html_()
-    assert list(pictures(html)) == ["image", *(f"rise, step {step}" for step in (1, 3, 5, 7, 9))]
+    assert list(pictures(html)) == ["image", *(f"rise, step {step}" for step in (0, 2, 4, 6, 8))]
     assert "9 of 12 maps" in html
 
 
@@ -162,10 +184,10 @@ def test_html_of_what_is_not_all_there() -> None:
     maps["lime"][1:] = np.nan
     maps["lime"][0, 0, 0] = np.nan
     some = dataclasses.replace(whole(), maps=maps, previews=None, settings={"lime": "a function"})._repr_html_()
-    assert list(pictures(some)) == ["image", "lime, step 1"]
+    assert list(pictures(some)) == ["image", "lime, step 0"]
     assert some.count("not computed") == 1
     none = dataclasses.replace(whole(), maps={}, settings={})
-    assert list(pictures(none._repr_html_())) == ["image", *(f"predicted x0, step {step}" for step in (1, 2, 3))]
+    assert list(pictures(none._repr_html_())) == ["image", *(f"predicted x0, step {step}" for step in (0, 1, 2))]
     assert list(pictures(dataclasses.replace(none, previews=None)._repr_html_())) == ["image"]
 
 
@@ -188,7 +210,7 @@ def test_an_item_of_a_file_shows_itself_as_far_as_it_is(tmp_path: Path) -> None:
         assert repr(item) == f"Item('ein Würfel', seed {2**64 - 1}, shapes: 3 steps; rise, random)"
         html = item._repr_html_()
     assert "blurry" in html
-    np.testing.assert_array_equal(pictures(html)["predicted x0, step 2"], trajectory(PLAN, 1)["previews"][1])
+    np.testing.assert_array_equal(pictures(html)["predicted x0, step 1"], trajectory(PLAN, 1)["previews"][1])
     assert repr(run).endswith("; rise, random, closed)")
     assert "not readable" in item._repr_html_()
 
@@ -230,8 +252,8 @@ def test_a_plot_is_the_figure_of_its_form(given, form) -> None:
     ("given", "message"),
     [
         ({"method": "lime"}, "there is no map 'lime': expected one of rise, cam"),
-        ({"method": "rise", "words": ["c"]}, "the figure of 'rise' has no words to choose"),
-        ({"layers": ["mid"], "words": ["c"]}, "no layers or words to choose: layers are for DF-CAM"),
+        ({"method": "rise", "words": ["c"]}, "the figure of 'rise' takes no words: layers are for"),
+        ({"layers": ["mid"], "words": ["c"]}, "the figure of 'rise' takes no layers or words"),
         ({"words": ["d"]}, "no attention map of 'd'"),
         ({"steps": [3]}, "step 3 is outside"),
     ],
@@ -323,7 +345,7 @@ def test_one_unknown_explainer_leaves_the_others_known(tmp_path: Path) -> None:
         fill(writer)
     with dfengine.open(tmp_path / "run.h5") as run:
         item = run[0]
-        assert [item.explainer_name(name) for name in item.maps] == ["Mine", "Rise"]
+        assert [item.settings_of(name)["explainer"] for name in item.maps] == ["Mine", "Rise"]
         assert item.settings_of("rise") == rise
         assert as_call(item.settings_of("mine")) == "Mine(much=2)"
         assert json.loads(item.to_xarray().attrs["settings"])["mine"] == {"explainer": "Mine", "much": 2}

@@ -23,6 +23,7 @@ from dfengine.figures.panels import (
     fill,
     hide_axes,
     layer_label,
+    method_label,
     method_title,
     overlay,
     table,
@@ -163,7 +164,8 @@ def layers(
     maps = result.maps[method]
     names = main_layers(maps) if names is None else [names] if isinstance(names, str) else names
     heat |= {name: [result.heatmap(method, step, name) for step in steps] for name in names}
-    return table(result, steps, {layer_label(name, *maps[name].shape[1:]): heat[name] for name in heat})
+    rows = {layer_label(name, *maps[name].shape[1:]): heat[name] for name in heat}
+    return table(result, steps, rows, method_label(result, method))
 
 
 def relevance(result: Explanation, concepts: Sequence[str] | None = None, steps: Sequence[int] | None = None) -> Figure:
@@ -194,9 +196,9 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
     `words` are by default all but stop words, at most the six with the most attention at these steps. Raises ValueError
     for a word or step that the result does not have or has not finished.
     """
+    methods = [method for method in result.maps if result.form(method) == "words"]
     if not result.words:
-        has_attention = any(result.form(method) == "words" for method in result.maps)
-        reason = f"the prompt {result.prompt!r} has no words" if has_attention else "explain with Attention()"
+        reason = f"the prompt {result.prompt!r} has no words" if methods else "explain with Attention()"
         raise ValueError(f"the result has no attention maps of words: {reason}")
     steps = _table_steps(result, steps, _finished_words(result))
     names = content_words(result.words) if words is None else [words] if isinstance(words, str) else words
@@ -204,7 +206,8 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
     if words is None:
         maps = top_by_mean(maps, 6)
     size = result.image.shape[:2]
-    return table(result, steps, {textwrap.fill(name, 14): [heatmap(one, size) for one in maps[name]] for name in maps})
+    rows = {textwrap.fill(name, 14): [heatmap(one, size) for one in maps[name]] for name in maps}
+    return table(result, steps, rows, method_label(result, methods[0]) if methods else "")
 
 
 def save(figure: Figure, path: str | Path) -> Path:

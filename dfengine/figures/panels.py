@@ -89,17 +89,18 @@ def step_label(result: Explanation, step: int, separator: str = ", ") -> str:
     return f"step {step}{separator}t = {result.timesteps[step]:g}"
 
 
-def table(result: Explanation, steps: list[int], rows: Rows, above: float = 0) -> Figure:
+def table(result: Explanation, steps: list[int], rows: Rows, label: str = "", above: float = 0) -> Figure:
     """A column per step: the picture at the step, then a row of maps over it for each of `rows`.
 
-    With `above`, the figure has two subfigures: that many inches to draw in, and below them the table.
+    The title includes `label`. With `above`, the figure has two subfigures: that many inches to draw in, and below them
+    the table.
     """
     width, height = cell_size(result)
     labels = [line for label in ("predicted x0", *rows) for line in label.split("\n")]
     columns = max(len(steps), 4 if above else 1)
     width = (width + GAP) * columns + 0.45 * LINE * max(map(len, labels)) + 0.8
     height = (height + GAP) * (len(rows) + 1) + 2.5 * LINE
-    heading = title(result, width, FONT_SIZE)
+    heading = title(result, width, FONT_SIZE, label)
     size = (width, height + above + LINE * (heading.count("\n") + 1.5))
     figure = Figure(size, layout=ConstrainedLayoutEngine(h_pad=GAP / 2, w_pad=GAP / 2, hspace=0, wspace=0))
     figure.suptitle(heading, fontsize=FONT_SIZE, parse_math=False)
@@ -208,9 +209,10 @@ def colour_bar(
     bar.ax.set_yticklabels(ends, fontsize=fontsize)
 
 
-def title(result: Explanation, width: float, fontsize: float) -> str:
-    """Prompt, model and seed, wrapped to a width in inches."""
-    return heading(result.prompt, f"{short_model_name(result.model)}, seed {result.seed}", width, fontsize)
+def title(result: Explanation, width: float, fontsize: float, label: str = "") -> str:
+    """Prompt, label, model and seed, wrapped to a width in inches."""
+    details = f"{label}, " if label else ""
+    return heading(result.prompt, f"{details}{short_model_name(result.model)}, seed {result.seed}", width, fontsize)
 
 
 def short_model_name(model: str) -> str:
@@ -238,9 +240,14 @@ def unique_labels(labels: Mapping[str, str]) -> dict[str, str]:
     return {method: f"{label} ({method})" if counts[label] > 1 else label for method, label in labels.items()}
 
 
+def method_label(result: Explanation, method: str) -> str:
+    """A method's label, unique in its result."""
+    return unique_labels({name: result.label(name) for name in result.maps})[method]
+
+
 def method_title(result: Explanation, method: str) -> str:
     """A method's label, with the number of its masks, or with "combined" where it has maps by layer."""
-    label = unique_labels({name: result.label(name) for name in result.maps})[method]
+    label = method_label(result, method)
     if result.form(method) == "layers":
         return f"{label}, {COMBINED}"
     return f"{label}, {result.scores[method].shape[-1]} masks" if method in result.scores else label
