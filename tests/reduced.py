@@ -1,4 +1,4 @@
-"""The published architectures at an eighth of their width: true depth and topology, small enough for a CPU."""
+"""The published architectures at an eighth of their width: original depth and topology, small enough for a CPU."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from dfengine.models.architectures import build, configuration
 from dfengine.models.loading import quiet
 
 PROMPT = "a photo of an astronaut riding a horse"
-#: float32 through networks whose sums are made in another order, times 1/√ᾱ ≤ 15 at the first step.
+#: float32 through networks that sum in another order, times 1/√ᾱ ≤ 15 at the first step.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 #: Widths and sizes, in whatever file; heads, blocks and layers stay.
 _WIDTHS = {
@@ -65,10 +65,10 @@ def both_ways(
     denoiser: Denoiser, pipeline: Any, prompt: str, job: dict[str, Any], call: dict[str, Any]
 ) -> list[Tensor]:
     """The latents that enter steps 2, 3 and 4 of 4, and x0's landing: ours, and those of the pipeline's own call."""
-    seed, guidance, seen = 3, 3.0, []
+    seed, guidance, latents_after = 3, 3.0, []
 
-    def keep(_: Any, step: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(values["latents"][0].clone())
+    def record(_: Any, step: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents_after.append(values["latents"][0].clone())
         return {}
 
     noise = start_noise(seed, denoiser.latent_shape)[None]
@@ -78,7 +78,7 @@ def both_ways(
         num_inference_steps=4,
         guidance_scale=guidance,
         output_type="latent",
-        callback_on_step_end=keep,
+        callback_on_step_end=record,
         **call,
     )
     timesteps = tuple(denoiser.schedule.timesteps("uniform", 4))
@@ -87,4 +87,4 @@ def both_ways(
     assert ours.x0 is not None
     final = denoiser.schedule.final_alpha_bar
     landing = final**0.5 * ours.x0[-1] + (1 - final) ** 0.5 * ours.epsilon[-1]
-    return [torch.stack([*ours.latents[1:], landing]), torch.stack(seen)]
+    return [torch.stack([*ours.latents[1:], landing]), torch.stack(latents_after)]

@@ -15,8 +15,8 @@ from dfengine.models.attention import AttentionBackend, attention_backend, split
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@given(batch=st.integers(1, 9), heads=st.integers(1, 5), most=st.integers(1, 12))
-def test_a_kernel_is_called_on_at_most_so_many_heads(batch: int, heads: int, most: int) -> None:
+@given(batch=st.integers(1, 9), heads=st.integers(1, 5), max_heads=st.integers(1, 12))
+def test_a_kernel_is_called_on_at_most_max_heads(batch: int, heads: int, max_heads: int) -> None:
     called: list[tuple[int, ...]] = []
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -26,9 +26,9 @@ def test_a_kernel_is_called_on_at_most_so_many_heads(batch: int, heads: int, mos
 
     q = torch.randn(batch, heads, 3, 4)
     k, v = torch.randn(2, batch, heads, 5, 4)
-    assert_close(split_heads(kernel, most)(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert_close(split_heads(kernel, max_heads)(q, k, v), F.scaled_dot_product_attention(q, k, v))
     assert sum(shape[0] for shape in called) == batch
-    assert all(shape[0] * heads <= max(most, heads) and shape[1:] == (3, heads, 4) for shape in called)
+    assert all(shape[0] * heads <= max(max_heads, heads) and shape[1:] == (3, heads, 4) for shape in called)
 
 
 def test_auto_is_torchs_own_on_a_cpu() -> None:
@@ -47,7 +47,7 @@ def test_auto_is_cudnns_on_hopper_in_half_precision(
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     backend = attention_backend("auto", CUDA, dtype)
     assert backend.name == name
-    # Whatever comes first, every kernel may serve what the others cannot.
+    # All kernels stay enabled as fallbacks, whichever comes first.
     assert [kernel.name for kernel in backend.priority[:1]] == ["CUDNN_ATTENTION"] * (name == "cudnn")
     with backend.activated():
         q = torch.randn(1, 2, 3, 8)
@@ -64,7 +64,7 @@ def test_auto_is_cudnns_on_hopper_in_half_precision(
         ("xformers", CUDA, torch.float16, r"not installed: pip install 'dfengine\[xformers\]'"),
     ],
 )
-def test_what_cannot_run_here_is_said(
+def test_unavailable_backends_are_refused(
     backend: str, device: torch.device, dtype: torch.dtype, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)

@@ -1,4 +1,4 @@
-"""The forms that a CPU computes fastest against diffusers' own modules, torch's operations and autograd."""
+"""The fast forms for a CPU against diffusers' modules, torch's operations and autograd."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,23 +47,21 @@ def test_a_folded_attention_is_the_attention(
     ("heads", "d", "channels", "tokens", "folds"),
     [(8, 40, 320, 77, False), (8, 80, 640, 77, True), (8, 160, 1280, 77, True), (4, 12, 48, 16, True)],
 )
-def test_weights_are_folded_in_where_that_is_less_work(
-    heads: int, d: int, channels: int, tokens: int, folds: bool
-) -> None:
-    """Counted by torch, of one position."""
+def test_weights_are_folded_if_that_is_less_work(heads: int, d: int, channels: int, tokens: int, folds: bool) -> None:
+    """Products at one position, counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     attention, text, x = cross(heads, d, channels), torch.randn(1, tokens, 10), torch.randn(1, 1, channels)
     key, value = attention.to_k(text), attention.to_v(text)
     folded = cpu.fold_attention(attention, key, value)
     assert (folded is not None) == folds
-    as_it_is = 2 * (2 * channels * heads * d + 2 * tokens * heads * d)
+    unfolded = 2 * (2 * channels * heads * d + 2 * tokens * heads * d)
     if folded is None:
-        assert as_it_is < 2 * 2 * heads * tokens * channels
+        assert unfolded < 2 * 2 * heads * tokens * channels
         return
     with FlopCounterMode(display=False) as counter:
         folded(x)
-    assert counter.get_total_flops() <= as_it_is
+    assert counter.get_total_flops() <= unfolded
 
 
 def hooked(module: nn.Module) -> None:
@@ -83,20 +81,20 @@ def offloaded(module: Any) -> None:
 
 
 def replaced(module: Any) -> None:
-    whole = module.forward
-    module.forward = lambda x: whole(x)
+    original = module.forward
+    module.forward = lambda x: original(x)
 
 
 def subclassed(module: nn.Module) -> None:
-    module.__class__ = type("Theirs", (type(module),), {})
+    module.__class__ = type("Subclass", (type(module),), {})
 
 
-LOOKED_INTO = [hooked, hooked_before, hooked_behind, offloaded, replaced, subclassed]
+CHANGES = [hooked, hooked_before, hooked_behind, offloaded, replaced, subclassed]
 
 
-@pytest.mark.parametrize("change", LOOKED_INTO)
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("part", ["to_q", "to_out.0"])
-def test_an_attention_that_is_looked_into_is_left_as_it_is(change: Callable[[Any], None], part: str) -> None:
+def test_an_attention_with_changed_layers_is_not_folded(change: Callable[[Any], None], part: str) -> None:
     attention, text = cross(2, 8, 16), torch.randn(1, 3, 10)
     key, value = attention.to_k(text), attention.to_v(text)
     assert cpu.fold_attention(attention, key, value) is not None
@@ -104,7 +102,7 @@ def test_an_attention_that_is_looked_into_is_left_as_it_is(change: Callable[[Any
     assert cpu.fold_attention(attention, key, value) is None
 
 
-def test_queries_with_a_bias_are_left_as_they_are() -> None:
+def test_queries_with_a_bias_are_not_folded() -> None:
     attention = Attention(16, 10, 2, dim_head=8, bias=True)
     text = torch.randn(1, 3, 10)
     assert cpu.fold_attention(attention, attention.to_k(text), attention.to_v(text)) is None
@@ -126,8 +124,8 @@ def test_upsampling_is_one_transposed_convolution(n: int, height: int, width: in
     assert_close(F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("change", LOOKED_INTO)
-def test_a_convolution_that_is_looked_into_has_no_kernel(change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_convolution_has_no_kernel(change: Callable[[Any], None]) -> None:
     conv = convolution()
     change(conv)
     assert cpu.transposed_kernel(conv) is None
@@ -155,7 +153,7 @@ def feed_forward() -> Any:
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes."""
+    """The number of elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -175,13 +173,13 @@ def test_a_feed_forward_layer_in_pieces(monkeypatch: pytest.MonkeyPatch, rows: i
     monkeypatch.setattr(cpu, "_MIN_PIECE_ROWS", 2)
     for x in (torch.randn(rows, 1, 6), torch.randn(1, rows, 6), torch.randn(3, rows, 6)):
         with Largest() as largest:
-            found = cpu.feed_forward(layers, x)
-        assert_close(found, layers(x), **CLOSE)
+            output = cpu.feed_forward(layers, x)
+        assert_close(output, layers(x), **CLOSE)
         weights = layers.net[0].proj.weight.numel()
         assert largest.elements == max(min(8, x.shape[0] * x.shape[1]) * widest, weights, x.numel())
 
 
-def test_a_piece_is_worth_reading_the_weights_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_have_a_minimum_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_PIECE_ELEMENTS", 1)
     layers, x = feed_forward(), torch.randn(4, 300, 6)
     with Largest() as largest:
@@ -191,17 +189,17 @@ def test_a_piece_is_worth_reading_the_weights_for(monkeypatch: pytest.MonkeyPatc
 
 def test_a_feed_forward_layer_is_differentiable() -> None:
     layers, x = feed_forward(), torch.randn(2, 700, 6)
-    by_torch = torch.func.grad(lambda x: layers(x).square().sum())(x)
-    by_us = torch.func.grad(lambda x: cpu.feed_forward(layers, x).square().sum())(x)
-    assert_close(by_us, by_torch, rtol=1e-4, atol=1e-5)
-    asked = x.clone().requires_grad_()
-    cpu.feed_forward(layers, asked).square().sum().backward()
-    assert_close(asked.grad, by_torch, rtol=1e-4, atol=1e-5)
+    expected = torch.func.grad(lambda x: layers(x).square().sum())(x)
+    ours = torch.func.grad(lambda x: cpu.feed_forward(layers, x).square().sum())(x)
+    assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    leaf = x.clone().requires_grad_()
+    cpu.feed_forward(layers, leaf).square().sum().backward()
+    assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["", "net.0", "net.0.proj", "net.1", "net.2"])
-@pytest.mark.parametrize("change", [None, *LOOKED_INTO])
-def test_a_feed_forward_layer_that_is_looked_into_is_called(
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_a_changed_feed_forward_layer_is_called(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None] | None, part: str
 ) -> None:
     layers, x, seen = feed_forward(), torch.randn(2, 3, 6), []
@@ -220,7 +218,7 @@ def test_a_feed_forward_layer_that_is_looked_into_is_called(
     assert bool(seen) == (change is not None)
 
 
-def test_a_feed_forward_layer_of_somebody_elses_is_called() -> None:
+def test_an_unknown_feed_forward_layer_is_called() -> None:
     class Own(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * x
@@ -235,7 +233,7 @@ def test_other_feed_forward_layers_are_called_as_they_are(options: dict[str, Any
     assert_close(cpu.feed_forward(layers, x), layers(x), rtol=0, atol=0)
 
 
-def test_elsewhere_a_feed_forward_layer_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_call_the_feed_forward_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     forward = FeedForward.forward
     monkeypatch.setattr(FeedForward, "forward", lambda self, x: seen.append(1) or forward(self, x))
@@ -244,7 +242,7 @@ def test_elsewhere_a_feed_forward_layer_is_one(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [1]
 
 
-def test_a_namesake_is_called() -> None:
+def test_a_class_of_the_same_name_is_called() -> None:
     layers, x = feed_forward(), torch.randn(2, 3, 6)
     gate = layers.net[0]
     gate.__class__ = type(
@@ -254,7 +252,7 @@ def test_a_namesake_is_called() -> None:
     assert_close(cpu.feed_forward(layers, x), expected, **CLOSE)
 
 
-def test_an_output_without_a_bias_is_left_as_it_is() -> None:
+def test_an_output_layer_without_bias_is_called() -> None:
     layers, x = feed_forward(), torch.randn(2, 3, 6)
     layers.net[2].bias = None
     assert_close(cpu.feed_forward(layers, x), layers(x), **CLOSE)

@@ -75,7 +75,7 @@ def vit(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("size", [(37, 53), (61, 21), (20, 20), (21, 30)])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_images_are_prepared_as_the_processor_prepares_them(name: str, size: tuple[int, int], vit: Path) -> None:
+def test_preprocessing_equals_the_image_processor(name: str, size: tuple[int, int], vit: Path) -> None:
     folder = write(vit, make("ViTModel", transformers.ViTConfig(**SEES)), name)
     images = pictures(2, *size)
     with quiet():
@@ -86,16 +86,16 @@ def test_images_are_prepared_as_the_processor_prepares_them(name: str, size: tup
     assert_close(vision._preprocessing(folder)(images / 255) * unit, expected.float() * unit, atol=LEVELS, rtol=0.0)
 
 
-def test_a_preparation_by_hand() -> None:
+def test_preprocessing_by_hand() -> None:
     image = torch.arange(48.0).view(1, 3, 4, 4) / 48
     preprocess = vision.Preprocessing(None, "bilinear", True, (2, 1), (0.25, 0.5, 0.5), (0.5, 0.25, 1.0))
     # Rows 1 and 2, column 1 of 0 to 3.
     by_hand = [[5, 9], [21, 25], [37, 41]]
-    shown = [
+    expected = [
         [(value / 48 - m) / s for value in row]
         for row, m, s in zip(by_hand, (0.25, 0.5, 0.5), (0.5, 0.25, 1.0), strict=True)
     ]
-    assert_close(preprocess(image), torch.tensor(shown).view(1, 3, 2, 1))
+    assert_close(preprocess(image), torch.tensor(expected).view(1, 3, 2, 1))
 
 
 def test_a_bicubic_overshoot_is_clamped() -> None:
@@ -135,7 +135,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_are_what_the_model_gives(name: str, tmp_path: Path) -> None:
+def test_features_are_the_models_output(name: str, tmp_path: Path) -> None:
     kind, output = name.split()
     model = MODELS[name]()
     extractor = vision.load_features(write(tmp_path / "tiny", model))
@@ -149,7 +149,7 @@ def test_features_are_what_the_model_gives(name: str, tmp_path: Path) -> None:
     assert_close(extractor(images[1:2]), features[1:2], **NETWORK)
 
 
-def test_a_whole_clip_gives_its_image_features(tmp_path: Path) -> None:
+def test_a_complete_clip_model_gives_its_image_features(tmp_path: Path) -> None:
     model = clip()
     extractor = vision.load_features(write(tmp_path / "tiny", model, "clip"))
     images = pictures(2, 37, 53) / 255
@@ -183,21 +183,21 @@ def test_hidden_states_on_a_grid_are_averaged_over_it(tmp_path: Path) -> None:
 
 def test_features_are_float32_without_a_gradient_whatever_the_dtype(vit: Path) -> None:
     images = (pictures(2, 37, 53) / 255).requires_grad_()
-    whole, half = vision.load_features(vit), vision.load_features(str(vit), dtype=torch.bfloat16)
+    single, half = vision.load_features(vit), vision.load_features(str(vit), dtype=torch.bfloat16)
     assert next(half.network.args[0].parameters()).dtype == torch.bfloat16
-    for features in (whole(images), half(images), whole(images.half())):
+    for features in (single(images), half(images), single(images.half())):
         assert features.dtype == torch.float32
         assert not features.requires_grad
-    assert_close(half(images), whole(images), atol=0.05, rtol=0.0)  # bfloat16 has 8 bits, of values below 1
-    assert not torch.equal(half(images), whole(images))
+    assert_close(half(images), single(images), atol=0.05, rtol=0.0)  # bfloat16 has 8 bits, of values below 1
+    assert not torch.equal(half(images), single(images))
 
 
-def test_nothing_is_asked_of_a_network(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **_: asked.append(host))
-    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+def test_loading_makes_no_network_request(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **_: requests.append(host))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: requests.append(address))
     vision.load_features(vit)
-    assert asked == []
+    assert requests == []
 
 
 @pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), pictures(1, 8, 8)])
@@ -245,7 +245,7 @@ def test_a_folder_without_its_processor_is_refused(vit: Path) -> None:
         ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, r"could not be run: "),
     ],
 )
-def test_an_unusual_preparation_is_refused(settings: dict[str, Any], message: str, vit: Path) -> None:
+def test_other_preprocessing_is_refused(settings: dict[str, Any], message: str, vit: Path) -> None:
     file = vit / "preprocessor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
     with pytest.raises(ValueError, match=message):
@@ -268,7 +268,7 @@ def test_a_model_without_all_its_weights_is_refused(vit: Path) -> None:
 
 
 def test_the_games_are_played_with_any_extractor(vit: Path) -> None:
-    """Distances are of its features, and its name is told."""
+    """The distances use its features, and its name is recorded."""
     engine, extract = Engine.from_pretrained("shapes", device="cpu"), vision.load_features(vit)
     jobs = [engine.job("a blue square on a gray background", num_steps=2, seed=seed) for seed in (0, 1)]
     found = evaluate.games(engine.denoiser, engine.sample, jobs, [Random()], features=extract)

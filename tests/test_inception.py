@@ -70,15 +70,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 
 @pytest.mark.parametrize("variant", ["torchvision", "fid"])
-def test_inception_gives_the_features_that_torchvision_gives(variant: str, files: dict[str, Path]) -> None:
+def test_features_are_torchvisions(variant: str, files: dict[str, Path]) -> None:
     extractor = vision.load_features(files[variant])
     label = {"torchvision": "torchvision", "fid": "FID"}[variant]
     assert extractor.name == f"inception-v3 ({label}) {files[variant].name}"
     assert not any(parameter.requires_grad for parameter in extractor.network.parameters())
     features = extractor(scene())
     assert features.shape == (1, 2048)
-    found = [*features[0, [0, 1000, 2047]], features.mean(), features.std()]
-    assert_close(torch.stack(found), torch.tensor(TORCHVISION[variant]), **NETWORK)
+    statistics = [*features[0, [0, 1000, 2047]], features.mean(), features.std()]
+    assert_close(torch.stack(statistics), torch.tensor(TORCHVISION[variant]), **NETWORK)
 
 
 def test_inception_has_the_parameters_that_torchvision_publishes() -> None:
@@ -92,27 +92,27 @@ def test_inception_has_the_parameters_that_torchvision_publishes() -> None:
 
 
 def test_inceptions_maps_have_the_published_sizes() -> None:
-    found = {}
+    shapes = {}
     with torch.device("meta"):
         network = inception.InceptionV3("torchvision")
         for name, block in network.named_children():
-            block.register_forward_hook(lambda _, __, y, name=name: found.update({name: (*y.shape[1:],)}))
+            block.register_forward_hook(lambda _, __, y, name=name: shapes.update({name: (*y.shape[1:],)}))
         assert network(torch.zeros(2, 3, 299, 299)).shape == (2, 2048)
-    assert {name[-2:]: shape for name, shape in found.items() if name.startswith("Mixed")} == {
+    assert {name[-2:]: shape for name, shape in shapes.items() if name.startswith("Mixed")} == {
         name: (channels, side, side) for name, (channels, side) in MAPS.items()
     }
-    assert found["Conv2d_2b_3x3"] == (64, 147, 147)
-    assert found["Conv2d_4a_3x3"] == (192, 71, 71)
+    assert shapes["Conv2d_2b_3x3"] == (64, 147, 147)
+    assert shapes["Conv2d_4a_3x3"] == (192, 71, 71)
 
 
 def test_the_pools_by_hand() -> None:
     corner = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 8.0, 0.0], [0.0, 0.0, -4.0]])[None, None]
     alone = -torch.ones(1, 1, 1, 1)
-    shown = {
+    outputs = {
         name: (pool(corner)[0, 0, 0, 0], pool(alone)) for name, pool in inception.POOLS.items() if name != "reduction"
     }
     # 1 − 2 − 3 + 8 = 4 over 9 or 4 places; a place alone among zeros, among nothing, and its maximum.
-    assert shown == {"average with padding": (torch.tensor(4 / 9), -1 / 9), "average": (1, -1), "maximum": (8, -1)}
+    assert outputs == {"average with padding": (torch.tensor(4 / 9), -1 / 9), "average": (1, -1), "maximum": (8, -1)}
     assert inception.POOLS["reduction"](torch.arange(25.0).view(1, 1, 5, 5)).flatten().tolist() == [12, 14, 22, 24]
 
 
@@ -120,13 +120,13 @@ def test_the_fid_variant_differs_in_its_pools() -> None:
     with torch.device("meta"):
         networks = {variant: inception.InceptionV3(variant) for variant in ("torchvision", "fid")}
     names = {id(pool): name for name, pool in inception.POOLS.items()}
-    found = {
+    pools = {
         variant: {key[-2:]: names[id(block.pool)] for key, block in network.named_children() if key[:5] == "Mixed"}
         for variant, network in networks.items()
     }
     halving = {"6a": "reduction", "7a": "reduction"}
-    assert found["torchvision"] == {**dict.fromkeys(MAPS, "average with padding"), **halving}
-    assert found["fid"] == {**dict.fromkeys(MAPS, "average"), **halving, "7c": "maximum"}
+    assert pools["torchvision"] == {**dict.fromkeys(MAPS, "average with padding"), **halving}
+    assert pools["fid"] == {**dict.fromkeys(MAPS, "average"), **halving, "7c": "maximum"}
     with pytest.raises(ValueError, match="variant 'tf' is not known: expected one of torchvision, fid"):
         inception.InceptionV3("tf")
 
@@ -139,31 +139,31 @@ def test_images_are_resized_and_scaled_for_each_variant(files: dict[str, Path]) 
     # With it, a triangle eight pixels wide.
     ramp = torch.tensor([1.0, 3.0, 5.0, 7.0, 7.0, 5.0, 3.0, 1.0]) / 32
     rows = F.conv2d(images[..., 2:, 2:].transpose(0, 1), ramp.outer(ramp)[None, None], stride=4).transpose(0, 1)
-    shown = vision.load_features(files["torchvision"]).preprocess(images)
-    assert_close(shown[..., 1:-1, 1:-1], 2 * rows - 1, rtol=0.0, atol=1e-6)
+    preprocessed = vision.load_features(files["torchvision"]).preprocess(images)
+    assert_close(preprocessed[..., 1:-1, 1:-1], 2 * rows - 1, rtol=0.0, atol=1e-6)
 
 
-def saved(folder: Path, found: Any, name: str = "weights.pth") -> Path:
-    torch.save(found, folder / name)
+def saved(folder: Path, contents: Any, name: str = "weights.pth") -> Path:
+    torch.save(contents, folder / name)
     return folder / name
 
 
 def test_a_file_of_anything_else_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    whole = load_file(files["fid"])
+    weights = load_file(files["fid"])
     few = {"fc.weight": torch.zeros(1000, 2048), "conv1.weight": torch.zeros(1)}
     cases = {
         "has a classifier of 10 classes: expected the weights of Inception-v3": {"fc.weight": torch.zeros(10, 2048)},
         r"has 6 tensors \(a, b, c, d, …\) and no fc\.weight: expected": dict.fromkeys("abcdef", torch.zeros(1)),
         "has 0 tensors": {},
         "has 1000 classes and is not Inception-v3 with torchvision's names: .*Missing key": few,
-        "has 1008 classes and is not Inception-v3 .*Unexpected key.*extra": {**whole, "extra": torch.zeros(1)},
+        "has 1008 classes and is not Inception-v3 .*Unexpected key.*extra": {**weights, "extra": torch.zeros(1)},
         "holds a dict of epoch, state_dict: expected a state dict": {"epoch": 1, "state_dict": few},
         "holds a list: expected a state dict": [torch.zeros(1)],
         "could not be read as a file of weights alone": torch.nn.Linear(1, 1),
     }
-    for message, found in cases.items():
+    for message, contents in cases.items():
         with pytest.raises(ValueError, match=message):
-            vision.load_features(saved(tmp_path, found))
+            vision.load_features(saved(tmp_path, contents))
     with pytest.raises(ValueError, match=r"is not a weights file: expected one that ends in \.pth, \.pt or \.safe"):
         vision.load_features(saved(tmp_path, {}, "weights.bin"))
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What is Stable Diffusion XL's own: two text encoders, added conditions, and a codec that float16 is too small for."""
+"""Stable Diffusion XL: two text encoders, added conditions, and a codec that overflows in float16."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def kind_of(kind: Any, pipeline: Any, **options: Any) -> Any:
 
 @torch.no_grad()
 def test_conditions_are_those_of_the_pipeline(pipeline: Any) -> None:
-    """Its texts and pooled texts, for guidance by nothing at all and by the text of a blank."""
+    """Texts and pooled texts of prompts, of empty prompts and of a blank."""
     denoiser = adapted(pipeline)
     got, blank, empty = (denoiser.encode_prompts(prompts).tensors for prompts in (PROMPTS, [" "] * 2, [""] * 2))
     text, no_text, pooled, no_pooled = pipeline.encode_prompt(PROMPTS)
@@ -68,7 +68,7 @@ def test_sizes_are_the_images_own(pipeline: Any) -> None:
     assert sizes.tolist() == [[64, 96, 0, 0, 64, 96]] * 2
 
 
-def test_empty_prompts_are_encoded_where_the_pipeline_says_so(pipeline: Any) -> None:
+def test_empty_prompts_are_encoded_if_the_pipeline_says_so(pipeline: Any) -> None:
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     denoiser = adapted(pipeline)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_the_refiner_is_refused(pipeline: Any) -> None:
             adapt(given)
 
 
-def test_both_tokenizers_must_take_a_prompt_whole(pipeline: Any) -> None:
+def test_a_prompt_must_fit_both_tokenizers(pipeline: Any) -> None:
     pipeline.tokenizer_2.model_max_length = 10
     denoiser = adapted(pipeline)
     with torch.no_grad(), pytest.raises(ValueError, match=r"has 9 tokens and the model takes 8: 'of' would be cut"):
@@ -107,13 +107,13 @@ def test_both_tokenizers_must_take_a_prompt_whole(pipeline: Any) -> None:
 @torch.no_grad()
 def test_the_codec_is_upcast_only_while_it_is_used(pipeline: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Latents that overflow a decoder in float16 are decoded as in float32; the pipeline keeps its dtype."""
-    whole = adapted(pipeline)
-    x = 4 * torch.randn(2, *whole.latent_shape, generator=torch.Generator().manual_seed(0))
-    images = torch.rand(1, 3, *whole.image_shape, generator=torch.Generator().manual_seed(1))
+    single = adapted(pipeline)
+    x = 4 * torch.randn(2, *single.latent_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1, 3, *single.image_shape, generator=torch.Generator().manual_seed(1))
     pipeline.vae.decoder.conv_in.weight.mul_(2000)
     rounded = pipeline.vae.state_dict()
     pipeline.vae.load_state_dict({name: weight.half().float() for name, weight in rounded.items()})
-    want = whole.decode(x), whole.encode(images)
+    want = single.decode(x), single.encode(images)
     with quiet():
         half = adapted(pipeline.to(torch.float16))
     assert half.vae.dtype == torch.float16

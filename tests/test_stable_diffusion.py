@@ -1,4 +1,4 @@
-"""The adapter against diffusers' own pipelines, on the true topologies at an eighth of their width."""
+"""The adapter against diffusers' own pipelines, on the published topologies at an eighth of their width."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from dfengine.models.loading import quiet
 
 @pytest.mark.parametrize(("name", "negative"), [("sd15", ""), ("sd21", "blurry"), ("sdxl", "")])
 def test_a_generation_is_diffusers_pipeline(saved: Callable[[str], Path], name: str, negative: str) -> None:
-    """Their own call, by DDIM from the same noise; sd21 predicts v."""
+    """diffusers' own call, by DDIM from the same noise; sd21 predicts v."""
     denoiser = load(saved(name), device="cpu")
     job, call = {"negative_prompt": negative}, {"negative_prompt": negative or None}
     ours, theirs = both_ways(denoiser, pipeline_of(saved(name)), PROMPT, job, call)
@@ -25,7 +25,7 @@ def test_a_generation_is_diffusers_pipeline(saved: Callable[[str], Path], name: 
 
 
 def test_zero_terminal_snr_is_diffusers_pipeline(tmp_path: Path) -> None:
-    """From pure noise at ᾱ = 0, where x0 comes of v alone."""
+    """From pure noise at ᾱ = 0, where x0 = −v."""
     changes = {"scheduler": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
     with quiet():
         random_pipeline(reduced("sd21", tmp_path / "configs", changes)).save_pretrained(tmp_path / "pipeline")
@@ -77,7 +77,7 @@ def test_a_model_that_is_not_square_needs_no_size(tmp_path: Path) -> None:
 
 
 def test_the_size_is_part_of_the_models_name() -> None:
-    """Files and their items are told apart by it."""
+    """It distinguishes files and items."""
     denoiser = Engine.from_pretrained("shapes", device="cpu", image_size=(64, 96)).denoiser
     assert (denoiser.name, denoiser.latent_shape[1:]) == ("shapes (64×96 pixels)", (16, 24))
     assert Engine.from_pretrained("shapes", device="cpu", image_size=(64, 64)).denoiser.name == "shapes"
@@ -92,7 +92,7 @@ def test_impossible_sizes_are_refused(saved: Callable[[str], Path], size: tuple[
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def test_networks_that_want_more_than_a_prompt_are_refused(tmp_path: Path) -> None:
+def test_networks_with_other_inputs_are_refused(tmp_path: Path) -> None:
     for entry, value, message in (
         ("in_channels", 9, "the UNet takes 9 channels but latents have 4: UNets for inpainting"),
         ("time_cond_proj_dim", 32, "conditioned on the guidance scale"),

@@ -1,4 +1,4 @@
-"""Our own way through a UNet against diffusers' own forward, on the true topologies, and when it stands aside."""
+"""The fast forward against diffusers' own, on the published topologies, and the cases it leaves to diffusers."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ from dfengine.models import adapt, load
 from dfengine.models.unet.cpu import FoldedAttention
 from dfengine.models.unet.forward import unsupported_reason
 
-#: float32 through a whole network, its sums in another order.
+#: float32 through a complete network, summed in another order.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 PROMPTS = [PROMPT, "an oil painting of a tree", ""]
 MODELS = ["shapes", "sd15", "sd21", "sdxl"]
@@ -124,7 +124,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     assert len(seen) == 2 * len(convolutions) > 20
     assert all(seen)
     assert copies.elements == []
-    # Nobody looks on, and upsampling is one operation.
+    # Without hooks, upsampling is a single operation.
     network = denoiser.with_prompts(condition)
     network(x, t, 0)
     with Copies() as copies:
@@ -146,28 +146,28 @@ def test_two_prompts_a_latent(model: Callable[[str], Denoiser], name: str, size:
         for module in (denoiser.unet.conv_in, denoiser.unet.conv_out)
     ]
     try:
-        found = [network.both(x, t, told) for told in (rows, (2, 1))]
+        outputs = [network.both(x, t, pair) for pair in (rows, (2, 1))]
     finally:
         for hook in hooks:
             hook.remove()
-    for both, told in zip(found, (rows, torch.tensor([[2], [1]]).expand(2, 5)), strict=True):
-        for output, row in zip(both, told, strict=True):
+    for both, pair in zip(outputs, (rows, torch.tensor([[2], [1]]).expand(2, 5)), strict=True):
+        for output, row in zip(both, pair, strict=True):
             assert_close(output, denoiser.predict(x, t, condition[row]), **CLOSE)
     if name != "sdxl" and size % 2 == 0:
         assert max(count for _, count in counts) <= size
     into, out = (sum(n for seen, n in counts if seen is module) for module in counts_of(denoiser))
     assert out == 4 * len(x)
-    # SDXL is told of a prompt beside its text, from the first layer on; an odd batch cannot be halved.
+    # SDXL's added condition of the prompt enters at the first layer; an odd batch cannot be halved.
     assert into == (4 if name == "sdxl" or size % 2 else 2) * len(x)
 
 
-def any_of(denoiser: Denoiser) -> Any:
-    """Without its type, which has no network."""
+def untyped(denoiser: Denoiser) -> Any:
+    """The denoiser as Any: the base class declares no network."""
     return denoiser
 
 
 def counts_of(denoiser: Denoiser) -> tuple[torch.nn.Module, torch.nn.Module]:
-    unet = any_of(denoiser).unet
+    unet = untyped(denoiser).unet
     return unet.conv_in, unet.conv_out
 
 
@@ -175,43 +175,43 @@ def counts_of(denoiser: Denoiser) -> tuple[torch.nn.Module, torch.nn.Module]:
 @pytest.mark.parametrize(
     "part", ["attn2.to_q", "attn2.to_out.0", "ff", "ff.net.0", "ff.net.0.proj", "ff.net.2", "upsampler"]
 )
-def test_whoever_looks_into_a_layer_sees_it_called(part: str) -> None:
+def test_a_hooked_layer_is_called(part: str) -> None:
     denoiser = embedded()
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
-    unet = any_of(denoiser).unet
+    unet = untyped(denoiser).unet
     block = "up_blocks.1.attentions.1.transformer_blocks.0."
-    watched = unet.get_submodule("up_blocks.0.upsamplers.0.conv" if part == "upsampler" else block + part)
+    module = unet.get_submodule("up_blocks.0.upsamplers.0.conv" if part == "upsampler" else block + part)
     plain, seen = denoiser.with_prompts(condition)(x, t, 0), []
-    hook = watched.register_forward_hook(lambda *_: seen.append(1))
+    hook = module.register_forward_hook(lambda *_: seen.append(1))
     assert unsupported_reason(unet) is None
     assert_close(denoiser.with_prompts(condition)(x, t, 0), plain, **CLOSE)
     assert len(seen) == 1
     hook.remove()
-    # Nor is a forward of somebody's own passed by.
-    whole = watched.forward
-    watched.forward = lambda *args, **kwargs: 0 * whole(*args, **kwargs)
+    # A patched forward is called, too.
+    original = module.forward
+    module.forward = lambda *args, **kwargs: 0 * original(*args, **kwargs)
     assert (denoiser.with_prompts(condition)(x, t, 0) - plain).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_keys_values_and_time_embeddings_are_made_once(
+def test_keys_values_and_time_embeddings_are_computed_once(
     model: Callable[[str], Denoiser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser, calls = model("sd15"), []
     blocks = [m for name, m in denoiser.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    watched = {*blocks, denoiser.unet.time_embedding.linear_1}
+    module = {*blocks, denoiser.unet.time_embedding.linear_1}
     linear = torch.nn.Linear.forward
 
     def count(module: torch.nn.Linear, x: Tensor) -> Tensor:
-        calls.extend([1] * (module in watched))
+        calls.extend([1] * (module in module))
         return linear(module, x)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", count)
     network = denoiser.with_prompts(prompts_of(denoiser))
-    assert len(calls) == len(watched) == 2 * 16 + 1
+    assert len(calls) == len(module) == 2 * 16 + 1
     for _ in range(3):
         network(*batch(denoiser), 1)
-    assert len(calls) == len(watched)
+    assert len(calls) == len(module)
 
 
 def hook(pipeline: Any) -> None:
@@ -250,8 +250,8 @@ def offload(pipeline: Any) -> None:
 
 def replace_forward(pipeline: Any) -> None:
     attention = pipeline.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1
-    whole = attention.forward
-    attention.forward = lambda *args, **kwargs: 0.5 * whole(*args, **kwargs)
+    original = attention.forward
+    attention.forward = lambda *args, **kwargs: 0.5 * original(*args, **kwargs)
 
 
 def replace_class(pipeline: Any) -> None:
@@ -293,7 +293,7 @@ def no_mid_block(pipeline: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected_reason"),
     [
         (hook, "mid_block.attentions.0 has a hook"),
         (hook_before, "it has a hook"),
@@ -313,8 +313,8 @@ def no_mid_block(pipeline: Any) -> None:
         (rescale, r"output_scale_factor of up_blocks.1.resnets.0 is 2.0"),
     ],
 )
-def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
-    saved: Callable[[str], Path], change: Callable[[Any], None], said: str, caplog: pytest.LogCaptureFixture
+def test_an_unsupported_unet_falls_back_to_diffusers_forward(
+    saved: Callable[[str], Path], change: Callable[[Any], None], expected_reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline = pipeline_of(saved("sd15"))
     denoiser = adapt(pipeline)
@@ -326,14 +326,14 @@ def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
     assert type(before) is not PromptedDenoiser
     assert len(denoiser.performance_warnings()) == 1
     for message in (caplog.messages[0], denoiser.performance_warnings()[0]):
-        assert re.search(said, message)
+        assert re.search(expected_reason, message)
     x, t = batch(denoiser)
     text = denoiser.encode_prompts([PROMPT]).tensors["text"].expand(5, -1, -1)
     assert_close(network(x, t, 0), pipeline.unet(x, t, text).sample, **CLOSE)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected_reason"),
     [
         ({"resnet_time_scale_shift": "scale_shift"}, "time_embedding_norm of .* is 'scale_shift'"),
         ({"center_input_sample": True}, "its center_input_sample is True"),
@@ -346,15 +346,15 @@ def test_a_unet_that_is_more_than_we_know_runs_by_its_own_forward(
         ({"downsample_padding": 0}, "padding of .* is 0"),
     ],
 )
-def test_other_architectures_are_told_apart(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_other_architectures_are_recognised(tmp_path: Path, changes: dict[str, Any], expected_reason: str) -> None:
     unet = random_pipeline(reduced("sd15", tmp_path, {"unet": changes})).unet
-    different = unsupported_reason(unet)
-    assert different is not None
-    assert re.search(said, different), different
+    reason = unsupported_reason(unet)
+    assert reason is not None
+    assert re.search(expected_reason, reason), reason
 
 
 @torch.no_grad()
-def test_weights_that_change_between_runs_are_the_runs_weights(saved: Callable[[str], Path]) -> None:
+def test_weights_changed_between_runs_apply(saved: Callable[[str], Path]) -> None:
     denoiser = load(saved("sd15"), device="cpu")
     (x, t), condition = batch(denoiser), denoiser.encode_prompts([PROMPT])
     before = denoiser.with_prompts(condition)(x, t, 0)
@@ -368,7 +368,7 @@ def test_weights_that_change_between_runs_are_the_runs_weights(saved: Callable[[
         before = after
 
 
-def test_a_gradient_is_there_whatever_was_called_before() -> None:
+def test_gradients_do_not_depend_on_earlier_calls() -> None:
     denoiser = embedded()
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     text = condition.tensors["text"].clone().requires_grad_()
@@ -378,21 +378,21 @@ def test_a_gradient_is_there_whatever_was_called_before() -> None:
     with torch.inference_mode():
         network(x, t, 1)
     for row in (0, 1):
-        (found,) = torch.autograd.grad(network(x, t, row).square().sum(), text, retain_graph=True)
-        assert found[row].abs().max() > 0
+        (gradient,) = torch.autograd.grad(network(x, t, row).square().sum(), text, retain_graph=True)
+        assert gradient[row].abs().max() > 0
     assert_close(network(x, t, 0).detach(), expected, **CLOSE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "folds"), [("float32", True), ("bfloat16", False)])
-def test_scores_are_a_products_results_in_float32_alone(dtype: str, folds: bool) -> None:
+def test_attentions_are_folded_in_float32_only(dtype: str, folds: bool) -> None:
     denoiser = Engine.from_pretrained("shapes", device="cpu", dtype=dtype).denoiser
-    told: list[bool] = []
+    is_folded: list[bool] = []
 
     def note(*args: Any, **_: Any) -> Tensor:
-        told.extend(isinstance(text, FoldedAttention) for text in args[3])
+        is_folded.extend(isinstance(text, FoldedAttention) for text in args[3])
         return args[1]
 
-    denoiser.compiled, any_of(denoiser)._compiled, any_of(denoiser)._compiled_size = True, note, 5
+    denoiser.compiled, untyped(denoiser)._compiled, untyped(denoiser)._compiled_size = True, note, 5
     denoiser.with_prompts(prompts_of(denoiser))(*batch(denoiser), 0)
-    assert told == [folds] * 7
+    assert is_folded == [folds] * 7

@@ -89,7 +89,8 @@ def _visited(scheduler: Any, schedule: NoiseSchedule, num_steps: int) -> list[fl
             "which is not supported: choose sampling 'early' or 'latter', or give a list"
         )
     if isinstance(scheduler, ExponentialDDIMScheduler):  # here "uniform" is the configuration's own spacing
-        own = DDIMScheduler.from_config({k: v for k, v in config.items() if k not in ("stage", "gamma")})
+        # Without diffusers' private entries, which would reset some of the others to defaults.
+        own = DDIMScheduler.from_config({key: value for key, value in config.items() if key[0] != "_"})
     else:
         own = copy.deepcopy(scheduler)
         if "skip_prk_steps" in config:  # PNDM's Runge-Kutta warm-up evaluates between its steps
