@@ -27,7 +27,8 @@ from nbclient import NotebookClient
 from PIL import Image
 from test_result import whole
 
-from dfengine import Engine, Random, StepMap, progress
+from dfengine import Engine, Random, StepMap
+from dfengine.display import progress
 
 if TYPE_CHECKING:
     from dfengine.diffusion.denoiser import Denoiser
