@@ -111,7 +111,7 @@ def room_of(module: str) -> str:
     inner = rest.partition(".")[0]
     if package == "dfkernels":
         return "dfkernels.fused" if inner == "fused" else "dfkernels"
-    return inner
+    return "cli" if inner == "__main__" else inner
 
 
 def module_of(path: Path) -> str:
