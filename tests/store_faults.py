@@ -3,8 +3,9 @@
     LD_PRELOAD=shim.so python store_faults.py shim.so FOLDER ERRNO SCENARIO PLAN STRIDE
 
 Each run is a fork. Its process is killed before its Nth write (ERRNO 0), or that write and all later ones fail with
-ERRNO, for every STRIDEth N until a run completes. What remains is read and compared, and every eighth run (second, with a
-stride) is then resumed. A scenario is a new file, a resumed file, a segment of a run folder (new or resumed), or a merge.
+ERRNO, for every STRIDEth N until a run completes. What remains is read and compared, and every eighth run is then
+resumed (with a stride, every second). A scenario is a new file, a resumed file, a segment of a run folder (new or
+resumed), or a merge.
 """
 
 import ctypes
