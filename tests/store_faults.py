@@ -1,10 +1,11 @@
 """Writes a run repeatedly, with the disk failing at every single write; run by test_store_faults.
 
-    LD_PRELOAD=shim.so python store_faults.py shim.so FOLDER ERRNO SCENARIO PLAN
+    LD_PRELOAD=shim.so python store_faults.py shim.so FOLDER ERRNO SCENARIO PLAN STRIDE
 
 Each run is a fork. Its process is killed before its Nth write (ERRNO 0), or that write and all later ones fail with
-ERRNO, for every N until a run completes. What remains is read and compared, and every eighth run is then resumed. A
-scenario is a new file, a resumed file, a segment of a run folder (new or resumed), or a merge.
+ERRNO, for every STRIDEth N until a run completes. What remains is read and compared, and every eighth run is then
+resumed (with a stride, every second). A scenario is a new file, a resumed file, a segment of a run folder (new or
+resumed), or a merge.
 """
 
 import ctypes
@@ -132,7 +133,7 @@ def in_a_fork(shim: ctypes.CDLL, scenario: Scenario, folder: Path, plan: store.P
     sys.exit(status)
 
 
-def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: store.Plan) -> None:
+def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: store.Plan, stride: int) -> None:
     # Built in memory, without a write to the disk: once for each plan is enough.
     built, build_file = {}, template.build_file
     template.environment = lambda device: "{}"
@@ -141,7 +142,8 @@ def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: 
     start.mkdir()
     scenario.prepare(start, plan)
     before = scenario.marks(start, plan)
-    for nth in range(1, 1_000_000):
+    resumed = 8 if stride == 1 else 2  # of so many runs, one
+    for run, nth in enumerate(range(1, 1_000_000, stride), 1):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
         status = in_a_fork(shim, scenario, folder, plan, nth, error)
@@ -151,7 +153,7 @@ def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: 
         if status == 0:
             break
         assert status == (3 if error else 77), f"write {nth}: status {status}"
-        if nth % 8 == 0 and marks < total(plan):
+        if run % resumed == 0 and marks < total(plan):
             scenario.run(folder, plan)
             assert scenario.marks(folder, plan) == total(plan), f"write {nth}: incomplete after resuming"
             left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name != "segments"}
@@ -163,5 +165,5 @@ def main(shim: ctypes.CDLL, folder: Path, error: int, scenario: Scenario, plan: 
 
 
 if __name__ == "__main__":
-    library, where, number, scene, shape = sys.argv[1:]
-    main(ctypes.CDLL(library), Path(where), int(number), SCENARIOS[scene], PLANS[shape])
+    library, where, number, scene, shape, every = sys.argv[1:]
+    main(ctypes.CDLL(library), Path(where), int(number), SCENARIOS[scene], PLANS[shape], int(every))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import Analytic, patch_mean
-from test_cli import dfengine_command
+from commands import dfengine_command
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Lime, Random, Rise, XDiffusionCam, XDiffusionLime, XDiffusionRise

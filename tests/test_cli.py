@@ -3,26 +3,21 @@
 import json
 import os
 import re
+import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
+from commands import dfengine_command, dfengine_fork, dfengine_process
 
 import dfengine
 from dfengine.cli import main
 
 CAPTION = "a red circle above a blue square on a gray background"
 QUICK = ["--steps", "2", "--masks", "4"]
-
-
-def dfengine_command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dfengine.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
 
 
 @pytest.fixture
@@ -216,14 +211,26 @@ def test_what_is_decided_is_noted(tmp_path: Path) -> None:
     """Notes go to the terminal; a job that needs none is silent."""
     quiet = dfengine_command("explain", CAPTION, "-o", str(tmp_path / "a.h5"), *QUICK, "--batch-size", "auto")
     assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
     mended = {**os.environ, "CXX": "no-such-compiler"}
-    run = dfengine_command("explain", CAPTION, "-o", str(tmp_path / "b.h5"), *QUICK, "--compile", env=mended)
+    run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "b.h5"), *QUICK, "--compile", env=mended)
     assert run.returncode == 2
     assert re.match(r"dfengine: the network could not be compiled: .*; leave compile out\n$", run.stderr)
 
 
+@pytest.mark.slow
+def test_a_new_process_says_what_this_one_does(tmp_path: Path) -> None:
+    run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"{tmp_path / 'run.h5'}: 2 steps explained by rise (4 masks), in ")
+
+
+@pytest.mark.slow
 def test_a_traceback_never_reaches_the_user() -> None:
-    run = dfengine_command("explain", "a red dog", "-o", "run.h5")
+    run = dfengine_process("explain", "a red dog", "-o", "run.h5")
     assert run.returncode == 2
     assert run.stderr.startswith("dfengine: the model does not know 'dog'")
     assert run.stderr.count("\n") == 1
@@ -298,50 +305,26 @@ def test_places_that_cannot_be_written_to_are_one_line(refused: Callable[..., st
 
 def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
-    command = [
-        sys.executable,
-        "-m",
-        "dfengine.cli",
-        "explain",
-        CAPTION,
-        "-o",
-        str(out),
-        "--steps",
-        "12",
-        "--masks",
-        "8",
-    ]
-    # A limit on the size of files, the nearest thing to a full disk that needs no mount.
-    limited = "import os, resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + (
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000)); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    run = subprocess.run([sys.executable, "-c", limited, *command], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 2, run.stderr
-    (line,) = run.stderr.strip().splitlines()
+
+    def limit() -> None:
+        """A limit on the size of files, the nearest thing to a full disk that needs no mount."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
+
+    run = dfengine_fork("explain", CAPTION, "-o", str(out), "--steps", "12", "--masks", "8", before=limit)
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 2, errors
+    (line,) = errors.strip().splitlines()
     assert "cannot write" in line
     assert not out.exists()
 
 
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     out, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
-    command = [
-        sys.executable,
-        "-m",
-        "dfengine.cli",
-        "explain",
-        CAPTION,
-        "-o",
-        str(out),
-        "--masks",
-        "64",
-        "--no-compile",
-    ]
-    # Shells start background jobs with SIGINT ignored, and children inherit that.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = dfengine_fork("explain", CAPTION, "-o", str(out), "--masks", "64", "--no-compile")
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.communicate()
         if part.exists():
             with dfengine.open(part) as run:
                 if run[0].done["rise"].sum() >= 2:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import dfengine_command
 from matplotlib.figure import Figure
-from test_cli import dfengine_command
 
 from dfengine import Engine, Relevance, StepMap, figures
 from dfengine.evaluate import Measured, embedded_prompts, measure, summarise, table, with_concepts

@@ -15,8 +15,9 @@ import torch
 import typer.main
 
 import dfengine
-from dfengine import Attention, Cam, Engine, Relevance, Rise, XDiffusionCam, XDiffusionRise, evaluate, sweep, tuning
+from dfengine import Attention, Cam, Engine, Relevance, Rise, XDiffusionCam, XDiffusionRise, evaluate, sweep
 from dfengine.cli import app
+from dfengine.runtime import tuning
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

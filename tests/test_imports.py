@@ -1,107 +1,72 @@
-"""Who may import whom, read off the sources; and that kernels/ is never importable as `kernels`."""
+"""Which room may import which, read from the sources; and `kernels/` is never importable as `kernels`."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import dfengine
 
 ROOT = Path(__file__).parent.parent
 
-#: For each place, the places of ours it may import; a place may always import itself.
+#: The rooms of dfengine that each room may import, from the ground up. A room may always import itself.
 MAY_IMPORT = {
-    "dfkernels": set(),
-    "dfkernels.fused": {"dfkernels"},
-    "dfengine.runtime.batching": set(),
-    "dfengine.diffusion.path": set(),
-    "dfengine.tokens": set(),
-    "dfengine.prompts": {"words"},
-    "dfengine.result": {"words"},
-    "dfengine.diffusion.denoiser": {"schedule", "words"},
-    "dfengine.models": {"denoiser", "schedule", "words"},
-    "dfengine.runtime.tuning": {"batching", "denoiser"},
-    "dfengine.diffusion.trajectory": {"denoiser", "schedule"},
-    "dfengine.explain": {"batching", "denoiser", "result", "schedule", "trajectory", "words", "dfkernels"},
-    "dfengine.store": {"explain", "result", "trajectory", "words"},
-    "dfengine.figures": {"result", "schedule", "words"},
-    "dfengine.report": {"figures", "result", "schedule", "store", "words"},
-    "dfengine.display.dataset": {"result", "store"},
-    "dfengine.display.notebook": {"figures", "result"},
-    "dfengine.display.mixin": {"dataset", "figures", "notebook", "result", "store"},
-    "dfengine.display.progress": {"explain"},
-    "dfengine.shapes": {"models"},
-    "dfengine.recorder": {"denoiser", "explain", "result", "shown", "store", "trajectory", "words"},
-    "dfengine.engine": {
-        "record",
-        "batching",
-        "denoiser",
-        "explain",
-        "models",
-        "progress",
-        "result",
-        "schedule",
-        "shapes",
-        "shown",
-        "store",
-        "trajectory",
-        "tuning",
-    },
-    "dfengine.evaluate": {
-        "batching",
-        "denoiser",
-        "explain",
-        "prompts",
-        "record",
-        "result",
-        "shapes",
-        "trajectory",
-        "words",
-        "dfkernels",
-    },
-    "dfengine.profile": {"denoiser", "engine", "explain", "record", "store", "trajectory", "tuning", "dfkernels"},
-    "dfengine.sweep": {"engine", "explain", "prompts", "record", "store", "trajectory"},
-    "dfengine.cli": {
-        "batching",
-        "engine",
-        "evaluate",
-        "explain",
-        "figures",
-        "models",
-        "profile",
-        "prompts",
-        "report",
-        "result",
-        "store",
-        "sweep",
-        "tuning",
-    },
+    room: set(rooms.split())
+    for room, rooms in {
+        "tokens": "",
+        "dfkernels": "",
+        "dfkernels.fused": "dfkernels",
+        "diffusion": "tokens",
+        "prompts": "tokens",
+        "result": "tokens",
+        "models": "diffusion tokens",
+        "runtime": "diffusion",
+        "explain": "dfkernels diffusion result runtime tokens",
+        "store": "result tokens",
+        "figures": "diffusion explain result store tokens",
+        "report": "diffusion explain figures result store tokens",
+        "display": "diffusion explain figures result store",
+        "shapes": "diffusion models tokens",
+        "events": "diffusion explain",
+        "plan": "diffusion explain store tokens",
+        "recorder": "diffusion display events explain plan result store",
+        "engine": "diffusion display events explain models plan recorder runtime shapes store",
+        "evaluate": "dfkernels diffusion explain plan prompts result runtime shapes tokens",
+        "studies": "diffusion engine evaluate explain figures models prompts result shapes",
+        "profile": "dfkernels diffusion engine events explain runtime store",
+        "sweep": "diffusion engine events explain plan prompts recorder runtime store",
+        "cli": "diffusion engine evaluate events explain figures models profile prompts report result runtime store "
+        "studies sweep",
+    }.items()
 }
 
-#: The only places that may import each of these libraries.
+#: The only rooms that may import each of these libraries.
 ONLY = {
-    "h5py": {"dfengine.store"},
-    "matplotlib": {"dfengine.figures", "dfengine.report"},
-    "diffusers": {"dfengine.models", "dfengine.shapes"},
-    "transformers": {"dfengine.models", "dfengine.shapes"},
+    "h5py": {"store"},
+    "matplotlib": {"figures", "report"},
+    "diffusers": {"models", "shapes"},
+    "transformers": {"models", "shapes"},
     "triton": {"dfkernels.fused"},
-    "typer": {"dfengine.cli"},
-    "rich": {"dfengine.cli"},
-    "pydantic": {"dfengine.sweep"},
-    "ray": {"dfengine.sweep"},
-    "scipy": {"dfengine.evaluate"},
-    "skimage": {"dfengine.explain"},
-    "sklearn": {"dfengine.explain"},
-    "yaml": {"dfengine.sweep"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "pydantic": {"sweep"},
+    "ray": {"sweep"},
+    "scipy": {"evaluate"},
+    "skimage": {"explain"},
+    "sklearn": {"explain"},
+    "yaml": {"sweep"},
 }
 
 SOURCES = sorted([*(ROOT / "dfengine").rglob("*.py"), *(ROOT / "kernels/dfkernels").rglob("*.py")])
 
 
-def place(module: str) -> str:
-    """The room of a module: dfkernels, its fused, or dfengine and the name beneath it."""
-    parts = module.split(".")
-    return parts[0] if parts[0] == "dfkernels" and parts[1:2] != ["fused"] else ".".join(parts[:2])
+def room_of(module: str) -> str:
+    """The room a module belongs to: `dfkernels`, `dfkernels.fused`, or the first name below `dfengine`."""
+    package, _, rest = module.partition(".")
+    inner = rest.partition(".")[0]
+    if package == "dfkernels":
+        return "dfkernels.fused" if inner == "fused" else "dfkernels"
+    return "cli" if inner == "__main__" else inner
 
 
 def module_of(path: Path) -> str:
@@ -109,60 +74,60 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it."""
-    found = set()
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= inside if node.module == "dfengine" else {node.module}
-    return found
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= names if node.module == "dfengine" else {node.module}
+    return modules
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_every_import_is_allowed(path: Path) -> None:
-    here = place(module_of(path))
-    if here == "dfengine":  # the package itself offers what its parts make
-        return
-    assert here in MAY_IMPORT, f"{here} is a new room: say what it may import"
-    for name in imported(path):
-        there = place(name)
-        if there.startswith(("dfengine.", "dfkernels")):
-            allowed = {*MAY_IMPORT[here], here.removeprefix("dfengine.")}
-            assert there.removeprefix("dfengine.") in allowed or name in PUBLIC, f"{here} may not import {name}"
-        library = name.partition(".")[0]
-        if library in ONLY:
-            assert here in ONLY[library], f"only {ONLY[library]} may import {library}"
-        if library in ("diffusers", "transformers") and here == "dfengine.shapes":
-            assert module_of(path) == "dfengine.shapes.train"
+#: (module, the module it imports) over all sources. The package itself re-exports what its rooms offer.
+IMPORTS = [
+    (module_of(path), name) for path in SOURCES for name in sorted(imports_of(path)) if module_of(path) != "dfengine"
+]
 
 
-#: What the package offers under its own name, which the command line takes from there.
-EXPLAINERS = (
-    "Attention",
-    "Cam",
-    "Lime",
-    "Random",
-    "XDiffusionCam",
-    "XDiffusionLime",
-    "XDiffusionRise",
-    "Relevance",
-    "Rise",
-)
-PUBLIC = {f"dfengine.{name}" for name in ("Engine", "StepMap", *EXPLAINERS)}
+def test_every_room_is_in_the_table() -> None:
+    rooms = {room_of(module_of(path)) for path in SOURCES} - {""}
+    assert rooms <= set(MAY_IMPORT), "a new room: add what it may import"
 
 
-def test_the_rules_have_no_circle() -> None:
-    done: set[str] = set()
-    waiting = {room.removeprefix("dfengine."): needs for room, needs in MAY_IMPORT.items()}
-    while waiting:
-        free = {room for room, needs in waiting.items() if needs <= done}
-        assert free, f"a circle among {sorted(waiting)}"
-        done |= free
-        for room in free:
-            del waiting[room]
+def test_rooms_import_only_what_the_table_allows() -> None:
+    assert [
+        f"{module} imports {name}"
+        for module, name in IMPORTS
+        if name.partition(".")[0] in ("dfengine", "dfkernels")
+        and room_of(name) not in {room_of(module), *MAY_IMPORT[room_of(module)]}
+        and name.removeprefix("dfengine.") not in dfengine.__all__
+    ] == []
+
+
+def test_each_library_has_its_importers() -> None:
+    assert [
+        f"{module} imports {name}"
+        for module, name in IMPORTS
+        if (library := name.partition(".")[0]) in ONLY and room_of(module) not in ONLY[library]
+    ] == []
+
+
+def test_only_the_training_script_of_the_shapes_imports_diffusers() -> None:
+    libraries = ("diffusers", "transformers")
+    importers = {
+        module for module, name in IMPORTS if name.partition(".")[0] in libraries and room_of(module) == "shapes"
+    }
+    assert importers == {"dfengine.shapes.train"}
+
+
+def test_the_table_has_no_cycle() -> None:
+    """Each room may import only rooms listed before it."""
+    rooms = list(MAY_IMPORT)
+    for i, room in enumerate(rooms):
+        assert MAY_IMPORT[room] <= set(rooms[:i]), f"{room} would import a room listed after it"
 
 
 def test_kernels_is_not_a_package_to_hugging_face() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import dfengine_command
+from commands import dfengine_command
 
 from dfengine import StepMap, figures
 from dfengine.evaluate import check_world, recovery, recovery_table

@@ -40,9 +40,9 @@ def memory(tmp_path):
         yield folder
 
 
-def at_every_write(shim, memory, error, scenario, plan):
-    """The number of writes that a run makes, each of which has failed once."""
-    command = [sys.executable, HERE / "store_faults.py", shim, memory, str(error), scenario, plan]
+def at_every_write(shim, memory, error, scenario, plan, stride=1):
+    """The number of writes that a run makes, each of which has failed once, or each `stride`th."""
+    command = [sys.executable, HERE / "store_faults.py", shim, memory, str(error), scenario, plan, str(stride)]
     environment = os.environ | {"LD_PRELOAD": str(shim)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
     assert (done.returncode, done.stderr) == (0, "")
