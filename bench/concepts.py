@@ -19,8 +19,8 @@ from explainers import AGREEMENT, NUM_STEPS, clocked, spread
 
 from dfengine import Engine, ExponentialDDIMScheduler, Relevance
 from dfengine.diffusion.trajectory import start_noise
-from dfengine.evaluate import Concepts, Measured, embedded_prompts, measure, summarise
-from dfengine.evaluate.concepts import lines_of
+from dfengine.evaluate import ConceptRecord, ConceptSummary, embedded_prompts, measure_concepts, summarise_concepts
+from dfengine.evaluate.concepts import concept_relevance
 from dfengine.result import normalised
 
 SCHEDULES, PROMPTS, ROUNDS = ("uniform", "early", "latter"), 16, 2
@@ -35,11 +35,11 @@ def main() -> None:
     config = DDIMScheduler.from_config(pipeline.scheduler.config).config
     noise = start_noise(0, denoiser.latent_shape)[None]
 
-    def ours() -> tuple[list[Measured], list[Concepts]]:
-        planned = [Measured(schedule, place, 0) for schedule in SCHEDULES for place in range(len(prompts))]
+    def ours() -> tuple[list[ConceptRecord], list[ConceptSummary]]:
+        planned = [ConceptRecord(schedule, place, 0) for schedule in SCHEDULES for place in range(len(prompts))]
         jobs = [engine.job(prompts[one.prompt].text, num_steps=NUM_STEPS, sampling=one.schedule) for one in planned]
-        found = measure(engine.stream(jobs, Relevance()), planned, prompts, denoiser.tokens)
-        return found, summarise(found, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
+        measure_concepts(engine.stream(jobs, Relevance()), planned, prompts, denoiser.tokens)
+        return planned, summarise_concepts(planned, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
 
     def obvious() -> list[np.ndarray]:
         found = []
@@ -53,11 +53,11 @@ def main() -> None:
     tokens = denoiser.tokens(prompts[0].text)
     for schedule, values in zip(SCHEDULES, obvious(), strict=True):
         ends = values[: len(tokens) - 1]
-        expected = lines_of(np.concatenate([ends, values[len(ends) :].sum(0, keepdims=True)]), tokens, prompts[0])
+        expected = concept_relevance(np.concatenate([ends, values[len(ends) :].sum(0, keepdims=True)]), tokens, prompts[0])
         assert np.isfinite(normalised(ends, tokens)).all()
         (first,) = [one for one in measured if one.schedule == schedule and one.prompt == 0]
         for role, line in expected.items():
-            worst = float(np.abs(line - first.lines[role]).max())
+            worst = float(np.abs(line - first.relevance[role]).max())
             assert worst < 10 * (1 - AGREEMENT[denoiser.dtype]), f"{schedule}, {role}: the two ways differ by {worst}"
     rounds = []
     for _ in range(ROUNDS):

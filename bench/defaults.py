@@ -19,10 +19,11 @@ import numpy as np
 import record
 
 from dfengine import Engine, Rise
-from dfengine.evaluate import GeneratedAreas, captions, faithfulness, games, scenes
-from dfengine.evaluate.intervals import Interval, interval
-from dfengine.evaluate.localisation import measures
+from dfengine.evaluate import ConceptJudge, captions, play_games, scenes, summarise_games
+from dfengine.evaluate.intervals import Interval, bootstrap_interval
+from dfengine.evaluate.localisation import localisation_scores
 from dfengine.explain import StepMap
+from dfengine.shapes.world import Caption
 
 NUM_STEPS, MASKS, GAME_STEP = 4, 250, 2
 DEFAULT = Rise(MASKS)
@@ -49,9 +50,9 @@ def main() -> None:
     noised = [
         engine.job(scene.prompt, image=scene.image, num_steps=NUM_STEPS, seed=seed) for seed, scene in enumerate(drawn)
     ]
-    areas = GeneratedAreas(texts)
+    judge = ConceptJudge()
     paths = list(engine.sample([*generated, *noised]))
-    true = [areas(item, path.image.numpy()) for item, path in enumerate(paths[: len(texts)])]
+    true = [judge.areas(path.image.numpy(), Caption.parse(path.job.prompt)) for path in paths[: len(texts)]]
     shapes = [None if known is None else known["both"] for known in [*true, *(scene.areas for scene in drawn)]]
     base: np.ndarray | None = None
     rows = []
@@ -60,8 +61,8 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = auroc(list(rise.explain(engine.denoiser, paths)), shapes)
-            played = faithfulness(
-                games(engine.denoiser, engine.sample, generated, [rise], step=GAME_STEP), "frechet-single"
+            played = summarise_games(
+                play_games(engine.denoiser, engine.sample, generated, [rise], step=GAME_STEP), "frechet-single"
             ).methods[rise.name]
         base = found if base is None else base
         half = len(texts)
@@ -89,13 +90,13 @@ def auroc(made: Sequence[StepMap], shapes: Sequence[Any]) -> np.ndarray:
     each: dict[int, list[float]] = {}
     for one in made:
         true = shapes[one.item]
-        value = float("nan") if true is None else measures(one.saliency.double().numpy(), true)["auroc"]
+        value = float("nan") if true is None else localisation_scores(one.saliency.double().numpy(), true)["auroc"]
         each.setdefault(one.item, []).append(value)
     return np.array([np.mean(each[item]) for item in sorted(each)])
 
 
 def _told(values: np.ndarray) -> list[float]:
-    return _values(interval(values.tolist()))
+    return _values(bootstrap_interval(values.tolist()))
 
 
 def _values(found: Interval) -> list[float]:

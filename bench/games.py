@@ -26,9 +26,9 @@ from plain import Plain
 from plain_games import Games, drawn, lime
 from scipy.stats import spearmanr
 
-from dfengine import Cam, Engine
+from dfengine import Cam, Engine, studies
 from dfengine.diffusion.trajectory import start_noise
-from dfengine.evaluate import TABLES, Kept, captions, explained_step, faithfulness, faithfulness_table, games, methods
+from dfengine.evaluate import TABLES, GameCache, captions, default_step, make_methods, play_games, summarise_games
 from dfengine.evaluate.games import play
 
 NUM_STEPS, MASKS, SAMPLES, FIRST = 30, 500, 1000, 16
@@ -48,7 +48,7 @@ class Obvious:
     def __call__(self, prompt: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By method, the map and the features of both curves."""
         (path,) = self.engine.sample([self.engine.job(prompt, num_steps=NUM_STEPS)])  # a second; both ways need it
-        step = explained_step(NUM_STEPS)
+        step = default_step(NUM_STEPS)
         where = (path.latents[step], path.job.timesteps[step], self.engine.guidance)
         board = Games(self.pipeline, prompt, *where, self.denoiser.features)
         network = Plain(self.pipeline, prompt, *where, guided=False)
@@ -78,7 +78,7 @@ def combined(layers: dict[str, torch.Tensor], shape: tuple[int, int]) -> np.ndar
 def check(engine: Engine, prompt: str, theirs: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Both ways' DF-CAM is one map, and of one map both ways' curves are the same."""
     (path,) = engine.sample([engine.job(prompt, num_steps=NUM_STEPS)])
-    path = dataclasses.replace(path, explain_steps=(explained_step(NUM_STEPS),))
+    path = dataclasses.replace(path, explain_steps=(default_step(NUM_STEPS),))
     (cam,) = Cam().explain(engine.denoiser, [path])
     ranks = float(spearmanr(cam.saliency.numpy().ravel(), theirs["cam"][0].ravel()).statistic)
     assert ranks > MAPS_AGREE, f"DF-CAM of both ways agrees by {ranks} only"
@@ -107,21 +107,21 @@ def main() -> None:
         return found
 
     check(engine, prompts[0], time_obvious(prompts[0]))
-    explainers = methods(TABLES[1], num_masks=MASKS, num_samples=SAMPLES)
+    explainers = make_methods(TABLES[1], num_masks=MASKS, num_samples=SAMPLES)
     jobs = [engine.job(text, num_steps=NUM_STEPS, seed=seed) for seed, text in enumerate(prompts)]
-    kept, seconds, done = Kept(), 0.0, 0
+    cache, seconds, done = GameCache(), 0.0, 0
     predicted = 0.0
     engine.prepare(engine.plan(jobs[:1], explainers))
     for size in (FIRST, len(jobs) // 2, len(jobs)):
         began = time.perf_counter()
-        found = games(engine.denoiser, engine.sample, jobs[:size], explainers, kept=kept)
+        found = play_games(engine.denoiser, engine.sample, jobs[:size], explainers, cache=cache)
         seconds, done = seconds + time.perf_counter() - began, size
         predicted = predicted or 1000 * seconds / done
         print(f"dfengine: {done} prompts in {seconds:.0f} s", flush=True)
         if size != FIRST:
             time_obvious(prompts[size - 1])
     began = time.perf_counter()
-    summary = faithfulness(found)
+    summary = summarise_games(found)
     row = record.environment(engine.denoiser.device) | {
         "model": "shapes",
         "prompts": len(jobs),
@@ -134,16 +134,13 @@ def main() -> None:
         "predicted_hours_for_1000": round(predicted / 3600, 3),
         "measured_hours_for_1000": round(1000 * seconds / len(jobs) / 3600, 3),
         "summary_seconds": round(time.perf_counter() - began, 1),
-        "table": list(faithfulness_table(summary)),
+        "table": summary.table().splitlines(),
     }
     every = record.replace("games", [row], ("device", "model"))
     record.place(table(every), "bench/README.md", "games")
     print(table(every))
     if given.out is not None:
-        from dfengine.cli.games import write
-
-        given.out.mkdir(parents=True, exist_ok=True)
-        write(given.out, engine, jobs, found, summary)
+        studies.games(engine, prompts, explainers, num_steps=NUM_STEPS, cache=cache).save(given.out)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
