@@ -53,7 +53,8 @@ def main() -> None:
     tokens = denoiser.tokens(prompts[0].text)
     for schedule, values in zip(SCHEDULES, obvious(), strict=True):
         ends = values[: len(tokens) - 1]
-        expected = concept_relevance(np.concatenate([ends, values[len(ends) :].sum(0, keepdims=True)]), tokens, prompts[0])
+        padding = values[len(ends) :].sum(0, keepdims=True)
+        expected = concept_relevance(np.concatenate([ends, padding]), tokens, prompts[0])
         assert np.isfinite(normalised(ends, tokens)).all()
         (first,) = [one for one in measured if one.schedule == schedule and one.prompt == 0]
         for role, line in expected.items():
