@@ -37,6 +37,7 @@ from dfengine import Engine, Rise
 from dfengine.diffusion.denoiser import PromptedDenoiser
 from dfengine.diffusion.trajectory import trajectories
 from dfengine.models.unet import cpu
+from dfengine.profile.clock import peak_memory
 from dfengine.runtime.tuning import synchronize
 
 ROUNDS = 3

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfengine.cli import files, measure, screen
-from dfengine.cli.evaluate import evaluate
+from dfengine.cli.evaluate import build_evaluate
 from dfengine.cli.explain import explain
 from dfengine.cli.figures import figures
 from dfengine.cli.report import report
@@ -39,8 +39,9 @@ def build_app(words: Sequence[str]) -> typer.Typer:
 
         entries = registered()
     app.command("explain")(with_settings(explain, entries))
-    for verb in (sample, sweep, worker, evaluate, figures, report, watch):
+    for verb in (sample, sweep, worker, figures, report, watch):
         app.command()(verb)
+    app.add_typer(build_evaluate(), name="evaluate")
     app.command("profile")(with_settings(measure.profile, {k: v for k, v in entries.items() if k == "rise"}))
     for other in (measure.layers, files.info, files.merge, files.export):
         app.command()(other)

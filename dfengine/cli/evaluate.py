@@ -1,268 +1,299 @@
-"""`dfengine evaluate`."""
+"""`dfengine evaluate games|truth|sanity|concepts|recovery`."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from dfengine.cli import games as faithful
 from dfengine.cli import options, screen
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dfengine.engine import Engine
     from dfengine.prompts import Prompt
+    from dfengine.studies.base import OnProgress, Study
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="random, lime, rise, cam, relevance, attention, rise-global, rise-grid, rise-frechet, rise-cosine, "
+        "rise-contrast, rise-luminance, rise-contrast_structure, rise-ssim; repeat for several",
+    ),
+]
+NumMasks = Annotated[int | None, typer.Option("--num-masks", "--masks", help="DF-RISE: masks a step; its own default")]
+NumSamples = Annotated[
+    int | None, typer.Option("--num-samples", "--samples", help="LIME: samples a step; its own default")
+]
 
 
-def evaluate(
-    sanity: Annotated[bool, typer.Option("--sanity", help="do maps depend on the model and the prompt?")] = False,
-    concepts: Annotated[
-        bool, typer.Option("--concepts", help="relevance of subject, relation and object by schedule (Table 3)")
-    ] = False,
-    recovery: Annotated[
-        bool, typer.Option("--recovery", help="do maps begin on the shapes and spread? (of the embedded world)")
-    ] = False,
-    games: Annotated[
-        bool, typer.Option("--games", help="areas under the deletion and insertion curves (Tables 1 and 2)")
-    ] = False,
-    truth: Annotated[
-        bool, typer.Option("--truth", help="do maps lie on the subject and the object? (of the embedded world)")
-    ] = False,
-    model: options.Model = "shapes",
-    random_weights: options.RandomWeights = False,
-    image_size: options.ImageSize = None,
-    variant: options.Variant = None,
-    revision: options.Revision = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+@dataclass(frozen=True)
+class Request:
+    """What all studies are asked: the model, the prompts, and where the result goes."""
+
     prompt: Annotated[
-        list[str] | None, typer.Option(help="a prompt; repeat for several; the embedded world's own by default")
+        list[str] | None, typer.Option(help="a prompt; repeat for several; the embedded world's captions by default")
+    ] = None
+    prompts: options.Prompts = None
+    limit: Annotated[int, typer.Option(help="prompts of the file or of the embedded world, at most")] = 50
+    seed: options.Seed = 0
+    preset: options.Preset = "default"
+    out: Annotated[
+        Path | None, options.path_option("-o", "--out", "--output", help="folder for the table and its figures")
+    ] = None
+    figure: Annotated[Path | None, options.path_option(help="write the first figure to this file as well")] = None
+    as_json: options.Json = False
+    model: options.Model = "shapes"
+    random_weights: options.RandomWeights = False
+    image_size: options.ImageSize = None
+    variant: options.Variant = None
+    revision: options.Revision = None
+    device: options.Device = None
+    dtype: options.Dtype = None
+    batch_size: options.BatchSize = "auto"
+
+    @functools.cached_property
+    def given(self) -> list[Prompt]:
+        """The prompts that were named."""
+        from dfengine.prompts import Prompt, read
+
+        if self.limit < 1:
+            raise ValueError(f"{self.limit} prompts are not possible: expected at least 1")
+        return [*map(Prompt, self.prompt or []), *([] if self.prompts is None else read(self.prompts, self.limit))]
+
+    def texts(self) -> list[Any]:
+        """The prompts, or captions of the embedded world."""
+        from dfengine import evaluate
+
+        return self.given or evaluate.captions(self.limit, self.seed)
+
+    def engine(self) -> Engine:
+        from dfengine import figures
+
+        if self.figure is not None:
+            figures.check_name(self.figure)
+        return options.engine(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            variant=self.variant,
+            revision=self.revision,
+            random_weights=self.random_weights,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+        )
+
+    def finish(self, study: Study) -> None:
+        """Print the study, and write what was asked for."""
+        from dfengine import figures
+
+        print(study.to_json() if self.as_json else study.table())
+        if self.out is not None:
+            study.save(self.out)
+        if self.figure is not None and (drawn := study.figures()):
+            figures.save(next(iter(drawn.values())), self.figure)
+
+
+def build_evaluate() -> typer.Typer:
+    """The group of verbs."""
+    app = typer.Typer(
+        help="Score maps: do they depend on the model, lie on the objects, and rank the pixels that matter?",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="rich",
+        no_args_is_help=True,
+    )
+    for verb in (games, truth, sanity, concepts, recovery):
+        app.command(verb.__name__)(_with_request(verb))
+    return app
+
+
+def _with_request(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with the options of `Request` besides its own."""
+    own = [one for one in inspect.signature(verb, eval_str=True).parameters.values() if one.name != "request"]
+    hints = get_type_hints(Request, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            one.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if one.default is MISSING else one.default,
+            annotation=hints[one.name],
+        )
+        for one in fields(Request)
+    ]
+
+    @functools.wraps(verb)
+    def command(**values: Any) -> None:
+        request = Request(**{one.name: values.pop(one.name) for one in fields(Request)})
+        verb(request, **values)
+
+    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *shared]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def games(
+    request: Request,
+    method: Methods = None,
+    table: Annotated[list[int] | None, typer.Option(help="the methods of Table 1 or 2; 1 by default")] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME=FILE.npy", help="another tool's maps, an array (prompts, height, width)"),
     ] = None,
-    prompts: options.Prompts = None,
-    limit: Annotated[int, typer.Option(help="prompts of the file or of the embedded world, at most")] = 50,
-    seed: options.Seed = 0,
-    seeds: Annotated[int, typer.Option(help="--concepts: images a prompt and schedule")] = 1,
-    steps: Annotated[int, typer.Option(help="denoising steps, but for --sanity's own")] = 30,
+    num_steps: options.NumSteps = 30,
     step: Annotated[
-        list[int] | None,
-        typer.Option(help="--games: step to explain, from 0; repeat for several; by default 0.75 l - 1"),
+        list[int] | None, typer.Option(help="step to explain, from 0; repeat for several; by default 0.75 l - 1")
     ] = None,
-    gamma: Annotated[float, typer.Option(help="--concepts: shift of early and latter sampling")] = 60,
-    masks: Annotated[
-        int | None,
-        typer.Option(
-            help="masks of DF-RISE, a step: by default 60 for --sanity, 500 for --games, 250 for --recovery and --truth"
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="--games and --truth: samples of LIME")] = 1000,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="--games and --truth: random, lime, rise, cam, relevance, attention, rise-global, -grid, -frechet, "
-            "-cosine, -contrast, -luminance, -contrast_structure, -ssim; repeat for several"
-        ),
-    ] = None,
-    tables: Annotated[
-        list[int] | None, typer.Option("--table", help="--games: the methods of Table 1 or 2; 1 by default")
-    ] = None,
-    given_maps: Annotated[
-        list[str] | None,
-        typer.Option("--map", metavar="NAME=FILE.npy", help="--games: another tool's maps (prompts, height, width)"),
-    ] = None,
+    num_masks: NumMasks = None,
+    num_samples: NumSamples = None,
     distance: Annotated[
-        str, typer.Option(help="--games: frechet-set, or frechet-single, features, mse for few images")
+        str, typer.Option(help="frechet-set; for few images frechet-single, features or mse")
     ] = "frechet-set",
     features: Annotated[
         Path | None,
-        typer.Option(
-            help="--games: a transformers vision folder, or Inception-v3's weights; the model's own by default"
-        ),
+        options.path_option(help="a transformers vision folder or Inception-v3's weights; the model's own by default"),
     ] = None,
-    behaviour: options.Behaviour = "paper",
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="--games: a folder for tables and figures, to go on from, too")
-    ] = None,
-    batch_size: options.BatchSize = "auto",
-    figure: Annotated[
-        Path | None, typer.Option(help="--concepts (Figure 11), --recovery and --truth: a picture, too")
-    ] = None,
-    as_json: options.Json = False,
 ) -> None:
-    """Check that maps can be trusted (exit status 1 where they cannot), or say what they tell of many prompts."""
-    from dfengine import evaluate as evaluation
-    from dfengine import figures
-    from dfengine.explain import check_behaviour
-    from dfengine.prompts import Prompt, read
+    """Areas under the deletion and insertion curves (Tables 1 and 2). With --out an interrupted run resumes."""
+    from dfengine import evaluate, studies
 
-    if sanity + concepts + recovery + games + truth != 1:
-        raise ValueError("say one thing to evaluate: --sanity, --concepts, --recovery, --games or --truth")
-    check_behaviour(behaviour)
-    if min(limit, seeds) < 1:
-        raise ValueError(f"{limit} prompts and {seeds} seeds are not possible: expected at least 1")
-    if figure is not None:
-        figures.check_name(figure)
-    given = [*map(Prompt, prompt or []), *([] if prompts is None else read(prompts, limit))]
-    engine = options.engine(
-        model,
-        device=device,
-        dtype=dtype,
-        variant=variant,
-        revision=revision,
-        random_weights=random_weights,
-        image_size=image_size,
-        batch_size=batch_size,
-    )
-    texts = [one.text for one in given] or evaluation.captions(limit, seed)
-    if sanity:
-        _sanity(engine, texts, seed, 60 if masks is None else masks, as_json)
-    if recovery:
-        _recovery(engine, texts, seed, steps, 250 if masks is None else masks, figure, as_json)
-    if games:
-        names = [*(method or []), *(name for table in tables or [] for name in _of_table(table))]
-        played = faithful.play(
+    engine = request.engine()
+    with _progress() as on_progress:
+        study = studies.games(
             engine,
-            texts,
-            seed=seed,
-            steps=steps,
-            explained=step or [],
-            names=names if names or given_maps else evaluation.TABLES[1],
-            masks=500 if masks is None else masks,
-            samples=samples,
-            given=given_maps or [],
-            features=features,
+            request.texts(),
+            **_given(methods=method, num_masks=num_masks, num_samples=num_samples),
+            table=table or (),
+            maps=dict(map(_read_map, maps or [])),
+            steps=step or (),
+            num_steps=num_steps,
+            seed=request.seed,
+            preset=request.preset,
             distance=distance,
-            behaviour=behaviour,
-            out=out,
+            features=features,
+            cache=None if request.out is None else evaluate.GameCache(request.out / "cache"),
+            on_progress=on_progress,
         )
-        lines = [line for part in played for line in evaluation.faithfulness_table(part)]
-        _tell([dataclasses.asdict(part) for part in played], lines, as_json)
-    if truth:
-        names = method or ["random", "lime", "rise", "cam", "relevance", "attention"]
-        masks = 250 if masks is None else masks
-        located = faithful.locate(engine, texts, seed=seed, steps=steps, names=names, masks=masks, samples=samples)
-        lines = [line for part in located for line in evaluation.localisation_table(part)]
-        _tell([dataclasses.asdict(part) for part in located], lines, as_json)
-        if figure is not None:
-            panels = figures.recovery(_located(located), located[0].timesteps, columns=3, limits=(0, 1))
-            figures.save(panels, figure)
-    if not concepts:
-        return
-    given = evaluation.with_concepts(given) or evaluation.embedded_prompts(limit, seed)
-    _concepts(engine, given, range(seed, seed + seeds), steps, gamma, behaviour, figure, as_json)
+    request.finish(study)
 
 
-def _of_table(number: int) -> tuple[str, ...]:
-    from dfengine.evaluate import TABLES
-
-    if number not in TABLES:
-        raise ValueError(f"table {number} is not one of the games': expected 1 or 2")
-    return TABLES[number]
-
-
-def _located(found: list[Any]) -> dict[str, Any]:
-    """AUROC of each method at each step, a panel a target and source."""
-    bands: dict[str, Any] = {}
-    for part in found:
-        for method, by_target in part.steps.items():
-            for target, by_measure in by_target.items():
-                values = [(one.mean, one.low, one.high) for one in by_measure["auroc"]]
-                bands.setdefault(method, {})[f"AUROC, {target},\n{part.source}"] = values
-    return bands
-
-
-def _sanity(engine: Engine, texts: list[str], seed: int, masks: int, as_json: bool) -> None:
-    from dfengine import evaluate as evaluation
-
-    with screen.err.status("checking") as status:
-        found = evaluation.sanity(
-            engine.denoiser,
-            [engine.job(text, seed=seed + number, num_steps=evaluation.STEPS) for number, text in enumerate(texts)],
-            num_masks=masks,
-            tell=lambda what: status.update(f"checking {what}"),
-        )
-    _tell(dataclasses.asdict(found), evaluation.lines(found), as_json)
-    raise typer.Exit(0 if found.passed else 1)
-
-
-def _concepts(
-    engine: Engine,
-    prompts: list[Prompt],
-    seeds: Iterable[int],
-    steps: int,
-    gamma: float,
-    behaviour: str,
-    figure: Path | None,
-    as_json: bool,
+def truth(
+    request: Request,
+    method: Methods = None,
+    num_steps: options.NumSteps = 30,
+    num_masks: NumMasks = None,
+    num_samples: NumSamples = None,
 ) -> None:
-    from dfengine import Relevance, figures
-    from dfengine import evaluate as evaluation
-    from dfengine.diffusion.denoiser import HasTokens, require
+    """Whether maps lie on the subject and the object, at each step; in the embedded world."""
+    from dfengine import studies
 
-    schedules = ("uniform", "early", "latter")
-    planned = [
-        evaluation.Measured(s, place, seed) for s in schedules for place in range(len(prompts)) for seed in seeds
-    ]
-    jobs = [
-        engine.job(
-            prompts[one.prompt].text,
-            seed=one.seed,
-            num_steps=steps,
-            sampling=one.schedule,
+    _run(request, studies.truth, methods=method, num_masks=num_masks, num_samples=num_samples, num_steps=num_steps)
+
+
+def recovery(
+    request: Request,
+    method: Methods = None,
+    num_steps: options.NumSteps = 30,
+    num_masks: NumMasks = None,
+) -> None:
+    """Whether maps start on the shapes and spread over the steps; in the embedded world."""
+    from dfengine import studies
+
+    _run(request, studies.recovery, methods=method, num_masks=num_masks, num_steps=num_steps)
+
+
+def sanity(
+    request: Request,
+    method: Methods = None,
+    num_steps: Annotated[
+        int | None,
+        typer.Option("--num-steps", "--steps", "--num-inference-steps", help="denoising steps, 4 by default"),
+    ] = None,
+    num_masks: Annotated[
+        int | None, typer.Option("--num-masks", "--masks", help="DF-RISE: masks a step, 60 by default")
+    ] = None,
+    num_samples: NumSamples = None,
+) -> None:
+    """Whether maps depend on the model's weights and on the prompt; exit status 1 if they do not."""
+    from dfengine import studies
+
+    study = _run(
+        request, studies.sanity, methods=method, num_masks=num_masks, num_samples=num_samples, num_steps=num_steps
+    )
+    if not study.passed:
+        raise typer.Exit(1)
+
+
+def concepts(
+    request: Request,
+    seeds: Annotated[int, typer.Option(help="images for each prompt and schedule")] = 1,
+    num_steps: options.NumSteps = 30,
+    gamma: Annotated[float, typer.Option(help="shift of early and latter sampling")] = 60,
+) -> None:
+    """Relevance of subject, relation and object by schedule (Table 3)."""
+    from dfengine import evaluate, studies
+
+    engine = request.engine()
+    prompts = request.given or evaluate.embedded_prompts(request.limit, request.seed)
+    with _progress() as on_progress:
+        study = studies.concepts(
+            engine,
+            prompts,
+            preset=request.preset,
+            num_seeds=seeds,
+            num_steps=num_steps,
             gamma=gamma,
+            seed=request.seed,
+            on_progress=on_progress,
         )
-        for one in planned
-    ]
-    tokens = require(engine.denoiser, HasTokens, "relevance").tokens
-    for one in prompts:
-        tokens(one.text)
-    events = screen.counted(engine.stream(jobs, Relevance()), "measuring", len(jobs) * (steps + 2))
-    measured = evaluation.measure(events, planned, prompts, tokens, behaviour)
-    timesteps = {one.schedule: job.timesteps for one, job in zip(planned, jobs, strict=True)}
-    found = evaluation.summarise(measured, prompts, timesteps)
-    lines = [line for part in found for line in (f"{part.title}, {engine.denoiser.name}:", *evaluation.table(part), "")]
-    _tell([dataclasses.asdict(part) for part in found], lines, as_json)
-    if figure is not None:
-        sums = [
-            {s: {name: (i.mean, i.low, i.high) for name, i in by.items()} for s, by in part.relevance.items()}
-            for part in found
-        ]
-        parts = [(part.title, part.lines, each) for part, each in zip(found, sums, strict=True)]
-        figures.save(figures.concepts(parts, timesteps), figure)
+    request.finish(study)
 
 
-def _recovery(
-    engine: Engine, texts: list[str], seed: int, steps: int, masks: int, figure: Path | None, as_json: bool
-) -> None:
-    from dfengine import Cam, Rise, figures
-    from dfengine import evaluate as evaluation
-
-    evaluation.check_world(engine.denoiser.image_shape, texts)
-    jobs = [engine.job(text, seed=seed + number, num_steps=steps) for number, text in enumerate(texts)]
-    stream = engine.stream(jobs, [Rise(masks), Cam()])
-    events = screen.counted(stream, "measuring", len(jobs) * (2 * steps + 2))
-    found = evaluation.recovery(events, texts, jobs[0].timesteps)
-    _tell(dataclasses.asdict(found), evaluation.recovery_table(found), as_json)
-    if figure is not None:
-        bands = {
-            method: {name: [(i.mean, i.low, i.high) for i in values] for name, values in by.items()}
-            for method, by in found.steps.items()
-        }
-        figures.save(figures.recovery(bands, found.timesteps), figure)
+def _run(request: Request, study_of: Callable[..., Any], **settings: Any) -> Any:
+    """Run a study of plain prompts with the settings that were given, and print it."""
+    engine = request.engine()
+    with _progress() as on_progress:
+        study = study_of(
+            engine,
+            request.texts(),
+            preset=request.preset,
+            seed=request.seed,
+            on_progress=on_progress,
+            **_given(**settings),
+        )
+    request.finish(study)
+    return study
 
 
-def _tell(found: Any, lines: Iterable[str], as_json: bool) -> None:
-    print(json.dumps(_without_nan(found), indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+def _given(**settings: Any) -> dict[str, Any]:
+    """Without those that are None: the study has defaults of its own."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def _without_nan(value: Any) -> Any:
-    """The same with null for what is not a number, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(member) for key, member in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """A bar that follows a study."""
+    with screen.bar("starting", 1) as (shown, task):
+        yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total)
+
+
+def _read_map(given: str) -> tuple[str, np.ndarray]:
+    """A name and its maps, from NAME=FILE."""
+    import numpy as np
+
+    name, equals, path = given.partition("=")
+    if not (name and equals and Path(path).suffix == ".npy"):
+        raise ValueError(f"map {given!r} is not understood: expected NAME=FILE.npy, an array (images, height, width)")
+    try:
+        array = np.load(options.path(path), allow_pickle=False)
+    except ValueError:
+        raise ValueError(f"{path!r} is not a NumPy array: write it with numpy.save") from None
+    return name, array[None] if array.ndim == 2 else array

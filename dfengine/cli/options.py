@@ -80,7 +80,6 @@ Preset = Annotated[
         help="default: what explains best; paper: the equations as printed; xdiffusion: the authors' released code"
     ),
 ]
-Behaviour = Annotated[str, typer.Option()]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 JsonLines = Annotated[bool, typer.Option("--json", help="print a line of JSON for each event")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output if it exists")]

@@ -35,20 +35,3 @@ __all__ = [
     "rebuild",
     "register",
 ]
-
-# Until their callers have moved on.
-EXPLAINERS = {entry.explainer.__name__: entry.explainer for entry in entries().values()}
-
-
-def check_behaviour(behaviour: str) -> None:
-    if behaviour not in ("paper", "xdiffusion"):
-        raise ValueError(f"behaviour {behaviour!r} is not known: expected one of paper, xdiffusion")
-
-
-def to_xdiffusion(explainer: Explainer) -> Explainer:
-    entry = entry_of(explainer)
-    settings = {k: v for k, v in describe(explainer).items() if k != "explainer"}
-    assert entry is not None
-    default = describe(type(explainer)())
-    changed = {k: getattr(explainer, k) for k in settings if k == "name" or settings[k] != default[k]}
-    return make(entry.name, preset="xdiffusion", **changed)
