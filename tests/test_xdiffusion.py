@@ -17,7 +17,7 @@ from tolerance import tolerance
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dfengine import Engine, Rise
+from dfengine import Engine, Lime, Rise, XDiffusionLime
 from dfengine.diffusion.denoiser import Condition, Denoiser, Layer
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory, to_bytes, trajectories
@@ -401,3 +401,38 @@ def test_settings_that_are_not_possible() -> None:
     denoiser = Analytic(answer)
     with pytest.raises(ValueError, match="analytic does not expose its layers"):
         XDiffusionCam().output_spec(denoiser, Job("1", (3,)))
+
+
+# LIME ----------------------------------------------------------------------------------------------------------------
+
+
+def test_lime_is_ranked_by_the_painted_images_brightness() -> None:
+    """Seven columns of gray, 0 to 0.6: five are painted, those of the largest coefficients, whatever their sign."""
+    gray = np.arange(7) * 0.1
+    image = np.broadcast_to((gray * 255).round().astype(np.uint8)[None, :, None], (3, 7, 3)).copy()
+    segments = np.broadcast_to(np.arange(7), (3, 7)).copy()
+    coefficients = np.array([0.1, -0.9, 0.8, 0.05, -0.7, 0.6, 0.5])
+    expected = np.where(np.isin(np.arange(7), [1, 2, 4, 5, 6]), (2 * gray + 0.6) / 3, gray)
+    painted = XDiffusionLime().to_map(coefficients, segments, image)
+    np.testing.assert_allclose(painted, np.broadcast_to(expected, (3, 7)), atol=2e-3)
+    np.testing.assert_allclose(Lime().to_map(coefficients, segments, image), coefficients[segments])
+
+
+def test_lime_segments_the_small_image() -> None:
+    """A fine checkerboard is one gray when small, but not when large."""
+    checkers = (255 * (np.indices((32, 32)).sum(0) % 2)).astype(np.uint8)[..., None].repeat(3, -1)
+    plain = np.full((8, 8, 3), 128, np.uint8)
+    plain_segments = Lime().segment(plain, (8, 8))
+    assert np.array_equal(XDiffusionLime().segment(checkers, (8, 8)), plain_segments)
+    assert not np.array_equal(Lime().segment(checkers, (8, 8)), plain_segments)
+
+
+def test_settings_survive_a_copy() -> None:
+    assert dataclasses.replace(XDiffusionLime(5), alpha=3.0) == XDiffusionLime(5, alpha=3.0)
+
+
+def test_without_coefficients_nothing_is_painted() -> None:
+    """A regression of scores that are not finite has none: the map must say so."""
+    nothing = np.full(2, np.nan)
+    painted = XDiffusionLime().to_map(nothing, np.array([[0, 1]]), np.zeros((2, 4, 3), np.uint8))
+    assert np.isnan(painted).all()
