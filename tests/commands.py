@@ -36,7 +36,7 @@ def dfengine_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def dfengine_process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """The same in a new process, for what only a new one shows: its environment, its output at exit."""
-    command = [sys.executable, "-m", "dfengine.cli", *arguments]
+    command = [sys.executable, "-m", "dfengine", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
 
 

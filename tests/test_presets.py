@@ -18,7 +18,7 @@ def test_a_file_keeps_what_a_preset_computed(tmp_path: Path) -> None:
     result = engine.explain(PROMPT, released, num_steps=2, out=out)
     with dfengine.open(out) as run:
         assert run[0].settings == {"rise": XDiffusionRise(4), "cam": XDiffusionCam(), "lime": XDiffusionLime(4)}
-        assert [run[0].label(name) for name in run[0].maps][0] == "DF-RISE (released code)"
+        assert run[0].label("rise") == "DF-RISE (released code)"
         assert [run[0].form(name) for name in run[0].maps] == ["saliency", "layers", "saliency"]
     default = engine.explain(PROMPT, [Rise(4), Cam(), Lime(4)], num_steps=2)
     assert not np.array_equal(default.maps["rise"], result.maps["rise"])
