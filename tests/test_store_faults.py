@@ -40,8 +40,8 @@ def memory(tmp_path):
         yield folder
 
 
-def at_every_write(shim, memory, error, scenario, plan, stride=1):
-    """The number of writes that a run makes, each of which has failed once, or each `stride`th."""
+def count_writes(shim, memory, error, scenario, plan, stride):
+    """The number of writes that a run makes, of which each `stride`th has failed once, in a run of its own."""
     command = [sys.executable, HERE / "store_faults.py", shim, memory, str(error), scenario, plan, str(stride)]
     environment = os.environ | {"LD_PRELOAD": str(shim)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
@@ -49,27 +49,35 @@ def at_every_write(shim, memory, error, scenario, plan, stride=1):
     return int(done.stdout)
 
 
+#: Every fifth write; in soak every one.
+STRIDES = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.soak)])
+ERRORS = pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
+
+
+@pytest.mark.slow
+@STRIDES
+@ERRORS
 @pytest.mark.parametrize("scenario", ["new", "resumed", "segment", "resumed-segment"])
-@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
-def test_at_every_single_write(shim, memory, error, scenario):
-    points = at_every_write(shim, memory, error, scenario, "small")
-    assert points > 4 * total(SMALL), "a value, its index, a marker: several writes a mark"
+def test_a_fault_at_any_write(shim, memory, error, scenario, stride):
+    writes = count_writes(shim, memory, error, scenario, "small", stride)
+    assert writes > 4 * total(SMALL), "a value, its index, a marker: several writes a mark"
 
 
-@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
-def test_at_every_single_write_of_a_merger(shim, memory, error):
-    """Chunks go to the file as they are: it takes few writes, after which all of it is there."""
-    assert at_every_write(shim, memory, error, "merger", "two") > 20
+@pytest.mark.slow
+@ERRORS
+def test_a_fault_at_some_writes_of_a_merge(shim, memory, error):
+    """Chunks are copied as they are: few writes, after which all of it is there."""
+    assert count_writes(shim, memory, error, "merge", "two", stride=13) > 20
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("plan", ["two", "latent64", "wide"])
-@pytest.mark.parametrize("scenario", ["new", "resumed", "segment", "resumed-segment", "merger"])
-@pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
-def test_at_every_single_write_of_larger_runs(shim, memory, error, scenario, plan):
-    points = at_every_write(shim, memory, error, scenario, plan)
-    print(f"{points} points: {scenario}, {plan}, {error or 'kill'}")
-    assert points > (20 if scenario == "merger" else 100)
+@pytest.mark.parametrize(("plan", "stride"), [("two", 1), ("latent64", 3), ("wide", 3)])
+@pytest.mark.parametrize("scenario", ["new", "resumed", "segment", "resumed-segment", "merge"])
+@ERRORS
+def test_a_fault_at_any_write_of_larger_runs(shim, memory, error, scenario, plan, stride):
+    writes = count_writes(shim, memory, error, scenario, plan, stride)
+    print(f"{writes} writes: {scenario}, {plan}, {error or 'kill'}")
+    assert writes > (20 if scenario == "merge" else 100)
 
 
 def test_a_file_size_limit(tmp_path):
