@@ -30,8 +30,8 @@ import torch
 from dfengine import Cam, Engine, Random, Rise, evaluate, store, sweep
 from dfengine.store.file import template
 from dfengine.store.file.files import append_lines
-from dfengine.sweep.planning import make_units, prepare
 from dfengine.sweep.events import ItemCost, ModelProfile
+from dfengine.sweep.planning import make_units, prepare
 from dfengine.sweep.spec import SharedSettings
 from dfengine.sweep.unit import explain_unit
 
