@@ -201,7 +201,19 @@ def test_suggestions(engine: Engine) -> None:
 
 
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
-    quick = ["--num-steps", "2", "--num-masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile", "--device", "cpu"]
+    quick = [
+        "--num-steps",
+        "2",
+        "--num-masks",
+        "8",
+        "--seconds",
+        "0.1",
+        "--batch-size",
+        "8",
+        "--no-compile",
+        "--device",
+        "cpu",
+    ]
     command = [
         sys.executable,
         "-m",

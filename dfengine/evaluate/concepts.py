@@ -18,7 +18,7 @@ from dfengine.evaluate.intervals import Interval, interval, rate
 from dfengine.explain import StepMap, check_behaviour
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
-from dfengine.shapes.judge import ATTRIBUTES, Judge, read
+from dfengine.shapes.judge import ATTRIBUTES, Judge, attribute_indices
 from dfengine.shapes.world import SIZE, Caption
 from dfengine.tokens import Tokens, content_words, word_spans
 
@@ -94,7 +94,7 @@ class RightOnes:
         """
         logits = self._judge(self._read(image))
         seen = dict(zip(ATTRIBUTES, (int(one.argmax()) for one in logits.values()), strict=True))
-        wanted = dict(zip(ATTRIBUTES, read([caption])[0].tolist(), strict=True))
+        wanted = dict(zip(ATTRIBUTES, attribute_indices([caption])[0].tolist(), strict=True))
         places = ("first", "second") if caption.relation not in ("below", "right of") else ("second", "first")
 
         def shape(values: Mapping[str, int], place: str) -> tuple[int, int]:
