@@ -1,4 +1,4 @@
-"""The embedded world, its tokenizer and judge, and the parts of training that must not go wrong unseen."""
+"""The embedded world, its tokenizer and judge, and the parts of training."""
 
 import json
 import math
@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dfengine.shapes import judge as judging
 from dfengine.shapes import train
-from dfengine.shapes.judge import ATTRIBUTES, Judge
-from dfengine.shapes.optimise import Run
+from dfengine.shapes.judge import ABSENT, ATTRIBUTES, Judge, attribute_indices, attribute_loss
+from dfengine.shapes.optimise import TrainingRun
 from dfengine.shapes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -49,7 +48,7 @@ def world() -> tuple[Scenes, Tensor, Tensor]:
 # --- renderer --------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_the_masks_in_their_colours(world: tuple[Scenes, Tensor, Tensor]) -> None:
+def test_images_are_coloured_masks(world: tuple[Scenes, Tensor, Tensor]) -> None:
     scenes, images, masks = world
     assert images.shape == (400, 3, SIZE, SIZE)
     assert masks.shape == (400, 2, SIZE, SIZE)
@@ -60,7 +59,7 @@ def test_images_are_the_masks_in_their_colours(world: tuple[Scenes, Tensor, Tens
     assert_close(images, painted, rtol=0, atol=1e-6)
 
 
-def test_shapes_lie_apart(world: tuple[Scenes, Tensor, Tensor]) -> None:
+def test_shapes_do_not_overlap(world: tuple[Scenes, Tensor, Tensor]) -> None:
     _, _, masks = world
     assert masks.min() == 0
     assert masks.max() == 1
@@ -74,8 +73,8 @@ def test_only_relations_have_an_object(world: tuple[Scenes, Tensor, Tensor]) -> 
     assert 0.2 < (scenes.relation < 0).float().mean() < 0.3
 
 
-def test_shapes_are_whole(world: tuple[Scenes, Tensor, Tensor]) -> None:
-    """Moved by whole pixels to the middle, each covers what it covered: nothing is cut off at the border."""
+def test_shapes_are_not_cut_off(world: tuple[Scenes, Tensor, Tensor]) -> None:
+    """Moved by an integer number of pixels to the centre, each shape keeps its area: no border cuts it off."""
     scenes, _, masks = world
     middle = scenes.centre + (SIZE / 2 - scenes.centre).round()
     moved = render(Scenes(**{**{name: vars(scenes)[name] for name in Scenes.__dataclass_fields__}, "centre": middle}))[
@@ -93,7 +92,7 @@ def test_edges_are_smooth(world: tuple[Scenes, Tensor, Tensor]) -> None:
 
 
 def area(kind: str, r: float) -> float:
-    """By elementary geometry."""
+    """The area of a shape in square pixels, by elementary geometry."""
     return {
         "circle": math.pi * r**2,
         "square": (2 * 0.85 * r) ** 2,
@@ -101,20 +100,20 @@ def area(kind: str, r: float) -> float:
         "triangle": 3 * math.sqrt(3) / 4 * r**2,
         # ten triangles between a tip, the centre and an inner corner
         "star": 5 * r * 0.42 * r * math.sin(math.pi / 5),
-        # two bars less what they share
+        # two bars minus their intersection
         "cross": 2 * (2 * r * 0.68 * r) - (0.68 * r) ** 2,
         "ring": math.pi * (r**2 - (0.48 * r) ** 2),
     }[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shapes_have_their_area(kind: str, world: tuple[Scenes, Tensor, Tensor]) -> None:
+def test_areas_match_elementary_geometry(kind: str, world: tuple[Scenes, Tensor, Tensor]) -> None:
     scenes, _, masks = world
     chosen = (scenes.kind[:, 0] == KINDS.index(kind)).nonzero()[:, 0]
     assert len(chosen) > 30
     for i in chosen.tolist():
         want = area(kind, scenes.radius[i, 0].item())
-        # The outline's corners are a little blunt or long under anti-aliasing.
+        # Anti-aliasing makes corners slightly blunt or long.
         assert masks[i, 0].sum().item() == pytest.approx(want, rel=0.03)
 
 
@@ -133,14 +132,14 @@ def test_relations_hold_for_the_masks(world: tuple[Scenes, Tensor, Tensor]) -> N
         assert ahead > aside
 
 
-def test_a_seed_is_a_set_of_scenes() -> None:
+def test_a_seed_determines_the_scenes() -> None:
     first, again, other = scenes_of(3, 50), scenes_of(3, 50), scenes_of(4, 50)
     assert torch.equal(render(first)[0], render(again)[0])
     assert first.captions == again.captions
     assert not torch.equal(render(first)[0], render(other)[0])
 
 
-def test_scenes_are_picked_by_rows() -> None:
+def test_scenes_can_be_indexed() -> None:
     scenes = scenes_of(3, 20)
     part = scenes[torch.tensor([7, 2])]
     assert len(part) == 2
@@ -153,14 +152,14 @@ def test_scenes_are_picked_by_rows() -> None:
 
 @cache
 def many_captions() -> list[Caption]:
-    """Every caption of a single subject, and one in seven of the others."""
+    """All captions with a single subject, and one in seven of the others."""
     shapes = list(product(COLOURS, KINDS))
     singles = [Caption(shape, background) for shape in shapes for background in BACKGROUNDS]
     others = list(product(permutations(shapes, 2), RELATIONS, BACKGROUNDS))[::7]
     return singles + [Caption(a, background, relation, b) for (a, b), relation, background in others]
 
 
-def test_captions_are_read_back() -> None:
+def test_captions_can_be_parsed() -> None:
     for caption in many_captions()[::5]:
         text = str(caption)
         assert Caption.parse(text) == Caption.parse(f" {text.upper()}\n") == caption
@@ -169,7 +168,7 @@ def test_captions_are_read_back() -> None:
             assert re.search(rf"\b{phrase}\b", text)
 
 
-def test_captions_read_as_written() -> None:
+def test_caption_text_and_concepts() -> None:
     text = "an orange circle left of a blue square on a gray background"
     caption = Caption(("orange", "circle"), "gray", "left of", ("blue", "square"))
     assert str(caption) == text
@@ -201,19 +200,19 @@ def test_other_texts_are_not_captions(text: str) -> None:
 
 def test_a_twentieth_is_held_out_and_never_trained_on() -> None:
     captions = many_captions()
-    assert 0.045 < sum(caption.held_out for caption in captions) / len(captions) < 0.055
-    # A checksum of the text: should it change, judged captions would have been trained on.
-    assert [str(caption) for caption in captions if caption.held_out][:2] == [
+    assert 0.045 < sum(caption.is_held_out for caption in captions) / len(captions) < 0.055
+    # If the checksum changed, held-out captions would have been trained on.
+    assert [str(caption) for caption in captions if caption.is_held_out][:2] == [
         "a red ring on a black background",
         "a green circle on a brown background",
     ]
     trained, judged = scenes_of(5, 1000).captions, scenes_of(5, 60, held_out=True).captions
     assert (len(trained), len(judged)) == (1000, 60)
-    assert not any(caption.held_out for caption in trained)
-    assert all(caption.held_out for caption in judged)
+    assert not any(caption.is_held_out for caption in trained)
+    assert all(caption.is_held_out for caption in judged)
 
 
-def test_every_value_is_drawn_and_no_scene_has_twins() -> None:
+def test_every_value_occurs_and_shapes_differ() -> None:
     captions = scenes_of(6, 3000).captions
     assert all(caption.subject != caption.object for caption in captions)
     for drawn, values in (
@@ -223,7 +222,7 @@ def test_every_value_is_drawn_and_no_scene_has_twins() -> None:
         (Counter(caption.relation for caption in captions if caption.relation), RELATIONS),
     ):
         assert drawn.keys() == set(values)
-        # Even, but for chance and what is held out.
+        # Uniform up to chance and the held-out captions.
         assert max(drawn.values()) < 1.35 * min(drawn.values())
 
 
@@ -246,7 +245,7 @@ def test_every_word_is_one_token_with_its_offsets(tiny_folder: Path, tmp_path: P
     assert built(text).input_ids == exported(text).input_ids
 
 
-def test_every_caption_fits(tmp_path: Path) -> None:
+def test_every_caption_fits_into_the_tokens(tmp_path: Path) -> None:
     tokenizer = train.build_tokenizer(tmp_path)
     longest = "an orange circle left of an orange square on a gray background"
     ids = train.tokenize(tokenizer, [longest, "", "a red circle"])
@@ -258,22 +257,24 @@ def test_every_caption_fits(tmp_path: Path) -> None:
 # --- judge -----------------------------------------------------------------------------------------------------------
 
 
-def test_two_ways_of_saying_a_picture_are_one() -> None:
+def test_two_captions_of_one_image_have_the_same_attributes() -> None:
     a, b = ("red", "circle"), ("blue", "square")
     above, below = Caption(a, "gray", "above", b), Caption(b, "gray", "below", a)
     left, right = Caption(a, "gray", "left of", b), Caption(b, "gray", "right of", a)
-    readings = judging.read([above, below, left, right, Caption(b, "gray", "above", a), Caption(b, "black")]).tolist()
-    assert readings[0] == readings[1]
-    assert readings[2] == readings[3]
-    assert readings[0] != readings[2]
-    assert readings[0] != readings[4]
-    names = [values[i] for i, values in zip(readings[1], ATTRIBUTES.values(), strict=True)]
+    indices = attribute_indices(
+        [above, below, left, right, Caption(b, "gray", "above", a), Caption(b, "black")]
+    ).tolist()
+    assert indices[0] == indices[1]
+    assert indices[2] == indices[3]
+    assert indices[0] != indices[2]
+    assert indices[0] != indices[4]
+    names = [values[i] for i, values in zip(indices[1], ATTRIBUTES.values(), strict=True)]
     assert names == ["vertical", "red", "circle", "blue", "square", "gray"]
-    assert readings[5] == [0, 2, 1, judging.ABSENT, judging.ABSENT, 1]
+    assert indices[5] == [0, 2, 1, ABSENT, ABSENT, 1]
 
 
 class Oracle(Judge):
-    """Sees in every image the attributes that it is told."""
+    """Predicts given attributes."""
 
     def __init__(self, seen: Tensor) -> None:
         super().__init__()
@@ -286,9 +287,9 @@ class Oracle(Judge):
         }
 
 
-def test_agreement_is_told_an_attribute_at_a_time() -> None:
+def test_agreement_is_reported_per_attribute() -> None:
     scenes = scenes_of(8, 12)
-    seen = judging.read(scenes.captions)
+    seen = attribute_indices(scenes.captions)
     images = render(scenes)[0]
     assert Oracle(seen).agrees(images, scenes.captions).all()
     two = next(i for i, caption in enumerate(scenes.captions) if caption.object)
@@ -297,15 +298,15 @@ def test_agreement_is_told_an_attribute_at_a_time() -> None:
     assert wrong.nonzero().tolist() == [[two, 3]]
 
 
-def test_the_judges_loss_is_the_summed_surprise() -> None:
-    """At even odds the logarithm of the number of values, summed over the attributes that any caption has."""
+def test_the_judges_loss_sums_the_cross_entropies() -> None:
+    """For uniform logits the logarithm of the number of values, summed over the attributes that a caption has."""
     captions = scenes_of(8, 12).captions
     single = [caption for caption in captions if caption.object is None]
     assert 0 < len(single) < 12
     for chosen, names in ((captions, set(ATTRIBUTES)), (single, set(ATTRIBUTES) - {"second colour", "second kind"})):
         even = {name: torch.zeros(len(chosen), len(values)) for name, values in ATTRIBUTES.items()}
         want = sum(math.log(len(ATTRIBUTES[name])) for name in names)
-        assert judging.loss(even, judging.read(chosen)).item() == pytest.approx(want, rel=1e-5)
+        assert attribute_loss(even, attribute_indices(chosen)).item() == pytest.approx(want, rel=1e-5)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def tiny_autoencoder() -> AutoencoderKL:
     )
 
 
-def test_whitening_changes_the_latents_and_not_the_images() -> None:
+def test_whitening_changes_latents_and_not_images() -> None:
     torch.manual_seed(0)
     model = tiny_autoencoder().requires_grad_(False)
     images = 2 * render(scenes_of(9, 24))[0] - 1
@@ -341,29 +342,29 @@ def test_whitening_changes_the_latents_and_not_the_images() -> None:
     assert_close(model.decode(encoded.mean).sample, before, rtol=0, atol=1e-3)
 
 
-def optimise(run: Run, *, stop_at: int | None = None) -> tuple[nn.Module, list[int]]:
-    """150 steps of a small network on noise, or up to an interruption; the model and the steps it took."""
+def optimise(run: TrainingRun, *, stop_at: int | None = None) -> tuple[nn.Module, list[int]]:
+    """A small network after 150 steps, or up to an interruption, and the steps taken."""
     torch.manual_seed(run.seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4, 2))
     taken: list[int] = []
 
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss_fn(model: nn.Module, generator: torch.Generator) -> Tensor:
         if len(taken) == stop_at:
             raise KeyboardInterrupt
         taken.append(len(taken))
         x = torch.randn(8, 3, 3, 3, generator=generator)
         return ((model(x) - x.mean((2, 3))[:, :2]) ** 2).mean()
 
-    return run.optimise("small", model, loss_of, steps=150, learning_rate=1e-2, ema_decay=0.9), taken
+    return run.optimise("small", model, loss_fn, steps=150, learning_rate=1e-2, ema_decay=0.9), taken
 
 
-def make_run(folder: Path, seed: int = 0) -> Run:
+def make_run(folder: Path, seed: int = 0) -> TrainingRun:
     folder.mkdir()
-    return Run(folder, seed, torch.device("cpu"))
+    return TrainingRun(folder, seed, torch.device("cpu"))
 
 
-def test_interrupted_training_ends_where_it_would_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    straight, _ = optimise(make_run(tmp_path / "straight"))
+def test_interrupted_training_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uninterrupted, _ = optimise(make_run(tmp_path / "uninterrupted"))
     run = make_run(tmp_path / "interrupted")
     with pytest.raises(KeyboardInterrupt):
         optimise(run, stop_at=120)
@@ -372,7 +373,7 @@ def test_interrupted_training_ends_where_it_would_have(tmp_path: Path, capsys: p
     finished, taken = optimise(run)
     assert len(taken) == 0
     other, _ = optimise(make_run(tmp_path / "other", seed=1))
-    for name, value in straight.state_dict().items():
+    for name, value in uninterrupted.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
         assert torch.equal(value, finished.state_dict()[name])
         assert not torch.equal(value, other.state_dict()[name])
@@ -384,27 +385,27 @@ def test_interrupted_training_ends_where_it_would_have(tmp_path: Path, capsys: p
 
 
 def test_batches_are_a_function_of_seed_stage_and_step(tmp_path: Path) -> None:
-    run = Run(tmp_path, 0, torch.device("cpu"))
+    run = TrainingRun(tmp_path, 0, torch.device("cpu"))
     draws = [
         torch.rand(1, generator=run.generator(stage, step)).item() for stage in ("a", "b") for step in (0, 1, 10)
-    ] + [torch.rand(1, generator=Run(tmp_path, 1, run.device).generator("a", 0)).item()]
+    ] + [torch.rand(1, generator=TrainingRun(tmp_path, 1, run.device).generator("a", 0)).item()]
     assert len(set(draws)) == len(draws)
     assert torch.rand(1, generator=run.generator("a", 0)).item() == draws[0]
 
 
-def test_the_real_size_is_exported_whole_and_small(tmp_path: Path) -> None:
-    """Its networks trained in channels_last, as training leaves them."""
+def test_the_exported_pipeline_is_complete_and_small(tmp_path: Path) -> None:
+    """The networks are channels-last, as training leaves them."""
     torch.manual_seed(0)
     tokenizer = train.build_tokenizer(tmp_path / "words")
-    pair, judge = train.Pair(tokenizer).to(memory_format=torch.channels_last), Judge()
+    model, judge = train.TextToLatent(tokenizer).to(memory_format=torch.channels_last), Judge()
     train.export(
-        pair, tokenizer, tiny_autoencoder().to(memory_format=torch.channels_last), judge, tmp_path / "pipeline"
+        model, tokenizer, tiny_autoencoder().to(memory_format=torch.channels_last), judge, tmp_path / "pipeline"
     )
     assert sum(file.stat().st_size for file in (tmp_path / "pipeline").rglob("*") if file.is_file()) < 20 * 2**20
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     latents, tokens = torch.randn(1, 4, 16, 16), train.tokenize(tokenizer, ["a red circle on a gray background"])
     with torch.no_grad():
-        ours, _ = pair(latents, torch.tensor([500]), tokens)
+        ours, _ = model(latents, torch.tensor([500]), tokens)
         text = loaded.text_encoder(tokens).last_hidden_state
         theirs = loaded.unet(latents, torch.tensor([500]), encoder_hidden_states=text).sample
     assert_close(theirs, ours, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from dfengine.shapes import train
 from dfengine.shapes.judge import Judge
 
 
-class TinyPair(train.Pair):
+class TinyTextToLatent(train.TextToLatent):
     """Denoiser and text encoder of the tiny model: 4×8×8 latents, text of width 16."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
@@ -56,5 +56,5 @@ def export(folder: Path) -> Path:
             sample_size=16,
             scaling_factor=0.5,
         )
-        train.export(TinyPair(tokenizer), tokenizer, autoencoder, Judge(), folder / "pipeline")
+        train.export(TinyTextToLatent(tokenizer), tokenizer, autoencoder, Judge(), folder / "pipeline")
     return folder / "pipeline"

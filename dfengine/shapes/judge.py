@@ -1,7 +1,7 @@
-"""The attribute network: says what a picture of the embedded world shows, and so whether it fits its caption.
+"""The attribute network: classifies what an image of the embedded world shows, to compare it with a caption.
 
-"Red above blue" and "blue below red" are one picture, so the network reads places, not roles: the first shape
-is the upper or left one. `read` turns a caption into the same form.
+"Red above blue" and "blue below red" describe the same image, so the network orders shapes by position, not by role:
+the first shape is the upper or left one. `attribute_indices` converts captions to the same form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dfengine.shapes.world import BACKGROUNDS, COLOURS, KINDS, Caption
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 
-#: Each attribute with its values, in the order of the network's outputs.
+#: The values of each attribute, in the order of the network's outputs.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "arrangement": ("single", "vertical", "horizontal"),
     "first colour": tuple(COLOURS),
@@ -29,14 +29,14 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "second kind": KINDS,
     "background": tuple(BACKGROUNDS),
 }
-#: Stands for "no such shape": the second shape of a single-subject caption has neither colour nor kind.
+#: The index of an attribute that a caption does not have: the colour and kind of a second shape.
 ABSENT = -1
 
 _FEATURES = 96
 
 
 class Judge(nn.Module):
-    """A small convolutional classifier with one head an attribute."""
+    """A small convolutional classifier with one head per attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,30 +50,30 @@ class Judge(nn.Module):
         self.heads = nn.Linear(_FEATURES, sum(map(len, ATTRIBUTES.values())))
 
     def features(self, images: Float[Tensor, "n 3 64 64"]) -> Float[Tensor, "n 96"]:
-        """A feature vector an image; `images` in [0, 1]."""
+        """A feature vector per image; `images` in [0, 1]."""
         return F.silu(self.mix(self.body(2 * images - 1).flatten(1)))
 
     def forward(self, images: Float[Tensor, "n 3 64 64"]) -> dict[str, Float[Tensor, "n _"]]:
         """Logits of every attribute; `images` in [0, 1]."""
-        return split(self.heads(self.features(images)))
+        return split_logits(self.heads(self.features(images)))
 
     @classmethod
     def load(cls) -> Judge:
-        """The trained network that comes with the package."""
+        """The trained network included in the package."""
         judge = cls()
         judge.load_state_dict(load_file(WEIGHTS))
         return judge.eval().requires_grad_(False)
 
     @torch.no_grad()
     def agrees(self, images: Float[Tensor, "n 3 64 64"], captions: list[Caption]) -> Bool[Tensor, "n attributes"]:
-        """Whether each image shows each attribute of its caption; an absent one counts as shown."""
-        wanted = read(captions)
-        shown = torch.stack([logits.argmax(1).cpu() for logits in self(images).values()], dim=1)
-        return (shown == wanted) | (wanted == ABSENT)
+        """Whether each image shows each attribute of its caption; absent attributes count as shown."""
+        target = attribute_indices(captions)
+        predicted = torch.stack([logits.argmax(1).cpu() for logits in self(images).values()], dim=1)
+        return (predicted == target) | (target == ABSENT)
 
 
-def read(captions: Sequence[Caption]) -> Int[Tensor, "n attributes"]:
-    """The index of each attribute's value in each caption, in the order of ATTRIBUTES; ABSENT where it has none."""
+def attribute_indices(captions: Sequence[Caption]) -> Int[Tensor, "n attributes"]:
+    """The index of each caption's value of each attribute, in the order of ATTRIBUTES; ABSENT if it has none."""
     rows = []
     for caption in captions:
         first, second, arrangement = caption.subject, caption.object, "single"
@@ -87,16 +87,16 @@ def read(captions: Sequence[Caption]) -> Int[Tensor, "n attributes"]:
     return torch.tensor(rows)
 
 
-def split(logits: Float[Tensor, "n all"]) -> dict[str, Float[Tensor, "n _"]]:
-    """The logits of every attribute, out of one row of all of them."""
+def split_logits(logits: Float[Tensor, "n all"]) -> dict[str, Float[Tensor, "n _"]]:
+    """The logits of all attributes, split by attribute."""
     return dict(zip(ATTRIBUTES, logits.split([len(values) for values in ATTRIBUTES.values()], dim=1), strict=True))
 
 
-def loss(logits: dict[str, Tensor], wanted: Int[Tensor, "n attributes"]) -> Float[Tensor, ""]:
-    """Summed cross-entropy over the attributes that are there."""
-    there = wanted != ABSENT
+def attribute_loss(logits: dict[str, Tensor], target: Int[Tensor, "n attributes"]) -> Float[Tensor, ""]:
+    """The sum over attributes of the mean cross-entropy, without absent attributes."""
+    is_present = target != ABSENT
     terms = [
-        F.cross_entropy(part, wanted[:, i], ignore_index=ABSENT, reduction="sum") / there[:, i].sum().clamp(min=1)
+        F.cross_entropy(part, target[:, i], ignore_index=ABSENT, reduction="sum") / is_present[:, i].sum().clamp(min=1)
         for i, part in enumerate(logits.values())
     ]
     return torch.stack(terms).sum()

@@ -1,9 +1,9 @@
-"""Train the embedded model from nothing: autoencoder, text encoder and denoiser, and the judge of its images.
+"""Train the embedded model from scratch: autoencoder, text encoder with denoiser, and the judge of its images.
 
     python -m dfengine.shapes.train --state build/shapes
 
-runs every stage in order and exports a diffusers pipeline folder. Each stage checkpoints to the state folder and
-goes on from there when run again; batches are drawn by (seed, step), so an interrupted run sees the same data.
+runs all stages in order and exports a diffusers pipeline folder. Each stage saves checkpoints in the state folder and
+resumes from them; batches are a function of (seed, step), so an interrupted run sees the same data.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dfengine.shapes import judge as judging
-from dfengine.shapes.optimise import Run
+from dfengine.shapes.judge import ABSENT, ATTRIBUTES, WEIGHTS, Judge, attribute_indices, attribute_loss, split_logits
+from dfengine.shapes.optimise import TrainingRun
 from dfengine.shapes.world import SIZE, Caption, Scenes, render, sample_scenes, vocabulary
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 96
-#: Noise on the latents while the autoencoder trains, in standard deviations: the decoder learns to forgive it.
+#: Noise added to the latents in autoencoder training, in standard deviations, to make the decoder robust to errors.
 LATENT_NOISE = 0.05
-#: Share of prompts left empty, so that the model can be guided.
-EMPTY_PROMPTS = 0.1
-#: Weight of the text encoder's own task: the end-of-text token must tell what is where (see `Pair.tell`).
-TELLING = 0.1
+#: Share of prompts replaced by the empty prompt, for classifier-free guidance.
+EMPTY_PROMPT_SHARE = 0.1
+#: Weight of the text encoder's auxiliary loss (see `TextToLatent.attribute_head`).
+ATTRIBUTE_LOSS_WEIGHT = 0.1
 
 
 # --- autoencoder -----------------------------------------------------------------------------------------------------
 
 
-def train_autoencoder(run: Run, steps: int) -> AutoencoderKL:
-    """64×64 images ↔ 4×16×16 latents; MSE + 0.2 L1 under a little latent noise, then whitened."""
+def train_autoencoder(run: TrainingRun, steps: int) -> AutoencoderKL:
+    """An autoencoder of 64×64 images to 4×16×16 latents: MSE + 0.2 L1 with slight latent noise, then whitened."""
     torch.manual_seed(run.seed)
     model = AutoencoderKL(
         block_out_channels=(24, 48, 48),
@@ -52,7 +52,7 @@ def train_autoencoder(run: Run, steps: int) -> AutoencoderKL:
         scaling_factor=1.0,
     )
 
-    def loss_of(model: AutoencoderKL, generator: torch.Generator) -> Tensor:
+    def loss_fn(model: AutoencoderKL, generator: torch.Generator) -> Tensor:
         images = 2 * render(sample_scenes(16, generator))[0].to(run.device, memory_format=torch.channels_last) - 1
         latents = model.encode(images).latent_dist.mean
         spread = latents.std((0, 2, 3), keepdim=True).detach()
@@ -60,7 +60,7 @@ def train_autoencoder(run: Run, steps: int) -> AutoencoderKL:
         decoded = model.decode(latents + LATENT_NOISE * spread * noise).sample
         return F.mse_loss(decoded, images) + 0.2 * F.l1_loss(decoded, images)
 
-    model = run.optimise("autoencoder", model, loss_of, steps=steps, learning_rate=2e-3, ema_decay=0.99)
+    model = run.optimise("autoencoder", model, loss_fn, steps=steps, learning_rate=2e-3, ema_decay=0.99)
     images = 2 * render(sample_scenes(512, run.generator("whiten", 0)))[0].to(run.device) - 1
     with torch.no_grad():
         whiten(model, model.encode(images).latent_dist.mean)
@@ -70,28 +70,28 @@ def train_autoencoder(run: Run, steps: int) -> AutoencoderKL:
 
 
 def whiten(model: AutoencoderKL, latents: Tensor) -> None:
-    """Fold into the 1×1 convolutions the map that gives the latents zero mean and identity covariance."""
+    """Fold the affine map that gives the latents zero mean and identity covariance into the 1×1 convolutions."""
     flat = latents.transpose(0, 1).flatten(1).double()
     mean = flat.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(flat))
-    forth = vectors @ torch.diag(values.rsqrt()) @ vectors.T
-    back = vectors @ torch.diag(values.sqrt()) @ vectors.T
-    into, out_of, channels = model.quant_conv, model.post_quant_conv, len(mean)
-    weight, bias = into.weight[:channels, :, 0, 0].double(), into.bias[:channels].double()
-    into.weight.zero_()
-    into.weight[:channels, :, 0, 0] = (forth @ weight).float()
-    into.bias[:channels] = (forth @ (bias - mean)).float()
-    into.bias[channels:] = 2 * math.log(LATENT_NOISE)
-    weight = out_of.weight[:, :, 0, 0].double()
-    out_of.bias += (weight @ mean).float()
-    out_of.weight[:, :, 0, 0] = (weight @ back).float()
+    whitening = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    inverse = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    encoder, decoder, channels = model.quant_conv, model.post_quant_conv, len(mean)
+    weight, bias = encoder.weight[:channels, :, 0, 0].double(), encoder.bias[:channels].double()
+    encoder.weight.zero_()
+    encoder.weight[:channels, :, 0, 0] = (whitening @ weight).float()
+    encoder.bias[:channels] = (whitening @ (bias - mean)).float()
+    encoder.bias[channels:] = 2 * math.log(LATENT_NOISE)
+    weight = decoder.weight[:, :, 0, 0].double()
+    decoder.bias += (weight @ mean).float()
+    decoder.weight[:, :, 0, 0] = (weight @ inverse).float()
 
 
 # --- text and denoiser -----------------------------------------------------------------------------------------------
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer that merges exactly the world's words; the words themselves are kept beside it."""
+    """A CLIP byte-pair tokenizer with one token per word of the world; `init_kwargs["words"]` lists the words."""
     merges: list[tuple[str, str]] = []
     words = vocabulary()
     for word in words:
@@ -122,8 +122,8 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-class Pair(nn.Module):
-    """Denoiser and text encoder, trained as one."""
+class TextToLatent(nn.Module):
+    """The denoiser and the text encoder, trained together."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -150,14 +150,15 @@ class Pair(nn.Module):
             pad_token_id=tokenizer.pad_token_id,
         )
         self.text_encoder = CLIPTextModel(config)
-        self.tell = nn.Linear(TEXT_WIDTH, sum(map(len, judging.ATTRIBUTES.values())))
-        """Reads the caption's attributes by place off its last token. Which shape is at the left follows from subject
-        and relation together; noise prediction alone finds that out very late."""
+        self.attribute_head = nn.Linear(TEXT_WIDTH, sum(map(len, ATTRIBUTES.values())))
+        """Predicts the caption's attributes, ordered by position, from its last token. Which shape is on the left
+        depends on subject and relation together, which the noise prediction alone learns very late."""
 
     def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The noise prediction, and the logits of what the text says."""
+        """The noise prediction, and the logits of the caption's attributes."""
         text = self.text_encoder(tokens).last_hidden_state
-        return self.unet(latents, timesteps, encoder_hidden_states=text).sample, judging.split(self.tell(text[:, -1]))
+        epsilon = self.unet(latents, timesteps, encoder_hidden_states=text).sample
+        return epsilon, split_logits(self.attribute_head(text[:, -1]))
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
@@ -176,34 +177,38 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def train_denoiser(run: Run, autoencoder: AutoencoderKL, steps: int, num_scenes: int) -> tuple[Pair, CLIPTokenizer]:
-    """Noise prediction on cached latents, and the text encoder's own task beside it."""
+def train_denoiser(
+    run: TrainingRun, autoencoder: AutoencoderKL, steps: int, num_scenes: int
+) -> tuple[TextToLatent, CLIPTokenizer]:
+    """The denoiser and text encoder, trained by noise prediction on cached latents and the auxiliary loss."""
     torch.manual_seed(run.seed)
     tokenizer = build_tokenizer(run.state / "tokenizer")
     latents, tokens, attributes = cached_latents(run, autoencoder, tokenizer, num_scenes)
     empty = tokenize(tokenizer, [""])[0].to(run.device)
     alpha_bar = build_scheduler().alphas_cumprod.to(run.device)
 
-    def loss_of(model: Pair, generator: torch.Generator) -> Tensor:
+    def loss_fn(model: TextToLatent, generator: torch.Generator) -> Tensor:
         rows = torch.randint(num_scenes, (32,), generator=generator)
         t = torch.randint(1000, (32,), generator=generator).to(run.device)
         noise = torch.randn((32, *latents.shape[1:]), generator=generator).to(run.device)
-        dropped = (torch.rand(32, 1, generator=generator) < EMPTY_PROMPTS).to(run.device)
+        is_empty = (torch.rand(32, 1, generator=generator) < EMPTY_PROMPT_SHARE).to(run.device)
         a = alpha_bar[t][:, None, None, None]
         noisy = a.sqrt() * latents[rows].to(run.device) + (1 - a).sqrt() * noise
-        text = torch.where(dropped, empty, tokens[rows].to(run.device))
-        predicted, told = model(noisy.contiguous(memory_format=torch.channels_last), t, text)
-        wanted = torch.where(dropped, judging.ABSENT, attributes[rows].to(run.device))
-        return (weight(a) * (predicted - noise) ** 2).mean() + TELLING * judging.loss(told, wanted)
+        text = torch.where(is_empty, empty, tokens[rows].to(run.device))
+        epsilon, logits = model(noisy.contiguous(memory_format=torch.channels_last), t, text)
+        target = torch.where(is_empty, ABSENT, attributes[rows].to(run.device))
+        denoising = (loss_weight(a) * (epsilon - noise) ** 2).mean()
+        return denoising + ATTRIBUTE_LOSS_WEIGHT * attribute_loss(logits, target)
 
-    pair = run.optimise("denoiser", Pair(tokenizer), loss_of, steps=steps, learning_rate=2e-3, ema_decay=0.999)
-    return pair, tokenizer
+    model = TextToLatent(tokenizer)
+    model = run.optimise("denoiser", model, loss_fn, steps=steps, learning_rate=2e-3, ema_decay=0.999)
+    return model, tokenizer
 
 
-def weight(alpha_bar: Tensor) -> Tensor:
-    """The error in ε counts as the error in v would, 1/ᾱ, but at most 10; where there is hardly any noise, by min-SNR.
+def loss_weight(alpha_bar: Tensor) -> Tensor:
+    """Weights that make an error in ε count as the error in v, 1/ᾱ, up to 10, and by min-SNR at low noise.
 
-    What is where is decided at high noise, where an error in ε is small; plain weights learn it last (Salimans & Ho
+    The layout is decided at high noise, where errors in ε are small, so uniform weights learn it last (Salimans & Ho
     2022; Hang et al. 2023).
     """
     snr = alpha_bar / (1 - alpha_bar)
@@ -211,9 +216,9 @@ def weight(alpha_bar: Tensor) -> Tensor:
 
 
 def cached_latents(
-    run: Run, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, count: int
+    run: TrainingRun, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [count, 4, 16, 16], token ids and attributes by place of `count` training scenes, encoded once."""
+    """Latents [count, 4, 16, 16], token ids and attribute indices of `count` training scenes, encoded once."""
     path = run.state / f"latents-{count}.pt"
     if not path.exists():
         parts: list[Tensor] = []
@@ -225,18 +230,18 @@ def cached_latents(
                 parts.append(autoencoder.encode(2 * images - 1).latent_dist.mean.cpu())
             captions += scenes.captions
         tokens = tokenize(tokenizer, list(map(str, captions)))
-        torch.save((torch.cat(parts), tokens, judging.read(captions)), path)
+        torch.save((torch.cat(parts), tokens, attribute_indices(captions)), path)
     return torch.load(path)
 
 
 # --- judge and export ------------------------------------------------------------------------------------------------
 
 
-def train_judge(run: Run, steps: int) -> judging.Judge:
-    """Cross-entropy on rendered scenes, blurred and noised a little so that decoded latents look the same to it."""
+def train_judge(run: TrainingRun, steps: int) -> Judge:
+    """The judge, trained on rendered scenes with slight blur and noise, so that it generalises to decoded latents."""
     torch.manual_seed(run.seed)
 
-    def loss_of(model: judging.Judge, generator: torch.Generator) -> Tensor:
+    def loss_fn(model: Judge, generator: torch.Generator) -> Tensor:
         scenes = sample_scenes(64, generator)
         images = render(scenes)[0]
         blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -245,39 +250,38 @@ def train_judge(run: Run, steps: int) -> judging.Judge:
             images.shape, generator=generator
         )
         images = images + 0.05 * torch.randn(64, 3, 1, 1, generator=generator)
-        return judging.loss(model(images.to(run.device)), judging.read(scenes.captions).to(run.device))
+        return attribute_loss(model(images.to(run.device)), attribute_indices(scenes.captions).to(run.device))
 
-    model = run.optimise("judge", judging.Judge(), loss_of, steps=steps, learning_rate=1e-3, ema_decay=0.99)
+    model = run.optimise("judge", Judge(), loss_fn, steps=steps, learning_rate=1e-3, ema_decay=0.99)
     scenes = sample_scenes(1000, run.generator("judge-test", 0), held_out=True)
-    right = model.cpu().agrees(render(scenes)[0], scenes.captions).all(1).float().mean()
-    run.log("judge", right_on_held_out_scenes=right.item())
+    accuracy = model.cpu().agrees(render(scenes)[0], scenes.captions).all(1).float().mean()
+    run.log("judge", accuracy_on_held_out_scenes=accuracy.item())
     return model
 
 
 def export(
-    pair: Pair, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, judge: judging.Judge, folder: Path
+    model: TextToLatent, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, judge: Judge, folder: Path
 ) -> None:
-    """Write the pipeline folder that `StableDiffusionPipeline.from_pretrained` reads, and the judge beside it."""
+    """Write a pipeline folder that `StableDiffusionPipeline.from_pretrained` reads, with the judge in it."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder.cpu(),
-        text_encoder=pair.text_encoder.cpu(),
+        text_encoder=model.text_encoder.cpu(),
         tokenizer=tokenizer,
-        unet=pair.unet.cpu(),
+        unet=model.unet.cpu(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
-    save_file(
-        {name: value.contiguous() for name, value in judge.cpu().state_dict().items()}, folder / judging.WEIGHTS.name
-    )
+    judge_state = {name: value.contiguous() for name, value in judge.cpu().state_dict().items()}
+    save_file(judge_state, folder / WEIGHTS.name)
     for file in folder.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors keeps its files to their owner; a package is for everyone
+        file.chmod(0o644)  # safetensors creates files that only their owner can read
 
 
 def main() -> None:
-    """Run every stage in order, each going on from its last checkpoint."""
+    """Run all stages in order, resuming from their checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, required=True, help="folder of checkpoints and logs, outside git")
     parser.add_argument("--out", type=Path, help="pipeline folder to write (default: STATE/pipeline)")
@@ -291,12 +295,12 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=30_000, help="scenes whose latents are cached")
     options = parser.parse_args()
 
-    run = Run(options.state, options.seed, options.device)
+    run = TrainingRun(options.state, options.seed, options.device)
     run.state.mkdir(parents=True, exist_ok=True)
     autoencoder = train_autoencoder(run, options.autoencoder_steps)
-    pair, tokenizer = train_denoiser(run, autoencoder, options.denoiser_steps, options.scenes)
+    model, tokenizer = train_denoiser(run, autoencoder, options.denoiser_steps, options.scenes)
     judge = train_judge(run, options.judge_steps)
-    export(pair, tokenizer, autoencoder, judge, options.out or run.state / "pipeline")
+    export(model, tokenizer, autoencoder, judge, options.out or run.state / "pipeline")
 
 
 if __name__ == "__main__":

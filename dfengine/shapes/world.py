@@ -1,7 +1,7 @@
-"""The embedded world: plain scenes of one or two coloured shapes, their captions and their true masks.
+"""The embedded world: scenes of one or two coloured shapes, their captions and ground-truth masks.
 
-A scene is drawn from signed distances, so edges are anti-aliased and the mask of every concept is known
-exactly. Everything is vectorised over scenes and a pure function of a seeded generator.
+Scenes are rendered from signed distances, so edges are anti-aliased and the mask of every concept is known exactly. All
+functions are vectorised over scenes and depend on nothing but a seeded generator.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ BACKGROUNDS = {
 }
 RELATIONS = ("above", "below", "left of", "right of")
 
-#: Offset of the subject from the image's centre, as (x, y) in units of the distance between the shapes / 2.
+#: Offset (x, y) of the subject from the image's centre, in units of half the distance between the shapes.
 _DIRECTIONS = torch.tensor([(0.0, -1.0), (0.0, 1.0), (-1.0, 0.0), (1.0, 0.0)])
 
-#: One caption in this many is never trained on, so that images can be judged on unseen combinations.
+#: One caption in this many is held out of training, to evaluate images of unseen combinations.
 _HELD_OUT_ONE_IN = 20
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a scene says: a subject, and perhaps its relation to an object, on a background."""
+    """A subject, optionally its relation to an object, and a background."""
 
     subject: tuple[str, str]
     """(colour, kind)"""
@@ -61,23 +61,20 @@ class Caption:
 
     @property
     def concepts(self) -> dict[str, str]:
-        """The phrase of each concept as it stands in the caption: subject, relation, object, background."""
+        """The phrase in the caption for each of subject, background and, if present, relation and object."""
         phrases = {"subject": " ".join(self.subject), "background": f"{self.background} background"}
         if self.relation is not None and self.object is not None:
             phrases |= {"relation": self.relation, "object": " ".join(self.object)}
         return phrases
 
     @property
-    def held_out(self) -> bool:
-        """Whether the caption is kept from training: a fixed twentieth, by a checksum of its text."""
+    def is_held_out(self) -> bool:
+        """Whether the caption is held out of training, which a checksum of its text decides for one in twenty."""
         return zlib.crc32(str(self).encode()) % _HELD_OUT_ONE_IN == 0
 
     @classmethod
     def parse(cls, text: str) -> Caption:
-        """Read a caption of the world's form back.
-
-        Raises ValueError where the text is not one.
-        """
+        """The caption with this text. Raises ValueError if the text is not a caption of the embedded world."""
         match = _CAPTION.fullmatch(text.strip().lower())
         if match is None:
             raise ValueError(
@@ -99,14 +96,14 @@ _CAPTION = re.compile(rf"{_SHAPE}(?: ({'|'.join(RELATIONS)}) {_SHAPE})? on an? (
 
 
 def vocabulary() -> list[str]:
-    """Every word of the world, in alphabetical order."""
+    """All words that captions use, in alphabetical order."""
     words = {"a", "an", "on", "background", *KINDS, *COLOURS, *BACKGROUNDS}
     return sorted(words.union(*(relation.split() for relation in RELATIONS)))
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """n scenes as index tensors; slot 0 is the subject, slot 1 the object (absent where relation is −1)."""
+    """n scenes as index tensors; slot 0 is the subject, slot 1 the object (absent if the relation is −1)."""
 
     kind: Int[Tensor, "n 2"]
     colour: Int[Tensor, "n 2"]
@@ -140,23 +137,23 @@ class Scenes:
 
 
 def sample_scenes(count: int, generator: torch.Generator, *, held_out: bool = False) -> Scenes:
-    """Draw `count` random scenes whose captions are all in training (or all held out).
+    """`count` random scenes whose captions are in the training set, or held out of it.
 
-    A quarter show a single subject. Two shapes never agree in both colour and kind.
+    A quarter have a single subject. Two shapes never have both the same colour and the same kind.
     """
-    kept: list[Scenes] = []
+    parts: list[Scenes] = []
     missing = count
     while missing > 0:
-        scenes = _draw(2 * missing * (_HELD_OUT_ONE_IN if held_out else 1), generator)
-        twins = (scenes.kind[:, 0] == scenes.kind[:, 1]) & (scenes.colour[:, 0] == scenes.colour[:, 1])
-        wanted = torch.tensor([caption.held_out == held_out for caption in scenes.captions])
-        scenes = scenes[(wanted & ~(twins & (scenes.relation >= 0))).nonzero()[:missing, 0]]
-        kept.append(scenes)
+        scenes = _sample_any(2 * missing * (_HELD_OUT_ONE_IN if held_out else 1), generator)
+        same_shape = (scenes.kind[:, 0] == scenes.kind[:, 1]) & (scenes.colour[:, 0] == scenes.colour[:, 1])
+        in_split = torch.tensor([caption.is_held_out == held_out for caption in scenes.captions])
+        scenes = scenes[(in_split & ~(same_shape & (scenes.relation >= 0))).nonzero()[:missing, 0]]
+        parts.append(scenes)
         missing -= len(scenes)
-    return Scenes(**{name: torch.cat([vars(part)[name] for part in kept]) for name in Scenes.__dataclass_fields__})
+    return Scenes(**{name: torch.cat([vars(part)[name] for part in parts]) for name in Scenes.__dataclass_fields__})
 
 
-def _draw(count: int, generator: torch.Generator) -> Scenes:
+def _sample_any(count: int, generator: torch.Generator) -> Scenes:
     def choose(options: int, *shape: int) -> Tensor:
         return torch.randint(options, shape, generator=generator)
 
@@ -173,7 +170,7 @@ def _draw(count: int, generator: torch.Generator) -> Scenes:
 
 
 def _layout(relation: Int[Tensor, " n"], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centres [n, 2, 2] and radii [n, 2] in pixels: shapes stay inside the image and do not touch."""
+    """Centres [n, 2, 2] and radii [n, 2] in pixels, such that shapes are inside the image and do not touch."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator)
@@ -193,7 +190,7 @@ def _layout(relation: Int[Tensor, " n"], generator: torch.Generator) -> tuple[Te
 
 
 def render(scenes: Scenes) -> tuple[Float[Tensor, "n 3 64 64"], Float[Tensor, "n 2 64 64"]]:
-    """Images in [0, 1] and the coverage of subject and object in [0, 1] (zeros where there is no object)."""
+    """Images and the masks of subject and object, both in [0, 1]; the mask of an absent object is zero."""
     axis = torch.arange(SIZE, dtype=torch.float32) + 0.5
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
     local = grid - scenes.centre[:, :, None, None]
@@ -211,7 +208,7 @@ def render(scenes: Scenes) -> tuple[Float[Tensor, "n 3 64 64"], Float[Tensor, "n
 def _signed_distance(
     local: Float[Tensor, "n s h w 2"], kind: Int[Tensor, "n s"], radius: Float[Tensor, "n s"]
 ) -> Float[Tensor, "n s h w"]:
-    """Distance in pixels to the outline of each shape, negative inside; `local` is relative to its centre."""
+    """Distance in pixels to each shape's outline, negative inside; `local` are coordinates relative to its centre."""
     r = radius[..., None, None]
     x, y = local.unbind(-1)
     distance = local.norm(dim=-1)
@@ -220,7 +217,7 @@ def _signed_distance(
         return torch.maximum(x.abs() - half_width, y.abs() - half_height)
 
     def star(points: int, inner: float) -> Tensor:
-        # Fold the plane into one half-point; there the outline is a line from the tip to the inner corner.
+        # Fold the plane onto half a point of the star, where the outline is a line from the tip to the inner corner.
         wedge = torch.pi / points
         angle = torch.atan2(x, -y)
         folded = (torch.remainder(angle + wedge, 2 * wedge) - wedge).abs()
