@@ -1,69 +1,63 @@
-"""Whether explanations can be trusted, how faithful they are, and what they say of many prompts."""
+"""Sanity checks, faithfulness games and ground truth: the parts that `dfengine.studies` makes tables of."""
 
-from dfengine.evaluate.checks import STEPS, Sanity, captions, lines, sanity
-from dfengine.evaluate.concepts import Concepts, Measured, embedded_prompts, measure, summarise, table, with_concepts
-from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET, NoFeatures
+from dfengine.evaluate.cache import GameCache, GameResult
+from dfengine.evaluate.concepts import ConceptRecord, ConceptSummary, measure_concepts, summarise_concepts
+from dfengine.evaluate.distances import DISTANCES, MIN_SET_SIZE, NoFeatures
 from dfengine.evaluate.faithfulness import (
     Faithfulness,
-    faithfulness,
-    faithfulness_table,
+    GameScore,
+    check_distance,
     item_curves,
-    normalised,
+    min_max,
+    summarise_games,
 )
-from dfengine.evaluate.games import GAMES
-from dfengine.evaluate.kept import Kept
-from dfengine.evaluate.localisation import (
-    GeneratedAreas,
-    Localisation,
-    Scene,
-    best,
-    localisation,
-    localisation_table,
-    scenes,
-)
-from dfengine.evaluate.methods import METHODS, TABLES, methods
-from dfengine.evaluate.playing import Games, explained_step, features_of, games
-from dfengine.evaluate.recovery import Recovery, check_world, recovery, recovery_table
+from dfengine.evaluate.games import GAMES, GameCurves
+from dfengine.evaluate.intervals import Interval
+from dfengine.evaluate.localisation import Localisation, Scene, measure_localisation, scenes
+from dfengine.evaluate.methods import TABLES, VARIATIONS, make_methods
+from dfengine.evaluate.playing import GamesRun, default_step, play_games, resolve_features
+from dfengine.evaluate.prompts import captions, check_has_truth, embedded_prompts, with_concepts
+from dfengine.evaluate.recovery import Recovery, measure_recovery
+from dfengine.evaluate.sanity import Sanity, run_sanity_checks
+from dfengine.evaluate.truth import ConceptJudge
 
 __all__ = [
     "DISTANCES",
-    "FEWEST_IN_A_SET",
     "GAMES",
-    "METHODS",
-    "STEPS",
+    "MIN_SET_SIZE",
     "TABLES",
-    "Concepts",
+    "VARIATIONS",
+    "ConceptJudge",
+    "ConceptRecord",
+    "ConceptSummary",
     "Faithfulness",
-    "Games",
-    "GeneratedAreas",
-    "Kept",
+    "GameCache",
+    "GameCurves",
+    "GameResult",
+    "GameScore",
+    "GamesRun",
+    "Interval",
     "Localisation",
-    "Measured",
     "NoFeatures",
     "Recovery",
     "Sanity",
     "Scene",
-    "best",
     "captions",
-    "check_world",
+    "check_distance",
+    "check_has_truth",
+    "default_step",
     "embedded_prompts",
-    "explained_step",
-    "faithfulness",
-    "faithfulness_table",
-    "features_of",
-    "games",
     "item_curves",
-    "lines",
-    "localisation",
-    "localisation_table",
-    "measure",
-    "methods",
-    "normalised",
-    "recovery",
-    "recovery_table",
-    "sanity",
+    "make_methods",
+    "measure_concepts",
+    "measure_localisation",
+    "measure_recovery",
+    "min_max",
+    "play_games",
+    "resolve_features",
+    "run_sanity_checks",
     "scenes",
-    "summarise",
-    "table",
+    "summarise_concepts",
+    "summarise_games",
     "with_concepts",
 ]

@@ -1,4 +1,4 @@
-"""Tables 1 and 2: areas under the deletion and the insertion curve, of many prompts and methods, with intervals."""
+"""Tables 1 and 2: areas under the deletion and the insertion curve, for many prompts and methods, with intervals."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from dfengine.evaluate.distances import DISTANCES, FEWEST_IN_A_SET, OF_FEATURES, frechet_influence, frechet_set
+from dfengine.evaluate.cache import GameResult
+from dfengine.evaluate.distances import (
+    DISTANCES,
+    FEATURE_DISTANCES,
+    MIN_SET_SIZE,
+    frechet_influence,
+    frechet_set,
+)
 from dfengine.evaluate.games import GAMES
-from dfengine.evaluate.intervals import Interval
-from dfengine.evaluate.kept import Turn
+from dfengine.evaluate.intervals import NUM_RESAMPLES, Interval
 from dfengine.evaluate.methods import PAPER
-from dfengine.evaluate.playing import Games
+from dfengine.evaluate.playing import GamesRun
 
-#: The share of its height by which a curve that is the same everywhere can seem to rise.
+#: A curve is constant if its range is at most this share of its height.
 _ROUNDING = 1e-9
 
 #: A curve: its points, and the low and high end of each point's 95 % interval.
@@ -25,141 +31,150 @@ Band = tuple[list[float], list[float], list[float]]
 
 
 @dataclass(frozen=True)
-class Score:
+class GameScore:
     """One game of one method over all items."""
 
     auc: Interval
-    """of the mean curve after min–max"""
+    """area under the mean curve after min–max"""
     raw: Interval
-    """of the mean curve as it is, in the distance's unit"""
+    """area under the mean curve as it is, in the distance's unit"""
     curve: Band
     """the mean curve after min–max"""
     better_than_random: float | None
-    """the share of resamples in which the area is on the better side of random's: higher in deletion, lower in
-    insertion"""
+    """share of resamples whose area is better than random's: higher in deletion, lower in insertion"""
 
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """A table's figures; intervals are over items, by bootstrap, with the same resamples for every method.
+    """The figures of a table. Intervals are over items, by bootstrap with the same resamples for every method.
 
-    What a resample is worth is exact for means over items and, of a distance between sets, of first order.
+    A resample is exact for means over items, and first order for a distance between sets.
     """
 
     model: str
     step: int
-    timestep: int
+    """index into the time-steps, from 0"""
+    timestep: float
     num_steps: int
     distance: str
     features: str
-    behaviour: str
+    preset: str
     num_items: int
-    left_out: Mapping[str, int]
-    methods: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    excluded: Mapping[str, int]
+    methods: Mapping[str, Mapping[str, GameScore]] = field(default_factory=dict)
     """by method and game"""
 
+    def table(self) -> str:
+        """The table in Markdown, with the paper's figures beside ours where it has them."""
+        return "\n".join(_table(self))
 
-def faithfulness(found: Games, distance: str = "frechet-set", *, resamples: int = 2000) -> Faithfulness:
-    """The areas under the mean curves of what was played.
 
-    Raises ValueError for a distance that is not known, too few items for it, and a curve that is the same everywhere.
-    """
+def check_distance(distance: str, num_images: int) -> None:
+    """Raise ValueError for an unknown distance, or too few images for it."""
     if distance not in DISTANCES:
-        raise ValueError(f"distance {distance!r} is not known: expected one of {', '.join(DISTANCES)}")
-    items = found.shared()
-    if not items or (distance == "frechet-set" and len(items) < FEWEST_IN_A_SET):
+        raise ValueError(f"distance {distance!r} is unknown: expected one of {', '.join(DISTANCES)}")
+    if distance == "frechet-set" and num_images < MIN_SET_SIZE:
         raise ValueError(
-            f"{len(items)} images with maps of all methods are too few for {distance}: expected at least "
-            f"{FEWEST_IN_A_SET if distance == 'frechet-set' else 1}"
-            + (", or take frechet-single" if items else f"; of no use: {found.left_out()}")
+            f"{num_images} images are too few for frechet-set: give at least {MIN_SET_SIZE}, or take frechet-single"
         )
-    drawn = np.random.default_rng(0).multinomial(
-        len(items), [1 / len(items)] * len(items), size=resamples if len(items) > 1 else 0
-    )
+
+
+def summarise_games(run: GamesRun, distance: str = "frechet-set", *, resamples: int = NUM_RESAMPLES) -> Faithfulness:
+    """The areas under the mean curves over the items that are valid for every method.
+
+    Raises ValueError if the distance is unknown or has too few items, or a curve is constant.
+    """
+    items = run.valid_items()
+    if not items:
+        raise ValueError(f"no image has valid maps of all methods; invalid ones by method: {run.excluded()}")
+    check_distance(distance, len(items))
+    even, num_drawn = [1 / len(items)] * len(items), resamples if len(items) > 1 else 0
+    weights = np.random.default_rng(0).multinomial(len(items), even, size=num_drawn) / len(items)
     curves = {}
-    for name, turns in found.turns.items():
-        mean, influence = _mean_curves([turns[i] for i in items], distance)
-        curves[name] = np.concatenate([mean[None], mean + np.tensordot(drawn / len(items), influence, 1)])
-    areas = {name: _areas(values, name) for name, values in curves.items()}
+    for name, results in run.results.items():
+        mean, influence = _mean_curves([results[item] for item in items], distance)
+        curves[name] = np.concatenate([mean[None], mean + np.tensordot(weights, influence, 1)])
+    areas = {name: _checked_areas(samples, name) for name, samples in curves.items()}
     return Faithfulness(
-        model=found.model,
-        step=found.step,
-        timestep=int(found.timesteps[found.step]),
-        num_steps=len(found.timesteps),
+        model=run.model,
+        step=run.step,
+        timestep=run.timesteps[run.step],
+        num_steps=len(run.timesteps),
         distance=distance,
-        features="none" if distance == "mse" else found.features,
-        behaviour=found.behaviour,
+        features="none" if distance == "mse" else run.features,
+        preset=run.preset,
         num_items=len(items),
-        left_out=found.left_out(),
+        excluded=run.excluded(),
         methods={
             name: {
-                game: Score(
+                game: GameScore(
                     auc=_interval(areas[name][:, g], len(items)),
-                    raw=_interval(_area(values[:, g]), len(items)),
-                    curve=_band(normalised(values[:, g])),
+                    raw=_interval(_area(samples[:, g]), len(items)),
+                    curve=_band(min_max(samples[:, g])),
                     better_than_random=_share_better(areas, name, g),
                 )
                 for g, game in enumerate(GAMES)
             }
-            for name, values in curves.items()
+            for name, samples in curves.items()
         },
     )
 
 
 def _mean_curves(
-    turns: Sequence[Turn], distance: str
+    results: Sequence[GameResult], distance: str
 ) -> tuple[Float[ndarray, "games points"], Float[ndarray, "items games points"]]:
-    """The curves of all items, of the sets or the means of each one's, and what each item adds to them."""
+    """The curves of all items together, and each item's influence on them."""
     if distance != "frechet-set":
-        each = item_curves(turns, distance)
-        return each.mean(0), each - each.mean(0)
-    features = [turn.played.features for turn in turns if turn.played is not None]
+        curves = item_curves(results, distance)
+        return curves.mean(0), curves - curves.mean(0)
+    features = [result.curves.features for result in results if result.curves is not None]
     size = features[0].shape[:2]
     mean, influence = np.empty(size), np.empty((len(features), *size))
     unperturbed = torch.stack([one[0, 0] for one in features])
-    for at in np.ndindex(*size):  # one by one: all points of many items would not fit into memory twice
-        perturbed = torch.stack([one[at] for one in features])
-        mean[at] = frechet_set(perturbed, unperturbed)
-        influence[:, *at] = frechet_influence(perturbed, unperturbed)
+    for point in np.ndindex(*size):  # one by one, to limit memory: a copy of all points of many items is large
+        perturbed = torch.stack([one[point] for one in features])
+        mean[point] = frechet_set(perturbed, unperturbed)
+        influence[:, *point] = frechet_influence(perturbed, unperturbed)
     return mean, influence
 
 
-def item_curves(turns: Sequence[Turn], distance: str) -> Float[ndarray, "items games points"]:
-    """Every image's own curves, by a distance between two images."""
-    played = [turn.played for turn in turns if turn.played is not None]
+def item_curves(results: Sequence[GameResult], distance: str) -> Float[ndarray, "items games points"]:
+    """The curves of every image by itself, for a distance between two images."""
+    curves = [result.curves for result in results if result.curves is not None]
     if distance == "mse":
-        return torch.stack([one.mse for one in played]).double().numpy()
-    of = OF_FEATURES[distance]
-    return torch.stack([of(one.features, one.features[:1, :1].expand_as(one.features)) for one in played]).numpy()
+        return torch.stack([one.mse for one in curves]).double().numpy()
+    between = FEATURE_DISTANCES[distance]
+    return torch.stack([between(one.features, one.features[:1, :1].expand_as(one.features)) for one in curves]).numpy()
 
 
-def normalised(curves: Float[ndarray, "*n points"]) -> Float[ndarray, "*n points"]:
-    """Min–max of each curve, NaN for one that is the same everywhere."""
+def min_max(curves: Float[ndarray, "*n points"]) -> Float[ndarray, "*n points"]:
+    """Each curve scaled to [0, 1]; NaN for a constant one."""
     low, high = curves.min(-1, keepdims=True), curves.max(-1, keepdims=True)
     with np.errstate(invalid="ignore"):
         return np.where(high - low > _ROUNDING * abs(high), (curves - low) / (high - low), np.nan)
 
 
 def _area(curves: Float[ndarray, "*n points"]) -> Float[ndarray, "*n"]:
-    """Under each curve over [0, 1], by trapezoids."""
+    """The area under each curve over [0, 1], by trapezoids."""
     return np.trapezoid(curves, dx=1 / (curves.shape[-1] - 1), axis=-1)
 
 
-def _areas(curves: Float[ndarray, "samples games points"], name: str) -> Float[ndarray, "samples games"]:
-    areas = _area(normalised(curves))
+def _checked_areas(curves: Float[ndarray, "samples games points"], name: str) -> Float[ndarray, "samples games"]:
+    """The areas under the curves after min–max. Raises ValueError if a method's own curve, the first, is constant."""
+    areas = _area(min_max(curves))
     for g, game in enumerate(GAMES):
         if not np.isfinite(areas[0, g]):
             raise ValueError(
-                f"the {game} curve of {name} is the same everywhere, so that there is no area under it: the step's "
-                "result does not depend on its latent, or the features do not tell images apart"
+                f"the {game} curve of {name} is constant, so that the area under it is undefined: the step's result "
+                "does not depend on its latent, or the features do not distinguish images"
             )
     return areas
 
 
-def _interval(values: Float[ndarray, " samples"], count: int) -> Interval:
-    """The figure of all items, which is first, with the 95 % interval of those of resamples."""
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5]) if len(values) > 1 else values[[0, 0]]
-    return Interval(float(values[0]), float(low), float(high), count)
+def _interval(samples: Float[ndarray, " samples"], count: int) -> Interval:
+    """The value of all items, which is first, with the 95 % interval of the resamples."""
+    low, high = np.nanpercentile(samples[1:], [2.5, 97.5]) if len(samples) > 1 else samples[[0, 0]]
+    return Interval(float(samples[0]), float(low), float(high), count)
 
 
 def _band(curves: Float[ndarray, "samples points"]) -> Band:
@@ -174,11 +189,10 @@ def _share_better(areas: Mapping[str, Float[ndarray, "samples games"]], name: st
     return float((ours > random if GAMES[game] == "deletion" else ours < random).mean())
 
 
-def faithfulness_table(found: Faithfulness) -> Iterator[str]:
-    """The table in Markdown, the paper's figures beside it where it has them."""
-    yield "| | deletion ↑ | insertion ↓ | better than random | unnormalised | the paper's deletion, insertion |"
+def _table(summary: Faithfulness) -> Iterator[str]:
+    yield "| | deletion ↑ | insertion ↓ | better than random | unnormalised | paper: deletion, insertion |"
     yield "|---|---|---|---|---|---|"
-    for name, by_game in found.methods.items():
+    for name, by_game in summary.methods.items():
         deletion, insertion = (by_game[game] for game in GAMES)
         shares = [score.better_than_random for score in (deletion, insertion)]
         better = "–" if None in shares else ", ".join(f"{share:.0%}" for share in shares)
@@ -187,12 +201,12 @@ def faithfulness_table(found: Faithfulness) -> Iterator[str]:
         yield f"| {name} | {deletion.auc:.4f} | {insertion.auc:.4f} | {better} | {raw} | {paper} |"
     yield ""
     yield (
-        f"{found.num_items} images, step {found.step + 1} of {found.num_steps} (t = {found.timestep}), distance "
-        f"{found.distance}"
-        + (f" on features of {found.features}" if found.features != "none" else "")
-        + (f"; {found.behaviour} behaviour" if found.behaviour != "paper" else "")
-        + ". The distance rises: deletion is better high, insertion better low."
+        f"{summary.num_items} images, step {summary.step} (t = {summary.timestep}) of {summary.num_steps} steps, "
+        f"distance {summary.distance}"
+        + (f" on features of {summary.features}" if summary.features != "none" else "")
+        + (f"; preset {summary.preset}" if summary.preset != "default" else "")
+        + ". The distance increases: deletion is better high, insertion better low."
     )
-    if found.left_out:
-        told = ", ".join(f"{count} by {name}" for name, count in found.left_out.items())
-        yield f"Left out of every method, for maps that rank no pixels or images that are not finite: {told}."
+    if summary.excluded:
+        counts = ", ".join(f"{count} by {name}" for name, count in summary.excluded.items())
+        yield f"Excluded for every method, because a map does not rank pixels or an image is not finite: {counts}."

@@ -1,13 +1,13 @@
-"""Deletion and insertion: how far the next step's image moves as the pixels that a map ranks highest go, or come back.
+"""Deletion and insertion: how far the next step's image moves as a map's most salient pixels are removed or restored.
 
-Both act on R_t of one step. Deletion sets pixels to 0; insertion starts from R_t blurred and puts them back. Each
-perturbed latent takes the trajectory's own guided step and is decoded; its features are held against those of the
-unperturbed one.
+Both games act on R_t of one step. Deletion sets pixels to 0; insertion starts from a blurred R_t and restores pixels.
+Each perturbed latent takes the trajectory's own guided step and is decoded, and the features of its image are compared
+with those of the unperturbed one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import dfkernels
@@ -18,152 +18,145 @@ from torch import Tensor
 
 from dfengine.diffusion.denoiser import Condition, Denoiser, Features
 from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.path import END
 from dfengine.diffusion.trajectory import Trajectory
-from dfengine.explain import check_behaviour
 from dfengine.runtime.batching import in_batches
 
 GAMES = ("deletion", "insertion")
 
-#: Of the released code's blur: pixels a side, and its width.
+#: The blur of the released code: pixels a side, and standard deviation.
 _WINDOW, _SIGMA = 11, 5.0
 
 
 @dataclass(frozen=True)
-class Played:
-    """Both games of one map of one item; point k has k/h of the pixels deleted or inserted."""
+class GameCurves:
+    """Both games of one map of one item; at point k, k/h of the pixels are deleted or inserted."""
 
     features: Float[Tensor, "games points d"]
-    """of the decoded images; those of the unperturbed one are deletion's first and insertion's last"""
+    """of the decoded images; deletion's first and insertion's last are those of the unperturbed image"""
     mse: Float[Tensor, "games points"]
     """between the decoded images, in [0, 1], and the unperturbed one"""
 
 
-def usable(saliency: Float[Tensor, "h w"], behaviour: str = "paper") -> bool:
-    """Whether a map ranks its pixels: it is finite, and not the same everywhere (in `xdiffusion`, after a ReLU)."""
-    ranked = saliency.relu() if behaviour == "xdiffusion" else saliency
+def ranks_pixels(saliency: Float[Tensor, "h w"], *, positive: bool = False) -> bool:
+    """Whether a map is finite and not constant, after a ReLU if `positive`."""
+    ranked = saliency.relu() if positive else saliency
     return bool(saliency.isfinite().all() and ranked.min() < ranked.max())
 
 
-def fitted(
-    saliency: Float[Tensor, "*n a b"], denoiser: Denoiser, name: str = "the map", behaviour: str = "paper"
+def to_latent_size(
+    saliency: Float[Tensor, "*n a b"], denoiser: Denoiser, name: str = "the map", *, positive: bool = False
 ) -> Float[Tensor, "*n h w"]:
-    """Maps at the latent's size: those of another tool may have the image's, and are averaged.
+    """Maps of the latent's size, or of the image's averaged down to it.
 
-    Raises ValueError for another size, values that are not finite, and a map that is not `usable`.
+    Raises ValueError if they have another size, values that are not finite, or do not rank their pixels.
     """
-    latent, image, given = denoiser.latent_shape[1:], denoiser.image_shape, tuple(saliency.shape[-2:])
-    if given not in (latent, image):
+    latent, image, size = denoiser.latent_shape[1:], denoiser.image_shape, tuple(saliency.shape[-2:])
+    if size not in (latent, image):
         raise ValueError(
-            f"{name} has {given[0]}×{given[1]} pixels: expected the latent's {latent[0]}×{latent[1]} or the image's "
+            f"{name} has {size[0]}×{size[1]} pixels: expected the latent's {latent[0]}×{latent[1]} or the image's "
             f"{image[0]}×{image[1]}"
         )
-    flat = saliency.float().reshape(-1, *given)
-    for number, one in enumerate(flat):
-        which = f"{name} (number {number})" if len(flat) > 1 else name
+    maps = saliency.float().reshape(-1, *size)
+    resized = F.adaptive_avg_pool2d(maps[:, None], latent)[:, 0]
+    for number, (one, small) in enumerate(zip(maps, resized, strict=True)):
+        which = f"{name} (number {number})" if len(maps) > 1 else name
         if not one.isfinite().all():
             raise ValueError(f"{which} has values that are not finite: its pixels cannot be ranked")
-    resized = F.adaptive_avg_pool2d(flat[:, None], latent)[:, 0]
-    for number, one in enumerate(resized):
-        which = f"{name} (number {number})" if len(flat) > 1 else name
-        if not usable(one, behaviour):
-            zeroed = ", what is negative being 0 in xdiffusion" if behaviour == "xdiffusion" else ""
-            raise ValueError(f"{which} is the same everywhere{zeroed}: its pixels cannot be ranked")
+        if not ranks_pixels(small, positive=positive):
+            clipped = " after the released code's ReLU" if positive else ""
+            raise ValueError(f"{which} is constant{clipped}: its pixels cannot be ranked")
     return resized.reshape(*saliency.shape[:-2], *latent)
 
 
 @torch.no_grad()
 def play(
     denoiser: Denoiser,
-    paths: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory],
     maps: Mapping[str, Float[Tensor, "items h w"]],
     extract: Features,
     *,
-    behaviour: str = "paper",
-) -> dict[str, list[Played]]:
-    """Both games of every map of every trajectory, at the one step that each trajectory is to be explained at.
+    xdiffusion: bool = False,
+) -> dict[str, list[GameCurves]]:
+    """Both games of every map of every trajectory, at the one step that each trajectory explains.
 
-    Whole curves of all maps and items fill batches together; what is the same for all maps of an item (nothing, all
-    deleted, all blurred) is computed once. Raises ValueError for a map that does not rank its pixels.
+    Curves of all maps and items share batches; what all maps of an item have in common (nothing, all deleted, all
+    blurred) is computed once. `xdiffusion` plays as the authors' released code does: only positive saliency counts, and
+    insertion's blur is `xdiffusion_blur`. Raises ValueError if a map does not rank its pixels.
     """
-    check_behaviour(behaviour)
-    saliency = torch.stack([fitted(maps[name], denoiser, name, behaviour) for name in maps]).to(denoiser.device)
-    if behaviour == "xdiffusion":
-        saliency = saliency.relu()
-    board = _Board(denoiser, paths, saliency, extract, behaviour)
-    features, mse = board.play()
-    return {name: [Played(*item) for item in zip(features[m], mse[m], strict=True)] for m, name in enumerate(maps)}
+    saliency = torch.stack([to_latent_size(maps[name], denoiser, name, positive=xdiffusion) for name in maps])
+    saliency = (saliency.relu() if xdiffusion else saliency).to(denoiser.device)
+    blur = xdiffusion_blur if xdiffusion else dfkernels.blur
+    latents = torch.stack([trajectory.latents[trajectory.steps[0]] for trajectory in trajectories])
+    features, mse = _GameBatch(denoiser, trajectories, latents, blur(latents), saliency, extract).play()
+    return {name: [GameCurves(*item) for item in zip(features[m], mse[m], strict=True)] for m, name in enumerate(maps)}
 
 
-class _Board:
-    """The rows of both games: row (m, i, g) is game g of map m of item i."""
+class _GameBatch:
+    """The games of many maps and items; row (m, i, g) is game g of map m of item i."""
 
     def __init__(
         self,
         denoiser: Denoiser,
-        paths: Sequence[Trajectory],
+        trajectories: Sequence[Trajectory],
+        latents: Float[Tensor, "items c h w"],
+        blurred: Float[Tensor, "items c h w"],
         saliency: Float[Tensor, "maps items h w"],
         extract: Features,
-        behaviour: str,
     ) -> None:
         device, num_maps = denoiser.device, len(saliency)
-        self.denoiser, self.extract, self.num_items = denoiser, extract, len(paths)
-        self.shape = (num_maps, len(paths), len(GAMES))
-        steps = [path.steps[0] for path in paths]
-        jobs = [path.job for path in paths]
-        following = [(*job.timesteps, -1)[step + 1] for job, step in zip(jobs, steps, strict=True)]
-        self.latents = torch.stack([path.latents[step] for path, step in zip(paths, steps, strict=True)])
-        self.timesteps = torch.tensor([job.timesteps[step] for job, step in zip(jobs, steps, strict=True)]).to(device)
-        self.following = torch.tensor(following).to(device)
+        self.denoiser, self.latents, self.extract, self.num_items = denoiser, latents, extract, len(trajectories)
+        self.shape = (num_maps, self.num_items, len(GAMES))
+        jobs = [trajectory.job for trajectory in trajectories]
+        steps = [trajectory.steps[0] for trajectory in trajectories]
+        times = [(*job.timesteps, END)[step : step + 2] for job, step in zip(jobs, steps, strict=True)]
+        self.timesteps, self.next_timesteps = torch.tensor(times).to(device).T
         self.guided = GuidedDenoiser(
             denoiser,
-            Condition.cat([path.prompt for path in paths]),
-            Condition.cat([path.negative for path in paths]),
+            Condition.cat([trajectory.prompt for trajectory in trajectories]),
+            Condition.cat([trajectory.negative for trajectory in trajectories]),
             "guided",
             torch.tensor([job.guidance for job in jobs], device=device),
         )
-        blurred = released_blur(self.latents) if behaviour == "xdiffusion" else dfkernels.blur(self.latents)
-        ends = torch.stack(
-            [torch.stack([self.latents, blurred], 1), torch.stack([torch.zeros_like(blurred), self.latents], 1)]
-        )
-        self.start, self.fill = (end.repeat(num_maps, 1, 1, 1, 1).flatten(0, 1) for end in ends)
-        ranks = dfkernels.ranks(saliency.flatten(0, 1))
-        self.ranks = ranks.repeat_interleave(len(GAMES), 0)
+        start, fill = torch.stack([latents, blurred], 1), torch.stack([torch.zeros_like(latents), latents], 1)
+        self.start, self.fill = (one.repeat(num_maps, 1, 1, 1, 1).flatten(0, 1) for one in (start, fill))
+        self.ranks = dfkernels.ranks(saliency.flatten(0, 1)).repeat_interleave(len(GAMES), 0)
 
     def play(self) -> tuple[Float[Tensor, "maps items games points d"], Float[Tensor, "maps items games points"]]:
         """Features and squared errors of every point, on the CPU."""
-        whole = [part for _, part in in_batches(self.num_items, self.denoiser, self._unperturbed) if part is not None]
-        self.images, references = (torch.cat(parts) for parts in zip(*whole, strict=True))
-        height = self.latents.shape[-2]
-        entries = self._entries(height)
+        images, references = _concatenate(in_batches(self.num_items, self.denoiser, self._unperturbed))
+        entries = self._entries(self.latents.shape[-2])
         rows, points, items = (column.to(self.denoiser.device) for column in entries.T)
-        told = entries[:, 2].tolist()
+        item_of = entries[:, 2].tolist()
 
         def work(numbers: Tensor, known: range) -> tuple[Tensor, Tensor]:
             real = numbers.clamp(min=0)
             row = torch.where(numbers < 0, numbers, rows[real])
             x = dfkernels.perturb(self.start, self.ranks, row, points[real], fill=self.fill)
-            among = set(told[known.start : known.stop])
-            images = self._next_image(x, items[real], among.pop() if len(among) == 1 else None)
-            error = (images - self.images[items[real]]).square().flatten(1).mean(1)
-            return self.extract(images).float()[: len(known)], error[: len(known)]
+            distinct = set(item_of[known.start : known.stop])
+            perturbed = self._next_image(x, items[real], distinct.pop() if len(distinct) == 1 else None)
+            error = (perturbed - images[items[real]]).square().flatten(1).mean(1)
+            return self.extract(perturbed).float()[: len(known)], error[: len(known)]
 
-        made = [part for _, part in in_batches(len(entries), self.denoiser, work) if part is not None]
-        # Fetched once: each copy would hold up the next batch.
-        features, mse = (torch.cat(parts).cpu() for parts in zip(*made, strict=True))
-        of_errors = self._curves(entries, mse, mse.new_zeros(self.num_items))
-        return self._curves(entries, features, references.cpu()), of_errors
+        # Copied to the CPU once, at the end: each copy would delay the next batch.
+        features, mse = (one.cpu() for one in _concatenate(in_batches(len(entries), self.denoiser, work)))
+        return (
+            self._curves(entries, features, references.cpu()),
+            self._curves(entries, mse, mse.new_zeros(self.num_items)),
+        )
 
     def _entries(self, height: int) -> Tensor:
-        """(row, point, item) of what is computed, an item's together: a curve's inner points, and each item's two ends
-        that are not the unperturbed one, in its first map's rows.
+        """(row, point, item) of everything that is computed, item by item.
+
+        These are the inner points of every curve, and each item's two perturbed ends, in the rows of its first map.
         """
         num_maps, num_items, num_games = self.shape
-        found = []
+        entries = []
         for item in range(num_items):
             rows = [(m * num_items + item) * num_games + game for m in range(num_maps) for game in range(num_games)]
-            found += [(row, point, item) for row in rows for point in range(1, height)]
-            found += [(rows[0], height, item), (rows[1], 0, item)]
-        return torch.tensor(found)
+            entries += [(row, point, item) for row in rows for point in range(1, height)]
+            entries += [(rows[0], height, item), (rows[1], 0, item)]
+        return torch.tensor(entries)
 
     def _curves(
         self, entries: Tensor, values: Float[Tensor, " entries *d"], unperturbed: Float[Tensor, " items *d"]
@@ -183,17 +176,22 @@ class _Board:
         return images[: len(known)], self.extract(images).float()[: len(known)]
 
     def _next_image(self, x: Float[Tensor, "n c h w"], items: Tensor, item: int | None) -> Float[Tensor, "n 3 H W"]:
-        """What the trajectory's step makes of latents, decoded; `item` if all are of one item."""
+        """The images decoded from latents after the trajectory's step; `item` is set if all are of one item."""
         prediction = self.guided(x, self.timesteps[items], items if item is None else item)
-        return self.denoiser.decode(self.denoiser.schedule.step(prediction, self.following[items]))
+        return self.denoiser.decode(self.denoiser.schedule.step(prediction, self.next_timesteps[items]))
 
 
-def released_blur(latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """The released code's: borders of zeros, and for weights a Gaussian reflected into its 11 × 11 window."""
+def _concatenate(batches: Iterator[tuple[range, tuple[Tensor, Tensor] | None]]) -> tuple[Tensor, Tensor]:
+    first, second = zip(*(result for _, result in batches if result is not None), strict=True)
+    return torch.cat(first), torch.cat(second)
+
+
+def xdiffusion_blur(latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """The released code's blur: zero-padded borders, and a Gaussian kernel reflected into its 11×11 window."""
     from scipy.ndimage import gaussian_filter1d
 
     impulse = [float(place == _WINDOW // 2) for place in range(_WINDOW)]
-    taps = torch.from_numpy(gaussian_filter1d(impulse, _SIGMA, mode="reflect")).to(latents)
+    weights = torch.from_numpy(gaussian_filter1d(impulse, _SIGMA, mode="reflect")).to(latents)
     channels = latents.shape[1]
-    kernel = (taps[:, None] * taps).expand(channels, 1, _WINDOW, _WINDOW)
+    kernel = (weights[:, None] * weights).expand(channels, 1, _WINDOW, _WINDOW)
     return F.conv2d(latents, kernel, padding=_WINDOW // 2, groups=channels)

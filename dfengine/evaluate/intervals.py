@@ -1,4 +1,4 @@
-"""Intervals of means over items, by bootstrap."""
+"""Confidence intervals of means over items."""
 
 from __future__ import annotations
 
@@ -8,41 +8,39 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+#: Resamples of a bootstrap.
+NUM_RESAMPLES = 2000
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over items and where it lies with 95 % confidence."""
+    """A mean over items with its 95 % confidence interval. `format(interval, ".4f")` formats all three numbers."""
 
     mean: float
     low: float
     high: float
     count: int
-    """items"""
+    """number of items"""
+
+    @property
+    def band(self) -> tuple[float, float, float]:
+        """(mean, low, high), as the figures take it."""
+        return self.mean, self.low, self.high
 
     def __str__(self) -> str:
         return format(self, ".2f")
 
-    def __format__(self, form: str) -> str:
-        """The mean and its interval, each formatted as a number is."""
+    def __format__(self, spec: str) -> str:
         if not self.count:
             return "–"
-        mean, low, high = (format(value, form or ".2f") for value in (self.mean, self.low, self.high))
+        mean, low, high = (format(value, spec or ".2f") for value in self.band)
         return f"{mean} [{low}, {high}]" if self.count > 1 else mean
 
 
-def rate(values: Sequence[float]) -> Interval:
-    """`interval` of shares in [0, 1]; of ones and zeros alone Wilson's, which is wide of none and of all, too."""
-    finite = [value for value in values if np.isfinite(value)]
-    if not finite or not set(finite) <= {0.0, 1.0}:
-        return interval(finite)
-    found = stats.binomtest(int(sum(finite)), len(finite)).proportion_ci(method="wilson")
-    return Interval(float(np.mean(finite)), float(found.low), float(found.high), len(finite))
+def bootstrap_interval(values: Sequence[float]) -> Interval:
+    """The mean of the finite values with its bias-corrected (BCa) bootstrap interval; NaN if no value is finite.
 
-
-def interval(values: Sequence[float]) -> Interval:
-    """The mean of the finite values with its 95 % bootstrap interval (bias-corrected); NaN where there are none.
-
-    One item, or items that are all the same, leave an interval of no width.
+    The interval of a single value, or of equal values, has no width.
     """
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if not len(finite):
@@ -50,5 +48,18 @@ def interval(values: Sequence[float]) -> Interval:
     mean = float(finite.mean())
     if np.ptp(finite) == 0:
         return Interval(mean, mean, mean, len(finite))
-    found = stats.bootstrap((finite,), np.mean, n_resamples=2000, rng=np.random.default_rng(0)).confidence_interval
-    return Interval(mean, float(found.low), float(found.high), len(finite))
+    rng = np.random.default_rng(0)
+    bounds = stats.bootstrap((finite,), np.mean, n_resamples=NUM_RESAMPLES, rng=rng).confidence_interval
+    return Interval(mean, float(bounds.low), float(bounds.high), len(finite))
+
+
+def proportion_interval(values: Sequence[float]) -> Interval:
+    """The mean of the finite values, each in [0, 1]: Wilson's interval if all are 0 or 1, otherwise the bootstrap's.
+
+    Wilson's interval has a width even if all values are equal.
+    """
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite or not set(finite) <= {0.0, 1.0}:
+        return bootstrap_interval(finite)
+    bounds = stats.binomtest(int(sum(finite)), len(finite)).proportion_ci(method="wilson")
+    return Interval(float(np.mean(finite)), float(bounds.low), float(bounds.high), len(finite))

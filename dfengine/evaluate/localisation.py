@@ -1,4 +1,4 @@
-"""Whether maps lie on what they should: every method's map of every step against the true areas of the concepts."""
+"""Do maps lie on the concepts? Every method's map of every step against the concepts' true areas."""
 
 from __future__ import annotations
 
@@ -11,46 +11,51 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 
-from dfengine.evaluate.concepts import RightOnes
-from dfengine.evaluate.intervals import Interval, interval, rate
-from dfengine.evaluate.truth import area, auroc, has_distinct_colours, overlap, pointed_at
+from dfengine.evaluate.intervals import Interval, bootstrap_interval, proportion_interval
+from dfengine.evaluate.truth import Areas, auroc, pointing_hit, to_areas, top_k_iou
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
 from dfengine.shapes.world import Caption, render, sample_scenes
 
 #: The concepts whose areas are looked for.
 TARGETS = ("subject", "object", "both")
-#: What is measured of a map, and what it says.
-MEASURES = {
+#: The scores of a map, and what each is.
+SCORES = {
     "auroc": "probability that a pixel of the area is hotter than one outside",
     "pointing": "whether the hottest pixel is in the area",
     "iou": "of the area and the hottest pixels, as many as it has",
 }
 
-#: The true area of each target in an image.
-Areas = Mapping[str, Bool[ndarray, "H W"]]
-
 
 @dataclass(frozen=True)
 class Localisation:
-    """Means over images of each measure of each method's maps; intervals are over images."""
+    """Means over images of each score of each method's maps; intervals are over images."""
 
     source: str
     steps: Mapping[str, Mapping[str, Mapping[str, Sequence[Interval]]]]
-    """by method, target and measure, at each step"""
+    """by method, target and score, at each step"""
     overall: Mapping[str, Mapping[str, Mapping[str, Interval]]]
-    """the same of each image's mean over its steps"""
+    """by method, target and score, of each image's mean over its steps"""
     timesteps: Sequence[float]
     num_images: int
-    left_out: int
-    """images that are not what was asked for, or whose shapes are not told by their colours"""
+    num_excluded: int
+    """images that do not match their caption, or whose shapes are not distinguished by their colours"""
     unranked: Mapping[str, int]
-    """by method, maps that are the same everywhere or not finite: they have no measure"""
+    """by method, maps that are constant or not finite, which have no score"""
+
+    def best(self, target: str, score: str = "auroc") -> tuple[str, int]:
+        """The method and step whose maps locate a target best."""
+        pairs = [(method, step) for method in self.steps for step in range(len(self.timesteps))]
+        return max(pairs, key=lambda pair: np.nan_to_num(self.steps[pair[0]][target][score][pair[1]].mean, nan=-1))
+
+    def table(self) -> str:
+        """A Markdown table for each target: scores over all steps, and the AUROC at some steps and the best."""
+        return "\n".join(_table(self))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn image whose areas are known exactly."""
+    """A rendered image whose areas are known exactly."""
 
     prompt: str
     image: UInt8[ndarray, "H W 3"]
@@ -58,160 +63,133 @@ class Scene:
 
 
 def scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Rendered scenes of the embedded world."""
-    drawn = sample_scenes(count, torch.Generator().manual_seed(seed))
-    images, coverage = render(drawn)
+    """Rendered scenes of the embedded world with their exact areas."""
+    sampled = sample_scenes(count, torch.Generator().manual_seed(seed))
+    images, coverage = render(sampled)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    masks = (coverage > 0.5).numpy()
     return [
-        Scene(str(caption), image, _areas(caption, list(masks)))
-        for caption, image, masks in zip(drawn.captions, pixels, (coverage > 0.5).numpy(), strict=True)
+        Scene(str(caption), image, to_areas(list(both[: 1 if caption.object is None else 2])))
+        for caption, image, both in zip(sampled.captions, pixels, masks, strict=True)
     ]
 
 
-class GeneratedAreas:
-    """The true areas of generated images, by colour."""
-
-    def __init__(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for a prompt of another world."""
-        self._captions, self._right = [Caption.parse(prompt) for prompt in prompts], RightOnes()
-
-    def __call__(self, item: int, image: UInt8[ndarray, "H W 3"]) -> Areas | None:
-        """None for an image that is not what its caption says, or whose shapes are not told by their colours."""
-        caption = self._captions[item]
-        if not has_distinct_colours(caption) or not self._right.agrees(image, caption):
-            return None
-        shapes = [shape for shape in (caption.subject, caption.object) if shape is not None]
-        masks = [area(image, colour) for colour, _ in shapes]
-        return _areas(caption, masks) if all(mask.any() for mask in masks) else None
-
-
-def _areas(caption: Caption, masks: Sequence[Bool[ndarray, "H W"]]) -> Areas:
-    if caption.object is None:
-        return {"subject": masks[0], "both": masks[0]}
-    return {"subject": masks[0], "object": masks[1], "both": masks[0] | masks[1]}
-
-
-def localisation(
+def measure_localisation(
     events: Iterable[Any],
-    areas: Callable[[int, UInt8[ndarray, "H W 3"]], Areas | None],
+    areas_of: Callable[[int, UInt8[ndarray, "H W 3"]], Areas | None],
     prompts: Sequence[str],
     timesteps: Sequence[float],
-    words: Callable[[str], Sequence[str]],
+    words_of: Callable[[str, int], Sequence[str]],
     source: str,
 ) -> Localisation:
-    """Measure the maps of an engine's stream, in which items are explained at equally many steps.
+    """Score the maps of an engine's stream of events; items have equally many steps.
 
-    `areas` tells an item's true ones, or None. Attention is measured by the map of the target's own noun, of which
-    `words` says in which row of the word maps it is. Raises ValueError where no image is left.
+    `areas_of` returns the true areas of an item and its image, or None to exclude it. Attention is scored by the map of
+    the target's own noun; `words_of` lists the words that a method has maps of, for an item.
+    Raises ValueError if every image is excluded.
     """
-    true: dict[int, Areas | None] = {}
-    found: dict[str, dict[int, dict[int, dict[str, dict[str, float]]]]] = {}
+    areas: dict[int, Areas | None] = {}
+    scores: dict[str, dict[int, dict[int, dict[str, dict[str, float]]]]] = {}
     unranked: dict[str, int] = {}
     for event in events:
         if (trajectory := getattr(event, "trajectory", None)) is not None:
-            true[event.item] = areas(event.item, trajectory.image.numpy())
-        elif isinstance(event, StepMap) and (known := true[event.item]) is not None:
-            maps = _by_target(event, prompts[event.item], words)
-            rows = {target: measures(maps[target].astype(np.float64), mask) for target, mask in known.items()}
-            unranked[event.method] = unranked.get(event.method, 0) + any(not _ranks(maps[target]) for target in known)
-            found.setdefault(event.method, {}).setdefault(event.item, {})[event.step] = rows
-    kept = [item for item, known in true.items() if known is not None]
-    if not kept:
+            areas[event.item] = areas_of(event.item, trajectory.image.numpy())
+        elif isinstance(event, StepMap) and (true := areas[event.item]) is not None:
+            maps = _maps_by_target(event, Caption.parse(prompts[event.item]), words_of)
+            by_target = {target: localisation_scores(maps[target].astype(np.float64), true[target]) for target in true}
+            unranked[event.method] = unranked.get(event.method, 0) + any(not _ranks(maps[target]) for target in true)
+            scores.setdefault(event.method, {}).setdefault(event.item, {})[event.step] = by_target
+    num_images = sum(true is not None for true in areas.values())
+    if not num_images:
         raise ValueError(
-            f"of {len(true)} images none is left: they are not what was asked for, or of two equal colours"
+            f"all {len(areas)} images are excluded: they do not match their caption, or its colours do not distinguish "
+            "the shapes"
         )
-    num_steps = len(timesteps)
 
-    def values(method: str, target: str, measure: str) -> Float[ndarray, "items steps"]:
-        return np.array(
-            [
-                [by_step[step][target][measure] for step in range(num_steps)]
-                for by_step in found[method].values()
-                if target in by_step[0]
-            ]
-        ).reshape(-1, num_steps)
+    def values(method: str, target: str, score: str) -> Float[ndarray, "items steps"]:
+        items = [by_step for by_step in scores[method].values() if target in by_step[0]]
+        rows = [[by_step[step][target][score] for step in range(len(timesteps))] for by_step in items]
+        return np.array(rows).reshape(-1, len(timesteps))
 
-    def at_steps(method: str, target: str, measure: str) -> list[Interval]:
-        summed = rate if measure == "pointing" else interval
-        return [summed(column.tolist()) for column in values(method, target, measure).T]
+    def at_each_step(method: str, target: str, score: str) -> list[Interval]:
+        interval = proportion_interval if score == "pointing" else bootstrap_interval
+        return [interval(column.tolist()) for column in values(method, target, score).T]
 
-    def over_steps(method: str, target: str, measure: str) -> Interval:
-        each = values(method, target, measure)
-        return interval([float(row[np.isfinite(row)].mean()) for row in each if np.isfinite(row).any()])
+    def over_steps(method: str, target: str, score: str) -> Interval:
+        rows = values(method, target, score)
+        return bootstrap_interval([float(row[np.isfinite(row)].mean()) for row in rows if np.isfinite(row).any()])
 
-    def every(make: Callable[[str, str, str], Any]) -> dict[str, Any]:
-        return {m: {t: {name: make(m, t, name) for name in MEASURES} for t in TARGETS} for m in found}
+    def tabulate(cell: Callable[[str, str, str], Any]) -> dict[str, Any]:
+        return {m: {t: {score: cell(m, t, score) for score in SCORES} for t in TARGETS} for m in scores}
 
     return Localisation(
         source=source,
-        steps=every(at_steps),
-        overall=every(over_steps),
+        steps=tabulate(at_each_step),
+        overall=tabulate(over_steps),
         timesteps=list(timesteps),
-        num_images=len(kept),
-        left_out=len(true) - len(kept),
+        num_images=num_images,
+        num_excluded=len(areas) - num_images,
         unranked={method: count for method, count in unranked.items() if count},
     )
 
 
-def measures(saliency: Float[ndarray, "h w"], true: Bool[ndarray, "H W"]) -> dict[str, float]:
-    """All of `MEASURES` of one map; NaN for a map that ranks no pixels, and for an area of nothing or everything."""
-    if not _ranks(saliency) or true.all() or not true.any():
-        return dict.fromkeys(MEASURES, float("nan"))
-    heat = heatmap(saliency, true.shape)
-    return {"auroc": auroc(heat, true), "pointing": float(pointed_at(heat, true)), "iou": overlap(heat, true)}
+def localisation_scores(saliency: Float[ndarray, "h w"], area: Bool[ndarray, "H W"]) -> dict[str, float]:
+    """All of `SCORES` of one map.
+
+    NaN if the map is constant or not finite, or the area is empty or covers the image.
+    """
+    if not _ranks(saliency) or area.all() or not area.any():
+        return dict.fromkeys(SCORES, float("nan"))
+    heat = heatmap(saliency, area.shape)
+    return {"auroc": auroc(heat, area), "pointing": float(pointing_hit(heat, area)), "iou": top_k_iou(heat, area)}
 
 
 def _ranks(saliency: Float[ndarray, "h w"]) -> bool:
-    """Whether a map puts any pixel before another."""
     return bool(np.isfinite(saliency).all() and np.ptp(saliency) > 0)
 
 
-def _by_target(made: StepMap, prompt: str, words: Callable[[str], Sequence[str]]) -> dict[str, ndarray]:
-    """The map that a target is looked for in."""
-    saliency = made.saliency.numpy()
+def _maps_by_target(
+    step_map: StepMap, caption: Caption, words_of: Callable[[str, int], Sequence[str]]
+) -> dict[str, Float[ndarray, "h w"]]:
+    """The map in which each target is looked for."""
+    saliency = step_map.saliency.numpy()
     maps = dict.fromkeys(TARGETS, saliency)
-    if made.word_maps is None:
+    if step_map.word_maps is None:
         return maps
-    caption, told = Caption.parse(prompt), [word.casefold() for word in words(prompt)]
-    rows = {"subject": told.index(caption.subject[1])}
+    words = [word.casefold() for word in words_of(step_map.method, step_map.item)]
+    rows = {"subject": words.index(caption.subject[1])}
     if caption.object is not None:
-        rows["object"] = len(told) - 1 - told[::-1].index(caption.object[1])
-    heat = made.word_maps.numpy()
-    return maps | {target: heat[row] for target, row in rows.items()} | {"both": heat[list(rows.values())].mean(0)}
+        rows["object"] = len(words) - 1 - words[::-1].index(caption.object[1])
+    word_maps = step_map.word_maps.numpy()
+    by_noun = {target: word_maps[row] for target, row in rows.items()}
+    return maps | by_noun | {"both": word_maps[list(rows.values())].mean(0)}
 
 
-def best(found: Localisation, target: str, measure: str = "auroc") -> tuple[str, int]:
-    """The method and step whose maps find a target best."""
-    pairs = [(method, step) for method in found.steps for step in range(len(found.timesteps))]
-    return max(pairs, key=lambda pair: np.nan_to_num(found.steps[pair[0]][target][measure][pair[1]].mean, nan=-1))
-
-
-def localisation_table(found: Localisation) -> Iterator[str]:
-    """A table a target: each measure over all steps, and the AUROC at the first, middle, last and best step."""
-    at = sorted({0, len(found.timesteps) // 2, len(found.timesteps) - 1})
+def _table(summary: Localisation) -> Iterator[str]:
+    shown = sorted({0, len(summary.timesteps) // 2, len(summary.timesteps) - 1})
     for target in TARGETS:
-        heads = [f"auroc, step {step + 1}, t = {found.timesteps[step]}" for step in at]
-        yield f"| {target}, {found.source} | {' | '.join(MEASURES)} | {' | '.join(heads)} | best step |"
-        yield f"|---|{'---|' * (len(MEASURES) + len(at) + 1)}"
-        for method, by_target in found.steps.items():
-            values, overall = by_target[target]["auroc"], found.overall[method][target]
+        heads = [f"auroc, step {step}, t = {summary.timesteps[step]}" for step in shown]
+        yield f"| {target}, {summary.source} | {' | '.join(SCORES)} | {' | '.join(heads)} | best step |"
+        yield f"|---|{'---|' * (len(SCORES) + len(shown) + 1)}"
+        for method, by_target in summary.steps.items():
+            values, overall = by_target[target]["auroc"], summary.overall[method][target]
             means = np.array([one.mean for one in values])
             top = int(np.nanargmax(means)) if np.isfinite(means).any() else None
-            told = "–" if top is None else f"{top + 1}: {values[top]}"
-            cells = [*(str(overall[name]) for name in MEASURES), *(str(values[step]) for step in at), told]
+            best = "–" if top is None else f"{top}: {values[top]}"
+            cells = [*(str(overall[score]) for score in SCORES), *(str(values[step]) for step in shown), best]
             yield f"| {method} | {' | '.join(cells)} |"
         yield ""
-        method, step = best(found, target)
-        score = found.steps[method][target]
-        if score["auroc"][step].count:
-            hit = f"AUROC {score['auroc'][step]}, hit by the hottest pixel {score['pointing'][step]}"
-            yield f"{target}: found best by {method} at step {step + 1}, {hit}."
+        method, step = summary.best(target)
+        by_score = summary.steps[method][target]
+        if by_score["auroc"][step].count:
+            scores = f"AUROC {by_score['auroc'][step]}, pointing game {by_score['pointing'][step]}"
+            yield f"{target}: located best by {method} at step {step} (t = {summary.timesteps[step]}), {scores}."
             yield ""
-    told = "; ".join(f"{name}: {what}" for name, what in MEASURES.items())
+    meanings = "; ".join(f"{score}: {meaning}" for score, meaning in SCORES.items())
     yield (
-        f"{found.num_images} images ({found.left_out} left out), {len(found.timesteps)} steps; without a step: means "
-        f"over all. {told}."
+        f"{summary.num_images} images ({summary.num_excluded} excluded), {len(summary.timesteps)} steps; columns "
+        f"without a step are means over all. {meanings}."
     )
-    if found.unranked:
-        counts = ", ".join(f"{count} of {method}" for method, count in found.unranked.items())
-        yield f"Maps that rank no pixels have no measure: {counts}."
+    if summary.unranked:
+        counts = ", ".join(f"{count} of {method}" for method, count in summary.unranked.items())
+        yield f"Maps that are constant or not finite have no score: {counts}."

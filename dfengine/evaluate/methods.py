@@ -1,13 +1,13 @@
-"""The methods of the paper's Tables 1 and 2, and those beside them."""
+"""The methods of the paper's Tables 1 and 2, and the variations of DF-RISE beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from dfengine.explain import Attention, Cam, Explainer, Lime, Random, Relevance, Rise
+from dfengine.explain import Explainer, registry
 
-#: AUC of deletion and of insertion: Tables 1 and 2.
+#: Areas under the deletion and the insertion curve, as printed in Tables 1 and 2.
 PAPER = {
     "random": (0.6553, 0.6411),
     "lime": (0.5947, 0.6925),
@@ -23,34 +23,41 @@ TABLES = {
     2: ("rise", "rise-frechet", "rise-cosine", "rise-contrast", "rise-grid"),
 }
 
-#: What each of DF-RISE's methods changes.
-_VARIATIONS: dict[str, dict[str, Any]] = {
-    "rise": {},
+#: What each variation of DF-RISE changes.
+VARIATIONS: dict[str, dict[str, Any]] = {
     "rise-global": {"score": "global"},
-    "rise-grid": {"masks": "rise"},
+    "rise-grid": {"mask_kind": "rise"},
     "rise-frechet": {"similarity": "frechet", "score": "global"},
     **{
         f"rise-{kind}": {"similarity": kind}
         for kind in ("cosine", "contrast", "luminance", "contrast_structure", "ssim")
     },
 }
-_OTHERS: dict[str, Callable[[], Any]] = {
-    "random": Random,
-    "cam": Cam,
-    "relevance": Relevance,
-    "attention": Attention,
-}
-METHODS = ("lime", *_OTHERS, *_VARIATIONS)
 
 
-def methods(names: Sequence[str], *, num_masks: int = 500, num_samples: int = 1000) -> list[Explainer]:
-    """Explainers by their names here, each once. Raises ValueError for one that is not known."""
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"method {unknown[0]!r} is not known: expected one of {', '.join(METHODS)}")
-    found: list[Explainer] = []
-    for name in dict.fromkeys(names):
-        if name in _VARIATIONS:
-            found.append(Rise(num_masks, name=name, **_VARIATIONS[name]))
-        else:
-            found.append(Lime(num_samples) if name == "lime" else _OTHERS[name]())
-    return found
+def make_methods(
+    methods: Iterable[str | Explainer],
+    *,
+    preset: str = "default",
+    num_masks: int | None = None,
+    num_samples: int | None = None,
+) -> list[Explainer]:
+    """Explainers by their names, each name once: registered ones and `VARIATIONS`; an explainer stands for itself.
+
+    `num_masks` (DF-RISE) and `num_samples` (LIME) replace those of the preset. Raises ValueError for an unknown name.
+    """
+    counts = {"num_masks": num_masks, "num_samples": num_samples}
+    given = {name: count for name, count in counts.items() if count is not None}
+    explainers: list[Explainer] = []
+    for method in dict.fromkeys(methods):
+        if not isinstance(method, str):
+            explainers.append(method)
+            continue
+        entry = registry.entries().get("rise" if method in VARIATIONS else method)
+        if entry is None:
+            known = ", ".join([*registry.entries(), *VARIATIONS])
+            raise ValueError(f"method {method!r} is unknown: expected one of {known}")
+        options = {option.name for option in entry.options}
+        settings = {name: count for name, count in given.items() if name in options} | VARIATIONS.get(method, {})
+        explainers.append(registry.make(entry.name, preset=preset, name=method, **settings))
+    return explainers

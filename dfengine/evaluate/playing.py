@@ -1,4 +1,4 @@
-"""Every method's map of one step of many prompts, and both games of each: what tables are made of."""
+"""Every method's map of one step of many prompts, and both games of each: the data of Tables 1 and 2."""
 
 from __future__ import annotations
 
@@ -16,59 +16,61 @@ from numpy import ndarray
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser, Features
-from dfengine.diffusion.job import Job
-from dfengine.diffusion.trajectory import Trajectory
-from dfengine.evaluate.games import fitted, play, usable
-from dfengine.evaluate.kept import Kept, Turn
-from dfengine.explain import Explainer, check_behaviour, describe, is_serializable
-from dfengine.plan import item_key
+from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.evaluate.cache import GameCache, GameResult
+from dfengine.evaluate.games import play, ranks_pixels, to_latent_size
+from dfengine.explain import Explainer
+from dfengine.explain.registry import PRESETS, describe, is_serializable
+from dfengine.recorder import item_key
 
-#: Items in a group, as a share of a batch of latents: masks and points fill batches all the same, and a run that is cut
-#: off loses a group at most.
-_SHARE = 16
+#: A group has one item for so many latents of a batch. Masks and points fill batches in any case, and an interrupted
+#: run loses at most one group.
+_LATENTS_PER_ITEM = 16
 
 
 @dataclass(frozen=True)
-class Games:
+class GamesRun:
     """Every method's map of one step of every item, and both games of it."""
 
     model: str
     step: int
+    """index into `timesteps`, from 0"""
     timesteps: Sequence[float]
     features: str
-    """what extracted them"""
-    behaviour: str
-    turns: Mapping[str, Sequence[Turn]]
-    """by method, an item each"""
+    """name of the feature extractor"""
+    preset: str
+    results: Mapping[str, Sequence[GameResult]]
+    """by method, one for each item"""
 
-    def left_out(self) -> dict[str, int]:
-        """By method, items of which there is nothing to compare; a table leaves them out of every method."""
-        counts = {name: sum(not turn.counts for turn in turns) for name, turns in self.turns.items()}
+    def excluded(self) -> dict[str, int]:
+        """By method, the number of items without a valid result; these items are excluded from every method."""
+        counts = {name: sum(not one.is_valid for one in results) for name, results in self.results.items()}
         return {name: count for name, count in counts.items() if count}
 
-    def shared(self) -> list[int]:
-        """The items that are left."""
-        return [i for i, turns in enumerate(zip(*self.turns.values(), strict=True)) if all(t.counts for t in turns)]
+    def valid_items(self) -> list[int]:
+        """The items that are valid for every method."""
+        rows = zip(*self.results.values(), strict=True)
+        return [item for item, row in enumerate(rows) if all(one.is_valid for one in row)]
 
 
-def explained_step(num_steps: int) -> int:
-    """The step that tables are of: index ⌊0.75·l⌋ − 1."""
+def default_step(num_steps: int) -> int:
+    """The step that tables explain: index ⌊0.75·l⌋ − 1."""
     return max(0, int(0.75 * num_steps) - 1)
 
 
-def features_of(denoiser: Denoiser, given: Features | None = None) -> tuple[Features, str]:
-    """What extracts features, and its name. Raises ValueError where there is none."""
-    extract = denoiser.features if given is None else given
+def resolve_features(denoiser: Denoiser, features: Features | None = None) -> tuple[Features, str]:
+    """The given extractor, or the model's own, and its name. Raises ValueError if there is neither."""
+    extract = denoiser.features if features is None else features
     if extract is None:
         raise ValueError(
             f"distances compare image features, and {denoiser.name} comes with no extractor: give a folder of a "
             "transformers vision model, or a file of Inception-v3's weights (--features)"
         )
-    own = f"{denoiser.name}'s own"
-    return extract, getattr(extract, "name", own if given is None else getattr(extract, "__qualname__", "unnamed"))
+    unnamed = f"{denoiser.name}'s own" if features is None else getattr(extract, "__qualname__", "unnamed")
+    return extract, getattr(extract, "name", unnamed)
 
 
-def games(
+def play_games(
     denoiser: Denoiser,
     sample: Callable[[Sequence[Job]], Iterator[Trajectory]],
     jobs: Sequence[Job],
@@ -77,125 +79,150 @@ def games(
     maps: Mapping[str, Float[ndarray, "items a b"]] | None = None,
     step: int | None = None,
     features: Features | None = None,
-    behaviour: str = "paper",
-    kept: Kept | None = None,
-    tell: Callable[[], None] = lambda: None,
-) -> Games:
+    preset: str = "default",
+    cache: GameCache | None = None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> GamesRun:
     """Explain one step of every job by every method, and play both games with each map.
 
-    `sample` generates (`Engine.sample`). `maps` are another tool's, by its name: one a job, of the latent's or of the
-    image's size. `step` is an index into the time-steps, ⌊0.75·l⌋ − 1 by default. What `kept` has is not done again.
-    `tell` is called once for every method of every job. Jobs must have equally many steps.
+    `sample` generates trajectories (`Engine.sample`); jobs have equally many steps. `maps` are those of another tool,
+    by its name: one for each job, at the latent's or the image's size. `step` is an index into the time-steps,
+    ⌊0.75·l⌋ − 1 by default. With the preset "xdiffusion" the games are those of the released code (`play`). Results in
+    `cache` are not computed again. `on_progress` is called once for each method of each job.
 
-    Raises ValueError for what is not possible, before anything is computed.
+    Raises ValueError, before anything is computed, if the jobs, maps or settings are not possible.
     """
-    check_behaviour(behaviour)
-    kept = Kept() if kept is None else kept
-    given = {name: torch.from_numpy(np.array(array)) for name, array in (maps or {}).items()}
-    extract, extractor = features_of(denoiser, features)
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")
+    extract, extractor = resolve_features(denoiser, features)
+    step = _check_jobs(jobs, step)
+    methods = _check_methods(denoiser, jobs, explainers, maps or {}, positive=preset == "xdiffusion")
+    cache = GameCache() if cache is None else cache
+    make_key = _KeyMaker(
+        denoiser,
+        {"step": step, "features": extractor, "dtype": str(getattr(extract, "dtype", None)), "preset": preset},
+        is_named=features is None or hasattr(features, "name"),
+    )
+    keys = {name: [make_key(job, one, item) for item, job in enumerate(jobs)] for name, one in methods.items()}
+    missing = [item for item in range(len(jobs)) if any(cache.get(of[item]) is None for of in keys.values())]
+    with torch.no_grad():
+        for text in {text for item in missing for text in (jobs[item].prompt, jobs[item].negative_prompt)}:
+            denoiser.condition([text])  # raises ValueError if the model cannot encode it
+    for _ in range((len(jobs) - len(missing)) * len(methods)):
+        on_progress()
+    size = max(1, denoiser.batch_size // _LATENTS_PER_ITEM)
+    for group in (missing[start : start + size] for start in range(0, len(missing), size)):
+        trajectories = [dataclasses.replace(one, explain_steps=(step,)) for one in sample([jobs[i] for i in group])]
+        pending = {
+            name: one[group] if isinstance(one, Tensor) else one
+            for name, one in methods.items()
+            if any(cache.get(keys[name][item]) is None for item in group)
+        }
+        for name, results in _play_group(denoiser, trajectories, pending, extract, preset == "xdiffusion").items():
+            for item, result in zip(group, results, strict=True):
+                cache.put(keys[name][item], result)
+        for _ in range(len(group) * len(methods)):
+            on_progress()
+    results = {name: [_stored(cache, key) for key in of] for name, of in keys.items()}
+    return GamesRun(denoiser.name, step, jobs[0].timesteps, extractor, preset, results)
+
+
+def _check_jobs(jobs: Sequence[Job], step: int | None) -> int:
+    """The step to explain. Raises ValueError if there are no jobs, or not all have that step in equally long lists."""
     if not jobs:
         raise ValueError("there is no prompt to play with: give at least one")
     lengths = {len(job.timesteps) for job in jobs}
     if len(lengths) > 1:
-        raise ValueError(
-            f"jobs have different numbers of steps ({', '.join(map(str, sorted(lengths)))}): one is needed"
-        )
-    step = explained_step(*lengths) if step is None else step
+        listed = ", ".join(map(str, sorted(lengths)))
+        raise ValueError(f"jobs have different numbers of steps ({listed}): give all the same")
+    step = default_step(*lengths) if step is None else step
     if not 0 <= step < len(jobs[0].timesteps):
         raise ValueError(f"step {step} is outside [0, {len(jobs[0].timesteps) - 1}]: steps index the time-steps")
-    names = [*(explainer.name for explainer in explainers), *given]
+    return step
+
+
+def _check_methods(
+    denoiser: Denoiser,
+    jobs: Sequence[Job],
+    explainers: Sequence[Explainer],
+    maps: Mapping[str, Float[ndarray, "items a b"]],
+    *,
+    positive: bool,
+) -> dict[str, Explainer | Float[Tensor, "items h w"]]:
+    """By name, explainers and other tools' maps at the latent's size. Raises ValueError if they do not fit the jobs."""
+    names = [*(explainer.name for explainer in explainers), *maps]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"methods must have a name each, all different, but are: {', '.join(names) or 'none'}")
-    for name, array in given.items():
-        if array.ndim != 3 or len(array) != len(jobs):
-            raise ValueError(f"maps {name!r} are {tuple(array.shape)}: expected one a prompt, ({len(jobs)}, h, w)")
-        given[name] = fitted(array, denoiser, f"map {name!r}", behaviour)
+        raise ValueError(f"methods need distinct names, but are: {', '.join(names) or 'none'}")
+    methods: dict[str, Explainer | Tensor] = {explainer.name: explainer for explainer in explainers}
+    for name, array in maps.items():
+        given = torch.from_numpy(np.array(array))
+        if given.ndim != 3 or len(given) != len(jobs):
+            shape = tuple(given.shape)
+            raise ValueError(f"maps {name!r} have shape {shape}: expected one for each prompt, ({len(jobs)}, h, w)")
+        methods[name] = to_latent_size(given, denoiser, f"map {name!r}", positive=positive)
     for explainer in explainers:
         for job in jobs:
-            explainer.output_spec(denoiser, job)
-
-    told = {"name": extractor, "dtype": str(getattr(extract, "dtype", None))}
-    keys = _Keys(denoiser, step, told, behaviour, is_named=features is None or hasattr(features, "name"))
-    by_name: dict[str, Any] = {explainer.name: explainer for explainer in explainers} | given
-    table = {name: [keys(job, by_name[name], item) for item, job in enumerate(jobs)] for name in names}
-    missing = [i for i in range(len(jobs)) if any(kept.get(table[name][i]) is None for name in names)]
-    with torch.no_grad():
-        for text in {text for i in missing for text in (jobs[i].prompt, jobs[i].negative_prompt)}:
-            denoiser.encode_prompts([text])
-    for _ in range((len(jobs) - len(missing)) * len(names)):
-        tell()
-    size = max(1, denoiser.batch_size // _SHARE)
-    for group in (missing[start : start + size] for start in range(0, len(missing), size)):
-        wanted = [name for name in names if any(kept.get(table[name][i]) is None for i in group)]
-        paths = [dataclasses.replace(path, explain_steps=(step,)) for path in sample([jobs[i] for i in group])]
-        methods = {name: given[name][group] if name in given else by_name[name] for name in wanted}
-        for name, turns in _turns(denoiser, paths, methods, extract, behaviour).items():
-            for item, turn in zip(group, turns, strict=True):
-                kept.put(table[name][item], turn)
-        for _ in range(len(group) * len(names)):
-            tell()
-    every = {name: [_there(kept, key) for key in table[name]] for name in names}
-    return Games(denoiser.name, step, jobs[0].timesteps, extractor, behaviour, every)
+            explainer.contents(denoiser, job)
+    return methods
 
 
-def _turns(
-    denoiser: Denoiser, paths: Sequence[Trajectory], methods: Mapping[str, Any], extract: Features, behaviour: str
-) -> dict[str, list[Turn]]:
-    """By method, the turn of every trajectory; a method is an explainer, or its maps."""
-    made: dict[str, Tensor] = {}
+def _play_group(
+    denoiser: Denoiser,
+    trajectories: Sequence[Trajectory],
+    methods: Mapping[str, Explainer | Float[Tensor, "items h w"]],
+    extract: Features,
+    xdiffusion: bool,
+) -> dict[str, list[GameResult]]:
+    """By method, the result of every trajectory."""
+    maps: dict[str, Tensor] = {}
     for name, method in methods.items():
         if isinstance(method, Tensor):
-            made[name] = method
+            maps[name] = method
         else:
-            found = {one.item: one.saliency for one in method.explain(denoiser, paths)}
-            made[name] = torch.stack([found[place] for place in range(len(paths))])
-    can = {name: [usable(one, behaviour) for one in maps] for name, maps in made.items()}
-    # What cannot be ranked is played with any map in its place, so that batches stay full, and not kept.
+            by_item = {one.item: one.saliency for one in method.explain(denoiser, trajectories)}
+            maps[name] = torch.stack([by_item[item] for item in range(len(trajectories))])
+    is_ranked = {name: [ranks_pixels(one, positive=xdiffusion) for one in of] for name, of in maps.items()}
+    # A map that does not rank its pixels is replaced, to keep batches full, and its curves are dropped.
     height, width = denoiser.latent_shape[1:]
-    stand_in = torch.arange(float(height * width)).view(height, width)
-    ranked = {
-        name: torch.stack([one if fits else stand_in for one, fits in zip(maps, can[name], strict=True)])
-        for name, maps in made.items()
+    substitute = torch.arange(float(height * width)).view(height, width)
+    playable = {
+        name: torch.stack([one if ok else substitute for one, ok in zip(of, is_ranked[name], strict=True)])
+        for name, of in maps.items()
     }
-    played = play(denoiser, paths, ranked, extract, behaviour=behaviour)
+    curves = play(denoiser, trajectories, playable, extract, xdiffusion=xdiffusion)
     return {
         name: [
-            Turn(one, game if fits else None)
-            for one, game, fits in zip(made[name], played[name], can[name], strict=True)
+            GameResult(one, curve if ok else None)
+            for one, curve, ok in zip(maps[name], curves[name], is_ranked[name], strict=True)
         ]
         for name in methods
     }
 
 
-def _there(kept: Kept, key: str) -> Turn:
-    turn = kept.get(key)
-    assert turn is not None
-    return turn
+def _stored(cache: GameCache, key: str) -> GameResult:
+    result = cache.get(key)
+    assert result is not None
+    return result
 
 
 @dataclass(frozen=True)
-class _Keys:
-    """What a turn is kept under: a map's method or, of another tool's, its values."""
+class _KeyMaker:
+    """Keys of results: by the method that makes a map or, of another tool's map, by its values."""
 
     denoiser: Denoiser
-    step: int
-    features: Mapping[str, str]
-    behaviour: str
+    settings: Mapping[str, Any]
+    """those of the games"""
     is_named: bool
-    """whether that tells the features whole"""
+    """whether the name of the features identifies them"""
     call: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """told of what is not told whole, as a function by its name is not: it is never taken for another's"""
+    """part of the key if a caller's function is involved, whose name does not identify it: such a result is not reused
+    by another call"""
 
-    def __call__(self, job: Job, method: Any, item: int) -> str:
+    def __call__(self, job: Job, method: Explainer | Tensor, item: int) -> str:
         if isinstance(method, Tensor):
-            made: dict[str, Any] = {"map": hashlib.sha256(method[item].numpy().tobytes()).hexdigest()}
+            described: dict[str, Any] = {"map": hashlib.sha256(method[item].numpy().tobytes()).hexdigest()}
         else:
-            made = describe(method)
-        is_whole = self.is_named and (isinstance(method, Tensor) or is_serializable(method))
-        return Kept.key(
-            item=item_key(self.denoiser, job, made),
-            step=self.step,
-            features=self.features,
-            behaviour=self.behaviour,
-            call=None if is_whole else self.call,
-        )
+            described = describe(method)
+        is_identified = self.is_named and (isinstance(method, Tensor) or is_serializable(method))
+        key = item_key(self.denoiser, job, described)
+        return GameCache.key(item=key, **self.settings, call=None if is_identified else self.call)

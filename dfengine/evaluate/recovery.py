@@ -1,7 +1,7 @@
-"""The paper's first claim in figures: does what a model relies on begin as structure and spread into detail?
+"""The paper's first claim, measured: does what a model relies on begin as structure and spread into detail?
 
-Of the maps of many generations, step by step: how much of the image they take up, how they move, and how far they lie
-on what is truly there.
+Step by step, over the maps of many generations: how much of the image they cover, how they move, and how far they lie
+on the shapes that are there.
 """
 
 from __future__ import annotations
@@ -16,129 +16,117 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy import stats
 
-from dfengine.evaluate.concepts import RightOnes
-from dfengine.evaluate.intervals import Interval, interval
-from dfengine.evaluate.truth import area, auroc, has_distinct_colours, overlap
+from dfengine.evaluate.intervals import Interval, bootstrap_interval
+from dfengine.evaluate.truth import ConceptJudge, auroc, top_k_iou
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
-from dfengine.shapes.world import SIZE, Caption
+from dfengine.shapes.world import Caption
 
-#: What is measured of a map, and what it says.
+#: The measures of a map, and what each is.
 MEASURES = {
     "area": "share of pixels above half of the map's range",
-    "entropy": "of the map as a distribution over pixels, as a share of the most there can be",
-    "shift": "how far the map's centre moves from the step before, in image widths",
-    "overlap": "IoU of the hottest pixels with the shapes, as many as these have",
+    "entropy": "of the map as a distribution over pixels, as a share of the largest possible",
+    "shift": "distance of the map's centre from that of the step before, in image widths",
+    "overlap": "IoU of the shapes and the hottest pixels, as many as they have",
     "auroc": "probability that a pixel of the shapes is hotter than one of the background",
 }
 
-
-#: Images that a verdict is given on.
-_FEWEST = 5
+#: With fewer images, no verdict is given.
+_MIN_IMAGES = 5
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Means over images of each measure at each step, and how it goes along the steps; intervals are over images."""
+    """Means over images of each measure at each step, and their trend over the steps; intervals are over images."""
 
     steps: Mapping[str, Mapping[str, Sequence[Interval]]]
     """by method and measure, at each step"""
     trend: Mapping[str, Mapping[str, Interval]]
-    """by method and measure, the rank correlation with the step's number: 1 rises all along, −1 falls"""
+    """by method and measure, the rank correlation with the step: 1 if it always rises, −1 if it always falls"""
     timesteps: Sequence[float]
     num_images: int
-    left_out: int
-    """images of another world, that are not what was asked for, or whose shapes are not told by their colours"""
+    num_excluded: int
+    """images that do not match an embedded-world caption, or whose shapes are not distinguished by their colours"""
+
+    def verdict(self, method: str) -> str:
+        """Whether the claim holds for a method: its map begins on the shapes and covers more and more of the image."""
+        trend, first = self.trend[method]["area"], self.steps[method]["auroc"][0]
+        spread = "grows" if trend.low > 0 else "shrinks" if trend.high < 0 else "neither grows nor shrinks"
+        start = "on the shapes" if first.low > 0.5 else "beside them" if first.high < 0.5 else "anywhere"
+        if min(trend.count, first.count) < _MIN_IMAGES:
+            return f"{method}: {min(trend.count, first.count)} images are too few for a verdict"
+        holds = trend.low > 0 and first.low > 0.5
+        return f"{method}: the map begins {start} and {spread}; the claim {'holds' if holds else 'does not hold'}"
+
+    def table(self) -> str:
+        """The first, middle and last step of every measure, and its trend, in Markdown."""
+        return "\n".join(_table(self))
 
 
-def measures(
-    heat: Float[ndarray, "H W"], before: Float[ndarray, "H W"] | None, true: Bool[ndarray, "H W"]
-) -> dict[str, float]:
-    """All of `MEASURES` of one map in [0, 1]; NaN for a map that is the same everywhere, and for the first's shift."""
-    if np.ptp(heat) == 0:
-        return dict.fromkeys(MEASURES, float("nan"))
-    shares = heat / heat.sum()
-    return {
-        "area": float((heat > 0.5).mean()),
-        "entropy": float(stats.entropy(shares.ravel()) / np.log(heat.size)),
-        "shift": float("nan") if before is None or np.ptp(before) == 0 else _distance(centre(heat), centre(before)),
-        "overlap": overlap(heat, true),
-        "auroc": auroc(heat, true),
-    }
+def measure_recovery(events: Iterable[Any], prompts: Sequence[str], timesteps: Sequence[float]) -> Recovery:
+    """Measure the maps of an engine's stream of events, one item for each prompt; all have the same time-steps.
 
-
-def centre(heat: Float[ndarray, "H W"]) -> tuple[float, float]:
-    """The centre of mass (y, x), in image heights and widths."""
-    shares = heat / heat.sum()
-    rows, columns = (np.arange(size) + 0.5 for size in heat.shape)
-    return float(shares.sum(1) @ rows / heat.shape[0]), float(shares.sum(0) @ columns / heat.shape[1])
-
-
-def _distance(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return float(np.hypot(a[0] - b[0], a[1] - b[1]))
-
-
-def check_world(image_shape: tuple[int, int], prompts: Sequence[str]) -> None:
-    """Raise ValueError, before anything is computed, where no image's shapes will be known."""
-    for prompt in prompts:
-        with suppress(ValueError):
-            if image_shape == (SIZE, SIZE) and has_distinct_colours(Caption.parse(prompt)):
-                return
-    raise ValueError(
-        f"there is no image whose shapes are known: they are in the embedded world alone, of {SIZE}×{SIZE} "
-        "pixels and captions such as 'a red circle above a blue square on a gray background'"
-    )
-
-
-def recovery(events: Iterable[Any], prompts: Sequence[str], timesteps: Sequence[float]) -> Recovery:
-    """Measure an engine's stream of maps, an item a prompt; all have the same time-steps.
-
-    Raises ValueError where there is no image of the embedded world whose shapes are known.
+    Raises ValueError if no image has known areas.
     """
-    judge = RightOnes()
-    truth: dict[int, ndarray] = {}
+    judge = ConceptJudge()
+    shapes: dict[int, ndarray] = {}
     maps: dict[tuple[str, int], dict[int, ndarray]] = {}
-    found: dict[str, list[list[dict[str, float]]]] = {}
+    measured: dict[str, list[list[dict[str, float]]]] = {}
     for event in events:
         if isinstance(event, StepMap):
             maps.setdefault((event.method, event.item), {})[event.step] = event.saliency.numpy()
         elif trajectory := getattr(event, "trajectory", None):
-            if (true := _true(trajectory.image.numpy(), prompts[event.item], judge)) is not None:
-                truth[event.item] = true
+            with suppress(ValueError):  # outside the embedded world
+                areas = judge.areas(trajectory.image.numpy(), Caption.parse(prompts[event.item]))
+                if areas is not None:
+                    shapes[event.item] = areas["both"]
         else:
             for method in [name for name, item in maps if item == event.item]:
-                made = maps.pop((method, event.item))
-                if event.item in truth:
-                    true = truth[event.item]
-                    heat = [heatmap(made[step], true.shape) for step in range(len(timesteps))]
-                    before = [None, *heat[:-1]]
-                    rows = [measures(one, last, true) for one, last in zip(heat, before, strict=True)]
-                    found.setdefault(method, []).append(rows)
-    if not found:
-        raise ValueError("there is no image whose shapes are known: recovery is measured in the embedded world")
+                by_step = maps.pop((method, event.item))
+                if event.item in shapes:
+                    area = shapes[event.item]
+                    heat = [heatmap(by_step[step], area.shape) for step in range(len(timesteps))]
+                    rows = [
+                        recovery_measures(one, last, area) for one, last in zip(heat, [None, *heat[:-1]], strict=True)
+                    ]
+                    measured.setdefault(method, []).append(rows)
+    if not measured:
+        raise ValueError("no image has shapes whose areas are known: recovery is measured in the embedded world")
     return Recovery(
-        steps={method: {name: _at_each_step(items, name) for name in MEASURES} for method, items in found.items()},
-        trend={method: {name: _trend(items, name) for name in MEASURES} for method, items in found.items()},
+        steps={method: {name: _at_each_step(rows, name) for name in MEASURES} for method, rows in measured.items()},
+        trend={method: {name: _trend(rows, name) for name in MEASURES} for method, rows in measured.items()},
         timesteps=list(timesteps),
-        num_images=len(truth),
-        left_out=len(prompts) - len(truth),
+        num_images=len(shapes),
+        num_excluded=len(prompts) - len(shapes),
     )
 
 
-def _true(image: ndarray, prompt: str, judge: RightOnes) -> ndarray | None:
-    """The pixels of the shapes, where image and caption tell them."""
-    try:
-        caption = Caption.parse(prompt)
-        if not has_distinct_colours(caption) or not judge.agrees(image, caption):
-            return None
-    except ValueError:
-        return None
-    colours = [shape[0] for shape in (caption.subject, caption.object) if shape is not None]
-    return np.any([area(image, colour) for colour in colours], axis=0)
+def recovery_measures(
+    heat: Float[ndarray, "H W"], before: Float[ndarray, "H W"] | None, area: Bool[ndarray, "H W"]
+) -> dict[str, float]:
+    """All of `MEASURES` of one map in [0, 1]; NaN if the map is constant, and for the first map's shift."""
+    if np.ptp(heat) == 0:
+        return dict.fromkeys(MEASURES, float("nan"))
+    shares = heat / heat.sum()
+    has_shift = before is not None and np.ptp(before) > 0
+    return {
+        "area": float((heat > 0.5).mean()),
+        "entropy": float(stats.entropy(shares.ravel()) / np.log(heat.size)),
+        "shift": float(np.linalg.norm(centre_of_mass(heat) - centre_of_mass(before))) if has_shift else float("nan"),
+        "overlap": top_k_iou(heat, area),
+        "auroc": auroc(heat, area),
+    }
+
+
+def centre_of_mass(heat: Float[ndarray, "H W"]) -> Float[ndarray, " 2"]:
+    """(y, x), in image heights and widths."""
+    shares = heat / heat.sum()
+    rows, columns = (np.arange(size) + 0.5 for size in heat.shape)
+    return np.array([shares.sum(1) @ rows / heat.shape[0], shares.sum(0) @ columns / heat.shape[1]])
 
 
 def _at_each_step(items: Sequence[Sequence[Mapping[str, float]]], name: str) -> list[Interval]:
-    return [interval([one[name] for one in at]) for at in zip(*items, strict=True)]
+    return [bootstrap_interval([one[name] for one in step]) for step in zip(*items, strict=True)]
 
 
 def _trend(items: Sequence[Sequence[Mapping[str, float]]], name: str) -> Interval:
@@ -149,33 +137,20 @@ def _trend(items: Sequence[Sequence[Mapping[str, float]]], name: str) -> Interva
             return float("nan")
         return float(stats.spearmanr(np.flatnonzero(known), values[known]).statistic)
 
-    return interval([correlation(rows) for rows in items])
+    return bootstrap_interval([correlation(rows) for rows in items])
 
 
-def verdict(found: Recovery, method: str) -> str:
-    """Whether the claim holds for a method: its map begins on the shapes and takes up more and more of the image."""
-    trend, first = found.trend[method]["area"], found.steps[method]["auroc"][0]
-    spreads = "grows" if trend.low > 0 else "shrinks" if trend.high < 0 else "neither grows nor shrinks"
-    begins = "on the shapes" if first.low > 0.5 else "beside them" if first.high < 0.5 else "anywhere"
-    if min(trend.count, first.count) < _FEWEST:
-        return f"{method}: {min(trend.count, first.count)} images are too few to tell whether the claim holds"
-    holds = trend.low > 0 and first.low > 0.5
-    return f"{method}: the map begins {begins} and {spreads}; the claim {'holds' if holds else 'does not hold'}"
-
-
-def recovery_table(found: Recovery) -> Iterator[str]:
-    """First, middle and last step of every measure, and its trend, in Markdown."""
-    at = sorted({0, len(found.timesteps) // 2, len(found.timesteps) - 1})
-    heads = [f"step {step + 1}, t = {found.timesteps[step]}" for step in at]
-    for method, by_measure in found.steps.items():
-        yield f"| {method} | {' | '.join(heads)} | along the steps |"
-        yield f"|---|{'---|' * (len(at) + 1)}"
+def _table(summary: Recovery) -> Iterator[str]:
+    shown = sorted({0, len(summary.timesteps) // 2, len(summary.timesteps) - 1})
+    heads = [f"step {step}, t = {summary.timesteps[step]}" for step in shown]
+    for method, by_measure in summary.steps.items():
+        yield f"| {method} | {' | '.join(heads)} | trend |"
+        yield f"|---|{'---|' * (len(shown) + 1)}"
         for name, values in by_measure.items():
-            cells = [str(values[step]) for step in at]
-            yield f"| {name} | {' | '.join(cells)} | {found.trend[method][name]} |"
+            yield f"| {name} | {' | '.join(str(values[step]) for step in shown)} | {summary.trend[method][name]} |"
         yield ""
-        yield verdict(found, method)
+        yield summary.verdict(method)
         yield ""
-    left_out = f", {found.left_out} left out" if found.left_out else ""
-    told = "; ".join(f"{name}: {what}" for name, what in MEASURES.items())
-    yield f"{found.num_images} images{left_out}. {told}."
+    excluded = f", {summary.num_excluded} excluded" if summary.num_excluded else ""
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in MEASURES.items())
+    yield f"{summary.num_images} images{excluded}. {meanings}. trend: rank correlation with the step."

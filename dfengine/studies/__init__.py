@@ -1,0 +1,47 @@
+"""The paper's Tables 1 to 3 with their figures, ground truth, sanity and recovery: a function each, returning a study.
+
+    study = studies.games(engine, evaluate.captions(50), table=1)
+    print(study.table())
+    study.save("games")
+
+Methods are explainers, or names: of registered explainers and of `evaluate.VARIATIONS` of DF-RISE. Named ones have the
+settings of `preset`; `num_masks` (DF-RISE) and `num_samples` (LIME) replace the preset's. Only `sanity` has smaller
+defaults, since it explains the same images again for each stage whose weights it randomises.
+"""
+
+from dfengine.studies.base import Study
+from dfengine.studies.checks import (
+    RECOVERY_METHODS,
+    SANITY_MASKS,
+    SANITY_METHODS,
+    SANITY_STEPS,
+    TRUTH_METHODS,
+    RecoveryStudy,
+    SanityStudy,
+    TruthStudy,
+    recovery,
+    sanity,
+    truth,
+)
+from dfengine.studies.faithfulness import GamesStudy, games
+from dfengine.studies.relevance import SCHEDULES, ConceptsStudy, concepts
+
+__all__ = [
+    "RECOVERY_METHODS",
+    "SANITY_MASKS",
+    "SANITY_METHODS",
+    "SANITY_STEPS",
+    "SCHEDULES",
+    "TRUTH_METHODS",
+    "ConceptsStudy",
+    "GamesStudy",
+    "RecoveryStudy",
+    "SanityStudy",
+    "Study",
+    "TruthStudy",
+    "concepts",
+    "games",
+    "recovery",
+    "sanity",
+    "truth",
+]

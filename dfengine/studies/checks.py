@@ -1,0 +1,143 @@
+"""Ground truth, recovery and sanity: can maps be trusted, and does the paper's first claim hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfengine import evaluate
+from dfengine import figures as drawing
+from dfengine.diffusion.trajectory import Job
+from dfengine.engine import Engine
+from dfengine.figures import Figure
+from dfengine.prompts import Prompt
+from dfengine.shapes.world import Caption
+from dfengine.studies.base import Method, OnProgress, Study, make_jobs, no_progress, stream, texts_of
+
+TRUTH_METHODS = ("random", "lime", "rise", "cam", "relevance", "attention")
+RECOVERY_METHODS = ("rise", "cam")
+SANITY_METHODS = ("rise", "cam", "relevance", "attention")
+#: Masks of DF-RISE a step, and denoising steps, of the sanity checks.
+SANITY_MASKS, SANITY_STEPS = 60, 4
+
+
+@dataclass(frozen=True)
+class TruthStudy(Study):
+    """Maps against true areas: a `Localisation` of generated images, and one of rendered scenes."""
+
+    def figures(self) -> dict[str, Figure]:
+        """ "truth": AUROC of each method at each step, a panel for each target and source."""
+        bands: dict[str, dict[str, Any]] = {}
+        for part in self.summaries:
+            for method, by_target in part.steps.items():
+                for target, by_score in by_target.items():
+                    panel = f"AUROC, {target},\n{part.source}"
+                    bands.setdefault(method, {})[panel] = [one.band for one in by_score["auroc"]]
+        return {"truth": drawing.recovery(bands, self.summaries[0].timesteps, columns=3, limits=(0, 1))}
+
+
+def truth(
+    engine: Engine,
+    prompts: Sequence[str | Prompt],
+    methods: Sequence[Method] = TRUTH_METHODS,
+    *,
+    preset: str = "default",
+    num_masks: int | None = None,
+    num_samples: int | None = None,
+    num_steps: int = 30,
+    seed: int = 0,
+    on_progress: OnProgress = no_progress,
+) -> TruthStudy:
+    """Do maps lie on the subject and the object, in images of the prompts and in as many noised, rendered scenes?
+
+    Raises ValueError, before anything is computed, unless the prompts are captions of the embedded world.
+    """
+    texts = texts_of(prompts)
+    evaluate.check_has_truth(engine.denoiser.image_shape, texts)
+    captions, judge = [Caption.parse(text) for text in texts], evaluate.ConceptJudge()
+    scenes = evaluate.scenes(len(texts), seed)
+    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
+    by_name = {one.name: one for one in explainers}
+
+    def locate(source: str, jobs: Sequence[Job], areas_of: Callable[[int, Any], Any]) -> evaluate.Localisation:
+        return evaluate.measure_localisation(
+            stream(engine, jobs, explainers, f"explaining {source}", on_progress),
+            areas_of,
+            [job.prompt for job in jobs],
+            jobs[0].timesteps,
+            lambda method, item: by_name[method].contents(engine.denoiser, jobs[item]).words,
+            source,
+        )
+
+    generated = make_jobs(engine, texts, seed, num_steps)
+    rendered = make_jobs(engine, [scene.prompt for scene in scenes], seed, num_steps, [scene.image for scene in scenes])
+    return TruthStudy(
+        [
+            locate("generated images", generated, lambda item, image: judge.areas(image, captions[item])),
+            locate("rendered scenes", rendered, lambda item, _: scenes[item].areas),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class RecoveryStudy(Study):
+    """The paper's first claim: one `Recovery`."""
+
+    def figures(self) -> dict[str, Figure]:
+        """ "recovery": a panel for each measure over the steps."""
+        (summary,) = self.summaries
+        bands = {m: {name: [one.band for one in v] for name, v in by.items()} for m, by in summary.steps.items()}
+        return {"recovery": drawing.recovery(bands, summary.timesteps)}
+
+
+def recovery(
+    engine: Engine,
+    prompts: Sequence[str | Prompt],
+    methods: Sequence[Method] = RECOVERY_METHODS,
+    *,
+    preset: str = "default",
+    num_masks: int | None = None,
+    num_samples: int | None = None,
+    num_steps: int = 30,
+    seed: int = 0,
+    on_progress: OnProgress = no_progress,
+) -> RecoveryStudy:
+    """Do maps begin on the shapes and spread? In the embedded world.
+
+    Raises ValueError, before anything is computed, if no prompt is a caption whose shapes its colours distinguish.
+    """
+    texts = texts_of(prompts)
+    evaluate.check_has_truth(engine.denoiser.image_shape, texts)
+    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
+    jobs = make_jobs(engine, texts, seed, num_steps)
+    events = stream(engine, jobs, explainers, "measuring", on_progress)
+    return RecoveryStudy([evaluate.measure_recovery(events, texts, jobs[0].timesteps)])
+
+
+@dataclass(frozen=True)
+class SanityStudy(Study):
+    """Whether maps can be trusted: one `Sanity`."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(summary.passed for summary in self.summaries)
+
+
+def sanity(
+    engine: Engine,
+    prompts: Sequence[str | Prompt],
+    methods: Sequence[Method] = SANITY_METHODS,
+    *,
+    preset: str = "default",
+    num_masks: int | None = SANITY_MASKS,
+    num_samples: int | None = None,
+    num_steps: int = SANITY_STEPS,
+    seed: int = 0,
+    on_progress: OnProgress = no_progress,
+) -> SanityStudy:
+    """Do maps depend on the weights and on the prompt? Raises ValueError if a method does not suit the model."""
+    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
+    jobs = make_jobs(engine, texts_of(prompts), seed, num_steps)
+    return SanityStudy([evaluate.run_sanity_checks(engine.denoiser, jobs, explainers, on_progress=on_progress)])
