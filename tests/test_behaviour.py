@@ -13,7 +13,7 @@ from test_cli import dfengine_command
 import dfengine
 from dfengine import Attention, Cam, Engine, Lime, Random, Rise, XDiffusionCam, XDiffusionLime, XDiffusionRise
 from dfengine.evaluate import NoFeatures, faithfulness, games
-from dfengine.evaluate.concepts import lines_of
+from dfengine.evaluate.concepts import concept_relevance
 from dfengine.explain import to_xdiffusion
 from dfengine.prompts import Prompt
 from dfengine.tokens import Tokens
@@ -58,8 +58,8 @@ def test_gamma_0_is_uniform(stage: str) -> None:
 def test_concepts_are_summed_over_their_tokens() -> None:
     """Min–max makes (0, 0.5, 1) of the three tokens in between."""
     relevance, prompt = np.array([[9.0], [2.0], [3.0], [4.0], [9.0]]), Prompt("a cat", {"subject": "cat"})
-    assert lines_of(relevance, TOKENS, prompt)["subject"].tolist() == [0.75]
-    assert lines_of(relevance, TOKENS, prompt, "xdiffusion")["subject"].tolist() == [1.5]
+    assert concept_relevance(relevance, TOKENS, prompt)["subject"].tolist() == [0.75]
+    assert concept_relevance(relevance, TOKENS, prompt, "xdiffusion")["subject"].tolist() == [1.5]
 
 
 def test_an_explanations_concept_may_be_summed() -> None:
@@ -189,4 +189,4 @@ def test_images_alone_are_compared_without_an_extractor() -> None:
     own = games(engine.denoiser, engine.sample, jobs, [Random()])
     alone = games(engine.denoiser, engine.sample, jobs, [Random()], features=NoFeatures())
     assert alone.features == "none"
-    assert faithfulness(alone, "mse").methods == faithfulness(own, "mse").methods
+    assert summarise_games(alone, "mse").methods == summarise_games(own, "mse").methods

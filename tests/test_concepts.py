@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from test_cli import dfengine_command
 
 from dfengine import Engine, Relevance, StepMap, figures
-from dfengine.evaluate import Measured, embedded_prompts, measure, summarise, table, with_concepts
-from dfengine.evaluate.concepts import RightOnes, lines_of
+from dfengine.evaluate import ConceptRecord, embedded_prompts, measure, summarise, table, with_concepts
+from dfengine.evaluate.concepts import ConceptJudge, concept_relevance
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
 from dfengine.shapes.world import COLOURS, KINDS, Caption, render, sample_scenes
@@ -35,17 +35,17 @@ def test_min_max_is_over_the_tokens_between_the_special_ones() -> None:
 
 
 def test_a_concepts_line_is_the_mean_over_its_tokens() -> None:
-    lines = lines_of(RELEVANCE, TOKENS, PROMPT)
+    lines = concept_relevance(RELEVANCE, TOKENS, PROMPT)
     assert {role: line.tolist() for role, line in lines.items()} == {
         "subject": [1, 0], "relation": [0.25, 0], "object": [0.625, 0],
     }  # fmt: skip
 
 
-def measured() -> list[Measured]:
+def measured() -> list[ConceptRecord]:
     """Two prompts, two seeds, one schedule; sums of the subject 1, 3 of the first prompt, 5, 5 of the second."""
     made = []
     for prompt, seed, total, right in [(0, 0, 1.0, False), (0, 1, 3.0, True), (1, 0, 5.0, True), (1, 1, 5.0, True)]:
-        one = Measured("early", prompt, seed, lines={role: np.array([total / 2, total / 2]) for role in ROLES})
+        one = ConceptRecord("early", prompt, seed, lines={role: np.array([total / 2, total / 2]) for role in ROLES})
         one.right = dict.fromkeys(ROLES, right)
         made.append(one)
     return made
@@ -75,7 +75,7 @@ def test_prompts_without_roles_have_a_table_each_by_their_words() -> None:
     prompts = with_concepts([Prompt("an astronaut riding a horse"), PROMPT, Prompt("the of")])
     assert [list(prompt.concepts) for prompt in prompts] == [["astronaut", "riding", "horse"], [*ROLES], ["the", "of"]]
     made = [
-        Measured("uniform", place, 0, lines={role: np.ones(2) for role in prompt.concepts})
+        ConceptRecord("uniform", place, 0, lines={role: np.ones(2) for role in prompt.concepts})
         for place, prompt in enumerate(prompts)
     ]
     found = summarise(made, prompts, {"uniform": (900, 100)})
@@ -86,7 +86,7 @@ def test_prompts_without_roles_have_a_table_each_by_their_words() -> None:
 
 def test_events_are_gathered_whatever_their_order() -> None:
     """Steps of two items come in turns; each item's own make its lines."""
-    planned = [Measured("early", 0, 0), Measured("latter", 0, 0)]
+    planned = [ConceptRecord("early", 0, 0), ConceptRecord("latter", 0, 0)]
 
     def events() -> Iterator[Any]:
         for step in (0, 1):
@@ -104,7 +104,7 @@ def test_events_are_gathered_whatever_their_order() -> None:
 
 def test_the_judge_says_what_is_right_of_rendered_scenes() -> None:
     """Every rendered scene is what its caption says; with its roles exchanged all is there but for the relation."""
-    right, scenes = RightOnes(), sample_scenes(40, torch.Generator().manual_seed(5))
+    right, scenes = ConceptJudge(), sample_scenes(40, torch.Generator().manual_seed(5))
     images = (render(scenes)[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     shown, turned = [], []
     for caption, image in zip(scenes.captions, images, strict=True):
@@ -121,7 +121,7 @@ def test_the_judge_says_what_is_right_of_rendered_scenes() -> None:
 
 def test_a_second_shape_that_is_not_there_is_not_right() -> None:
     """Whatever the judge's heads for a second shape say of single ones, and of images that are not the world's."""
-    right, scenes = RightOnes(), sample_scenes(60, torch.Generator().manual_seed(5))
+    right, scenes = ConceptJudge(), sample_scenes(60, torch.Generator().manual_seed(5))
     images = (render(scenes)[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     asked = [(color, kind) for color in COLOURS for kind in KINDS]
     for caption, image in list(zip(scenes.captions, images, strict=True))[:20]:
@@ -148,7 +148,7 @@ def test_the_measure_is_that_of_single_explanations() -> None:
     """Many prompts and schedules in batches against one `Engine.explain` at a time."""
     engine, prompts = Engine.from_pretrained("shapes", device="cpu"), embedded_prompts(2)
     schedules = ("uniform", "latter")
-    planned = [Measured(schedule, place, 3) for schedule in schedules for place in range(2)]
+    planned = [ConceptRecord(schedule, place, 3) for schedule in schedules for place in range(2)]
     jobs = [engine.job(prompts[one.prompt].text, seed=3, num_steps=3, sampling=one.schedule) for one in planned]
     found = measure(engine.stream(jobs, Relevance()), planned, prompts, engine.denoiser.tokens)
     for one in found:
@@ -156,7 +156,7 @@ def test_the_measure_is_that_of_single_explanations() -> None:
         alone = engine.explain(prompt.text, Relevance(), seed=3, num_steps=3, sampling=one.schedule)
         assert alone.relevance is not None
         assert alone.tokens is not None
-        expected = lines_of(alone.relevance, alone.tokens, prompt)
+        expected = concept_relevance(alone.relevance, alone.tokens, prompt)
         for role in ROLES:
             np.testing.assert_allclose(one.lines[role], expected[role], rtol=1e-3, atol=1e-4)
         assert set(one.right) == set(ROLES)

@@ -73,7 +73,7 @@ def test_readme(few_steps, pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Of two images, by a distance that is defined for two.
     shown = "\n".join(blocks("README.md", "python")).replace("captions(12)", "captions(2)")
-    shown = shown.replace("faithfulness(found)", "faithfulness(found, 'mse')")
+    shown = shown.replace("summarise_games(found)", "summarise_games(found, 'mse')")
     my_maps = np.random.default_rng(0).random((2, 16, 16))
     seen = run(shown, my_maps=my_maps, pipe=pipeline)
     assert (tmp_path / "run.h5").exists()

@@ -271,9 +271,9 @@ def test_the_games_are_played_with_any_extractor(vit: Path) -> None:
     """Distances are of its features, and its name is told."""
     engine, extract = Engine.from_pretrained("shapes", device="cpu"), vision.load_features(vit)
     jobs = [engine.job("a blue square on a gray background", num_steps=2, seed=seed) for seed in (0, 1)]
-    found = evaluate.games(engine.denoiser, engine.sample, jobs, [Random()], features=extract)
+    found = evaluate.play_games(engine.denoiser, engine.sample, jobs, [Random()], features=extract)
     played = found.turns["random"][0].played
     assert played is not None
     assert played.features.shape == (2, 17, 16)
-    summary = evaluate.faithfulness(found, "features")
+    summary = evaluate.summarise_games(found, "features")
     assert summary.features == extract.name == "vit (pooler_output) tiny-vit"

@@ -14,9 +14,9 @@ import torch
 
 from dfengine import StepMap
 from dfengine.cli import main
-from dfengine.evaluate import GeneratedAreas, Localisation, localisation, localisation_table, scenes
-from dfengine.evaluate.localisation import MEASURES, TARGETS, best, measures
-from dfengine.evaluate.truth import area, auroc, overlap, pointed_at
+from dfengine.evaluate import ConceptJudge, Localisation, measure_localisation, scenes
+from dfengine.evaluate.localisation import SCORES, TARGETS, localisation_scores
+from dfengine.evaluate.truth import Areas, auroc, largest_region, pointing_hit, top_k_iou
 from dfengine.shapes.world import BACKGROUNDS, COLOURS, Caption, render, sample_scenes
 
 PAIR = "a red circle above a blue square on a gray background"
@@ -26,15 +26,15 @@ LEFT = np.array([[True, False], [True, False]])
 NAN = float("nan")
 
 
-def events(maps: Mapping[str, Sequence[Sequence[Any]]], heat: Any = None) -> Iterator[Any]:
-    """An engine's stream of made-up maps, by method, item and step; `heat`, by item and step, goes with "attention"."""
+def events(maps: Mapping[str, Sequence[Sequence[Any]]], word_maps: Any = None) -> Iterator[Any]:
+    """An engine's stream of given maps, by method, item and step; "attention" has `word_maps`, by item and step."""
     count = len(next(iter(maps.values())))
     for item in range(count):
         yield SimpleNamespace(item=item, trajectory=SimpleNamespace(image=torch.full((2, 2, 3), item).byte()))
     for method, items in maps.items():
         for item, steps in enumerate(items):
             for step, values in reversed(list(enumerate(steps))):
-                given = torch.tensor(np.array(heat[item][step])).float() if method == "attention" else None
+                given = torch.tensor(np.array(word_maps[item][step])).float() if method == "attention" else None
                 yield StepMap(item, step, method, torch.tensor(np.array(values)).float(), word_maps=given)
     for item in range(count):
         yield SimpleNamespace(item=item)
@@ -44,15 +44,21 @@ def located(
     maps: Mapping[str, Sequence[Sequence[Any]]],
     areas: Sequence[Any],
     prompts: Sequence[str] | None = None,
-    heat: Any = None,
+    word_maps: Any = None,
 ) -> Localisation:
-    def told(item: int, image: np.ndarray) -> Any:
+    def areas_of(item: int, image: np.ndarray) -> Any:
         assert (image == item).all()
         return areas[item]
 
     steps = len(next(iter(maps.values()))[0])
-    return localisation(
-        events(maps, heat), told, prompts or [SINGLE] * len(areas), range(900, 900 - steps, -1), str.split, "made up"
+    texts = prompts or [SINGLE] * len(areas)
+    return measure_localisation(
+        events(maps, word_maps),
+        areas_of,
+        texts,
+        range(900, 900 - steps, -1),
+        lambda _, item: texts[item].split(),
+        "made up",
     )
 
 
@@ -83,8 +89,8 @@ def alone(mask: np.ndarray) -> dict[str, np.ndarray]:
     ],
 )
 def test_measures_by_hand(heat: list, true: np.ndarray, expected: tuple[float, float, float]) -> None:
-    found = measures(np.array(heat, dtype=np.float64), true)
-    assert list(found) == list(MEASURES) == ["auroc", "pointing", "iou"]
+    found = localisation_scores(np.array(heat, dtype=np.float64), true)
+    assert list(found) == list(SCORES) == ["auroc", "pointing", "iou"]
     assert tuple(found.values()) == pytest.approx(expected, nan_ok=True)
 
 
@@ -93,13 +99,13 @@ def test_ties_are_broken_by_the_pixels_order() -> None:
     for place in range(6):
         true[:] = False
         true.flat[place] = True
-        assert pointed_at(heat, true) is (place == 1)
-        assert overlap(heat, true) == (place == 1)
+        assert pointing_hit(heat, true) is (place == 1)
+        assert top_k_iou(heat, true) == (place == 1)
     true.flat[:] = [0, 1, 1, 0, 0, 0]
-    assert overlap(heat, true) == 1
+    assert top_k_iou(heat, true) == 1
     true.flat[:] = [0, 1, 0, 1, 0, 0]
-    assert overlap(heat, true) == 1 / 3
-    assert np.isnan(overlap(heat, np.zeros_like(true)))
+    assert top_k_iou(heat, true) == 1 / 3
+    assert np.isnan(top_k_iou(heat, np.zeros_like(true)))
     assert np.isnan(auroc(heat, np.ones_like(true)))
 
 
@@ -127,7 +133,7 @@ def test_means_are_over_images_and_then_over_steps() -> None:
     assert steps["pointing"][1].low == 0
     assert steps["pointing"][1].high == pytest.approx(1.959964**2 / (3 + 1.959964**2))
     assert found.steps["a"]["both"] == steps
-    assert (found.num_images, found.left_out, found.unranked, list(found.timesteps)) == (3, 0, {}, [900, 899])
+    assert (found.num_images, found.num_excluded, found.unranked, list(found.timesteps)) == (3, 0, {}, [900, 899])
 
 
 def test_each_target_has_its_own_images() -> None:
@@ -135,7 +141,7 @@ def test_each_target_has_its_own_images() -> None:
     pair = {"subject": upper, "object": ~upper, "both": np.array([[True, True], [True, False]])}
     hot = [[1, 0.9], [0.5, 0]]
     found = located({"a": [[hot], [hot], [hot]]}, [pair, alone(~upper), None], [PAIR, SINGLE, SINGLE])
-    assert (found.num_images, found.left_out) == (2, 1)
+    assert (found.num_images, found.num_excluded) == (2, 1)
     told = {target: found.steps["a"][target]["auroc"][0] for target in TARGETS}
     assert {target: (one.mean, one.count) for target, one in told.items()} == {
         "subject": (0.5, 2),
@@ -150,16 +156,16 @@ def test_maps_that_rank_nothing_are_counted_and_not_measured() -> None:
     maps = {"a": [[right, flat], [broken, endless], [flat, right]], "b": [[right, right]] * 3}
     found = located(maps, [alone(LEFT)] * 3)
     assert found.unranked == {"a": 4}
-    for measure in MEASURES:
+    for measure in SCORES:
         assert [one.count for one in found.steps["a"]["subject"][measure]] == [1, 1]
         assert found.overall["a"]["subject"][measure].count == 2
         assert found.overall["a"]["subject"][measure].mean == 1
-    assert "Maps that rank no pixels have no measure: 4 of a." in list(localisation_table(found))
+    assert "Maps that are constant or not finite have no score: 4 of a." in found.table().splitlines()
     # An area without an outside is not the map's fault.
-    whole = located({"a": [[right]]}, [alone(np.ones((2, 2), dtype=bool))])
-    assert (whole.unranked, whole.steps["a"]["subject"]["auroc"][0].count) == ({}, 0)
-    assert not any("rank no pixels" in line or "found best" in line for line in localisation_table(whole))
-    assert json.dumps(dataclasses.asdict(whole))
+    covered = located({"a": [[right]]}, [alone(np.ones((2, 2), dtype=bool))])
+    assert (covered.unranked, covered.steps["a"]["subject"]["auroc"][0].count) == ({}, 0)
+    assert not any("not finite" in line or "located best" in line for line in covered.table().splitlines())
+    assert json.dumps(dataclasses.asdict(covered))
 
 
 @pytest.mark.parametrize("prompt", [PAIR, TWINS, "A Red Circle above A Blue Circle on a gray Background"])
@@ -200,7 +206,7 @@ def test_attention_to_both_is_the_mean_of_their_maps() -> None:
 
 
 def test_no_image_left_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 2 images none is left"):
+    with pytest.raises(ValueError, match="all 2 images are excluded"):
         located({"a": [[LEFT]] * 2}, [None, None])
 
 
@@ -208,18 +214,22 @@ def test_the_best_is_told_and_the_table_has_a_row_a_method() -> None:
     right, wrong, half = [[1, 0], [1, 0]], [[0, 1], [0, 1]], [[0, 1], [1, 0]]
     flat = [[1, 1], [1, 1]]
     found = located({"a": [[wrong, half, wrong, flat]], "b": [[half, wrong, right, flat]]}, [alone(LEFT)])
-    assert best(found, "subject") == best(found, "both", "iou") == ("b", 2)
-    lines = list(localisation_table(found))
-    heads = "auroc | pointing | iou | auroc, step 1, t = 900 | auroc, step 3, t = 898 | auroc, step 4, t = 897"
+    assert found.best("subject") == found.best("both", "iou") == ("b", 2)
+    lines = found.table().splitlines()
+    heads = "auroc | pointing | iou | auroc, step 0, t = 900 | auroc, step 2, t = 898 | auroc, step 3, t = 897"
     assert lines[0] == f"| subject, made up | {heads} | best step |"
     assert lines[1].count("---") == lines[0].count("|") - 1
-    assert lines[2] == "| a | 0.17 | 0.00 | 0.11 | 0.00 | 0.00 | – | 2: 0.50 |"
-    assert lines[3] == "| b | 0.50 | 0.33 | 0.44 | 0.50 | 1.00 | – | 3: 1.00 |"
-    assert "subject: found best by b at step 3, AUROC 1.00, hit by the hottest pixel 1.00." in lines
+    assert lines[2] == "| a | 0.17 | 0.00 | 0.11 | 0.00 | 0.00 | – | 1: 0.50 |"
+    assert lines[3] == "| b | 0.50 | 0.33 | 0.44 | 0.50 | 1.00 | – | 2: 1.00 |"
+    assert "subject: located best by b at step 2 (t = 898), AUROC 1.00, pointing game 1.00." in lines
     # No caption has an object: dashes, and nothing is found best.
     assert "| a | – | – | – | – | – | – | – |" in lines
-    assert not any(line.startswith("object: found best") for line in lines)
-    assert any(line.startswith("1 images (0 left out), 4 steps") for line in lines)
+    assert not any(line.startswith("object: located best") for line in lines)
+    assert any(line.startswith("1 images (0 excluded), 4 steps") for line in lines)
+
+
+def areas_of(prompt: str, image: np.ndarray) -> Areas | None:
+    return ConceptJudge().areas(image, Caption.parse(prompt))
 
 
 # True areas --------------------------------------------------------------------------------------------------------
@@ -250,8 +260,7 @@ def test_scenes_are_drawn_with_their_exact_areas() -> None:
 
 def test_areas_by_colour_are_the_exact_ones() -> None:
     found = scenes(40, seed=2)
-    areas = GeneratedAreas([scene.prompt for scene in found])
-    told = [areas(item, scene.image) for item, scene in enumerate(found)]
+    told = [areas_of(scene.prompt, scene.image) for scene in found]
     compared = 0
     for scene, by_colour in zip(found, told, strict=True):
         caption = Caption.parse(scene.prompt)
@@ -268,15 +277,12 @@ def test_an_image_of_something_else_has_no_areas(monkeypatch: pytest.MonkeyPatch
     scene = next(one for one in scenes(40, seed=2) if "object" not in one.areas)
     colour, kind = Caption.parse(scene.prompt).subject
     other = scene.prompt.replace(colour, "green" if colour != "green" else "red")
-    assert GeneratedAreas([scene.prompt])(0, scene.image) is not None
-    assert GeneratedAreas([other])(0, scene.image) is None
-    assert GeneratedAreas([scene.prompt.replace(kind, "ring" if kind != "ring" else "star")])(0, scene.image) is None
+    assert areas_of(scene.prompt, scene.image) is not None
+    assert areas_of(other, scene.image) is None
+    assert areas_of(scene.prompt.replace(kind, "ring" if kind != "ring" else "star"), scene.image) is None
     # Where the network is wrong and nothing has the colour, there is no area to look for.
-    areas = GeneratedAreas([other])
-    monkeypatch.setattr(areas._right, "agrees", lambda *_: True)
-    assert areas(0, scene.image) is None
-    with pytest.raises(ValueError, match="'a cat' is not a caption"):
-        GeneratedAreas([SINGLE, "a cat"])
+    monkeypatch.setattr(ConceptJudge, "agrees", lambda *_: True)
+    assert areas_of(other, scene.image) is None
 
 
 def test_the_area_is_the_largest_connected_region() -> None:
@@ -285,9 +291,9 @@ def test_the_area_is_the_largest_connected_region() -> None:
     image[3, 0] = [20, 30, 229]
     expected = np.zeros((4, 5), dtype=bool)
     expected[2:, 3:] = True  # the pixel at (1, 2) touches it by a corner only
-    np.testing.assert_array_equal(area(image, "red"), expected)
-    assert area(image, "blue").sum() == 1
-    assert not area(image, "pink").any()
+    np.testing.assert_array_equal(largest_region(image, "red"), expected)
+    assert largest_region(image, "blue").sum() == 1
+    assert not largest_region(image, "pink").any()
 
 
 def test_a_perfect_map_scores_one_its_negative_none_and_a_random_one_half() -> None:
@@ -307,12 +313,12 @@ def test_a_perfect_map_scores_one_its_negative_none_and_a_random_one_half() -> N
             yield SimpleNamespace(item=event.item, trajectory=image) if is_first else event
 
     prompts = [scene.prompt for scene in drawn]
-    found = localisation(stream(), lambda item, _: drawn[item].areas, prompts, [7], str.split, "rendered")
+    found = measure_localisation(stream(), lambda item, _: drawn[item].areas, prompts, [7], lambda *_: [], "rendered")
     for name, score in (("perfect", 1), ("negative", 0)):
-        for measure in MEASURES:
+        for measure in SCORES:
             assert found.steps[name]["both"][measure][0].mean == score
     assert found.steps["random"]["both"]["auroc"][0].mean == pytest.approx(0.5, abs=0.02)
-    assert best(found, "both") == ("perfect", 0)
+    assert found.best("both") == ("perfect", 0)
 
 
 def test_truth_on_the_command_line(
@@ -330,11 +336,11 @@ def test_truth_on_the_command_line(
     assert [part["source"] for part in found] == ["generated images", "rendered scenes"]
     for part in found:
         assert list(part["steps"]) == list(part["overall"]) == ["random", "lime", "attention"]
-        assert part["num_images"] + part["left_out"] == 2
+        assert part["num_images"] + part["num_excluded"] == 2
         assert len(part["timesteps"]) == 3
         for by_target in part["steps"].values():
             assert list(by_target) == list(TARGETS)
-            assert all(list(by_measure) == list(MEASURES) for by_measure in by_target.values())
+            assert all(list(by_measure) == list(SCORES) for by_measure in by_target.values())
             assert all(0 <= one["mean"] <= 1 for one in by_target["subject"]["auroc"])
-    assert (found[1]["num_images"], found[1]["left_out"]) == (2, 0)
+    assert (found[1]["num_images"], found[1]["num_excluded"]) == (2, 0)
     assert picture.read_bytes().startswith(b"\x89PNG")

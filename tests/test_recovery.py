@@ -13,8 +13,8 @@ import torch
 from test_cli import dfengine_command
 
 from dfengine import StepMap, figures
-from dfengine.evaluate import check_world, recovery, recovery_table
-from dfengine.evaluate.recovery import MEASURES, centre, measures, verdict
+from dfengine.evaluate import check_has_truth, measure_recovery
+from dfengine.evaluate.recovery import MEASURES, centre_of_mass, recovery_measures
 from dfengine.shapes.world import render, sample_scenes
 
 
@@ -22,19 +22,19 @@ def test_measures_by_hand() -> None:
     """Four pixels in a row: the map (1, 0.6, 0.4, 0), the shapes on the first and the third."""
     heat, true = np.array([[1.0, 0.6, 0.4, 0.0]]), np.array([[True, False, True, False]])
     before = np.array([[0.0, 0.0, 0.0, 1.0]])
-    found = measures(heat, before, true)
+    found = recovery_measures(heat, before, true)
     shares = np.array([0.5, 0.3, 0.2])
     assert found["area"] == 0.5
     assert found["entropy"] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(4))
     # Centres: 0.5·1/8 + 0.3·3/8 + 0.2·5/8 = 0.3, and 7/8 before.
-    assert centre(heat) == pytest.approx((0.5, 0.3))
+    assert centre_of_mass(heat) == pytest.approx((0.5, 0.3))
     assert found["shift"] == pytest.approx(7 / 8 - 0.3)
     # The hottest two are the first and the second: one of three is shared.
     assert found["overlap"] == pytest.approx(1 / 3)
     # 1 > 0.6, 1 > 0, 0.4 < 0.6, 0.4 > 0
     assert found["auroc"] == 0.75
-    assert np.isnan(measures(heat, None, true)["shift"])
-    assert all(np.isnan(value) for value in measures(np.ones((1, 4)), before, true).values())
+    assert np.isnan(recovery_measures(heat, None, true)["shift"])
+    assert all(np.isnan(value) for value in recovery_measures(np.ones((1, 4)), before, true).values())
 
 
 def scenes(count: int) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -62,39 +62,39 @@ def test_a_map_that_spreads_from_the_shapes_is_told_from_one_that_does_not() -> 
     prompts, pictures, shapes = scenes(12)
     rows = np.arange(64)[:, None] / 64
     spreading = np.stack([np.maximum(shapes, 0.9 * (rows < share)) for share in (0, 0.3, 0.6, 0.95)], axis=1)
-    found = recovery(
+    found = measure_recovery(
         events({"spreads": spreading, "shrinks": spreading[:, ::-1], "beside": 1 - spreading}, pictures),
         prompts,
         (900, 600, 300, 0),
     )
-    assert (found.num_images, found.left_out) == (12, 0)
+    assert (found.num_images, found.num_excluded) == (12, 0)
     assert list(found.steps) == ["spreads", "shrinks", "beside"]
     assert found.steps["spreads"]["overlap"][0].mean > 0.8
     assert found.trend["spreads"]["area"].mean == 1
     assert found.trend["shrinks"]["area"].mean == -1
-    assert verdict(found, "spreads") == "spreads: the map begins on the shapes and grows; the claim holds"
-    assert verdict(found, "shrinks").endswith("shrinks; the claim does not hold")
-    assert verdict(found, "beside").startswith("beside: the map begins beside them and shrinks")
-    told = "\n".join(recovery_table(found))
-    assert "| spreads | step 1, t = 900 | step 3, t = 300 | step 4, t = 0 | along the steps |" in told
-    assert verdict(found, "beside") in told
+    assert found.verdict("spreads") == "spreads: the map begins on the shapes and grows; the claim holds"
+    assert found.verdict("shrinks").endswith("shrinks; the claim does not hold")
+    assert found.verdict("beside").startswith("beside: the map begins beside them and shrinks")
+    told = found.table()
+    assert "| spreads | step 0, t = 900 | step 2, t = 300 | step 3, t = 0 | trend |" in told
+    assert found.verdict("beside") in told
 
 
 def test_images_that_are_not_what_they_should_be_are_left_out() -> None:
     prompts, pictures, _ = scenes(6)
     maps = np.random.default_rng(0).random((6, 3, 8, 8))
-    turned = recovery(events({"any": maps}, pictures), [prompts[1], "a cat", *prompts[2:]], (9, 5, 1))
-    assert turned.left_out >= 2
+    turned = measure_recovery(events({"any": maps}, pictures), [prompts[1], "a cat", *prompts[2:]], (9, 5, 1))
+    assert turned.num_excluded >= 2
     assert turned.num_images >= 3
     alone = [re.sub(r" (above|below|left of|right of) an? \w+ \w+", "", prompt) for prompt in prompts]
-    shown = recovery(events({"any": maps}, pictures), alone, (9, 5, 1))
+    shown = measure_recovery(events({"any": maps}, pictures), alone, (9, 5, 1))
     assert shown.num_images == sum(prompt == one for prompt, one in zip(prompts, alone, strict=True))
     for image_shape, texts in (((64, 64), ["a cat"]), ((128, 128), prompts)):
-        with pytest.raises(ValueError, match=r"they are in the embedded world alone, of 64×64 pixels"):
-            check_world(image_shape, texts)
-    check_world((64, 64), ["a cat", *prompts])
-    with pytest.raises(ValueError, match="there is no image whose shapes are known"):
-        recovery(events({"any": maps}, pictures), ["a cat"] * 6, (9, 5, 1))
+        with pytest.raises(ValueError, match="in the embedded world alone, for 64×64 pixels"):
+            check_has_truth(image_shape, texts)
+    check_has_truth((64, 64), ["a cat", *prompts])
+    with pytest.raises(ValueError, match="no image has shapes whose areas are known"):
+        measure_recovery(events({"any": maps}, pictures), ["a cat"] * 6, (9, 5, 1))
 
 
 def test_recovery_on_the_command_line(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_recovery_on_the_command_line(tmp_path: Path) -> None:
     options = ["--recovery", "--limit", "2", "--steps", "3", "--masks", "4", "--figure", str(picture)]
     run = dfengine_command("evaluate", *options, "--json")
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    (found,) = json.loads(run.stdout)
     assert list(found["steps"]) == ["rise", "cam"]
     assert list(found["steps"]["cam"]) == list(MEASURES)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -191,27 +191,3 @@ def test_auroc_by_hand() -> None:
     # Of the four pairs 2 > 1, 2 = 2 (half), 0 < 1, 0 < 2.
     assert auroc(np.array([[2.0, 0.0], [1.0, 2.0]]), true) == 1.5 / 4
     assert np.isnan(auroc(np.ones((2, 2)), np.zeros((2, 2), bool)))
-
-
-def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
-    random = np.random.default_rng(0)
-    held = [low <= 1 <= high for low, high in (_bounds(random.exponential(size=40)) for _ in range(100))]
-    assert 0.86 <= np.mean(held) <= 1
-    assert interval([2.0, 2.0, float("nan")]) == Interval(2, 2, 2, 2)
-    assert interval([]).count == 0
-    assert np.isnan(interval([float("nan")]).mean)
-
-
-def test_a_rate_of_all_is_not_sure_either() -> None:
-    """Wilson: all of 50 leave 1 / (1 + 1.96² / 50) at the least; shares between are bootstrapped."""
-    found = rate([1.0] * 50 + [float("nan")])
-    assert (found.mean, found.high, found.count) == (1, 1, 50)
-    assert found.low == pytest.approx(1 / (1 + 1.959964**2 / 50), rel=1e-5)
-    assert rate([0.0, 0.0]).high > 0.5
-    assert rate([0.5, 1.0, 1.0]) == interval([0.5, 1.0, 1.0])
-    assert rate([]).count == 0
-
-
-def _bounds(values: np.ndarray) -> tuple[float, float]:
-    found = interval(values.tolist())
-    return found.low, found.high

@@ -57,9 +57,7 @@ class GameCache:
         if key not in self._results and (path := self._path(key)) is not None and path.exists():
             try:
                 with path.open("rb") as file, np.load(file) as stored:
-                    saliency, features, mse = (
-                        torch.from_numpy(stored[name]) for name in ("saliency", "features", "mse")
-                    )
+                    saliency, features, mse = (torch.from_numpy(stored[name]) for name in _ARRAYS)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 return None
             self._results[key] = GameResult(saliency, GameCurves(features, mse) if len(features) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,5 +60,6 @@ def make_methods(
             raise ValueError(f"method {method!r} is unknown: expected one of {known}")
         options = {option.name for option in entry.options}
         settings = {name: count for name, count in given.items() if name in options} | VARIATIONS.get(method, {})
-        explainers.append(registry.make(entry.name, preset=preset, name=method, **settings))
+        explainer: Any = registry.make(entry.name, preset=preset, **settings)
+        explainers.append(dataclasses.replace(explainer, name=method))
     return explainers
