@@ -59,8 +59,14 @@ def main() -> None:
     for schedule, values in zip(SCHEDULES, first_prompt(), strict=True):
         # The engine adds up the positions from the end of the text on.
         ends = values[: len(tokens) - 1]
+<<<<<<< HEAD
         expected = lines_of(np.concatenate([ends, values[len(ends) :].sum(0, keepdims=True)]), tokens, prompts[0])
         record.check(bool(np.isfinite(normalised(ends, tokens)).all()), f"{schedule}: relevance is not finite")
+=======
+        padding = values[len(ends) :].sum(0, keepdims=True)
+        expected = concept_relevance(np.concatenate([ends, padding]), tokens, prompts[0])
+        assert np.isfinite(normalised(ends, tokens)).all()
+>>>>>>> fccb350 (Evaluate: capabilities of models as protocols, jobs' own conditions, plans)
         (first,) = [one for one in measured if one.schedule == schedule and one.prompt == 0]
         for role, line in expected.items():
             worst = float(np.abs(line - first.lines[role]).max())

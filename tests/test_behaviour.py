@@ -12,7 +12,7 @@ from test_cli import dfengine_command
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Lime, Random, Rise, XDiffusionCam, XDiffusionLime, XDiffusionRise
-from dfengine.evaluate import NoFeatures, faithfulness, games
+from dfengine.evaluate import NoFeatures, play_games, summarise_games
 from dfengine.evaluate.concepts import concept_relevance
 from dfengine.explain import to_xdiffusion
 from dfengine.prompts import Prompt
@@ -59,7 +59,7 @@ def test_concepts_are_summed_over_their_tokens() -> None:
     """Min–max makes (0, 0.5, 1) of the three tokens in between."""
     relevance, prompt = np.array([[9.0], [2.0], [3.0], [4.0], [9.0]]), Prompt("a cat", {"subject": "cat"})
     assert concept_relevance(relevance, TOKENS, prompt)["subject"].tolist() == [0.75]
-    assert concept_relevance(relevance, TOKENS, prompt, "xdiffusion")["subject"].tolist() == [1.5]
+    assert concept_relevance(relevance, TOKENS, prompt, summed=True)["subject"].tolist() == [1.5]
 
 
 def test_an_explanations_concept_may_be_summed() -> None:
@@ -186,7 +186,7 @@ def test_without_coefficients_nothing_is_painted() -> None:
 def test_images_alone_are_compared_without_an_extractor() -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
     jobs = [engine.job("a blue square on a gray background", num_steps=2, seed=seed) for seed in (0, 1)]
-    own = games(engine.denoiser, engine.sample, jobs, [Random()])
-    alone = games(engine.denoiser, engine.sample, jobs, [Random()], features=NoFeatures())
+    own = play_games(engine.denoiser, engine.sample, jobs, [Random()])
+    alone = play_games(engine.denoiser, engine.sample, jobs, [Random()], features=NoFeatures())
     assert alone.features == "none"
     assert summarise_games(alone, "mse").methods == summarise_games(own, "mse").methods

@@ -13,8 +13,15 @@ from matplotlib.figure import Figure
 from test_cli import dfengine_command
 
 from dfengine import Engine, Relevance, StepMap, figures
-from dfengine.evaluate import ConceptRecord, embedded_prompts, measure, summarise, table, with_concepts
-from dfengine.evaluate.concepts import ConceptJudge, concept_relevance
+from dfengine.evaluate import (
+    ConceptJudge,
+    ConceptRecord,
+    embedded_prompts,
+    measure_concepts,
+    summarise_concepts,
+    with_concepts,
+)
+from dfengine.evaluate.concepts import concept_relevance
 from dfengine.prompts import ROLES, Prompt
 from dfengine.result import normalised
 from dfengine.shapes.world import COLOURS, KINDS, Caption, render, sample_scenes
@@ -34,26 +41,26 @@ def test_min_max_is_over_the_tokens_between_the_special_ones() -> None:
     np.testing.assert_allclose(own, [[0, 0], [1, 0], [0.25, 0], [0.5, 0], [0.75, 0]])
 
 
-def test_a_concepts_line_is_the_mean_over_its_tokens() -> None:
-    lines = concept_relevance(RELEVANCE, TOKENS, PROMPT)
-    assert {role: line.tolist() for role, line in lines.items()} == {
+def test_a_concepts_relevance_is_the_mean_over_its_tokens() -> None:
+    found = concept_relevance(RELEVANCE, TOKENS, PROMPT)
+    assert {role: line.tolist() for role, line in found.items()} == {
         "subject": [1, 0], "relation": [0.25, 0], "object": [0.625, 0],
     }  # fmt: skip
 
 
-def measured() -> list[ConceptRecord]:
+def records() -> list[ConceptRecord]:
     """Two prompts, two seeds, one schedule; sums of the subject 1, 3 of the first prompt, 5, 5 of the second."""
     made = []
     for prompt, seed, total, right in [(0, 0, 1.0, False), (0, 1, 3.0, True), (1, 0, 5.0, True), (1, 1, 5.0, True)]:
-        one = ConceptRecord("early", prompt, seed, lines={role: np.array([total / 2, total / 2]) for role in ROLES})
-        one.right = dict.fromkeys(ROLES, right)
+        one = ConceptRecord("early", prompt, seed, relevance={role: np.array([total / 2, total / 2]) for role in ROLES})
+        one.is_right = dict.fromkeys(ROLES, right)
         made.append(one)
     return made
 
 
 def test_means_are_over_seeds_then_over_prompts() -> None:
     prompts = [PROMPT, Prompt("a dog on a hat", {"subject": "dog", "relation": "on", "object": "hat"})]
-    (found,) = summarise(measured(), prompts, {"early": (900, 100)})
+    (found,) = summarise_concepts(records(), prompts, {"early": (900, 100)})
     subject = found.relevance["early"]["subject"]
     assert (subject.mean, subject.count) == (3.5, 2)
     assert found.right["early"]["subject"].mean == 0.75
@@ -61,13 +68,13 @@ def test_means_are_over_seeds_then_over_prompts() -> None:
     assert (found.agreement["subject"].mean, found.agreement["subject"].count) == (1, 1)
     assert found.lines["early"]["object"] == [1.75, 1.75]
     assert (found.num_prompts, found.num_seeds, found.title) == (2, 2, "2 prompts")
-    told = list(table(found))
+    told = found.table().splitlines()
     assert told[0] == "| relevance, summed over the steps | subject | relation | object |"
     assert told[2].startswith("| early | 3.50 [")
-    assert told[3] == "| early, the paper's | 19.98 | 3.04 | 18.51 |"
-    assert (
-        told[-1]
-        == "| higher relevance where right, probability | 1.00 (1 prompt) | 1.00 (1 prompt) | 1.00 (1 prompt) |"
+    assert told[3] == "| early, paper | 19.98 | 3.04 | 18.51 |"
+    assert told[-1] == (
+        "| probability that relevance is higher in images that show it | 1.00 (1 prompt) | 1.00 (1 prompt) | "
+        "1.00 (1 prompt) |"
     )
 
 
@@ -75,12 +82,12 @@ def test_prompts_without_roles_have_a_table_each_by_their_words() -> None:
     prompts = with_concepts([Prompt("an astronaut riding a horse"), PROMPT, Prompt("the of")])
     assert [list(prompt.concepts) for prompt in prompts] == [["astronaut", "riding", "horse"], [*ROLES], ["the", "of"]]
     made = [
-        ConceptRecord("uniform", place, 0, lines={role: np.ones(2) for role in prompt.concepts})
+        ConceptRecord("uniform", place, 0, relevance={role: np.ones(2) for role in prompt.concepts})
         for place, prompt in enumerate(prompts)
     ]
-    found = summarise(made, prompts, {"uniform": (900, 100)})
+    found = summarise_concepts(made, prompts, {"uniform": (900, 100)})
     assert [part.title for part in found] == ["“a cat on mats”", "“an astronaut riding a horse”", "“the of”"]
-    assert list(table(found[1]))[2:] == ["| uniform | 2.00 | 2.00 | 2.00 |"]
+    assert found[1].table().splitlines()[2:] == ["| uniform | 2.00 | 2.00 | 2.00 |"]
     assert not found[1].right
 
 
@@ -96,10 +103,11 @@ def test_events_are_gathered_whatever_their_order() -> None:
         yield SimpleNamespace(item=1)
         yield SimpleNamespace(item=0)
 
-    first, second = measure(events(), planned, [PROMPT], lambda _: TOKENS)
-    assert first.lines["subject"].tolist() == [1, 0]
-    assert second.lines["subject"].tolist() == [1, 1]
-    assert first.right == {}
+    measure_concepts(events(), planned, [PROMPT], lambda _: TOKENS)
+    first, second = planned
+    assert first.relevance["subject"].tolist() == [1, 0]
+    assert second.relevance["subject"].tolist() == [1, 1]
+    assert first.is_right == {}
 
 
 def test_the_judge_says_what_is_right_of_rendered_scenes() -> None:
@@ -150,16 +158,16 @@ def test_the_measure_is_that_of_single_explanations() -> None:
     schedules = ("uniform", "latter")
     planned = [ConceptRecord(schedule, place, 3) for schedule in schedules for place in range(2)]
     jobs = [engine.job(prompts[one.prompt].text, seed=3, num_steps=3, sampling=one.schedule) for one in planned]
-    found = measure(engine.stream(jobs, Relevance()), planned, prompts, engine.denoiser.tokens)
-    for one in found:
+    measure_concepts(engine.stream(jobs, Relevance()), planned, prompts, engine.denoiser.tokens)
+    for one in planned:
         prompt = prompts[one.prompt]
         alone = engine.explain(prompt.text, Relevance(), seed=3, num_steps=3, sampling=one.schedule)
         assert alone.relevance is not None
         assert alone.tokens is not None
         expected = concept_relevance(alone.relevance, alone.tokens, prompt)
         for role in ROLES:
-            np.testing.assert_allclose(one.lines[role], expected[role], rtol=1e-3, atol=1e-4)
-        assert set(one.right) == set(ROLES)
+            np.testing.assert_allclose(one.relevance[role], expected[role], rtol=1e-3, atol=1e-4)
+        assert set(one.is_right) == set(ROLES)
 
 
 def panels(figure: Figure) -> Sequence[Any]:
@@ -172,7 +180,7 @@ def test_figure_11_has_a_panel_a_schedule_and_bars_of_the_sums() -> None:
     figure = figures.concepts([("one", lines, sums), ("two", lines, sums)], {"uniform": (900, 1), "early": (999, 80)})
     axes = panels(figure)
     assert [axis.get_title() for axis in axes] == ["uniform", "early", "sum over the steps"] * 2
-    assert axes[0].lines[0].get_ydata().tolist() == [0.1, 0.9]
+    assert axes[0].relevance[0].get_ydata().tolist() == [0.1, 0.9]
     assert [text.get_text() for text in axes[1].get_xticklabels()] == ["0\nt = 999", "1\nt = 80"]
     assert [bar.get_height() for bar in axes[2].patches] == [1.0] * 4
 
@@ -182,8 +190,8 @@ def test_concepts_on_the_command_line(tmp_path: Path) -> None:
     options = ["--concepts", "--limit", "2", "--steps", "2", "--figure", str(picture)]
     told = dfengine_command("evaluate", *options)
     assert told.returncode == 0, told.stderr
-    assert "| uniform, the paper's | 21.61 | 2.99 | 17.61 |" in told.stdout
-    assert "| share of images in which it came out right | subject | relation | object |" in told.stdout
+    assert "| uniform, paper | 21.61 | 2.99 | 17.61 |" in told.stdout
+    assert "| share of images that show it | subject | relation | object |" in told.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(
         dfengine_command("evaluate", *options, "--prompt", "a red star on a black background", "--json").stdout

@@ -256,7 +256,7 @@ def test_items_that_one_method_lacks_are_excluded_for_all() -> None:
 
 
 def test_unknown_distances_and_too_few_items_are_refused() -> None:
-    with pytest.raises(ValueError, match="distance 'fid' is unknown: expected one of frechet-set, frechet-single, f"):
+    with pytest.raises(ValueError, match="distance 'fid' is not known: expected one of frechet-set, frechet-single, f"):
         summarise_games(run({"rise": clouds(10, 3)}), "fid")
     assert MIN_SET_SIZE == 10
     assert summarise_games(run({"rise": clouds(10, 3)})).num_items == 10

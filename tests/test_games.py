@@ -35,6 +35,7 @@ from dfengine.evaluate.games import play, ranks_pixels, to_latent_size, xdiffusi
 from dfengine.explain import (
     Attention,
     Cam,
+    Explainer,
     Lime,
     OutputSpec,
     Random,
@@ -375,7 +376,7 @@ JOBS = [Job(str(number), TIMESTEPS, seed=number) for number in range(7)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ramp:
+class Ramp(Explainer):
     """Maps that rise along the pixels, of all trajectories in the reverse order; one for each."""
 
     name: str = "ramp"
@@ -386,7 +387,7 @@ class Ramp:
     def num_forwards(self, num_steps: int) -> int:
         return 0
 
-    def contents(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         if job.prompt == "refused":
             raise ValueError("this prompt has no ramp")
         return OutputSpec()
@@ -641,7 +642,7 @@ def test_other_and_damaged_files_count_as_missing(tmp_path: Path) -> None:
         ([Ramp()], {"jobs": []}, "there is no prompt to play with: give at least one"),
         ([Ramp()], {"step": 3}, r"step 3 is outside \[0, 2\]: steps index the time-steps"),
         ([Ramp()], {"step": -1}, r"step -1 is outside \[0, 2\]"),
-        ([Ramp()], {"preset": "released"}, "preset 'released' is unknown: expected one of default, paper, xdiffusion"),
+        ([Ramp()], {"preset": "released"}, "preset 'released' is not known: expected one of default, paper, xdiffusion"),
         ([Ramp()], {"features": None}, "analytic comes with no extractor: give a folder of a transformers vision"),
         (
             [Ramp()],
@@ -690,7 +691,7 @@ def test_methods_are_the_registered_explainers_each_once() -> None:
     made = make_methods(["cam", "rise", "lime", own, "cam", "random", "relevance", "attention"], num_samples=80)
     assert made == [Cam(), Rise(), Lime(80), own, Random(), Relevance(), Attention()]
     assert make_methods(["rise"], preset="xdiffusion", num_masks=9) == [XDiffusionRise(9)]
-    with pytest.raises(ValueError, match=r"method 'gradcam' is unknown: expected one of .*rise.*rise-ssim"):
+    with pytest.raises(ValueError, match=r"method 'gradcam' is not known: expected one of .*rise.*rise-ssim"):
         make_methods(["rise", "gradcam"])
 
 

@@ -8,22 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from dfengine import Attention, Cam, Engine
+from dfengine import Attention, Cam, Engine, Relevance, Rise
 from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.job import Job
-from dfengine.evaluate import Sanity, captions, checks, lines, sanity
-from dfengine.evaluate.intervals import Interval, interval, rate
-from dfengine.evaluate.truth import area, auroc, has_distinct_colours
+from dfengine.evaluate import Sanity, captions, prompts, run_sanity_checks, sanity
+from dfengine.evaluate.truth import auroc, has_distinct_colours, largest_region
 from dfengine.shapes.world import COLOURS, Caption, render, sample_scenes
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few() -> Iterator[None]:
-    """Two images are enough for what takes the time."""
+def _few_images() -> Iterator[None]:
+    """A small number suffices for what takes the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "_FEW", 2)
-        patch.setattr(checks, "_SOME", 8)
+        patch.setattr(sanity, "_NUM_RANDOMISED", 2)
+        patch.setattr(sanity, "_NUM_REMOVED", 8)
         yield
+
+
+def check(denoiser: Denoiser, jobs: Sequence[Job], num_masks: int) -> Sanity:
+    return run_sanity_checks(denoiser, jobs, [Rise(num_masks), Cam(), Relevance(), Attention()])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def jobs(count: int) -> list[Job]:
 
 @pytest.fixture(scope="module")
 def found(embedded: Denoiser) -> Sanity:
-    return sanity(embedded, jobs(12), num_masks=16)
+    return check(embedded, jobs(12), 16)
 
 
 def test_the_embedded_model_passes(found: Sanity) -> None:
@@ -49,8 +52,8 @@ def test_the_embedded_model_passes(found: Sanity) -> None:
             "up_blocks.2", "up_blocks.1", "up_blocks.0", "mid_block", "down_blocks.2", "down_blocks.1", "down_blocks.0",
         ]  # fmt: skip
         assert all(one.count == 2 and one.mean < 0.999 for one in stages.values())
-    assert found.subject is not None
-    assert found.subject.low > 0.5
+    assert found.subject_auroc is not None
+    assert found.subject_auroc.low > 0.5
 
 
 def test_the_weights_are_as_they_were(embedded: Denoiser, found: Sanity) -> None:
@@ -69,9 +72,9 @@ def test_weights_come_back_also_when_a_check_breaks_off(embedded: Denoiser, monk
         return [[np.zeros((2, 2))]]
 
     before = {k: v.clone() for k, v in embedded.unet.state_dict().items()}  # type: ignore[attr-defined]
-    monkeypatch.setattr(checks, "_maps", interrupted)
+    monkeypatch.setattr(sanity, "_maps", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sanity(embedded, jobs(1), num_masks=2)
+        check(embedded, jobs(1), 2)
     assert all(torch.equal(v, before[k]) for k, v in embedded.unet.state_dict().items())  # type: ignore[attr-defined]
 
 
@@ -86,12 +89,13 @@ def test_maps_that_do_not_depend_on_the_model_are_found_out(
             yield dataclasses.replace(made, saliency=paths[made.item].latents[made.step, 0])
 
     monkeypatch.setattr(Cam, "explain", blind)
-    told = sanity(embedded, jobs(3), num_masks=4)
-    assert not told.passed
+    outcome = check(embedded, jobs(3), 4)
+    assert not outcome.passed
     assert any(
-        failure.startswith("cam hardly changes with random weights down to down_blocks.0") for failure in told.failures
+        failure.startswith("cam hardly changes with random weights down to down_blocks.0")
+        for failure in outcome.failures
     )
-    assert list(lines(told))[-1].startswith("FAILED")
+    assert outcome.table().splitlines()[-1].startswith("FAILED")
 
 
 def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
@@ -102,9 +106,9 @@ def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
         text[:, [place + 1 for place in places]] = 0
         return Condition({"text": text})
 
-    monkeypatch.setattr(embedded, "without", beside)
-    told = sanity(embedded, jobs(3), num_masks=4)
-    assert any(failure.startswith("a word's relevance does not fall") for failure in told.failures)
+    monkeypatch.setattr(embedded, "zero_tokens", beside)
+    outcome = check(embedded, jobs(3), 4)
+    assert any(failure.startswith("a word's relevance does not decrease") for failure in outcome.failures)
 
 
 def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,20 +119,20 @@ def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: py
             yield dataclasses.replace(made, saliency=torch.zeros_like(made.saliency))
 
     monkeypatch.setattr(Cam, "explain", empty)
-    told = sanity(embedded, jobs(2), num_masks=2)
-    assert any(failure.startswith("cam hardly changes") for failure in told.failures)
+    outcome = check(embedded, jobs(2), 2)
+    assert any(failure.startswith("cam hardly changes") for failure in outcome.failures)
 
 
 def test_relevance_that_says_the_opposite_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checks._change
-    monkeypatch.setattr(checks, "_change", lambda *given: -real(*given))
-    told = sanity(embedded, jobs(8), num_masks=2)
-    assert any(failure.startswith("relevance does not rise with what a word changes") for failure in told.failures)
+    real = sanity._prediction_change
+    monkeypatch.setattr(sanity, "_prediction_change", lambda *given: -real(*given))
+    outcome = check(embedded, jobs(8), 2)
+    assert any(failure.startswith("relevance does not increase with a word's effect") for failure in outcome.failures)
 
 
 def test_captions_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_MOST_ROUNDS", 0)
-    with pytest.raises(ValueError, match="1000000 captions are more than the embedded world has"):
+    monkeypatch.setattr(prompts, "_MAX_ROUNDS", 0)
+    with pytest.raises(ValueError, match="the embedded world has fewer than 1000000 captions"):
         captions(1_000_000)
 
 
@@ -141,15 +145,15 @@ def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypat
             yield dataclasses.replace(made, word_maps=-made.word_maps)
 
     monkeypatch.setattr(Attention, "explain", beside)
-    told = sanity(embedded, jobs(12), num_masks=4)
-    assert any(failure.startswith("attention to the subject is no better than chance") for failure in told.failures)
+    outcome = check(embedded, jobs(12), 4)
+    assert any(failure.startswith("attention to the subject is no better than chance") for failure in outcome.failures)
 
 
 def test_prompts_of_another_world_have_no_subject_to_look_for(tiny: Denoiser) -> None:
-    told = sanity(tiny, [Engine(tiny).job("a red red circle", num_steps=1)], num_masks=2)
-    assert told.subject is None
+    outcome = check(tiny, [Engine(tiny).job("a red red circle", num_steps=1)], 2)
+    assert outcome.subject_auroc is None
     with pytest.raises(ValueError, match="there is no prompt"):
-        sanity(tiny, [])
+        check(tiny, [], 2)
 
 
 def test_captions_are_different_and_can_be_told_apart() -> None:
@@ -167,7 +171,7 @@ def test_the_true_area_is_what_the_renderer_painted() -> None:
     for caption, image, (subject, _) in zip(scenes.captions, images, coverage, strict=True):
         if not has_distinct_colours(caption):
             continue
-        true = area((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), caption.subject[0])
+        true = largest_region((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), caption.subject[0])
         painted = subject.numpy() > 0.5
         assert (true & painted).sum() / (true | painted).sum() > 0.85, str(caption)
 
@@ -178,8 +182,8 @@ def test_the_largest_region_of_the_nearest_colour() -> None:
     image[0, 5] = (230, 26, 26)  # red, one pixel
     expected = np.zeros((4, 6), bool)
     expected[1:3, 1:3] = True
-    np.testing.assert_array_equal(area(image, "red"), expected)
-    assert not area(image, "cyan").any()
+    np.testing.assert_array_equal(largest_region(image, "red"), expected)
+    assert not largest_region(image, "cyan").any()
     assert set(COLOURS) == {Caption.parse(f"a {c} ring on a gray background").subject[0] for c in COLOURS}
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from dfengine.evaluate.games import GameCurves
 
 _VERSION = 2
-_ARRAYS = ("saliency", "features", "mse")
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,10 @@ class GameCache:
     def get(self, key: str) -> GameResult | None:
         """The result under a key. A file that cannot be read counts as missing, and is computed again."""
         if key not in self._results and (path := self._path(key)) is not None and path.exists():
+            names = ("saliency", "features", "mse")
             try:
                 with path.open("rb") as file, np.load(file) as stored:
-                    saliency, features, mse = (torch.from_numpy(stored[name]) for name in _ARRAYS)
+                    saliency, features, mse = (torch.from_numpy(stored[name]) for name in names)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 return None
             self._results[key] = GameResult(saliency, GameCurves(features, mse) if len(features) else None)
@@ -71,7 +71,7 @@ class GameCache:
         features, mse = (result.curves.features, result.curves.mse) if result.curves else [torch.empty(0)] * 2
         partial = path.with_suffix(f".{os.getpid()}.part")
         with partial.open("wb") as file:
-            np.savez(file, **dict(zip(_ARRAYS, (result.saliency, features, mse), strict=True)))
+            np.savez(file, saliency=result.saliency, features=features, mse=mse)
         partial.replace(path)
 
     def _path(self, key: str) -> Path | None:

@@ -72,7 +72,7 @@ class Faithfulness:
 def check_distance(distance: str, num_images: int) -> None:
     """Raise ValueError for an unknown distance, or too few images for it."""
     if distance not in DISTANCES:
-        raise ValueError(f"distance {distance!r} is unknown: expected one of {', '.join(DISTANCES)}")
+        raise ValueError(f"distance {distance!r} is not known: expected one of {', '.join(DISTANCES)}")
     if distance == "frechet-set" and num_images < MIN_SET_SIZE:
         raise ValueError(
             f"{num_images} images are too few for frechet-set: give at least {MIN_SET_SIZE}, or take frechet-single"

@@ -57,7 +57,7 @@ def make_methods(
         entry = registry.entries().get("rise" if method in VARIATIONS else method)
         if entry is None:
             known = ", ".join([*registry.entries(), *VARIATIONS])
-            raise ValueError(f"method {method!r} is unknown: expected one of {known}")
+            raise ValueError(f"method {method!r} is not known: expected one of {known}")
         options = {option.name for option in entry.options}
         settings = {name: count for name, count in given.items() if name in options} | VARIATIONS.get(method, {})
         explainer: Any = registry.make(entry.name, preset=preset, **settings)

@@ -16,12 +16,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser, Features
-from dfengine.diffusion.trajectory import Job, Trajectory
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory
 from dfengine.evaluate.cache import GameCache, GameResult
 from dfengine.evaluate.games import play, ranks_pixels, to_latent_size
 from dfengine.explain import Explainer
 from dfengine.explain.registry import PRESETS, describe, is_serializable
-from dfengine.recorder import item_key
+from dfengine.plan import item_key
 
 #: A group has one item for so many latents of a batch. Masks and points fill batches in any case, and an interrupted
 #: run loses at most one group.
@@ -93,7 +94,7 @@ def play_games(
     Raises ValueError, before anything is computed, if the jobs, maps or settings are not possible.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown: expected one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset {preset!r} is not known: expected one of {', '.join(PRESETS)}")
     extract, extractor = resolve_features(denoiser, features)
     step = _check_jobs(jobs, step)
     methods = _check_methods(denoiser, jobs, explainers, maps or {}, positive=preset == "xdiffusion")
@@ -106,8 +107,9 @@ def play_games(
     keys = {name: [make_key(job, one, item) for item, job in enumerate(jobs)] for name, one in methods.items()}
     missing = [item for item in range(len(jobs)) if any(cache.get(of[item]) is None for of in keys.values())]
     with torch.no_grad():
-        for text in {text for item in missing for text in (jobs[item].prompt, jobs[item].negative_prompt)}:
-            denoiser.condition([text])  # raises ValueError if the model cannot encode it
+        for job in {(jobs[item].prompt, jobs[item].negative_prompt): jobs[item] for item in missing}.values():
+            for negative in (False, True):
+                denoiser.condition([job], negative=negative)  # raises ValueError if the model cannot encode it
     for _ in range((len(jobs) - len(missing)) * len(methods)):
         on_progress()
     size = max(1, denoiser.batch_size // _LATENTS_PER_ITEM)
@@ -123,8 +125,8 @@ def play_games(
                 cache.put(keys[name][item], result)
         for _ in range(len(group) * len(methods)):
             on_progress()
-    results = {name: [_stored(cache, key) for key in of] for name, of in keys.items()}
-    return GamesRun(denoiser.name, step, jobs[0].timesteps, extractor, preset, results)
+    by_method = {name: [_stored(cache, key) for key in of] for name, of in keys.items()}
+    return GamesRun(denoiser.name, step, jobs[0].timesteps, extractor, preset, by_method)
 
 
 def _check_jobs(jobs: Sequence[Job], step: int | None) -> int:
@@ -162,7 +164,7 @@ def _check_methods(
         methods[name] = to_latent_size(given, denoiser, f"map {name!r}", positive=positive)
     for explainer in explainers:
         for job in jobs:
-            explainer.contents(denoiser, job)
+            explainer.output_spec(denoiser, job)
     return methods
 
 

@@ -108,11 +108,13 @@ def recovery_measures(
     if np.ptp(heat) == 0:
         return dict.fromkeys(MEASURES, float("nan"))
     shares = heat / heat.sum()
-    has_shift = before is not None and np.ptp(before) > 0
+    shift = float("nan")
+    if before is not None and np.ptp(before) > 0:
+        shift = float(np.linalg.norm(centre_of_mass(heat) - centre_of_mass(before)))
     return {
         "area": float((heat > 0.5).mean()),
         "entropy": float(stats.entropy(shares.ravel()) / np.log(heat.size)),
-        "shift": float(np.linalg.norm(centre_of_mass(heat) - centre_of_mass(before))) if has_shift else float("nan"),
+        "shift": shift,
         "overlap": top_k_iou(heat, area),
         "auroc": auroc(heat, area),
     }

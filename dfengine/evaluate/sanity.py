@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,8 +13,9 @@ import torch
 from numpy import ndarray
 from scipy import stats
 
-from dfengine.diffusion.denoiser import Condition, Denoiser
-from dfengine.diffusion.trajectory import Job, Trajectory, trajectories
+from dfengine.diffusion.denoiser import Condition, Denoiser, HasLayers, HasTokens, Layer, require
+from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.evaluate.intervals import Interval, bootstrap_interval, proportion_interval
 from dfengine.evaluate.truth import ConceptJudge, auroc
 from dfengine.explain import Attention, Explainer, Relevance
@@ -75,12 +76,14 @@ def run_sanity_checks(
     """
     if not jobs:
         raise ValueError("there is no prompt to check with: give at least one")
-    stages = _stages(denoiser)
+    layers = require(denoiser, HasLayers, "randomising layers").layers()
+    stages = _stages(layers)
     total = len(stages) + 3
     on_progress("generating the images", 0, total)
     sampled = trajectories(denoiser, jobs)
     randomised = _randomise(
         denoiser,
+        layers,
         stages,
         sampled[:_NUM_RANDOMISED],
         explainers,
@@ -119,24 +122,24 @@ def _failures(outcome: Sanity) -> Iterator[str]:
 # Random weights ------------------------------------------------------------------------------------------------------
 
 
-def _stages(denoiser: Denoiser) -> list[tuple[str, list[str]]]:
+def _stages(layers: Iterable[str]) -> list[tuple[str, list[str]]]:
     """The blocks of the network, from the output on, with their layers."""
-    stages = groupby(denoiser.layers(), key=lambda name: name.rsplit(".", 2)[0])
+    stages = groupby(layers, key=lambda name: name.rsplit(".", 2)[0])
     return [(stage, list(names)) for stage, names in stages][::-1]
 
 
 def _randomise(
     denoiser: Denoiser,
+    layers: Mapping[str, Layer],
     stages: Sequence[tuple[str, Sequence[str]]],
     sampled: Sequence[Trajectory],
     explainers: Sequence[Explainer],
     on_stage: Callable[[str, int], None],
 ) -> dict[str, dict[str, Interval]]:
     """Randomise the weights one stage after the other: how well each method's maps then agree with the model's own."""
-    layers = denoiser.layers()
     agreement: dict[str, dict[str, Interval]] = {explainer.name: {} for explainer in explainers}
     own = {explainer.name: _maps(explainer, denoiser, sampled) for explainer in explainers}
-    with _restored_weights(denoiser):
+    with _restored_weights(layers):
         for number, (stage, names) in enumerate(stages):
             on_stage(stage, number)
             with torch.random.fork_rng(devices=[]):
@@ -183,9 +186,9 @@ def _reset_parameters(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _restored_weights(denoiser: Denoiser) -> Iterator[None]:
+def _restored_weights(layers: Mapping[str, Layer]) -> Iterator[None]:
     """On leaving, the layers' weights are what they were."""
-    parameters = {id(p): p for layer in denoiser.layers().values() for p in layer.module.parameters()}
+    parameters = {id(p): p for layer in layers.values() for p in layer.module.parameters()}
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     try:
         yield
@@ -204,18 +207,18 @@ def _remove_words(denoiser: Denoiser, sampled: Sequence[Trajectory]) -> tuple[li
     Returns the share of its relevance that each word keeps, and for each prompt the rank correlation, over its words,
     of relevance with how much the prediction changes.
     """
-    relevance = Relevance()
+    encoder, relevance = require(denoiser, HasTokens, "removing words"), Relevance()
     kept: list[float] = []
     correlations: list[float] = []
     for trajectory in sampled:
-        tokens, prompt = denoiser.tokens(trajectory.job.prompt), trajectory.job.prompt
+        tokens, prompt = encoder.tokens(trajectory.job.prompt), trajectory.job.prompt
         before = _relevance_shares(relevance, denoiser, trajectory)
         shares, changes = [], []
         for start, stop in words(prompt):
             if prompt[start:stop].casefold() in STOP_WORDS:
                 continue
             places = tokens.places(start, stop)
-            edited = dataclasses.replace(trajectory, prompt=denoiser.zero_tokens(trajectory.prompt, places))
+            edited = dataclasses.replace(trajectory, prompt=encoder.zero_tokens(trajectory.prompt, places))
             shares.append(float(before[places].sum()))
             kept.append(float(_relevance_shares(relevance, denoiser, edited)[places].sum()) / shares[-1])
             changes.append(_prediction_change(denoiser, trajectory, edited.prompt))
@@ -257,7 +260,8 @@ def _subject_auroc(denoiser: Denoiser, sampled: Sequence[Trajectory]) -> tuple[I
         # The text encoder reads from left to right: of "red circle", only "circle" has seen both words.
         steps = Attention(words=(caption.subject[1],)).explain(denoiser, [trajectory])
         maps = [step.word_maps[0].numpy() for step in steps if step.word_maps is not None]
-        scores.append(np.mean([auroc(heatmap(one, denoiser.image_shape), areas["subject"]) for one in maps]))
+        heat = [heatmap(one, denoiser.image_shape) for one in maps]
+        scores.append(float(np.mean([auroc(one, areas["subject"]) for one in heat])))
     mean = bootstrap_interval(scores)
     return mean if mean.count else None, len(sampled) - len(scores)
 

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from dfengine import figures as drawing
-from dfengine.diffusion.trajectory import Job
+from dfengine.diffusion.job import Job
 from dfengine.engine import Engine
 from dfengine.explain import Explainer
 from dfengine.figures import Figure

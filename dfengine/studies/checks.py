@@ -8,7 +8,7 @@ from typing import Any
 
 from dfengine import evaluate
 from dfengine import figures as drawing
-from dfengine.diffusion.trajectory import Job
+from dfengine.diffusion.job import Job
 from dfengine.engine import Engine
 from dfengine.figures import Figure
 from dfengine.prompts import Prompt
@@ -66,7 +66,7 @@ def truth(
             areas_of,
             [job.prompt for job in jobs],
             jobs[0].timesteps,
-            lambda method, item: by_name[method].contents(engine.denoiser, jobs[item]).words,
+            lambda method, item: by_name[method].output_spec(engine.denoiser, jobs[item]).words,
             source,
         )
 

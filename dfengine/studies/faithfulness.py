@@ -42,7 +42,7 @@ class GamesStudy(Study):
 
         With several steps, each name begins with the step, as in "step-07-curves".
         """
-        drawn = {}
+        drawn: dict[str, Figure] = {}
         for summary, run in zip(self.summaries, self.runs, strict=True):
             prefix = f"step-{run.step:02}-" if len(self.runs) > 1 else ""
             drawn |= {prefix + name: figure for name, figure in self._figures_of_step(summary, run)}
@@ -51,8 +51,7 @@ class GamesStudy(Study):
     def _figures_of_step(self, summary: evaluate.Faithfulness, run: evaluate.GamesRun) -> Iterator[tuple[str, Figure]]:
         subtitle = f"{model_name(run.model)}, step {summary.step}, t = {summary.timestep}"
         bands = {
-            name: {game: tuple(map(np.array, score.curve)) for game, score in by_game.items()}
-            for name, by_game in summary.methods.items()
+            name: {game: _band(score) for game, score in by_game.items()} for name, by_game in summary.methods.items()
         }
         yield "curves", drawing.curves(bands, f"{subtitle}: {summary.num_items} images, {summary.distance}")
         items = run.valid_items()[:_NUM_SHOWN]
@@ -119,9 +118,11 @@ def games(
     cache = evaluate.GameCache() if cache is None else cache
     total, done = len(steps) * len(jobs) * (len(explainers) + len(maps)), count(1)
     with _default_features(engine.denoiser, extract):
-        # One step of each item is explained at a time: to `prepare`, the others count as done.
-        others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in range(1, num_steps)}
-        engine.prepare(jobs, explainers, done=others, times=len(steps))
+        if explainers:
+            # One step of each item is explained at a time: to `prepare`, the others count as done.
+            rest = range(1, num_steps)
+            others = {(item, one.name, k) for item in range(len(jobs)) for one in explainers for k in rest}
+            engine.prepare(engine.plan(jobs, explainers), done=others, times=len(steps))
         runs = [
             evaluate.play_games(
                 engine.denoiser,
@@ -146,6 +147,11 @@ def games(
         [f"{job.prompt}, seed {job.seed}" for job in jobs],
         {item: trajectory.image.numpy() for item, trajectory in zip(shown, sampled, strict=True)},
     )
+
+
+def _band(score: evaluate.GameScore) -> tuple[ndarray, ndarray, ndarray]:
+    mean, low, high = map(np.array, score.curve)
+    return mean, low, high
 
 
 def _table_methods(number: int) -> tuple[str, ...]:

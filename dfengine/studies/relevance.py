@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dfengine import evaluate
 from dfengine import figures as drawing
+from dfengine.diffusion.denoiser import HasTokens, require
 from dfengine.engine import Engine
 from dfengine.explain import registry
 from dfengine.figures import Figure
@@ -61,9 +62,10 @@ def concepts(
         engine.job(named[one.prompt].text, seed=one.seed, num_steps=num_steps, sampling=one.schedule, gamma=gamma)
         for one in records
     ]
+    tokenize = require(engine.denoiser, HasTokens, "relevance").tokens
     for prompt in named:
-        engine.denoiser.tokens(prompt.text)  # raises ValueError if the model cannot encode it
+        tokenize(prompt.text)  # raises ValueError if the model cannot encode it
     events = stream(engine, jobs, [registry.make("relevance", preset=preset)], "measuring", on_progress)
-    evaluate.measure_concepts(events, records, named, engine.denoiser.tokens, summed=preset == "xdiffusion")
+    evaluate.measure_concepts(events, records, named, tokenize, summed=preset == "xdiffusion")
     timesteps = {one.schedule: job.timesteps for one, job in zip(records, jobs, strict=True)}
     return ConceptsStudy(evaluate.summarise_concepts(records, named, timesteps), engine.denoiser.name)
