@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dfengine import prompts as prompts
     from dfengine import report as report
     from dfengine import store as store
+    from dfengine import studies as studies
     from dfengine import sweep as sweep
     from dfengine.diffusion.job import Job
     from dfengine.diffusion.path import exponential_timesteps
@@ -74,7 +75,7 @@ _MODULES = {
 }
 
 #: Subpackages that are attributes of the package without an import.
-_SUBPACKAGES = ("evaluate", "figures", "prompts", "report", "store", "sweep")
+_SUBPACKAGES = ("evaluate", "figures", "prompts", "report", "store", "studies", "sweep")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ MODULES = (
     "dfengine.store",
     "dfengine.sweep",
     "dfengine.evaluate",
+    "dfengine.studies",
     "dfengine.figures",
     "dfengine.report",
     "dfkernels",

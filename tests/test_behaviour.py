@@ -1,21 +1,16 @@
 """The released code's behaviour, asked for by name: what becomes of explainers, schedules, concepts and LIME."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from analytic import Analytic, patch_mean
 from test_cli import dfengine_command
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Lime, Random, Rise, XDiffusionCam, XDiffusionLime, XDiffusionRise
-from dfengine.evaluate import NoFeatures, play_games, summarise_games
-from dfengine.evaluate.concepts import concept_relevance
 from dfengine.explain import to_xdiffusion
-from dfengine.prompts import Prompt
 from dfengine.tokens import Tokens
 
 PROMPT = "a red circle above a blue square on a gray background"
@@ -53,13 +48,6 @@ def test_gamma_0_is_uniform(stage: str) -> None:
     assert engine.job("1", num_steps=5, sampling=stage, gamma=5, behaviour="xdiffusion").timesteps != uniform
     with pytest.raises(ValueError, match="behaviour 'released' is not known: expected one of paper, xdiffusion"):
         engine.job("1", behaviour="released")
-
-
-def test_concepts_are_summed_over_their_tokens() -> None:
-    """Min–max makes (0, 0.5, 1) of the three tokens in between."""
-    relevance, prompt = np.array([[9.0], [2.0], [3.0], [4.0], [9.0]]), Prompt("a cat", {"subject": "cat"})
-    assert concept_relevance(relevance, TOKENS, prompt)["subject"].tolist() == [0.75]
-    assert concept_relevance(relevance, TOKENS, prompt, summed=True)["subject"].tolist() == [1.5]
 
 
 def test_an_explanations_concept_may_be_summed() -> None:
@@ -118,60 +106,6 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert not (tmp_path / "no.h5").exists()
 
 
-def test_games_on_the_command_line(tmp_path: Path) -> None:
-    """Tables and figures in a folder, the second time from what is kept; another tool's maps beside ours."""
-    maps = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
-    np.save(tmp_path / "theirs.npy", maps)
-    options = ["--games", "--limit", "2", "--steps", "3", "--masks", "6", "--distance", "frechet-single"]
-    methods = ["--method", "random", "--method", "rise", "--method", "rise-cosine"]
-    methods += ["--map", f"theirs={tmp_path / 'theirs.npy'}"]
-    where = ["-o", str(tmp_path / "games")]
-    first = dfengine_command("evaluate", *options, *methods, *where, "--json")
-    assert first.returncode == 0, first.stderr
-    (found,) = json.loads(first.stdout)
-    assert list(found["methods"]) == ["random", "rise", "rise-cosine", "theirs"]
-    assert found["num_items"] == 2
-    names = {path.name for path in (tmp_path / "games").iterdir()}
-    pictures = {f"{name}.{ending}" for name in ("curves", "comparison", "ablation") for ending in ("png", "pdf")}
-    assert names == {"turns", "table.md", "table.json", *pictures}
-    assert len(list((tmp_path / "games/turns").iterdir())) == 8
-    assert json.loads((tmp_path / "games/table.json").read_text()) == found
-    again = dfengine_command("evaluate", *options, *methods, *where)
-    assert again.stdout == (tmp_path / "games/table.md").read_text()
-    assert len(list((tmp_path / "games/turns").iterdir())) == 8
-    released = dfengine_command("evaluate", *options, "--method", "rise", "--behaviour", "xdiffusion", "--json")
-    (other,) = json.loads(released.stdout)
-    assert other["behaviour"] == "xdiffusion"
-    assert other["methods"]["rise"]["deletion"]["raw"] != found["methods"]["rise"]["deletion"]["raw"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--games", "--limit", "3"], "3 images are too few for frechet-set: expected at least 10 (--limit), or"),
-        (["--games", "--method", "shap"], "method 'shap' is not known: expected one of lime, random"),
-        (["--games", "--table", "3"], "table 3 is not one of the games': expected 1 or 2"),
-        (["--games", "--map", "x=text.npy"], "'text.npy' is not a file of a NumPy array: write it with numpy.save"),
-        (["--games", "--map", "theirs"], "map 'theirs' is not understood: expected NAME=FILE.npy"),
-        (["--games", "--features", "nowhere"], "no feature extractor at 'nowhere'"),
-        (["--games", "--distance", "l1", "--limit", "2"], "distance 'l1' is not known: expected one of frechet-set"),
-        (["--games", "--step", "30"], "step 30 is outside [0, 29]"),
-        (["--games", "--behaviour", "code"], "behaviour 'code' is not known"),
-        (["--games", "--truth"], "say one thing to evaluate"),
-        (["--truth", "--prompt", "a cat"], "in the embedded world alone"),
-    ],
-)
-def test_mistakes_are_one_line(
-    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.npy").write_text("no array")
-    run = dfengine_command("evaluate", *options)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert message in run.stderr
-    assert run.stderr.count("\n") == 1
-
-
 def test_settings_survive_a_copy() -> None:
     assert replace(XDiffusionLime(5), alpha=3.0) == XDiffusionLime(5, alpha=3.0)
 
@@ -181,12 +115,3 @@ def test_without_coefficients_nothing_is_painted() -> None:
     nothing = np.full(2, np.nan)
     painted = XDiffusionLime().paint(nothing, np.array([[0, 1]]), np.zeros((2, 4, 3), np.uint8))
     assert np.isnan(painted).all()
-
-
-def test_images_alone_are_compared_without_an_extractor() -> None:
-    engine = Engine.from_pretrained("shapes", device="cpu")
-    jobs = [engine.job("a blue square on a gray background", num_steps=2, seed=seed) for seed in (0, 1)]
-    own = play_games(engine.denoiser, engine.sample, jobs, [Random()])
-    alone = play_games(engine.denoiser, engine.sample, jobs, [Random()], features=NoFeatures())
-    assert alone.features == "none"
-    assert summarise_games(alone, "mse").methods == summarise_games(own, "mse").methods

@@ -1,6 +1,5 @@
 """Table 3 by hand on made-up relevance, the judge's reading of scenes, and both end to end."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +45,10 @@ def test_a_concepts_relevance_is_the_mean_over_its_tokens() -> None:
     assert {role: line.tolist() for role, line in found.items()} == {
         "subject": [1, 0], "relation": [0.25, 0], "object": [0.625, 0],
     }  # fmt: skip
+
+
+def test_in_the_released_code_it_is_the_sum() -> None:
+    assert concept_relevance(RELEVANCE, TOKENS, PROMPT, summed=True)["object"].tolist() == [1.25, 0]
 
 
 def records() -> list[ConceptRecord]:
@@ -183,20 +186,6 @@ def test_figure_11_has_a_panel_a_schedule_and_bars_of_the_sums() -> None:
     assert axes[0].relevance[0].get_ydata().tolist() == [0.1, 0.9]
     assert [text.get_text() for text in axes[1].get_xticklabels()] == ["0\nt = 999", "1\nt = 80"]
     assert [bar.get_height() for bar in axes[2].patches] == [1.0] * 4
-
-
-def test_concepts_on_the_command_line(tmp_path: Path) -> None:
-    picture = tmp_path / "f.png"
-    options = ["--concepts", "--limit", "2", "--steps", "2", "--figure", str(picture)]
-    told = dfengine_command("evaluate", *options)
-    assert told.returncode == 0, told.stderr
-    assert "| uniform, paper | 21.61 | 2.99 | 17.61 |" in told.stdout
-    assert "| share of images that show it | subject | relation | object |" in told.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    found = json.loads(
-        dfengine_command("evaluate", *options, "--prompt", "a red star on a black background", "--json").stdout
-    )
-    assert [list(part["lines"]["early"]) for part in found] == [["red", "star", "black", "background"]]
 
 
 def test_sample_shows_schedules_side_by_side(tmp_path: Path) -> None:

@@ -642,7 +642,11 @@ def test_other_and_damaged_files_count_as_missing(tmp_path: Path) -> None:
         ([Ramp()], {"jobs": []}, "there is no prompt to play with: give at least one"),
         ([Ramp()], {"step": 3}, r"step 3 is outside \[0, 2\]: steps index the time-steps"),
         ([Ramp()], {"step": -1}, r"step -1 is outside \[0, 2\]"),
-        ([Ramp()], {"preset": "released"}, "preset 'released' is not known: expected one of default, paper, xdiffusion"),
+        (
+            [Ramp()],
+            {"preset": "released"},
+            "preset 'released' is not known: expected one of default, paper, xdiffusion",
+        ),
         ([Ramp()], {"features": None}, "analytic comes with no extractor: give a folder of a transformers vision"),
         (
             [Ramp()],

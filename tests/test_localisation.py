@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +11,6 @@ import pytest
 import torch
 
 from dfengine import StepMap
-from dfengine.cli import main
 from dfengine.evaluate import ConceptJudge, Localisation, measure_localisation, scenes
 from dfengine.evaluate.localisation import SCORES, TARGETS, localisation_scores
 from dfengine.evaluate.truth import Areas, auroc, largest_region, pointing_hit, top_k_iou
@@ -319,28 +316,3 @@ def test_a_perfect_map_scores_one_its_negative_none_and_a_random_one_half() -> N
             assert found.steps[name]["both"][measure][0].mean == score
     assert found.steps["random"]["both"]["auroc"][0].mean == pytest.approx(0.5, abs=0.02)
     assert found.best("both") == ("perfect", 0)
-
-
-def test_truth_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    picture = tmp_path / "t.png"
-    chosen = [word for method in ("random", "lime", "attention") for word in ("--method", method)]
-    small = ["--limit", "2", "--steps", "3", "--masks", "4", "--samples", "5"]
-    command = ["dfengine", "evaluate", "--truth", *chosen, *small, "--figure", str(picture), "--json"]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code in (None, 0)
-    found = json.loads(capsys.readouterr().out)
-    assert [part["source"] for part in found] == ["generated images", "rendered scenes"]
-    for part in found:
-        assert list(part["steps"]) == list(part["overall"]) == ["random", "lime", "attention"]
-        assert part["num_images"] + part["num_excluded"] == 2
-        assert len(part["timesteps"]) == 3
-        for by_target in part["steps"].values():
-            assert list(by_target) == list(TARGETS)
-            assert all(list(by_measure) == list(SCORES) for by_measure in by_target.values())
-            assert all(0 <= one["mean"] <= 1 for one in by_target["subject"]["auroc"])
-    assert (found[1]["num_images"], found[1]["num_excluded"]) == (2, 0)
-    assert picture.read_bytes().startswith(b"\x89PNG")

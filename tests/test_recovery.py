@@ -1,20 +1,17 @@
 """How maps change over the steps: every measure by hand, the verdict, and the whole on the command line."""
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_cli import dfengine_command
 
 from dfengine import StepMap, figures
 from dfengine.evaluate import check_has_truth, measure_recovery
-from dfengine.evaluate.recovery import MEASURES, centre_of_mass, recovery_measures
+from dfengine.evaluate.recovery import centre_of_mass, recovery_measures
 from dfengine.shapes.world import render, sample_scenes
 
 
@@ -95,17 +92,6 @@ def test_images_that_are_not_what_they_should_be_are_left_out() -> None:
     check_has_truth((64, 64), ["a cat", *prompts])
     with pytest.raises(ValueError, match="no image has shapes whose areas are known"):
         measure_recovery(events({"any": maps}, pictures), ["a cat"] * 6, (9, 5, 1))
-
-
-def test_recovery_on_the_command_line(tmp_path: Path) -> None:
-    picture = tmp_path / "r.png"
-    options = ["--recovery", "--limit", "2", "--steps", "3", "--masks", "4", "--figure", str(picture)]
-    run = dfengine_command("evaluate", *options, "--json")
-    assert run.returncode == 0, run.stderr
-    (found,) = json.loads(run.stdout)
-    assert list(found["steps"]) == ["rise", "cam"]
-    assert list(found["steps"]["cam"]) == list(MEASURES)
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figure_has_a_band_a_method() -> None:

@@ -80,7 +80,7 @@ def evaluate(
             help="--games: a transformers vision folder, or Inception-v3's weights; the model's own by default"
         ),
     ] = None,
-    behaviour: options.Behaviour = "paper",
+    preset: options.Preset = "default",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="folder for table and figures; --games resumes from it, too")
     ] = None,
@@ -97,9 +97,6 @@ def evaluate(
 
     if sanity + concepts + recovery + games + truth != 1:
         raise ValueError("say one thing to evaluate: --sanity, --concepts, --recovery, --games or --truth")
-    presets = {"paper": "default", "xdiffusion": "xdiffusion"}
-    if behaviour not in presets:
-        raise ValueError(f"behaviour {behaviour!r} is not known: expected one of {', '.join(presets)}")
     if min(limit, seeds) < 1:
         raise ValueError(f"{limit} prompts and {seeds} seeds are not possible: expected at least 1")
     if figure is not None:
@@ -115,7 +112,7 @@ def evaluate(
         image_size=image_size,
         batch_size=batch_size,
     )
-    shared: dict[str, Any] = {"seed": seed, "preset": presets[behaviour]}
+    shared: dict[str, Any] = {"seed": seed, "preset": preset}
     shared |= {} if steps is None else {"num_steps": steps}
     counts: dict[str, Any] = {"num_masks": masks, "num_samples": samples}
     counts = {name: count for name, count in counts.items() if count is not None}

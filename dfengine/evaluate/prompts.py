@@ -10,7 +10,7 @@ import torch
 from dfengine.evaluate.truth import has_distinct_colours
 from dfengine.prompts import ROLES, Prompt
 from dfengine.shapes.world import SIZE, Caption, sample_scenes
-from dfengine.tokens import content_words, words
+from dfengine.tokens import content_words, word_spans
 
 #: Each round samples four times as many captions as are requested; after this many rounds there are too few.
 _MAX_ROUNDS = 50
@@ -48,7 +48,7 @@ def with_concepts(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts; one without concepts gets each of its words that is not a stop word."""
 
     def concepts_of(text: str) -> dict[str, str]:
-        return {word: word for word in content_words(text[start:stop] for start, stop in words(text))}
+        return {word: word for word in content_words(text[start:stop] for start, stop in word_spans(text))}
 
     return [prompt if prompt.concepts else Prompt(prompt.text, concepts_of(prompt.text)) for prompt in prompts]
 

@@ -21,7 +21,7 @@ from dfengine.evaluate.truth import ConceptJudge, auroc
 from dfengine.explain import Attention, Explainer, Relevance
 from dfengine.result import heatmap
 from dfengine.shapes.world import SIZE, Caption
-from dfengine.tokens import STOP_WORDS, words
+from dfengine.tokens import STOP_WORDS, word_spans
 
 #: With all weights random, maps may share at most half of the variance of their ranks with the model's own.
 MAX_CORRELATION = 0.5**0.5
@@ -214,7 +214,7 @@ def _remove_words(denoiser: Denoiser, sampled: Sequence[Trajectory]) -> tuple[li
         tokens, prompt = encoder.tokens(trajectory.job.prompt), trajectory.job.prompt
         before = _relevance_shares(relevance, denoiser, trajectory)
         shares, changes = [], []
-        for start, stop in words(prompt):
+        for start, stop in word_spans(prompt):
             if prompt[start:stop].casefold() in STOP_WORDS:
                 continue
             places = tokens.places(start, stop)
