@@ -20,8 +20,8 @@ from explainers import AGREEMENT, NUM_STEPS, spread, timed
 
 from dfengine import Engine, ExponentialDDIMScheduler, Relevance
 from dfengine.diffusion.trajectory import start_noise
-from dfengine.evaluate import Concepts, Measured, embedded_prompts, measure, summarise
-from dfengine.evaluate.concepts import lines_of
+from dfengine.evaluate import ConceptRecord, ConceptSummary, embedded_prompts, measure_concepts, summarise_concepts
+from dfengine.evaluate.concepts import concept_relevance
 from dfengine.result import normalised
 
 SCHEDULES, PROMPTS, ROUNDS = ("uniform", "early", "latter"), 16, 2
@@ -38,11 +38,11 @@ def main() -> None:
     config = DDIMScheduler.from_config(pipeline.scheduler.config).config
     noise = start_noise(0, denoiser.latent_shape)[None]
 
-    def all_prompts() -> tuple[list[Measured], list[Concepts]]:
-        planned = [Measured(schedule, number, 0) for schedule in SCHEDULES for number in range(len(prompts))]
-        jobs = [engine.job(prompts[one.prompt].text, num_steps=NUM_STEPS, sampling=one.schedule) for one in planned]
-        measured = measure(engine.stream(jobs, Relevance()), planned, prompts, denoiser.tokens)
-        return measured, summarise(measured, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
+    def all_prompts() -> tuple[list[ConceptRecord], list[ConceptSummary]]:
+        records = [ConceptRecord(schedule, number, 0) for schedule in SCHEDULES for number in range(len(prompts))]
+        jobs = [engine.job(prompts[one.prompt].text, num_steps=NUM_STEPS, sampling=one.schedule) for one in records]
+        measure_concepts(engine.stream(jobs, Relevance()), records, prompts, denoiser.tokens)
+        return records, summarise_concepts(records, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
 
     def first_prompt() -> list[np.ndarray]:
         """The baseline: relevance of the first prompt's positions, [positions, steps], for each schedule."""
@@ -59,17 +59,12 @@ def main() -> None:
     for schedule, values in zip(SCHEDULES, first_prompt(), strict=True):
         # The engine adds up the positions from the end of the text on.
         ends = values[: len(tokens) - 1]
-<<<<<<< HEAD
-        expected = lines_of(np.concatenate([ends, values[len(ends) :].sum(0, keepdims=True)]), tokens, prompts[0])
-        record.check(bool(np.isfinite(normalised(ends, tokens)).all()), f"{schedule}: relevance is not finite")
-=======
         padding = values[len(ends) :].sum(0, keepdims=True)
         expected = concept_relevance(np.concatenate([ends, padding]), tokens, prompts[0])
-        assert np.isfinite(normalised(ends, tokens)).all()
->>>>>>> fccb350 (Evaluate: capabilities of models as protocols, jobs' own conditions, plans)
+        record.check(bool(np.isfinite(normalised(ends, tokens)).all()), f"{schedule}: relevance is not finite")
         (first,) = [one for one in measured if one.schedule == schedule and one.prompt == 0]
         for role, line in expected.items():
-            worst = float(np.abs(line - first.lines[role]).max())
+            worst = float(np.abs(line - first.relevance[role]).max())
             record.check(worst < tolerance, f"{schedule}, {role}: relevance differs by {worst}, expected < {tolerance}")
     rounds = []
     for _ in range(ROUNDS):

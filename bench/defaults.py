@@ -23,10 +23,11 @@ from throughput import AGREEMENT, agreement
 
 from dfengine import Engine, Rise
 from dfengine.diffusion.trajectory import trajectories
-from dfengine.evaluate import GeneratedAreas, captions, faithfulness, games, scenes
-from dfengine.evaluate.intervals import Interval, interval
-from dfengine.evaluate.localisation import Scene, measures
+from dfengine.evaluate import ConceptJudge, Scene, captions, play_games, scenes, summarise_games
+from dfengine.evaluate.intervals import Interval, bootstrap_interval
+from dfengine.evaluate.localisation import localisation_scores
 from dfengine.explain import StepMap
+from dfengine.shapes.world import Caption
 
 NUM_STEPS, MASKS, GAME_STEP = 4, 250, 2
 DEFAULT = Rise(MASKS)
@@ -57,9 +58,9 @@ def main() -> None:
         engine.job(scene.prompt, image=scene.image, num_steps=NUM_STEPS, seed=seed)
         for seed, scene in enumerate(rendered)
     ]
-    areas = GeneratedAreas(texts)
+    judge = ConceptJudge()
     paths = list(engine.sample([*generated, *noised]))
-    known = [areas(item, path.image.numpy()) for item, path in enumerate(paths[: len(texts)])]
+    known = [judge.areas(path.image.numpy(), Caption.parse(path.job.prompt)) for path in paths[: len(texts)]]
     shapes = [None if area is None else area["both"] for area in [*known, *(scene.areas for scene in rendered)]]
     of_defaults: np.ndarray | None = None
     rows = []
@@ -68,8 +69,8 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             values = auroc(list(rise.explain(engine.denoiser, paths)), shapes)
-            played = games(engine.denoiser, engine.sample, generated, [rise], step=GAME_STEP)
-            areas_under = faithfulness(played, "frechet-single").methods[rise.name]
+            played = play_games(engine.denoiser, engine.sample, generated, [rise], step=GAME_STEP)
+            areas_under = summarise_games(played, "frechet-single").methods[rise.name]
         of_defaults = values if of_defaults is None else of_defaults
         count = len(texts)
         rows.append(
@@ -80,9 +81,9 @@ def main() -> None:
                 "masks": rise.num_masks,
                 "steps": NUM_STEPS,
                 "images": [int(np.isfinite(part).sum()) for part in (values[:count], values[count:])],
-                "auroc_generated": rounded(interval(values[:count].tolist())),
-                "auroc_scenes": rounded(interval(values[count:].tolist())),
-                "difference": rounded(interval((values - of_defaults).tolist())),
+                "auroc_generated": rounded(bootstrap_interval(values[:count].tolist())),
+                "auroc_scenes": rounded(bootstrap_interval(values[count:].tolist())),
+                "difference": rounded(bootstrap_interval((values - of_defaults).tolist())),
                 "deletion": rounded(areas_under["deletion"].auc),
                 "insertion": rounded(areas_under["insertion"].auc),
             }
@@ -96,7 +97,7 @@ def check_areas(rendered: Sequence[Scene]) -> None:
     """Exit unless the true areas themselves have an AUROC of 1."""
     for scene in rendered:
         area = scene.areas["both"]
-        value = measures(area.astype(float), area)["auroc"]
+        value = localisation_scores(area.astype(float), area)["auroc"]
         record.check(value == 1, f"the true area of '{scene.prompt}' has AUROC {value}, expected 1")
 
 
@@ -117,7 +118,7 @@ def auroc(step_maps: Sequence[StepMap], shapes: Sequence[Any]) -> np.ndarray:
     by_item: dict[int, list[float]] = {}
     for one in step_maps:
         area = shapes[one.item]
-        value = float("nan") if area is None else measures(one.saliency.double().numpy(), area)["auroc"]
+        value = float("nan") if area is None else localisation_scores(one.saliency.double().numpy(), area)["auroc"]
         by_item.setdefault(one.item, []).append(value)
     return np.array([np.mean(by_item[item]) for item in sorted(by_item)])
 

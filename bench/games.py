@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 from dfengine import Cam, Engine
 from dfengine.diffusion.trajectory import start_noise
 from dfengine.evaluate import TABLES as PAPER_TABLES
-from dfengine.evaluate import Kept, captions, explained_step, faithfulness, faithfulness_table, games, methods
+from dfengine.evaluate import GameCache, captions, default_step, make_methods, play_games, summarise_games
 from dfengine.evaluate.games import play
 
 NUM_STEPS, MASKS, SAMPLES, FIRST = 30, 500, 1000, 16
@@ -53,7 +53,7 @@ class Baseline:
         start = time.perf_counter()
         # Sampling takes a second; both implementations need it.
         (trajectory,) = self.engine.sample([self.engine.job(prompt, num_steps=NUM_STEPS)])
-        step = explained_step(NUM_STEPS)
+        step = default_step(NUM_STEPS)
         explained = (trajectory.latents[step], trajectory.job.timesteps[step], self.engine.guidance)
         tests = Games(self.pipeline, prompt, *explained, self.denoiser.features)
         network = Plain(self.pipeline, prompt, *explained, guided=False)
@@ -86,7 +86,7 @@ def combined(layers: dict[str, torch.Tensor], shape: tuple[int, int]) -> np.ndar
 def check(engine: Engine, prompt: str, expected: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Exit unless both DF-CAM maps agree, and both curves of the same map."""
     (trajectory,) = engine.sample([engine.job(prompt, num_steps=NUM_STEPS)])
-    trajectory = dataclasses.replace(trajectory, explain_steps=(explained_step(NUM_STEPS),))
+    trajectory = dataclasses.replace(trajectory, explain_steps=(default_step(NUM_STEPS),))
     (cam,) = Cam().explain(engine.denoiser, [trajectory])
     ranks = float(spearmanr(cam.saliency.numpy().ravel(), expected["cam"][0].ravel()).statistic)
     record.check(ranks > MAPS_AGREE, f"rank correlation of the DF-CAM maps is {ranks:.5f}, expected > {MAPS_AGREE}")
@@ -110,20 +110,20 @@ def main() -> None:
     engine = Engine.from_pretrained("shapes")
     baseline, prompts = Baseline(engine), captions(options.prompts)
     check(engine, prompts[0], baseline(prompts[0]))
-    explainers = methods(PAPER_TABLES[1], num_masks=MASKS, num_samples=SAMPLES)
+    explainers = make_methods(PAPER_TABLES[1], num_masks=MASKS, num_samples=SAMPLES)
     jobs = [engine.job(text, num_steps=NUM_STEPS, seed=seed) for seed, text in enumerate(prompts)]
-    cache, seconds, predicted = Kept(), 0.0, 0.0
+    cache, seconds, predicted = GameCache(), 0.0, 0.0
     engine.prepare(engine.plan(jobs[:1], explainers))
     for count in (FIRST, len(jobs) // 2, len(jobs)):
         start = time.perf_counter()
-        results = games(engine.denoiser, engine.sample, jobs[:count], explainers, kept=cache)
+        results = play_games(engine.denoiser, engine.sample, jobs[:count], explainers, cache=cache)
         seconds += time.perf_counter() - start
         predicted = predicted or 1000 * seconds / count
         print(f"dfengine: {count} prompts in {seconds:.0f} s", flush=True)
         if count != FIRST:
             baseline(prompts[count - 1])
     start = time.perf_counter()
-    summary = faithfulness(results)
+    summary = summarise_games(results)
     row = recorder.environment(engine.denoiser.device) | {
         "model": "shapes",
         "prompts": len(jobs),
@@ -136,7 +136,7 @@ def main() -> None:
         "predicted_hours_for_1000": round(predicted / 3600, 3),
         "measured_hours_for_1000": round(1000 * seconds / len(jobs) / 3600, 3),
         "summary_seconds": round(time.perf_counter() - start, 1),
-        "table": list(faithfulness_table(summary)),
+        "table": summary.table().splitlines(),
     }
     recorder.replace([row], ("device", "model"))
     print(table([row]))
