@@ -39,10 +39,10 @@ def main() -> None:
     noise = start_noise(0, denoiser.latent_shape)[None]
 
     def all_prompts() -> tuple[list[ConceptRecord], list[ConceptSummary]]:
-        planned = [ConceptRecord(schedule, number, 0) for schedule in SCHEDULES for number in range(len(prompts))]
-        jobs = [engine.job(prompts[one.prompt].text, num_steps=NUM_STEPS, sampling=one.schedule) for one in planned]
-        measure_concepts(engine.stream(jobs, Relevance()), planned, prompts, denoiser.tokens)
-        return planned, summarise_concepts(planned, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
+        records = [ConceptRecord(schedule, number, 0) for schedule in SCHEDULES for number in range(len(prompts))]
+        jobs = [engine.job(prompts[one.prompt].text, num_steps=NUM_STEPS, sampling=one.schedule) for one in records]
+        measure_concepts(engine.stream(jobs, Relevance()), records, prompts, denoiser.tokens)
+        return records, summarise_concepts(records, prompts, dict.fromkeys(SCHEDULES, (0,) * NUM_STEPS))
 
     def first_prompt() -> list[np.ndarray]:
         """The baseline: relevance of the first prompt's positions, [positions, steps], for each schedule."""
@@ -59,9 +59,8 @@ def main() -> None:
     for schedule, values in zip(SCHEDULES, first_prompt(), strict=True):
         # The engine adds up the positions from the end of the text on.
         ends = values[: len(tokens) - 1]
-        expected = concept_relevance(
-            np.concatenate([ends, values[len(ends) :].sum(0, keepdims=True)]), tokens, prompts[0]
-        )
+        padding = values[len(ends) :].sum(0, keepdims=True)
+        expected = concept_relevance(np.concatenate([ends, padding]), tokens, prompts[0])
         record.check(bool(np.isfinite(normalised(ends, tokens)).all()), f"{schedule}: relevance is not finite")
         (first,) = [one for one in measured if one.schedule == schedule and one.prompt == 0]
         for role, line in expected.items():

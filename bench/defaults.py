@@ -23,9 +23,9 @@ from throughput import AGREEMENT, agreement
 
 from dfengine import Engine, Rise
 from dfengine.diffusion.trajectory import trajectories
-from dfengine.evaluate import ConceptJudge, captions, play_games, scenes, summarise_games
+from dfengine.evaluate import ConceptJudge, Scene, captions, play_games, scenes, summarise_games
 from dfengine.evaluate.intervals import Interval, bootstrap_interval
-from dfengine.evaluate.localisation import Scene, localisation_scores
+from dfengine.evaluate.localisation import localisation_scores
 from dfengine.explain import StepMap
 from dfengine.shapes.world import Caption
 

@@ -272,8 +272,8 @@ def test_the_games_are_played_with_any_extractor(vit: Path) -> None:
     engine, extract = Engine.from_pretrained("shapes", device="cpu"), vision.load_features(vit)
     jobs = [engine.job("a blue square on a gray background", num_steps=2, seed=seed) for seed in (0, 1)]
     found = evaluate.play_games(engine.denoiser, engine.sample, jobs, [Random()], features=extract)
-    played = found.turns["random"][0].played
-    assert played is not None
-    assert played.features.shape == (2, 17, 16)
+    curves = found.results["random"][0].curves
+    assert curves is not None
+    assert curves.features.shape == (2, 17, 16)
     summary = evaluate.summarise_games(found, "features")
     assert summary.features == extract.name == "vit (pooler_output) tiny-vit"

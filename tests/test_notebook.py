@@ -102,7 +102,7 @@ def test_the_links_of_the_tutorial_lead_somewhere() -> None:
 def test_parts_are_imported_when_they_are_asked_for() -> None:
     script = (
         "import sys, dfengine; print({'torch', 'matplotlib', 'h5py'} & {*sys.modules}, 'figures' in dir(dfengine), "
-        "dfengine.figures.draw.__name__, dfengine.evaluate.games.__name__, hasattr(dfengine, 'nothing'))"
+        "dfengine.figures.draw.__name__, dfengine.studies.games.__name__, hasattr(dfengine, 'nothing'))"
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "set() True draw games False", run.stderr

@@ -48,12 +48,13 @@ def build_app(words: Sequence[str]) -> typer.Typer:
     return app
 
 
-def _print_version(value: bool) -> None:
+def _print_version(value: bool) -> bool:
     if value:
         from dfengine import __version__
 
         print(f"dfengine {__version__}")
         raise typer.Exit
+    return value
 
 
 def _options(
