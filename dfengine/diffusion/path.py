@@ -124,7 +124,8 @@ class NoiseSchedule:
         if device not in self._tables:  # copied once: each copy would wait for the device
             assert self.alpha_bar is not None
             table = torch.cat([self.alpha_bar, self.alpha_bar.new_tensor([self.final_alpha_bar])])
-            self._tables[device] = table.sqrt().float().to(device), (1 - table).sqrt().float().to(device)
+            table = table.float().to(device)
+            self._tables[device] = table.sqrt(), (1 - table).sqrt()
         return self._tables[device]
 
     def timesteps(
