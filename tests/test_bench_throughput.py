@@ -121,7 +121,7 @@ def test_no_throughput_is_reported_where_the_maps_disagree() -> None:
 def test_no_default_is_compared_where_the_maps_or_the_truth_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = evaluate.scenes(2)
     defaults.check_areas(rendered)
-    monkeypatch.setattr(defaults, "measures", lambda saliency, area: {"auroc": 0.9})
+    monkeypatch.setattr(defaults, "localisation_scores", lambda saliency, area: {"auroc": 0.9})
     with pytest.raises(SystemExit, match=r"the true area of '.*' has AUROC 0.9, expected 1"):
         defaults.check_areas(rendered)
     engine = Engine.from_pretrained("shapes", device="cpu")
