@@ -143,7 +143,7 @@ def test_an_error_gets_a_new_process_and_an_invalid_item_does_not(described, tmp
         for prompt in (PROMPTS[0], POISONED)
     }
     # An item alone in its unit is known to be the cause.
-    assert sorted(by_prompt[PROMPTS[0]]) == [(True, "quarantined")] * 2 + [(True, "failed")] * 2
+    assert sorted(by_prompt[PROMPTS[0]]) == [(True, "failed")] * 2 + [(True, "quarantined")] * 2
     assert by_prompt[POISONED] == [(False, "quarantined")] * 2
     assert {one.errors[-1] for one in sweep.outcome(out).quarantined} == {
         "RuntimeError: poisoned on purpose",
