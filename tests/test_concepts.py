@@ -183,8 +183,8 @@ def test_figure_11_has_a_panel_a_schedule_and_bars_of_the_sums() -> None:
     figure = figures.concepts([("one", lines, sums), ("two", lines, sums)], {"uniform": (900, 1), "early": (999, 80)})
     axes = panels(figure)
     assert [axis.get_title() for axis in axes] == ["uniform", "early", "sum over the steps"] * 2
-    assert axes[0].relevance[0].get_ydata().tolist() == [0.1, 0.9]
-    assert [text.get_text() for text in axes[1].get_xticklabels()] == ["0\nt = 999", "1\nt = 80"]
+    assert axes[0].lines[0].get_ydata().tolist() == [0.1, 0.9]
+    assert [text.get_text() for text in axes[1].get_xticklabels()] == ["step 0\nt = 999", "step 1\nt = 80"]
     assert [bar.get_height() for bar in axes[2].patches] == [1.0] * 4
 
 

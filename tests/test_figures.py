@@ -248,7 +248,7 @@ def test_layers_are_rows_and_steps_columns() -> None:
     made = explained("a cat", size=(12, 8))
     figure = figures.layers(made, steps=[3, 0], names=["mid_block.resnets.1", "down_blocks.3.resnets.0"])
     assert titles(figure) == ["step 3\nt = 10", "step 0\nt = 40"]
-    assert figure.get_suptitle().splitlines() == ["“a cat”", "DF-CAM, shapes, seed 0"]
+    assert figure.get_suptitle() == "“a cat”  ·  DF-CAM, shapes, seed 0"
     assert labels(figure) == [
         "predicted $x_0$",
         "combined,\n2×3",

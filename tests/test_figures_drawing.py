@@ -322,7 +322,11 @@ def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
     assert [line.get_xdata().tolist() for line in uniform.lines] == [[0, 1, 2]] * 2
     for axis, (first, _, last) in ((uniform, lists["uniform"]), (early, lists["early"])):
         assert axis.get_xticks().tolist() == [0, 1, 2]
-        assert [tick.get_text() for tick in axis.get_xticklabels()] == [f"0\nt = {first}", "1", f"2\nt = {last}"]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == [
+            f"step 0\nt = {first}",
+            "1",
+            f"step 2\nt = {last}",
+        ]
     # s/√2 of 1/4 and 3/4 is 1/4, of 0 and 1 it is 1/2.
     ends = np.asarray(uniform.collections[0].get_paths()[0].vertices)
     assert {(float(x), round(float(y), 6)) for x, y in ends} == {(0, 0.25), (0, 0.75), (1, 0.5), (2, 0.25), (2, 0.75)}

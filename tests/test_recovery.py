@@ -100,6 +100,7 @@ def test_the_figure_has_a_band_a_method() -> None:
     (axis,) = figure.axes
     assert [line.get_ydata().tolist() for line in axis.lines] == [[0.5, 0.7], [0.1, 0.2]]
     assert axis.get_title() == "area"
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["step 0\nt = 900", "step 1\nt = 1"]
 
 
 def test_panels_may_stand_in_rows_with_one_axis() -> None:

@@ -746,7 +746,7 @@ def test_two_images_side_by_side(visit: Visit, double: Path, result: Result, oth
     settle(page)
     for step, followed in ((0, 2), (2, 4), (3, 5), (5, 8)):  # 50 → 48, 30 → 32, 20 → 24 rather than 16, 0 → 0
         step_to(page, step)
-        assert f"step {followed}, t = {64 - 8 * followed}." in (
+        assert f"step {followed}, t = {64 - 8 * followed};" in (
             pane(page, "canvas", 1).get_attribute("aria-label") or ""
         )
         assert cursor(page, 1) == pytest.approx(followed / 8, abs=0.002)

@@ -103,7 +103,7 @@ def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"], maps: Mapping[st
             for step in steps
             if step in finished[name]
         }
-    head = "".join(f'<td style="{_CELL}">{step_label(result, step, "<br>")}</td>' for step in steps)
+    head = "".join(f'<td style="{_CELL}">{step_label(step, result.timesteps, "<br>")}</td>' for step in steps)
     body = "".join(
         f'<tr><th style="{_CELL}">{escape(label)}</th>'
         + "".join(f'<td style="{_CELL}">{_cell(row.get(step), f"{label}, step {step}")}</td>' for step in steps)

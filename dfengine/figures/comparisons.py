@@ -37,7 +37,7 @@ def compare_steps(
     return comparison(
         [picture_at(result, step) for step in steps],
         {label: [_heat(result, method, step) for step in steps] for method, label in _labels([result], finished)},
-        [_unbroken(step_label(result, step)) for step in steps],
+        [_unbroken(step_label(step, result.timesteps)) for step in steps],
         f"{quote(result.prompt)}, {short_model_name(result.model)}, seed {result.seed}: one row per step",
         "image" if result.previews is None else "predicted x0",
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dfengine.figures.panels import COLOURS, DASHES, FONT_SIZE, MARKERS, Figure, step_tick
+from dfengine.figures.panels import COLOURS, DASHES, FONT_SIZE, MARKERS, Figure, step_label
 from dfengine.figures.selection import evenly_spaced
 
 #: Width of a schedule's panel and of the bars, in inches.
@@ -72,7 +72,7 @@ def _draw_lines(axis: Axes, lines: Mapping[str, Sequence[float]], errors: Mappin
 def _format_panel(axis: Axes, schedule: str, timesteps: Sequence[float]) -> None:
     ticks = evenly_spaced(len(timesteps), 3)
     # Between the first and the last there is no room for another t.
-    names = [step_tick(step, float(timesteps[step]) if step in (ticks[0], ticks[-1]) else None) for step in ticks]
+    names = [step_label(step, timesteps, "\n") if step in (ticks[0], ticks[-1]) else str(step) for step in ticks]
     axis.set_xticks(ticks, names)
     axis.get_xticklabels()[0].set_horizontalalignment("left")
     axis.get_xticklabels()[-1].set_horizontalalignment("right")

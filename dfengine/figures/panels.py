@@ -84,9 +84,9 @@ def picture_label(result: Explanation) -> str:
     return "image" if result.previews is None else "predicted $x_0$"
 
 
-def step_label(result: Explanation, step: int, separator: str = ", ") -> str:
+def step_label(step: int, timesteps: Any, separator: str = ", ") -> str:
     """The step, counted from 0, with its time-step t."""
-    return f"step {step}{separator}t = {result.timesteps[step]:g}"
+    return f"step {step}{separator}t = {timesteps[step]:g}"
 
 
 def table(result: Explanation, steps: list[int], rows: Rows, label: str = "", above: float = 0) -> Figure:
@@ -132,7 +132,7 @@ def fill(
     for column, step in enumerate(steps):
         picture = picture_at(result, step)
         axes[0, column].imshow(picture)
-        axes[0, column].set_title(step_label(result, step, separator), fontsize=fontsize)
+        axes[0, column].set_title(step_label(step, result.timesteps, separator), fontsize=fontsize)
         for row, heat in enumerate(rows.values(), start=1):
             axes[row, column].imshow(overlay(picture, heat[column]))
     axes[0, 0].set_ylabel(picture_label(result), fontsize=fontsize, **label)
@@ -161,8 +161,8 @@ def draw_lines(
         axis.text(x, 1.08, str(step), ha="center", fontsize=FONT_SIZE)
     ticks = evenly_spaced(count)
     # t is given only at both ends: between them there is no room.
-    is_labelled = {0, count - 1} if count > 1 else set()
-    names = [step_tick(step, float(result.timesteps[step]) if step in is_labelled else None) for step in ticks]
+    ends_with_t = {0, count - 1} if count > 1 else set()
+    names = [f"{step}\nt = {result.timesteps[step]:g}" if step in ends_with_t else str(step) for step in ticks]
     axis.set_xticks(ticks, names, fontsize=FONT_SIZE)
     axis.set_xlabel("step", fontsize=FONT_SIZE, labelpad=-1.1 * FONT_SIZE)
     axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=FONT_SIZE)
@@ -170,11 +170,6 @@ def draw_lines(
     axis.tick_params("x", pad=6)
     axis.set(xlim=(-0.5, count - 0.5), ylim=(0, 1))
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def step_tick(step: int, t: float | None) -> str:
-    """Label of a tick on an axis of steps, with a second line for t if it is given."""
-    return str(step) if t is None else f"{step}\nt = {t:g}"
 
 
 def spread_labels(positions: Sequence[float], gap: float) -> Float[ndarray, " positions"]:

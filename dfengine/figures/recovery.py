@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dfengine.figures.panels import COLOURS, DASHES, FONT_SIZE, Figure, step_tick
+from dfengine.figures.panels import COLOURS, DASHES, FONT_SIZE, Figure, step_label
 from dfengine.figures.selection import evenly_spaced
 
 #: By method and measure, the mean and the ends of its interval at each step.
@@ -37,7 +37,7 @@ def recovery(
         axis.set_title(name, fontsize=FONT_SIZE)
         if limits is not None:
             axis.set_ylim(limits)
-        axis.set_xticks(ticks, [step_tick(step, float(timesteps[step])) for step in ticks])
+        axis.set_xticks(ticks, [step_label(step, timesteps, "\n") for step in ticks])
         for label, side in zip(axis.get_xticklabels(), ("left", "right"), strict=False):
             label.set_horizontalalignment(side)
         axis.tick_params(labelsize=FONT_SIZE - 2)
