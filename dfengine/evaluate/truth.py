@@ -11,7 +11,7 @@ from numpy import ndarray
 from scipy import ndimage, stats
 from torch import Tensor
 
-from dfengine.shapes.judge import ATTRIBUTES, Judge, read
+from dfengine.shapes.judge import ATTRIBUTES, Judge, attribute_indices
 from dfengine.shapes.world import BACKGROUNDS, COLOURS, SIZE, Caption
 
 #: The true area of each target ("subject", "object" and "both") in an image.
@@ -71,7 +71,7 @@ class ConceptJudge:
         """
         logits = self._judge(self._to_input(image))
         shown = dict(zip(ATTRIBUTES, (int(one.argmax()) for one in logits.values()), strict=True))
-        expected = dict(zip(ATTRIBUTES, read([caption])[0].tolist(), strict=True))
+        expected = dict(zip(ATTRIBUTES, attribute_indices([caption])[0].tolist(), strict=True))
         places = ("first", "second") if caption.relation not in ("below", "right of") else ("second", "first")
 
         def shape(values: Mapping[str, int], place: str) -> tuple[int, int]:
