@@ -62,23 +62,23 @@ def test_add_sums_each_rows_masks_and_scores(kind: str, score: str) -> None:
 )
 def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[int], kind: str, score: str) -> None:
     scores = random_scores(score)
-    whole, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
-    dfkernels.add(whole, scores, SEEDS, STEPS, ROWS, INDICES, kind=kind)
+    complete, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
+    dfkernels.add(complete, scores, SEEDS, STEPS, ROWS, INDICES, kind=kind)
     bounds = [0, *sorted(cuts), len(ROWS)]
     for start, stop in pairwise(bounds):
         batch = torch.tensor(order[start:stop])
         dfkernels.add(parts, scores[batch], SEEDS, STEPS, ROWS[batch], INDICES[batch], kind=kind)
-    assert_close(parts.moments, whole.moments, **tolerance("add"))
+    assert_close(parts.moments, complete.moments, **tolerance("add"))
 
 
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 @pytest.mark.parametrize("entries", [1, 5, 12])
 def test_chunk_size_does_not_change_sums(monkeypatch: pytest.MonkeyPatch, score: str, entries: int) -> None:
-    whole, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
-    dfkernels.add(whole, random_scores(score), SEEDS, STEPS, ROWS, INDICES)
+    complete, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
+    dfkernels.add(complete, random_scores(score), SEEDS, STEPS, ROWS, INDICES)
     monkeypatch.setattr(estimators, "CHUNK_SUMS", entries * SHAPE[0] * SHAPE[1])
     dfkernels.add(parts, random_scores(score), SEEDS, STEPS, ROWS, INDICES)
-    assert_close(parts.moments, whole.moments, **tolerance("add"))
+    assert_close(parts.moments, complete.moments, **tolerance("add"))
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)

@@ -111,11 +111,11 @@ def test_curves_end_at_zeros_or_the_latent() -> None:
 
 def test_perturb_in_parts_in_another_dtype_and_with_poisoned_padding() -> None:
     latents, ranks = random(2, 4, 7, 13), dfkernels.ranks(random(2, 7, 13, seed=1))
-    whole = dfkernels.perturb(latents, ranks, ROWS, INDICES)
+    complete = dfkernels.perturb(latents, ranks, ROWS, INDICES)
     parts = [dfkernels.perturb(latents, ranks, ROWS[part], INDICES[part]) for part in (slice(0, 1), slice(1, 6))]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), complete)
     half = dfkernels.perturb(latents, ranks, ROWS, INDICES, dtype=torch.bfloat16)
-    assert torch.equal(half, whole.bfloat16())
+    assert torch.equal(half, complete.bfloat16())
     latents[0] = torch.nan
     assert not dfkernels.perturb(latents, ranks, ROWS, INDICES)[2].any()
 

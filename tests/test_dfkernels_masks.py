@@ -132,13 +132,13 @@ def test_masks_pixels_steps_and_seeds_are_uncorrelated() -> None:
 
 @pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
 def test_masks_do_not_depend_on_batch_or_order(kind: str) -> None:
-    whole = dfkernels.masks(11, 4, 0, 20, (7, 13), kind=kind)
+    complete = dfkernels.masks(11, 4, 0, 20, (7, 13), kind=kind)
     parts = [dfkernels.masks(11, 4, first, count, (7, 13), kind=kind) for first, count in ((0, 1), (1, 12), (13, 7))]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), complete)
 
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     drawn = dfkernels.draw_masks(torch.full((20,), 11), torch.full((20,), 4), order, (7, 13), kind=kind)
-    assert torch.equal(drawn, whole[order])
+    assert torch.equal(drawn, complete[order])
 
 
 def test_draw_masks_accepts_mixed_seeds_and_steps() -> None:

@@ -155,15 +155,15 @@ def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[
     outputs, references = random_outputs(2, 5, 3)
     # test_fused_similarity covers the other local scores; a local cosine is quick to interpret.
     options = {"similarity": "cosine" if score == "local" else "ssim", "score": score, "mask_kind": kind, **MASK}
-    whole, parts = random_sums(5, 3), random_sums(5, 3)
-    means = fused.accumulate(outputs, references, whole, *COUNTERS, **options)
+    complete, parts = random_sums(5, 3), random_sums(5, 3)
+    means = fused.accumulate(outputs, references, complete, *COUNTERS, **options)
     for start, stop in pairwise([0, *sorted(cuts), len(ROWS)]):
         batch = torch.tensor(order[start:stop], device=DEVICE)
         place = (SEEDS, STEPS, ROWS[batch], INDICES[batch])
         part = fused.accumulate(outputs[batch], references, parts, *place, **options)
         # A mask's score has identical bits in any batch; sums agree to float64 rounding.
         assert torch.equal(part.nan_to_num(), means[batch].nan_to_num())
-    assert_close(parts.moments, whole.moments, **tolerance("add"))
+    assert_close(parts.moments, complete.moments, **tolerance("add"))
 
 
 @pytest.mark.parametrize("score", reference.SCORES)

@@ -69,9 +69,9 @@ def test_blocks_of_a_large_image_meet() -> None:
 def test_whole_curves_in_parts() -> None:
     latents, ranks = random(3, 4, 7, 13), games.ranks(random(3, 7, 13, seed=1))
     rows, indices = torch.arange(3, device=DEVICE).repeat_interleave(8), torch.arange(8, device=DEVICE).repeat(3)
-    whole = games.perturb(latents, ranks, rows, indices)
+    complete = games.perturb(latents, ranks, rows, indices)
     for part in (slice(0, 5), slice(5, 24)):
-        assert_close(fused.perturb(latents, ranks, rows[part], indices[part]), whole[part], **tolerance("perturb"))
+        assert_close(fused.perturb(latents, ranks, rows[part], indices[part]), complete[part], **tolerance("perturb"))
 
 
 def test_padding_and_replaced_pixels_ignore_nan_latents() -> None:

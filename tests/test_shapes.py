@@ -84,7 +84,7 @@ def test_shapes_are_not_cut_off(world: tuple[Scenes, Tensor, Tensor]) -> None:
 
 
 def test_edges_are_smooth(world: tuple[Scenes, Tensor, Tensor]) -> None:
-    """A pixel is partly covered along the whole outline and nowhere else."""
+    """A pixel is partly covered along the complete outline and nowhere else."""
     scenes, _, masks = world
     fractional = ((masks[:, 0] > 0) & (masks[:, 0] < 1)).sum((1, 2))
     assert (fractional > 2 * math.pi * scenes.radius[:, 0] / 2).all()

@@ -193,10 +193,10 @@ def test_masks_of_a_repeated_batch_are_counted_once() -> None:
     ones = torch.ones(1, 2, 6, 5)
     rise = Rise(200, similarity=lambda a, b: a.sum((1, 2, 3)), score="global", estimator="sum")
     (exact,) = rise.explain(roomy := Analytic(lambda x_t, _: x_t, batch_size=64), [roomy.trajectory(ones)])
-    (found,) = rise.explain(tight := Analytic(answer, batch_size=64), [tight.trajectory(ones)])
+    (repeated,) = rise.explain(tight := Analytic(answer, batch_size=64), [tight.trajectory(ones)])
     assert tight.batch_size < 64
-    torch.testing.assert_close(found.saliency, exact.saliency)
-    torch.testing.assert_close(found.scores, exact.scores)
+    torch.testing.assert_close(repeated.saliency, exact.saliency)
+    torch.testing.assert_close(repeated.scores, exact.scores)
 
 
 def test_completed_maps_and_given_settings_enter_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:

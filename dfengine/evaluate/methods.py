@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import dfkernels
+
 from dfengine.explain import Explainer, registry
 
 #: Areas under the deletion and the insertion curve, as printed in Tables 1 and 2.
@@ -29,10 +31,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "rise-global": {"score": "global"},
     "rise-grid": {"mask_kind": "rise"},
     "rise-frechet": {"similarity": "frechet", "score": "global"},
-    **{
-        f"rise-{kind}": {"similarity": kind}
-        for kind in ("cosine", "contrast", "luminance", "contrast_structure", "ssim")
-    },
+    **{f"rise-{kind}": {"similarity": kind} for kind in dfkernels.SIMILARITIES if kind != "structure"},
 }
 
 

@@ -144,7 +144,7 @@ def disable_malloc_trim() -> None:
     """Make glibc keep freed memory, so that a forward's activations reuse pages that are already mapped.
 
     With fresh pages for each activation a CPU forward takes 1.05 to 1.3 times as long, more so in large batches.
-    Applies to the whole process, unless a MALLOC_… or GLIBC_TUNABLES environment variable is set.
+    Applies to the entire process, unless a MALLOC_… or GLIBC_TUNABLES environment variable is set.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
