@@ -4,8 +4,8 @@
     class StableDiffusion(Denoiser):
         def __init__(self, pipeline, *, name, batch_size=None, image_size=None, attention_backend="auto"): ...
 
-The packages inside `dfengine.models` (`unet` …) are searched for such classes when an adapter is first asked for. A
-class outside dfengine is decorated in the same way, and replaces the adapter here of the same pipeline.
+All modules below `dfengine.models` are imported when an adapter is first requested, so that adding a file is enough. A
+class outside dfengine is decorated in the same way, and takes precedence over the built-in adapter of its pipeline.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ def adapter_of(pipeline: Any) -> Callable[..., Denoiser]:
 
 @cache
 def _import_adapters() -> None:
-    """Import every module of the packages inside `dfengine.models`, which registers their adapters."""
-    for package in pkgutil.iter_modules([str(_ROOT)], f"{_NAME}."):
-        if package.ispkg:
-            for module in pkgutil.iter_modules(import_module(package.name).__path__, f"{package.name}."):
-                import_module(module.name)
+    """Import every module below `dfengine.models`, which registers their adapters."""
+    for module in pkgutil.walk_packages([str(_ROOT)], f"{_NAME}."):
+        import_module(module.name)

@@ -89,8 +89,9 @@ def _visited(scheduler: Any, schedule: NoiseSchedule, num_steps: int) -> list[fl
             "which is not supported: choose sampling 'early' or 'latter', or give a list"
         )
     if isinstance(scheduler, ExponentialDDIMScheduler):  # here "uniform" is the configuration's own spacing
-        # Without diffusers' private entries, which would reset some of the others to defaults.
-        own = DDIMScheduler.from_config({key: value for key, value in config.items() if key[0] != "_"})
+        # `_use_default_values` would reset entries that were defaults when the scheduler was constructed.
+        other = ("stage", "gamma", "_use_default_values")
+        own = DDIMScheduler.from_config({key: value for key, value in config.items() if key not in other})
     else:
         own = copy.deepcopy(scheduler)
         if "skip_prk_steps" in config:  # PNDM's Runge-Kutta warm-up evaluates between its steps
