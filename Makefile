@@ -7,7 +7,7 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: FORCE demo test soak lint types setup setup-dev clean kernels bench studies \
+.PHONY: FORCE demo quick test soak mutants lint types setup setup-dev clean kernels bench studies \
   gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-games gpu-estimators
 
 demo: $(VENV)/.ready
@@ -23,9 +23,17 @@ demo: $(VENV)/.ready
 test: $(VENV)/.dev-ready lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-# Minutes long: a fault before every single write of larger runs, the number of points printed.
+# Under a minute: one case of most branches, for while you work.
+quick: $(VENV)/.dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not soak"
+
+# Exhaustive: a fault before every single write, full grids of the Triton interpreter, every process a new one.
 soak: $(VENV)/.dev-ready
-	$(BIN)/python -m pytest -n $(WORKERS) -m soak -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m soak
+
+# Breaks constants, signs and orders one by one, and expects a test to fail for each; prints those that survive.
+mutants: $(VENV)/.dev-ready
+	$(BIN)/python tests/mutants/run.py
 
 # Every kernel compiled for every generation of GPU, without one.
 kernels: $(VENV)/.dev-ready
