@@ -1,8 +1,7 @@
 """Break the code in small ways and expect a test to fail: `make mutants`.
 
-Every *.toml here lists mutants: `old` occurs exactly once in `file` and is replaced by `new`, in a copy of the tree; the
-named `test` must then fail. Survivors are printed, and make the exit status 1. Arguments select mutants by a part of
-their file's name.
+Every *.toml here lists mutants: `old` occurs exactly once in `file` and is replaced by `new`, in a copy of the tree, and
+the named `test` must then fail. Survivors are printed, and make the exit status 1.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def read_mutants(selected: list[str]) -> list[Mutant]:
 
 
 def run(mutant: Mutant, tree: Path) -> tuple[int, str, float]:
-    """The exit status and output of the mutant's test in a fork of this process, which has the libraries, and seconds."""
+    """The exit status, the output and the seconds of the mutant's test, run in a fork of this process."""
     path, started = tree / mutant.file, time.monotonic()
     source = path.read_text()
     path.write_text(source.replace(mutant.old, mutant.new))
