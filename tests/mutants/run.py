@@ -1,6 +1,6 @@
 """Break the code in small ways and expect a test to fail: `make mutants`.
 
-Every *.toml here lists mutants: `old` occurs exactly once in `file` and is replaced by `new`, in a copy of the tree, and
+Every *.toml here lists mutants: `old` occurs once in `file` and is replaced by `new`, in a copy of the tree, and
 the named `test` must then fail. Survivors are printed, and make the exit status 1.
 """
 
