@@ -289,7 +289,7 @@ class Engine:
         file: AbstractContextManager[store.Writer | None] = nullcontext()
         if out is not None:
             file = store.Writer.create(
-                Path(out),
+                Path(out).expanduser(),
                 plan.file_plan(self.denoiser, previews=previews, mantissa_bits=mantissa_bits),
                 overwrite=overwrite,
                 compression=compression,

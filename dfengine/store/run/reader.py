@@ -34,7 +34,7 @@ def open(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem) -> R
     `item` is the class of the items. The StoreError distinguishes a file that is missing, unfinished, not HDF5, from
     another program, of a newer format, truncated, or being written by another program; and a folder that is not a run.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir() and not is_folder(path):
         raise StoreError(f"{path} is not a run folder: it has no run.json")
     return RunFolder(path, item) if path.is_dir() else open_file(path, item)
