@@ -17,7 +17,7 @@ import dfengine
 from dfengine.cli import main
 
 CAPTION = "a red circle above a blue square on a gray background"
-QUICK = ["--steps", "2", "--masks", "4"]
+QUICK = ["--num-steps", "2", "--num-masks", "4"]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "run.h5"
     run = dfengine_command("explain", CAPTION, "-o", str(out), *QUICK, "--seed", "3", "--sampling", "early")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"{out}: 2 steps explained by rise (4 masks), in ")
+    assert run.stdout.startswith(f"{out}: 2 steps explained by rise, in ")
     return out
 
 
@@ -132,8 +132,7 @@ def test_layers_are_listed_for_people_and_programs(refused: Callable[..., str]) 
 
 
 def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
-    quick = ["--sanity", "--limit", "1", "--masks", "2", "--json"]
-    run = dfengine_command("evaluate", *quick)
+    run = dfengine_command("evaluate", "sanity", "--limit", "1", "--num-masks", "2", "--json")
     (found,) = json.loads(run.stdout)
     assert list(found["randomised"]) == ["rise", "cam", "relevance", "attention"]
     assert found["relevance_kept"]["high"] < 1
@@ -143,15 +142,18 @@ def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "say one thing to evaluate: --sanity, --concepts, --recovery, --games or --truth"),
-        (["--sanity", "--concepts"], "say one thing to evaluate: --sanity"),
-        (["--recovery", "--model", "none"], "'none' is not known"),
-        (["--sanity", "--limit", "0"], "0 prompts and 1 seeds are not possible"),
-        (["--concepts", "--prompts", "none.txt"], "'none.txt' cannot be read: No such file"),
-        (["--concepts", "--figure", "a.jpg"], "expected .png, .pdf or .svg"),
-        (["--concepts", "--prompt", "a red dog"], "does not know 'dog'"),
-        (["--sanity", "--prompt", "a red dog"], "does not know 'dog'"),
-        (["--sanity", "--model", "none"], "'none' is not known"),
+        ([], "Missing command"),
+        (["sanities"], "No such command 'sanities'"),
+        (["recovery", "--model", "none"], "'none' is not known"),
+        (["sanity", "--limit", "0"], "0 prompts are not possible: expected at least 1"),
+        (["concepts", "--seeds", "0"], "0 seeds are not possible"),
+        (["concepts", "--prompts", "none.txt"], "'none.txt' cannot be read: No such file"),
+        (["concepts", "--figure", "a.jpg"], "expected .png, .pdf or .svg"),
+        (["concepts", "--prompt", "a red dog"], "does not know 'dog'"),
+        (["sanity", "--prompt", "a red dog"], "does not know 'dog'"),
+        (["sanity", "--model", "none"], "'none' is not known"),
+        (["games", "--preset", "code"], "preset 'code' is not known: expected one of default, paper, xdiffusion"),
+        (["truth", "--prompt", "a cat"], "embedded world"),
     ],
 )
 def test_an_impossible_evaluation_is_one_line(refused: Callable[..., str], arguments: list[str], said: str) -> None:
@@ -183,23 +185,56 @@ def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> 
 
 
 def test_help_explains_itself() -> None:
-    told = dfengine_command("--help").stdout
-    for verb in ("explain", "sample", "profile", "layers", "evaluate", "info", "merge", "figures"):
-        assert f"  {verb} " in told
-    run = dfengine_command("explain", "--help")
+    for flag in ("--help", "-h"):
+        text = dfengine_command(flag).stdout
+        for verb in ("explain", "sample", "profile", "layers", "evaluate", "info", "merge", "figures"):
+            assert f" {verb} " in text
+    run = dfengine_command("explain", "-h")
     assert run.returncode == 0
-    assert "masks a step" in run.stdout
+    for part in ("masks a step", "Settings of DF-RISE", "Settings of DF-CAM", "Device and speed", "--preset"):
+        assert part in run.stdout
+
+
+def test_the_version_is_printed() -> None:
+    assert dfengine_command("--version").stdout == f"dfengine {dfengine.__version__}\n"
+
+
+def test_names_of_other_tools_are_aliases(tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    names = ["--output", str(out), "--num-inference-steps", "2", "--guidance-scale", "3", "-e", "random"]
+    assert dfengine_command("explain", CAPTION, *names).returncode == 0
+    with dfengine.open(out) as run:
+        assert run[0].job.guidance == 3
+        assert len(run[0].timesteps) == 2
+
+
+def test_defaults_are_those_of_python(tmp_path: Path) -> None:
+    """A setting that is not given has the explainer's own default."""
+    out = tmp_path / "run.h5"
+    assert (
+        dfengine_command("explain", CAPTION, "-o", str(out), "--steps", "1", "-e", "random", "-e", "cam").returncode
+        == 0
+    )
+    with dfengine.open(out) as opened:
+        assert opened[0].settings == {"random": dfengine.Random(), "cam": dfengine.Cam()}
+
+
+def test_a_home_folder_within_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = dfengine_command("explain", CAPTION, "--out=~/run.h5", "--steps", "1", "-e", "random")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run.h5").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--trace", "no/such/folder/trace.json"], "'no/such/folder/trace.json' is no name for a trace"),
-        (["--trace", "."], "'.' is no name for a trace"),
+        (["--trace", "no/such/folder/trace.json"], "'no/such/folder/trace.json' cannot be written"),
+        (["--trace", "."], "'.' cannot be written"),
         (["--seconds", "inf"], "1 images and inf seconds are not possible"),
         (["--images", "0"], "0 images and 3.0 seconds are not possible"),
         (["--seconds", "0"], "1 images and 0.0 seconds are not possible"),
-        (["--model", "sd15"], "is an architecture and has no weights of its own"),
+        (["--model", "sd15"], "'sd15' is an architecture without weights"),
         (["--batch-size", "x"], "batch size 'x' is not understood"),
     ],
 )
@@ -225,7 +260,7 @@ def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
 def test_a_new_process_says_what_this_one_does(tmp_path: Path) -> None:
     run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith(f"{tmp_path / 'run.h5'}: 2 steps explained by rise (4 masks), in ")
+    assert run.stdout.startswith(f"{tmp_path / 'run.h5'}: 2 steps explained by rise, in ")
 
 
 @pytest.mark.slow
@@ -255,7 +290,7 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "--batch-size", "many"], "batch size 'many' is not understood: expected a number or auto"),
         ([CAPTION, *QUICK, "--batch-size", "-4"], "batch size '-4' is not understood"),
         ([CAPTION, *QUICK, "--attention", "flash"], "'flash' is not known: expected one of auto, sdpa"),
-        ([CAPTION, *QUICK, "--attention", "xformers", "--device", "cpu"], "needs a CUDA device, and this is cpu"),
+        ([CAPTION, *QUICK, "--attention", "xformers", "--device", "cpu"], "needs a CUDA device, but the device is cpu"),
         ([CAPTION, *QUICK, "--model", "no-such-model"], "'no-such-model' is not known: expected 'shapes'"),
         ([CAPTION, *QUICK, "--model", "/no/such/folder"], "no model at '/no/such/folder'"),
         ([CAPTION, *QUICK, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
@@ -267,16 +302,18 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "--guidance", "nan"], "guidance"),
         ([CAPTION, "--masks", "999999999999"], "at most 16777216"),
         ([CAPTION, *QUICK, "--device", "meta"], "device 'meta' cannot be used"),
-        ([CAPTION, *QUICK, "-e", "cams"], "explainer 'cams' is not known: expected rise, cam, relevance, attention"),
-        ([CAPTION, *QUICK, "-e", "cam", "--layer", "middle"], "no layer is called 'middle': shapes has 22, from down_"),
-        ([CAPTION, *QUICK, "-e", "cam", "--target", "guided"], "target 'guided' is not possible with DF-CAM"),
-        ([CAPTION, *QUICK, "--layer", "mid*"], "--layer is for cam, which --explainer does not name"),
-        ([CAPTION, *QUICK, "-e", "cam", "--word", "red"], "--word is for attention, which --explainer does not name"),
+        ([CAPTION, *QUICK, "-e", "cams"], "explainer 'cams' is not known: expected one of .*did you mean 'cam'"),
+        ([CAPTION, "-e", "cam", "--layer", "middle"], "no layer is called 'middle': shapes has 22, from down_"),
+        ([CAPTION, "-e", "cam", "--target", "guided"], "target 'guided' is not possible with DF-CAM"),
+        ([CAPTION, *QUICK, "--layer", "mid*"], "--layers is a setting of cam: add -e cam"),
+        ([CAPTION, "-e", "cam", "--word", "red"], "--words is a setting of attention: add -e attention"),
+        ([CAPTION, *QUICK, "-e", "cam"], "--num-masks is a setting of rise and xdiffusion-rise: add -e rise"),
+        ([CAPTION, *QUICK, "--preset", "old"], "preset 'old' is not known: expected one of default, paper, xdiffusion"),
         (
-            [CAPTION, *QUICK, "-e", "relevance", "--target", "unconditional"],
-            "--target is for rise or cam or lime, which --explainer does not name",
+            [CAPTION, "-e", "relevance", "--target", "unconditional"],
+            "--target is a setting of cam and .*rise.*: add -e cam",
         ),
-        ([CAPTION, *QUICK, "-e", "attention", "--word", "dog"], "'dog' is not in the prompt 'a red circle above"),
+        ([CAPTION, "-e", "attention", "--word", "dog"], "'dog' is not in the prompt 'a red circle above"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -292,7 +329,7 @@ def test_a_generation_out_of_range_is_one_line(refused: Callable[..., str], tmp_
 
 @pytest.mark.parametrize("name", ["run", "run.txt", "run.part.h5", "."])
 def test_a_name_that_is_none_for_a_result(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
-    assert "no name for a result" in refused("explain", CAPTION, "-o", str(tmp_path / name), *QUICK)
+    assert "cannot be the name of a result" in refused("explain", CAPTION, "-o", str(tmp_path / name), *QUICK)
 
 
 def test_places_that_cannot_be_written_to_are_one_line(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def only(denoiser: Analytic, rise: Rise, latents: torch.Tensor | None = None) ->
 def kept(rise: Rise, denoiser: Analytic, latents: torch.Tensor) -> torch.Tensor:
     """The masks of step 0, drawn apart from the explainer."""
     job = denoiser.trajectory(latents).job
-    options = {"keep_probability": rise.keep_probability, "kind": rise.masks}
+    options = {"keep_probability": rise.keep_probability, "kind": rise.mask_kind}
     return dfkernels.masks(job.mask_seed, 0, 0, rise.num_masks, denoiser.latent_shape[1:], **options)
 
 

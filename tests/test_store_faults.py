@@ -164,7 +164,7 @@ def test_bytes_changed_anywhere_are_told_or_harmless(path, seed):
 def test_a_damaged_plan_is_told(path, content):
     with h5py.File(path, "r+") as h5:
         h5.attrs["plan"] = content.decode()
-    with pytest.raises(store.StoreError, match=r"run.h5 is damaged: what it says of itself cannot be read"):
+    with pytest.raises(store.StoreError, match=r"run.h5 is damaged: its description cannot be read"):
         store.open(path)
 
 
@@ -178,7 +178,7 @@ def test_files_that_are_not_ours(path, tmp_path):
         for name, message in {
             "text.h5": "text.h5 is not an HDF5 file",
             "foreign.h5": "foreign.h5 is an HDF5 file, but dfengine did not write it",
-            "run.h5": "run.h5 has format version 2, this dfengine reads up to 1: upgrade dfengine",
+            "run.h5": "run.h5 has format version 3, this dfengine reads up to 2: upgrade dfengine",
             "missing.h5": "missing.h5 does not exist",
             "unfinished.h5": f"unfinished.h5 is not finished: open {tmp_path / 'unfinished.part.h5'}",
             ".": "is a folder, but not a run's: it has no run.json",
@@ -272,7 +272,7 @@ def on_a_mount(folder: Path, mount: str) -> list[str]:
 def test_a_small_disk_that_fills_up(tmp_path):
     refused, marks = on_a_mount(tmp_path / "small", 'mount -t tmpfs -o size=700k none "$WHERE"')
     part = tmp_path / "small/run.part.h5"
-    assert refused == f"cannot write {part}: the disk is full: free some space and run again to go on"
+    assert refused == f"cannot write {part}: the disk is full: free some space and run the command again to resume"
     stored, planned = map(int, marks.split())
     assert 0 < stored < planned, "some of it, all of that verified"
 

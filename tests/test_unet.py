@@ -199,16 +199,16 @@ def test_keys_values_and_time_embeddings_are_computed_once(
 ) -> None:
     denoiser, calls = model("sd15"), []
     blocks = [m for name, m in denoiser.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    module = {*blocks, denoiser.unet.time_embedding.linear_1}
+    counted = {*blocks, denoiser.unet.time_embedding.linear_1}
     linear = torch.nn.Linear.forward
 
     def count(module: torch.nn.Linear, x: Tensor) -> Tensor:
-        calls.extend([1] * (module in module))
+        calls.extend([1] * (module in counted))
         return linear(module, x)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", count)
     network = denoiser.with_prompts(prompts_of(denoiser))
-    assert len(calls) == len(module) == 2 * 16 + 1
+    assert len(calls) == len(counted) == 2 * 16 + 1
     for _ in range(3):
         network(*batch(denoiser), 1)
     assert len(calls) == len(module)

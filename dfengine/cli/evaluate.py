@@ -108,7 +108,6 @@ def build_evaluate() -> typer.Typer:
         help="Score maps: do they depend on the model, lie on the objects, and rank the pixels that matter?",
         context_settings={"help_option_names": ["-h", "--help"]},
         rich_markup_mode="rich",
-        no_args_is_help=True,
     )
     for verb in (games, truth, sanity, concepts, recovery):
         app.command(verb.__name__)(_with_request(verb))

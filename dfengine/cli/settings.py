@@ -88,8 +88,10 @@ def _flag(name: str) -> str:
 
 
 def _flags(option: Option) -> list[str]:
-    """`num_masks` is --num-masks and, shorter, --masks; a switch has its --no- form."""
+    """`num_masks` is --num-masks and --masks, `layers` is --layers and --layer; a switch has its --no- form."""
     flag = _flag(option.name)
     if option.type is bool:
         return [f"{flag}/--no{flag[1:]}"]
+    if option.is_repeated:
+        return [flag, flag.removesuffix("s")]
     return [flag, "--" + flag.removeprefix("--num-")] if option.name.startswith("num_") else [flag]
