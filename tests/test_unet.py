@@ -211,7 +211,7 @@ def test_keys_values_and_time_embeddings_are_computed_once(
     assert len(calls) == len(counted) == 2 * 16 + 1
     for _ in range(3):
         network(*batch(denoiser), 1)
-    assert len(calls) == len(module)
+    assert len(calls) == len(counted)
 
 
 def hook(pipeline: Any) -> None:
