@@ -1,4 +1,4 @@
-"""Whatever happens to the disk, the process or the file: what is marked is whole, and the error is one line."""
+"""Whatever happens to the disk, the process or the file, marked values are complete and the error is one line."""
 
 import contextlib
 import errno
@@ -134,7 +134,7 @@ def test_a_truncated_file(path, kept):
     assert ("not an HDF5 file" in str(message.value)) == (kept in (0, 1, 7, 8, 9, 11)), message.value
 
 
-def test_a_damaged_value_is_told_and_the_others_are_read(path):
+def test_a_damaged_value_is_reported_and_the_others_are_read(path):
     with h5py.File(path) as h5:
         chunk = h5["entry/maps/saliency"].id.get_chunk_info(1)
     with path.open("r+b") as file:
@@ -147,8 +147,8 @@ def test_a_damaged_value_is_told_and_the_others_are_read(path):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_bytes_changed_anywhere_are_told_or_harmless(path, seed):
-    """Whatever is damaged, the answer is a value that was written, or one line."""
+def test_bytes_changed_anywhere_are_reported_or_harmless(path, seed):
+    """Reading returns a value that was written, or raises an error of one line."""
     random = np.random.default_rng(seed)
     content = bytearray(path.read_bytes())
     for place in random.integers(len(content), size=8):
@@ -161,14 +161,14 @@ def test_bytes_changed_anywhere_are_told_or_harmless(path, seed):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"items": 3}', b'"text"'])
-def test_a_damaged_plan_is_told(path, content):
+def test_a_damaged_plan_is_reported(path, content):
     with h5py.File(path, "r+") as h5:
         h5.attrs["plan"] = content.decode()
     with pytest.raises(store.StoreError, match=r"run.h5 is damaged: its description cannot be read"):
         store.open(path)
 
 
-def test_files_that_are_not_ours(path, tmp_path):
+def test_other_files_are_refused(path, tmp_path):
     (tmp_path / "text.h5").write_text("not HDF5")
     with h5py.File(tmp_path / "foreign.h5", "w") as h5:
         h5["data"] = [1, 2, 3]
@@ -181,7 +181,7 @@ def test_files_that_are_not_ours(path, tmp_path):
             "run.h5": "run.h5 has format version 3, this dfengine reads up to 2: upgrade dfengine",
             "missing.h5": "missing.h5 does not exist",
             "unfinished.h5": f"unfinished.h5 is not finished: open {tmp_path / 'unfinished.part.h5'}",
-            ".": "is a folder, but not a run's: it has no run.json",
+            ".": "is not a run folder: it has no run.json",
         }.items():
             with pytest.raises(store.StoreError, match=message) as refused:
                 store.open(tmp_path / name)
