@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dfengine import Cam, Engine, Random, Rise, XDiffusionRise, studies
+from dfengine import Cam, Engine, Job, Random, Relevance, Rise, XDiffusionRise, studies
 from dfengine.cli import main
+from dfengine.diffusion.denoiser import Denoiser
 from dfengine.evaluate import (
     GameCache,
     NoFeatures,
@@ -23,7 +25,7 @@ from dfengine.evaluate import (
 from dfengine.evaluate.concepts import concept_relevance
 from dfengine.evaluate.localisation import SCORES, TARGETS
 from dfengine.evaluate.recovery import MEASURES
-from dfengine.explain import Relevance
+from dfengine.explain import OutputSpec
 from dfengine.prompts import Prompt
 
 TWO = captions(2)
@@ -88,10 +90,10 @@ def test_several_steps_have_figures_each(engine: Engine) -> None:
 
 
 def test_the_preset_holds_for_methods_and_games(engine: Engine) -> None:
-    options: dict[str, Any] = {"num_steps": 3, "num_masks": 6, "distance": "frechet-single"}
-    default = studies.games(engine, TWO, ["rise"], **options)
-    released = studies.games(engine, TWO, ["rise"], preset="xdiffusion", **options)
-    given = studies.games(engine, TWO, [XDiffusionRise(6)], preset="xdiffusion", **options)
+    options: dict[str, Any] = {"num_steps": 2, "num_masks": 6, "distance": "frechet-single"}
+    default = studies.games(engine, TWO[:1], ["rise"], **options)
+    released = studies.games(engine, TWO[:1], ["rise"], preset="xdiffusion", **options)
+    given = studies.games(engine, TWO[:1], [XDiffusionRise(6)], preset="xdiffusion", **options)
     assert released.summaries == given.summaries
     assert released.summaries[0].preset == "xdiffusion"
     raw = [one.summaries[0].methods["rise"]["deletion"].raw for one in (default, released)]
@@ -99,21 +101,30 @@ def test_the_preset_holds_for_methods_and_games(engine: Engine) -> None:
 
 
 def test_the_mean_squared_error_needs_no_extractor(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"num_steps": 2, "distance": "mse"}
-    own = studies.games(engine, TWO, ["random"], **options)
+    options: dict[str, Any] = {"num_steps": 1, "distance": "mse"}
+    own = studies.games(engine, TWO[:1], ["random"], **options)
     monkeypatch.setattr(engine.denoiser, "features", None)
-    without = studies.games(engine, TWO, ["random"], **options)
+    without = studies.games(engine, TWO[:1], ["random"], **options)
     assert without.summaries == own.summaries
     assert without.runs[0].features == NoFeatures.name
 
 
-def test_a_given_extractor_serves_the_frechet_similarity_for_the_study_alone(
+@dataclass(frozen=True)
+class UsesFeatures(Random):
+    """Needs an extractor, as DF-RISE's Fréchet similarity does."""
+
+    def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
+        assert denoiser.features is not None
+        return super().output_spec(denoiser, job)
+
+
+def test_explainers_may_use_the_given_extractor_during_the_study(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract = engine.denoiser.features
     monkeypatch.setattr(engine.denoiser, "features", None)
-    options: dict[str, Any] = {"num_steps": 2, "num_masks": 520, "distance": "features"}
-    study = studies.games(engine, TWO[:1], ["rise-frechet"], features=extract, **options)
+    options: dict[str, Any] = {"num_steps": 1, "distance": "features"}
+    study = studies.games(engine, TWO[:1], [UsesFeatures()], features=extract, **options)
     assert study.runs[0].valid_items() == [0]
     assert engine.denoiser.features is None
     with pytest.raises(ValueError, match="comes with no extractor"):
