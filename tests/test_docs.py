@@ -1,6 +1,6 @@
 """Every example in the documents runs, every command parses, and every name, link and table is that of the code.
 
-Examples run with fewer steps and masks; what a reader supplies (a pipeline, a file, another tool's maps) is supplied here.
+Examples run with fewer steps and masks; the tests supply what a reader would (a pipeline, a file, another tool's maps).
 `python tests/test_docs.py` rewrites the table of explainers in docs/methods.md.
 """
 
@@ -330,7 +330,10 @@ def test_code_references_of_methods_resolve():
 def explainers_table():
     """The explainers of this package with their settings and defaults, in Markdown."""
     lines = ["| `-e` | in Python | explains | settings |", "|---|---|---|---|"]
-    for entry in registry.entries().values():
+    # Sorted, since the order of registration is that of imports; the presets of others come last.
+    for _, entry in sorted(
+        registry.entries().items(), key=lambda named: (named[0].startswith("xdiffusion-"), named[0])
+    ):
         if entry.explainer.__module__.startswith("dfengine.explain."):
             settings = ", ".join(f"`{one.name}={one.default!r}`" for one in entry.options) or "none"
             cells = (f"`{entry.name}`", f"`{entry.explainer.__name__}`", f"{entry.label}: {entry.summary}", settings)
