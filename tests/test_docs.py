@@ -1,6 +1,7 @@
-"""What the documents show is run as it stands there (command lines are parsed), and what they name exists.
+"""Every example in the documents runs, every command parses, and every name, link and table is that of the code.
 
-Numbers of steps and masks are made smaller; what a reader brings (a pipeline, a file, another tool's maps) is supplied.
+Examples run with fewer steps and masks; the tests supply what a reader would (a pipeline, a file, another tool's maps).
+`python tests/test_docs.py` rewrites the table of explainers in docs/methods.md.
 """
 
 import importlib
@@ -12,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer.core
 import typer.main
+from commands import dfengine_command
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, XDiffusionCam, XDiffusionRise, evaluate, sweep
-from dfengine.cli import app
+from dfengine.cli import build_app
+from dfengine.explain import registry
 from dfengine.runtime import tuning
 
 ROOT = Path(__file__).parent.parent
@@ -26,11 +30,12 @@ CAPTION = "a red circle above a blue square on a gray background"
 
 
 def blocks(name, language):
+    """The fenced blocks of a language in a document."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
 def run(code, **supplied):
-    """The names that an example leaves behind, with few masks."""
+    """Run an example with few masks; returns the names that it defines."""
     names = dict(supplied)
     exec(re.sub(r"(num_masks=|Rise\()\d+", r"\g<1>8", code), names)
     return names
@@ -38,14 +43,14 @@ def run(code, **supplied):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    """Examples that load a model sample four steps where they ask for more."""
+    """At most four steps in examples that load a model."""
 
-    class Brief(Engine):
+    class FewSteps(Engine):
         def job(self, *arguments, num_steps=30, **options):
             return super().job(*arguments, num_steps=min(num_steps, 4), **options)
 
-    monkeypatch.setattr(dfengine, "Engine", Brief)
-    return Brief
+    monkeypatch.setattr(dfengine, "Engine", FewSteps)
+    return FewSteps
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def pipeline():
 # Python --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_python_example_is_run_here():
+def test_every_python_example_is_tested():
     counts = {str(path.relative_to(ROOT)): len(blocks(path, "python")) for path in DOCUMENTS}
     assert {name: count for name, count in counts.items() if count} == {
         "README.md": 5,
@@ -72,128 +77,125 @@ def test_every_python_example_is_run_here():
 
 def test_readme(few_steps, pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Of two images, by a distance that is defined for two.
-    shown = "\n".join(blocks("README.md", "python")).replace("captions(12)", "captions(2)")
-    shown = shown.replace("summarise_games(found)", "summarise_games(found, 'mse')")
+    # Two images and four steps, and a distance that is defined for two images.
+    example = "\n".join(blocks("README.md", "python")).replace("captions(12)", "captions(2)")
+    example = example.replace("maps={", "num_steps=4, distance='mse', maps={")
     my_maps = np.random.default_rng(0).random((2, 16, 16))
-    seen = run(shown, my_maps=my_maps, pipe=pipeline)
+    names = run(example, my_maps=my_maps, pipe=pipeline)
     assert (tmp_path / "run.h5").exists()
-    assert list(seen["result"].maps) == ["cam", "relevance", "attention"]
-    assert list(seen["table"].methods) == ["random", "cam", "mine"]
-    assert seen["pipe"].scheduler.config.stage == "early"
+    assert (tmp_path / "report.html").exists()
+    assert list(names["result"].maps) == ["cam", "relevance", "attention"]
+    (summary,) = names["study"].summaries
+    assert list(summary.methods) == ["random", "cam", "mine"]
+    assert names["pipe"].scheduler.config.stage == "early"
 
 
-def test_events():
+def test_event_example():
     (example,) = blocks("docs/api.md", "python")
-    seen = run(example)
-    assert type(seen["event"]) is seen["Finished"]
-    assert seen["event"].item == 1
+    names = run(example)
+    assert type(names["event"]) is names["Finished"]
+    assert names["event"].item == 1
 
 
-def test_the_file(tmp_path, monkeypatch):
+def test_file_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = Engine.from_pretrained("shapes", device="cpu")
     engine.explain(CAPTION, [Rise(4), Cam(), Relevance(), Attention()], num_steps=4, out="run.h5")
-    ours, theirs = blocks("docs/format.md", "python")
-    assert run(ours)["item"].prompt == CAPTION
-    run(theirs)
+    with_dfengine, with_other_tools = blocks("docs/format.md", "python")
+    assert run(with_dfengine)["item"].prompt == CAPTION
+    run(with_other_tools)
 
 
-def test_the_operations_alone():
+def test_dfkernels_example():
     _, example = blocks("docs/methods.md", "python")
-    seen = {}
-    exec(example, seen)
-    torch.testing.assert_close(seen["saliency"][0], seen["coverage"])
-    assert ((seen["error"] > 0) & (seen["error"] < 1)).all()
+    names = {}
+    exec(example, names)
+    torch.testing.assert_close(names["saliency"][0], names["coverage"])
+    assert ((names["error"] > 0) & (names["error"] < 1)).all()
 
 
-def test_lists_of_time_steps():
+def test_timesteps_in_comments():
     example, _ = blocks("docs/methods.md", "python")
-    told = re.findall(r"^(exponential_timesteps\(.*\)) +# (\[.*\])$", example, re.M)
-    assert len(told) == 3
-    assert [eval(call, {"exponential_timesteps": dfengine.exponential_timesteps}) for call, _ in told] == [
-        json.loads(steps) for _, steps in told
+    calls = re.findall(r"^(exponential_timesteps\(.*\)) +# (\[.*\])$", example, re.M)
+    assert len(calls) == 3
+    assert [eval(call, {"exponential_timesteps": dfengine.exponential_timesteps}) for call, _ in calls] == [
+        json.loads(steps) for _, steps in calls
     ]
 
 
-def test_steps_left_out(few_steps):
+def test_skipped_steps_example(few_steps):
     (example,) = blocks("docs/performance.md", "python")
     assert list(run(example.replace("step % 10", "step % 2"))["maps"]) == [0, 2]
 
 
-def test_the_released_code(few_steps):
+def test_preset_example(few_steps):
     (example,) = blocks("docs/xdiffusion.md", "python")
     settings = []
 
-    class Told(few_steps):
+    class Recording(few_steps):
         def explain(self, *arguments, **options):
             result = super().explain(*arguments, **options)
             settings.append(result.settings)
             return result
 
-    engine = Told.from_pretrained("shapes", device="cpu")
-    run(
-        example,
-        engine=engine,
-        Rise=Rise,
-        Cam=Cam,
-        XDiffusionRise=lambda: XDiffusionRise(8),
-        XDiffusionCam=XDiffusionCam,
-    )
-    assert settings == [{"rise": XDiffusionRise(8), "cam": XDiffusionCam()}] * 2
+    run(example, engine=Recording.from_pretrained("shapes", device="cpu"))
+    assert settings == [{"rise": XDiffusionRise(8), "cam": XDiffusionCam()}] * 3
 
 
 def test_another_tool_sees_the_same_image(pipeline):
     example, _ = blocks("docs/comparison.md", "python")
     pipeline.set_progress_bar_config(disable=True)
-    seen = run(re.sub(r"(num\w*_steps)=30", r"\1=4", example), pipe=pipeline)
-    difference = np.asarray(seen["image"]).astype(int) - seen["result"].image
+    names = run(re.sub(r"(num\w*_steps)=30", r"\1=4", example), pipe=pipeline)
+    difference = np.asarray(names["image"]).astype(int) - names["result"].image
     assert abs(difference).max() <= 1
 
 
-def test_maps_of_another_tool_are_scored(tmp_path, monkeypatch, capsys):
+def test_maps_of_another_tool_are_scored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, example = blocks("docs/comparison.md", "python")
-    prompts, drawn = evaluate.captions(2), np.random.default_rng(0)
-    run(example, prompts=prompts, another_tool=lambda prompt, seed: drawn.random((64, 64)))
+    prompts, rng = evaluate.captions(2), np.random.default_rng(0)
+    run(example, prompts=prompts, another_tool=lambda prompt, seed: rng.random((64, 64)))
     Path("prompts.txt").write_text("\n".join(prompts))
     (command,) = commands((DOCS / "comparison.md").read_text())
-    app([*command[1:], "--steps", "2", "--distance", "frechet-single"], standalone_mode=False)  # of two images
-    assert re.findall(r"^\| (\w+) \|", Path("scored/table.md").read_text(), re.M) == ["random", "cam", "daam"]
-    assert capsys.readouterr().out.startswith(Path("scored/table.md").read_text())
+    # A distance that is defined for two images.
+    process = dfengine_command(*command[1:], "--num-steps", "2", "--distance", "frechet-single")
+    assert process.returncode == 0, process.stderr
+    table = Path("scored/table.md").read_text()
+    assert re.findall(r"^\| (\w+) \|", table, re.M) == ["random", "cam", "daam"]
+    assert process.stdout.startswith(table)
 
 
 # Sweeps --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_sweeps_in_the_document(tmp_path):
+def test_sweeps_in_their_document(tmp_path):
     examples = blocks("docs/sweeps.md", "yaml")
     for number, example in enumerate(examples):
         (tmp_path / f"{number}.yaml").write_text(example)
-    described, presets = (sweep.read(tmp_path / f"{number}.yaml") for number in range(len(examples)))
-    assert described.explainers == (Rise(num_masks=200), Cam(), Relevance())
-    assert (len(described.prompts), described.seeds, len(described.schedules)) == (2, (0, 1), 3)
-    assert {one.steps for one in described.schedules} == {10}
+    first, presets = (sweep.read(tmp_path / f"{number}.yaml") for number in range(len(examples)))
+    assert first.explainers == (Rise(num_masks=200), Cam(), Relevance())
+    assert (len(first.prompts), first.seeds, len(first.schedules)) == (2, (0, 1), 3)
+    assert {schedule.steps for schedule in first.schedules} == {10}
     assert presets.explainers == (Rise(num_masks=200), XDiffusionRise(num_masks=200, name="rise-released"))
 
 
-def test_the_sweep_in_the_readme(tmp_path):
+def test_sweep_in_the_readme(tmp_path):
     (example,) = blocks("README.md", "yaml")
     (tmp_path / "spec.yaml").write_text(example)
     (tmp_path / "prompts.txt").write_text(CAPTION)
-    described = sweep.read(tmp_path / "spec.yaml")
-    assert described.explainers == (Rise(num_masks=500), Cam(), Relevance())
-    assert (described.seeds, len(described.schedules), len(described.models)) == ((0, 1, 2, 3), 3, 2)
+    spec = sweep.read(tmp_path / "spec.yaml")
+    assert spec.explainers == (Rise(num_masks=500), Cam(), Relevance())
+    assert (spec.seeds, len(spec.schedules), len(spec.models)) == ((0, 1, 2, 3), 3, 2)
 
 
-def test_the_sweep_in_python(monkeypatch):
+def test_sweep_in_python(monkeypatch):
     (example,) = blocks("docs/sweeps.md", "python")
-    asked = []
-    monkeypatch.setattr(sweep, "run", lambda *given: asked.append(given) or iter([(0, "an event")]))
+    calls = []
+    monkeypatch.setattr(sweep, "run", lambda *arguments: calls.append(arguments) or iter([(0, "an event")]))
     monkeypatch.setattr(sweep, "outcome", lambda folder: sweep.Outcome(items=4, units_left=0, quarantined=()))
     exec(example, {})
-    ((described, folder),) = asked
-    assert ([one.steps for one in described.schedules], folder) == ([30, 10], "run")
+    ((spec, folder),) = calls
+    assert ([schedule.steps for schedule in spec.schedules], folder) == ([30, 10], "run")
 
 
 def test_every_key_of_a_sweep_is_documented():
@@ -204,102 +206,168 @@ def test_every_key_of_a_sweep_is_documented():
     assert all(f"{name}: …" in table for name in sweep.Schedule.model_fields)
 
 
-# The command line ----------------------------------------------------------------------------------------------------
+# Command line --------------------------------------------------------------------------------------------------------
 
 
 def commands(text):
-    """The words of every command line of dfengine in a fence of sh, indented, or in a comment of a file of prompts."""
+    """Every dfengine command, split into words: in sh blocks, on indented lines, and in comments of a prompts file."""
     fenced = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    shown = "\n".join(fenced + re.findall(r"^(?: {4}|# {3})(dfengine .*)$", text, re.M))
-    lines = re.findall(r"^(?:srun )?(dfengine .*)$", re.sub(r"\\\n\s*", " ", shown), re.M)
+    joined = "\n".join(fenced + re.findall(r"^(?: {4}|# {3})(dfengine .*)$", text, re.M))
+    lines = re.findall(r"^(?:srun )?(dfengine .*)$", re.sub(r"\\\n\s*", " ", joined), re.M)
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def inline(text):
-    """The words of every command between single backticks, some of which are cut short."""
-    return [shlex.split(found) for found in re.findall(r"`(dfengine [a-z][^`]*)`", text)]
+def inline_commands(text):
+    """Every command between single backticks, split into words; some are abbreviated."""
+    return [shlex.split(command) for command in re.findall(r"`(dfengine [a-z][^`]*)`", text)]
 
 
-def parse(words, *, whole):
-    """Have the command line read a command without running it."""
-    _, verb, *arguments = words
+def parse(words, *, is_complete):
+    """Parse a command without running it. Only an abbreviated one may lack its verb's arguments, or a group's verb."""
+    _, *arguments = words
+    command, verb = typer.main.get_command(build_app(words)), "dfengine"
+    while isinstance(command, typer.core.TyperGroup):
+        if not arguments and not is_complete:
+            return
+        verb, *arguments = arguments
+        if verb not in command.commands:
+            pytest.fail(f"{shlex.join(words)}: no command {verb!r}")
+        command = command.commands[verb]
+    if "--help" in arguments:  # would print it
+        return
     try:
-        typer.main.get_command(app).commands[verb].make_context(verb, arguments)
+        command.make_context(verb, arguments)
     except typer.TyperException as error:
-        if whole or type(error).__name__ != "MissingParameter":
+        if is_complete or type(error).__name__ != "MissingParameter":
             pytest.fail(f"{shlex.join(words)}: {error.format_message()}")
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, DOCS / "formats.txt"], ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_are_those_of_the_command_line(path):
+def test_commands_parse(path):
     text = path.read_text()
     for words in commands(text):
-        parse(words, whole=True)
-    for words in inline(text):
-        parse(words, whole=False)
+        parse(words, is_complete=True)
+    for words in inline_commands(text):
+        parse(words, is_complete=False)
 
 
-def test_commands_are_found():
+def test_options_named_in_the_text_exist():
+    app = typer.main.get_command(build_app(["explain", "profile"]))
+    verbs = [*app.commands.values(), *app.commands["evaluate"].commands.values()]
+    options = {flag for verb in verbs for one in verb.params for flag in (*one.opts, *one.secondary_opts)}
+    named = {flag for path in DOCUMENTS[:-2] for flag in re.findall(r"`(--[a-z-]+)", path.read_text())}
+    assert len(named) > 20
+    assert named - options == set()
+
+
+def test_commands_are_extracted_and_checked():
     text = (
         '```sh\ndfengine explain "a cat" \\\n  -o c.h5   # a note\n```\n    dfengine info run/\n# `dfengine profile`\n'
     )
     assert commands(text) == [["dfengine", "explain", "a cat", "-o", "c.h5"], ["dfengine", "info", "run/"]]
-    assert inline(text) == [["dfengine", "profile"]]
+    assert inline_commands(text) == [["dfengine", "profile"]]
     assert sum(len(commands(path.read_text())) for path in DOCUMENTS) > 30
+    parse(["dfengine", "evaluate"], is_complete=False)
     with pytest.raises(pytest.fail.Exception, match="No such option: --nought"):
-        parse(["dfengine", "info", "run.h5", "--nought"], whole=False)
+        parse(["dfengine", "info", "run.h5", "--nought"], is_complete=False)
+    with pytest.raises(pytest.fail.Exception, match="No such option: --games"):
+        parse(["dfengine", "evaluate", "truth", "--games"], is_complete=False)
+    with pytest.raises(pytest.fail.Exception, match="no command 'nought'"):
+        parse(["dfengine", "evaluate", "nought"], is_complete=False)
     with pytest.raises(pytest.fail.Exception, match="Missing argument"):
-        parse(["dfengine", "info"], whole=True)
+        parse(["dfengine", "info"], is_complete=True)
 
 
 # Links, names and tables ---------------------------------------------------------------------------------------------
 
 
 def anchors(path):
-    """What GitHub calls the headings of a document."""
+    """The anchors that GitHub gives to the headings of a document."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(path):
+@pytest.mark.parametrize(
+    "path",
+    [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_resolve(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if not target.startswith("https://"):
             file, _, anchor = target.partition("#")
-            there = (path.parent / file).resolve() if file else path
-            assert there.exists(), target
-            assert not anchor or anchor in anchors(there), target
+            linked = (path.parent / file).resolve() if file else path
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
 
 
-def test_the_code_that_methods_are_in():
-    told = re.findall(r"^Code: .*?\.$", (DOCS / "methods.md").read_text(), re.M | re.DOTALL)
-    places = [(file, names) for line in told for file, names in re.findall(r"`(\S+\.py)`:((?:\s+`[\w.]+`,?)+)", line)]
-    assert (len(told), len(places)) == (14, 27)
-    for file, names in places:
+def test_code_references_of_methods_resolve():
+    paragraphs = re.findall(r"^Code: .*?\.$", (DOCS / "methods.md").read_text(), re.M | re.DOTALL)
+    references = [
+        reference for text in paragraphs for reference in re.findall(r"`(\S+\.py)`:((?:\s+`[\w.]+`,?)+)", text)
+    ]
+    assert (len(paragraphs), len(references)) == (14, 27)
+    for file, names in references:
         module = importlib.import_module(file.removeprefix("kernels/").removesuffix(".py").replace("/", "."))
         for name in re.findall(r"`([\w.]+)`", names):
-            thing = module
+            value = module
             for part in name.split("."):
-                thing = getattr(thing, part)
-            assert thing.__module__ == module.__name__, f"{file}: {name}"
+                value = getattr(value, part)
+            assert value.__module__ == module.__name__, f"{file}: {name}"
 
 
-def test_maths_survive_markdown():
-    """GitHub takes the backslash off before punctuation, and a formula ends where its line does."""
+def explainers_table():
+    """The explainers of this package with their settings and defaults, in Markdown."""
+    lines = ["| `-e` | in Python | explains | settings |", "|---|---|---|---|"]
+    # Sorted, since the order of registration is that of imports; the presets of others come last.
+    for _, entry in sorted(
+        registry.entries().items(), key=lambda named: (named[0].startswith("xdiffusion-"), named[0])
+    ):
+        if entry.explainer.__module__.startswith("dfengine.explain."):
+            settings = ", ".join(f"`{one.name}={one.default!r}`" for one in entry.options) or "none"
+            cells = (f"`{entry.name}`", f"`{entry.explainer.__name__}`", f"{entry.label}: {entry.summary}", settings)
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def methods_with_explainers():
+    """docs/methods.md with the table of explainers that the code declares."""
+    before, begin, rest = (DOCS / "methods.md").read_text().partition("<!-- explainers: begin -->\n")
+    _, end, after = rest.partition("<!-- explainers: end -->\n")
+    assert begin
+    assert end
+    return before + begin + explainers_table() + end + after
+
+
+def test_table_of_explainers_is_that_of_the_registry():
+    """To rewrite it: python tests/test_docs.py."""
+    table = explainers_table()
+    assert table.count("\n") == 2 + 9
+    rise = next(line for line in table.splitlines() if line.startswith("| `rise` | `Rise` | DF-RISE: Which latent"))
+    assert "| `num_masks=500`, `keep_probability=0.5`, `mask_kind='gaussian'`, `grid=8`" in rise
+    assert (DOCS / "methods.md").read_text() == methods_with_explainers()
+
+
+def test_formulas_survive_markdown():
+    """GitHub removes a backslash before punctuation, and a formula ends at the end of its line."""
     for path in DOCUMENTS:
         text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
         formula = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$")
         assert "$" not in formula.sub("", text), path
-        for displayed, within in formula.findall(text):
-            assert not re.search(r"\\[^A-Za-z]", displayed + within), displayed + within
-            assert (displayed + within).count("{") == (displayed + within).count("}"), displayed + within
+        for display, inline in formula.findall(text):
+            assert not re.search(r"\\[^A-Za-z]", display + inline), display + inline
+            assert (display + inline).count("{") == (display + inline).count("}"), display + inline
 
 
-def test_when_compiling_repays_itself():
+def test_when_compiling_pays_off():
     minutes = {
         device: round(tuning.MIN_COMPILE_PAYOFF * expected.seconds / (1 - 1 / expected.speedup) / 60)
         for device, expected in tuning.COMPILE_COSTS.items()
     }
     text = f"over {minutes['cpu']} min on a CPU, {minutes['cuda']} min on a GPU"
     assert text in (DOCS / "performance.md").read_text()
+
+
+if __name__ == "__main__":
+    (DOCS / "methods.md").write_text(methods_with_explainers())
