@@ -10,6 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
+import dfkernels
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_every_python_example_is_tested():
         "docs/performance.md": 1,
         "docs/sweeps.md": 1,
         "docs/xdiffusion.md": 1,
+        "kernels/README.md": 1,
     }
 
 
@@ -112,6 +114,18 @@ def test_dfkernels_example():
     exec(example, names)
     torch.testing.assert_close(names["saliency"][0], names["coverage"])
     assert ((names["error"] > 0) & (names["error"] < 1)).all()
+
+
+def test_dfkernels_own_example():
+    (example,) = blocks("kernels/README.md", "python")
+    names = {}
+    exec(example, names)
+    kept = dfkernels.masks(7, 0, 0, 200, (16, 16)).double()
+    network, latents = names["network"], names["latents"]
+    scores = dfkernels.similarity(network(latents * kept[:, None].float()), network(latents)[0]).double()
+    expected = (kept * scores).sum(0) / kept.sum(0) - ((1 - kept) * scores).sum(0) / (1 - kept).sum(0)
+    torch.testing.assert_close(names["saliency"][0].double(), expected, rtol=1e-4, atol=1e-5)
+    assert (names["error"] > 0).all()
 
 
 def test_timesteps_in_comments():
