@@ -22,7 +22,7 @@ from dfengine.tokens import concept_spans
 @register("attention", label="attention", form="words")
 @dataclass(frozen=True)
 class Attention(Explainer):
-    """Where each word of the prompt is looked up: cross-attention of the conditional prediction, a map a word and step.
+    """Where each word of the prompt is looked up: the conditional prediction's cross-attention, by word and step.
 
     The mean over heads and layers, each resized to the latent (bilinear); a word's map is the mean over its tokens. The
     saliency is the share of attention that the prompt's own tokens have together; special tokens have the rest.

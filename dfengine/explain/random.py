@@ -17,7 +17,7 @@ from dfengine.explain.registry import register
 @register("random", label="random")
 @dataclass(frozen=True)
 class Random(Explainer):
-    """Saliency uniform in [0, 1), drawn by counter: a function of the seed and the prompt, the step and the pixel."""
+    """A baseline: uniform random values in [0, 1), determined by seed, prompt, step and pixel."""
 
     name: str = option("random", "name that the maps are stored under")
 
