@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 DFKERNELS = Path(__file__).parent.parent / "kernels/dfkernels"
 
+# One thread in each of several processes; and where there are more, a fork of this process would wait for them forever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)
+
 # Before anything of ours is imported. Not dfkernels.fused: the hook decorates beneath @triton.jit, which would take the
 # wrapper for the kernel. beartype may be missing where only the kernels' tests run.
 if importlib.util.find_spec("beartype"):
