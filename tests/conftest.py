@@ -34,6 +34,22 @@ if importlib.util.find_spec("beartype"):
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# How many examples each property is tried with: those of `make quick`, `make test` and `make soak`.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "test",
+        max_examples=25,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],  # nor is a busy machine an error
+    )
+    for name, examples in (("quick", 5), ("soak", 250)):
+        settings.register_profile(name, settings.get_profile("test"), max_examples=examples)
+    settings.load_profile("test")
+
 #: Two captions of the embedded world, whose words are the tiny model's vocabulary.
 CAPTIONS = ("a red circle above a blue square on a gray background", "a pink star on a black background")
 
