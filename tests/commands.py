@@ -78,10 +78,13 @@ class Fork:
         self.wait(timeout)
         texts = []
         for file in self._files:
-            with file:
-                file.seek(0)
-                texts.append(file.read())
+            file.seek(0)
+            texts.append(file.read())
         return tuple(texts)
+
+    def __del__(self) -> None:
+        for file in self._files:
+            file.close()
 
 
 def _become(function: Callable[[], object], output: list[int], keep: set[int]) -> None:

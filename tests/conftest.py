@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 DFKERNELS = Path(__file__).parent.parent / "kernels/dfkernels"
 
+# One thread in each of several processes; and where there are more, a fork of this process would wait for them forever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)
+
 # Before anything of ours is imported. Not dfkernels.fused: the hook decorates beneath @triton.jit, which would take the
 # wrapper for the kernel. beartype may be missing where only the kernels' tests run.
 if importlib.util.find_spec("beartype"):
@@ -28,6 +33,22 @@ if importlib.util.find_spec("beartype"):
 # Before triton is imported, whose own functions are decorated then.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How many examples each property is tried with: those of `make quick`, `make test` and `make soak`.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "test",
+        max_examples=25,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],  # nor is a busy machine an error
+    )
+    for name, examples in (("quick", 5), ("soak", 250)):
+        settings.register_profile(name, settings.get_profile("test"), max_examples=examples)
+    settings.load_profile("test")
 
 #: Two captions of the embedded world, whose words are the tiny model's vocabulary.
 CAPTIONS = ("a red circle above a blue square on a gray background", "a pink star on a black background")

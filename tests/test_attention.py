@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -15,7 +15,6 @@ from dfengine.models.attention import AttentionBackend, attention_backend, split
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@settings(deadline=None)
 @given(batch=st.integers(1, 9), heads=st.integers(1, 5), max_heads=st.integers(1, 12))
 def test_a_kernel_is_called_on_at_most_max_heads(batch: int, heads: int, max_heads: int) -> None:
     called: list[tuple[int, ...]] = []

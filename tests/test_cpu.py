@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -29,7 +29,6 @@ def cross(heads: int, d: int, channels: int, *, bias: bool = True) -> Any:
     return seeded(lambda: Attention(channels, 10, heads, dim_head=d, out_bias=bias)).eval().requires_grad_(False)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_a_folded_attention_is_the_attention(
     prompts: int, latents: int, positions: int, heads: int, tokens: int, bias: bool
@@ -113,7 +112,6 @@ def convolution(channels: int = 3, out: int = 5, **options: Any) -> nn.Conv2d:
     return seeded(lambda: nn.Conv2d(channels, out, **options)).requires_grad_(False)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.booleans())
 def test_upsampling_is_one_transposed_convolution(n: int, height: int, width: int, bias: bool) -> None:
     conv = convolution(bias=bias)

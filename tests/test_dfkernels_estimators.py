@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dfkernels import estimators
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import tolerance
 from torch.testing import assert_close
@@ -53,7 +53,6 @@ def test_add_sums_each_rows_masks_and_scores(kind: str, score: str) -> None:
     assert sums.count.tolist() == [3, 4, 3]
 
 
-@settings(max_examples=25, deadline=None, database=None, derandomize=True)
 @given(
     st.permutations(range(len(ROWS))),
     st.sets(st.integers(1, len(ROWS) - 1)),

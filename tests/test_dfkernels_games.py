@@ -4,14 +4,12 @@ import dfkernels
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy.ndimage import convolve
 from tolerance import tolerance
 from torch.testing import assert_close
-
-PROPERTY = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +26,6 @@ def test_ranks_by_hand() -> None:
     assert dfkernels.ranks(torch.zeros(2, 3, 4)).tolist() == [torch.arange(12).reshape(3, 4).tolist()] * 2
 
 
-@PROPERTY
 @given(arrays.arrays(np.float32, (2, 7, 13), elements=st.sampled_from([0.0, -1.0, 0.5, 2.0, -np.inf, np.inf])))
 def test_ranks_equal_a_stable_sort(saliency: np.ndarray) -> None:
     for rank, values in zip(dfkernels.ranks(torch.tensor(saliency)), saliency, strict=True):

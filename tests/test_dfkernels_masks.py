@@ -4,12 +4,11 @@ import dfkernels
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import tolerance
 from torch.testing import assert_close
 
-PROPERTY = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 
@@ -56,7 +55,6 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: str)
     assert [f"{word:08x}" for word in philox_scalar(counter, key)] == expected.split()
 
 
-@PROPERTY
 @given(st.lists(st.lists(U32, min_size=4, max_size=4), min_size=1, max_size=5), st.tuples(U32, U32))
 def test_philox_is_the_published_algorithm(counters: list[list[int]], key: tuple[int, int]) -> None:
     ours = dfkernels.philox(torch.tensor(counters), torch.tensor(key))
@@ -75,7 +73,6 @@ def test_a_pixel_is_kept_below_the_rounded_threshold(threshold: float, kept: boo
     assert mask.item() is kept
 
 
-@PROPERTY
 @given(U64, U32, st.integers(0, 2**32 - 3), st.sampled_from([(7, 13), (1, 1), (4, 4), (3, 1)]), st.floats(0.05, 0.95))
 def test_gaussian_masks_equal_the_scalar_specification(
     seed: int, step: int, first: int, shape: tuple[int, int], p: float
@@ -86,7 +83,6 @@ def test_gaussian_masks_equal_the_scalar_specification(
         assert mask == [random_uint32_scalar(seed, step, first + n, j, 0) < threshold for j in range(len(mask))]
 
 
-@PROPERTY
 @given(
     U64,
     U32,

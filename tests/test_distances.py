@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
@@ -15,8 +15,6 @@ from dfengine.evaluate.distances import (
     frechet_set,
     frechet_single,
 )
-
-PROPERTY = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +51,6 @@ def test_frechet_set_of_two_vectors_in_seven_dimensions() -> None:
     assert float(frechet_set(a, b)) == pytest.approx(float(expected), rel=1e-12)
 
 
-@PROPERTY
 @given(
     n=st.integers(2, 9), m=st.integers(2, 9), d=st.integers(1, 6), seed=st.integers(0, 99), scale=st.floats(0.01, 100)
 )

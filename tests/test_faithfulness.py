@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
@@ -25,7 +25,6 @@ from dfengine.evaluate import (
     summarise_games,
 )
 
-PROPERTY = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 MAP = torch.arange(6.0).view(2, 3)
 
 
@@ -79,7 +78,6 @@ def test_min_max_subtracts_the_least_value_wherever_it_is() -> None:
     assert summary.methods["rise"]["deletion"].raw.mean == pytest.approx(2.5)
 
 
-@PROPERTY
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12), st.floats(0.1, 10), st.floats(-5, 5))
 def test_min_max(values: list[float], scale: float, shift: float) -> None:
     curve = np.array(values)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from analytic import Analytic
 from diffusers import DDIMScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import convolve, gaussian_filter
 
@@ -45,8 +45,6 @@ from dfengine.explain import (
     XDiffusionRise,
 )
 from dfengine.shapes import FOLDER
-
-PROPERTY = settings(max_examples=25, deadline=None, database=None, derandomize=True)
 
 #: ᾱ of Analytic's schedule: betas from 0.0001 to 0.02 over 1000 steps; behind them 1, where the last step lands.
 ALPHA_BAR = [*np.cumprod(1 - np.linspace(0.0001, 0.02, 1000)), 1.0]
@@ -179,7 +177,6 @@ def test_every_point_equals_that_of_one_latent_at_a_time(batch_size: int, xdiffu
     assert sum(denoiser.batches) == 2 * (-(-entries // most) * most + -(-2 // min(2, most)) * min(2, most))
 
 
-@PROPERTY
 @given(
     h=st.integers(1, 5),
     w=st.integers(1, 5),

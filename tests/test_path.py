@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from dfengine.diffusion.path import NoiseSchedule, exponential_timesteps, schedule_name
 from dfengine.models.scheduler import noise_schedule
 
-PROPERTY = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 STAGES = st.sampled_from(["early", "latter"])
 
 # diffusers multiplies up to 1000 factors in float32, each with an error of 6e-8.
@@ -88,7 +87,6 @@ def test_repeats_are_spread(stage: str) -> None:
     assert exponential_timesteps(6, 0.0, "early", 8) == [7, 6, 5, 4, 3, 2]
 
 
-@PROPERTY
 @given(total=st.integers(1, 600), gamma=st.floats(0, 1e6), stage=STAGES, data=st.data())
 def test_exponential_lists_fall_strictly_inside(total: int, gamma: float, stage: str, data: st.DataObject) -> None:
     num_steps = data.draw(st.integers(1, total))
@@ -99,7 +97,6 @@ def test_exponential_lists_fall_strictly_inside(total: int, gamma: float, stage:
     assert all(later < earlier for earlier, later in pairwise(steps))
 
 
-@PROPERTY
 @given(num_steps=st.integers(1, 40), gamma=st.integers(0, 60), stage=STAGES, total=st.integers(40, 1200))
 def test_exponential_lists_are_the_floors_of_exact_powers(num_steps: int, gamma: int, stage: str, total: int) -> None:
     """Where no floor repeats, in integers: k = ⌊T^(p/q)⌋ iff k^q ≤ T^p < (k + 1)^q."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from literal_relevance import AttentionLayer, Grid, literal_relevance
 from reduced import PROMPT
@@ -177,7 +177,6 @@ def random_layers(
     return [[layer(*kind, number) for _ in range(count)] for kind, number in zip(kinds, heads, strict=True)]
 
 
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
 @given(
     finest=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     others=st.lists(st.tuples(st.sampled_from(["image", "cross"]), st.floats(0, 1), st.floats(0, 1)), max_size=5),

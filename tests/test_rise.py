@@ -8,7 +8,7 @@ import dfkernels
 import pytest
 import torch
 from analytic import Analytic, patch_mean, switch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -305,7 +305,6 @@ def test_scores_that_are_not_finite_are_said() -> None:
         only(Analytic(lambda x_t, _: x_t), rise)
 
 
-@settings(max_examples=25, deadline=None)
 @given(masks=st.integers(1, 40), steps=st.integers(1, 4), batch_size=st.integers(1, 60))
 def test_every_mask_is_measured_once(masks: int, steps: int, batch_size: int) -> None:
     denoiser = Analytic(lambda x_t, _: x_t, batch_size=batch_size)

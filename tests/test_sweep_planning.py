@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dfengine import Random, store
@@ -166,7 +166,6 @@ axes = st.fixed_dictionaries(
 
 
 @given(axes=axes, seconds=st.sampled_from([0.0, 1e-6, 0.1, 1.0, 60.0, 1e6]))
-@settings(max_examples=150, deadline=None)
 def test_units_contain_every_item_once(axes, seconds):
     sweep = make_sweep(**axes)
     result, profiles = units_of(sweep, seconds=seconds)
@@ -184,7 +183,6 @@ def test_units_contain_every_item_once(axes, seconds):
 
 
 @given(axes=axes, data=st.data())
-@settings(max_examples=50, deadline=None)
 def test_plans_round_trip(axes, data):
     result, _ = units_of(make_sweep(**axes))
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +194,6 @@ def test_plans_round_trip(axes, data):
 
 
 @given(first=axes, more=axes)
-@settings(max_examples=50, deadline=None)
 def test_a_plan_grows_by_new_items(first, more):
     """Along any axes, in any order."""
     small, large = make_sweep(**first), make_sweep(**{axis: more[axis] + first[axis] for axis in AXES})
@@ -758,7 +755,6 @@ def test_a_truncated_line_is_skipped(tmp_path, torn):
 
 
 @given(text=st.text())
-@settings(max_examples=50, deadline=None)
 def test_any_prompt_fits_in_one_line(text):
     unit = dataclasses.replace(UNIT, prompts=(text, "b"))
     with tempfile.TemporaryDirectory() as folder:

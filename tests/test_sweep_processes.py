@@ -6,19 +6,51 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from commands import Fork, dfengine_fork
+from poison import sitecustomize
 
 from dfengine import Random, Rise, store, sweep
+from dfengine.explain import random
+from dfengine.sweep import process_pool
 
 PROMPTS = ("a red circle above a blue square", "a pink star on a black background", "a green ring")
 POISONED = PROMPTS[1]
 ITEMS = len(PROMPTS) * 2
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("processes")]
+
+
+@pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.soak)])
+def processes(request, monkeypatch):
+    """Workers and command lines are forks of this process, which has torch and the model's libraries; in soak, new."""
+    if request.param == "forked":
+        forking = SimpleNamespace(
+            Popen=ForkedWorker, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+        )
+        monkeypatch.setattr(process_pool, "subprocess", forking)
+        monkeypatch.setattr(process_pool, "GRACE_SECONDS", 3.0)
+    return request.param
+
+
+class ForkedWorker(Fork):
+    """In place of the `Popen` that starts a worker."""
+
+    def __init__(self, command, *, env, pass_fds, process_group, **_):
+        def work():
+            os.setpgid(0, process_group)
+            os.environ.update(env)
+            if env.get("POISON"):
+                sitecustomize.poison(random)
+            process_pool.serve(Connection(int(command[-1])))
+
+        super().__init__(work, keep=pass_fds, capture=False)
 
 
 @pytest.fixture(scope="session")
@@ -59,28 +91,32 @@ def assert_same(arrays_by_key, expected):
             np.testing.assert_array_equal(arrays_by_key[key][name], array, err_msg=name)
 
 
-@pytest.fixture(scope="session")
-def expected(described, tmp_path_factory):
-    """What one undisturbed worker computes."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    events = run_sweep(described, out, 1)
-    started = events[0][1]
-    assert (started.items, started.maps, started.units, started.workers) == (ITEMS, ITEMS * 2 * 2, ITEMS, 1)
-    assert sum(event.maps for _, event in events if isinstance(event, sweep.Progress)) == started.maps
-    assert sweep.outcome(out).finished
-    with store.open(out) as run:
-        assert run.finished
-        assert (len(run), run.planned) == (ITEMS, ITEMS)
-    return read_arrays(out)
+ALONE = {}
 
 
-def test_a_finished_sweep_does_nothing_again(described, expected, tmp_path):
+@pytest.fixture
+def expected(described, tmp_path_factory, processes):
+    """What one undisturbed worker computes, which is computed once."""
+    if processes not in ALONE:
+        out = tmp_path_factory.mktemp("alone") / "run"
+        events = run_sweep(described, out, 1)
+        started = events[0][1]
+        assert (started.items, started.maps, started.units, started.workers) == (ITEMS, ITEMS * 2 * 2, ITEMS, 1)
+        assert sum(event.maps for _, event in events if isinstance(event, sweep.Progress)) == started.maps
+        assert sweep.outcome(out).finished
+        with store.open(out) as run:
+            assert run.finished
+            assert (len(run), run.planned) == (ITEMS, ITEMS)
+        ALONE[processes] = read_arrays(out)
+    return ALONE[processes]
+
+
+def test_a_finished_sweep_does_nothing_again(described, expected, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run_sweep(described, out, 2)
-    began = time.monotonic()
+    monkeypatch.setattr(process_pool.ProcessPool, "start", lambda *_: pytest.fail("no worker is needed"))
     ((_, started),) = run_sweep(described, out, 2)
     assert (started.items, started.units, started.workers) == (0, 0, 0)
-    assert time.monotonic() - began < 2, "no worker is started"
     assert_same(read_arrays(out), expected)
 
 
@@ -121,10 +157,10 @@ def test_a_poisoned_item_is_quarantined_and_retried_on_request(described, expect
     assert_same(read_arrays(out), expected)
 
 
-def test_a_hanging_worker_is_replaced(described, expected, tmp_path, monkeypatch):
+def test_a_hanging_worker_is_replaced(described, expected, tmp_path, monkeypatch, processes):
     poison(monkeypatch, {POISONED: f"once:hang:{tmp_path / 'hung'}"})
     out = tmp_path / "run"
-    events = run_sweep(described, out, 2, stall=25)
+    events = run_sweep(described, out, 2, stall=25 if processes == "new" else 10)
     assert (tmp_path / "hung").exists()
     assert sum(isinstance(event, sweep.WorkerExited) for _, event in events) == 1
     assert sweep.outcome(out).finished
@@ -151,6 +187,8 @@ def test_an_error_gets_a_new_process_and_an_invalid_item_does_not(described, tmp
     }
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", ["new"], indirect=True)
 @pytest.mark.parametrize("failure", ["kill", "model"])
 def test_ray_computes_the_same(described, expected, tmp_path, monkeypatch, failure):
     pytest.importorskip("ray")
@@ -180,10 +218,11 @@ def test_shards_together_do_all_of_it(described, expected, tmp_path):
         assert all(segment.attempt == 1 for segment in run.segments), "no unit was done by both"
 
 
-def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", ["new"], indirect=True)
+def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch, processes):
     poison(monkeypatch, {POISONED: "value"})
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
-    process = start(["sweep", spec, "-o", str(out), "--json", "--device", "cpu"])
+    process = start(["sweep", spec, "-o", str(out), "--json", "--threads", "1", "--device", "cpu"])
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     lines = [json.loads(line) for line in output.splitlines()]
@@ -272,6 +311,9 @@ def spec_file(described, folder):
 
 
 def start(arguments):
+    """A command line whose workers, and itself, are the fixture's processes."""
+    if process_pool.subprocess is not subprocess:
+        return dfengine_fork(*arguments)
     command = [sys.executable, "-m", "dfengine", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

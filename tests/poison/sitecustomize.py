@@ -33,8 +33,20 @@ def act(action: str) -> None:
         raise RuntimeError("poisoned on purpose")
 
 
+def poison(module) -> None:
+    """Have `Random.explain` look at prompts first."""
+    actions, explain = json.loads(os.environ["POISON"]), module.Random.explain
+
+    def poisoned(self, denoiser, trajectories, done=()):
+        for trajectory in trajectories:
+            act(actions.get(trajectory.job.prompt, ""))
+        return explain(self, denoiser, trajectories, done)
+
+    module.Random.explain = poisoned
+
+
 class Poisoned(importlib.abc.MetaPathFinder):
-    """Finds the module as others do, and has `Random.explain` look at prompts first."""
+    """Finds the module as others do, and poisons it."""
 
     def find_spec(self, name, path=None, target=None):
         if name != PLACE:
@@ -45,14 +57,7 @@ class Poisoned(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             load(module)
-            actions, explain = json.loads(os.environ["POISON"]), module.Random.explain
-
-            def poisoned(self, denoiser, trajectories, done=()):
-                for trajectory in trajectories:
-                    act(actions.get(trajectory.job.prompt, ""))
-                return explain(self, denoiser, trajectories, done)
-
-            module.Random.explain = poisoned
+            poison(module)
 
         spec.loader.exec_module = exec_module
         return spec
