@@ -1,7 +1,6 @@
-"""The public API is what docs/api.md says it is, name by name and signature by signature.
+"""The public API matches docs/api.md, name by name and signature by signature.
 
-Where this fails and the change is meant: `python tests/test_api.py` puts it into the document; raise the version, as it
-says there.
+If the API changed on purpose, `python tests/test_api.py` updates the document; raise the version as the document says.
 """
 
 import dataclasses
@@ -27,17 +26,20 @@ MODULES = (
 
 
 def signature(function) -> str:
-    """Names, kinds and defaults of the parameters; annotations are mypy's to keep."""
+    """Names, kinds and defaults of the parameters, without annotations, which mypy checks."""
     parameters = [
-        one.replace(annotation=one.empty, default=one.default if one.default is one.empty else Default(one.default))
-        for one in inspect.signature(function).parameters.values()
-        if one.name not in ("self", "cls")
+        parameter.replace(
+            annotation=parameter.empty,
+            default=parameter.empty if parameter.default is parameter.empty else Default(parameter.default),
+        )
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name not in ("self", "cls")
     ]
     return str(inspect.Signature(parameters))
 
 
 class Default:
-    """Shown as a document would have it: settings by their class."""
+    """A default value whose repr suits a document: a dataclass as a call without arguments, a function as <function>."""
 
     def __init__(self, value) -> None:
         self.value = value
@@ -52,13 +54,14 @@ class Default:
         return "{}" if type(self.value).__name__ == "mappingproxy" else repr(self.value)
 
 
-def described(name: str, value: object) -> list[str]:
-    """A line for a name, and one for each public method of a class."""
+def describe(name: str, value: object) -> list[str]:
+    """One line for a name, and for a class one more for each public method and property, inherited ones included."""
     if not inspect.isclass(value):
         return [f"{name}{signature(value)}" if callable(value) else name]
     members = {
         member: inspect.getattr_static(value, member)
-        for parent in reversed([one for one in value.__mro__ if one.__module__.startswith(("dfengine", "dfkernels"))])
+        for parent in reversed(value.__mro__)
+        if parent.__module__.startswith(("dfengine", "dfkernels"))
         for member in vars(parent)
         if not member.startswith("_")
     }
@@ -71,28 +74,30 @@ def described(name: str, value: object) -> list[str]:
     return lines
 
 
-def of_module(name: str) -> str:
+def describe_module(name: str) -> str:
+    """The lines of all public names of a module."""
     module = importlib.import_module(name)
-    # dfengine.open is public, but not for `from dfengine import *`.
+    # dfengine.open is public, but not in __all__: a star import must not replace the builtin.
     names = [*module.__all__, *(["open"] if name == "dfengine" else [])]
-    lines = [line for one in names if one != "__version__" for line in described(one, getattr(module, one))]
+    lines = [line for name in names if name != "__version__" for line in describe(name, getattr(module, name))]
     return "\n".join(lines)
 
 
 def documented() -> dict[str, str]:
+    """The block of each module in the document."""
     return dict(re.findall(r"## `([\w.]+)`\n.*?```\n(.*?)\n```", DOCUMENT.read_text(), re.DOTALL))
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_names_and_signatures_are_as_documented(name):
-    assert of_module(name).splitlines() == documented()[name].splitlines()
+def test_names_and_signatures_match_document(name):
+    assert describe_module(name).splitlines() == documented()[name].splitlines()
 
 
-def test_nothing_else_is_documented():
+def test_document_has_exactly_these_modules():
     assert set(documented()) == set(MODULES)
 
 
-def test_the_version_is_one_number_everywhere():
+def test_version_matches_package_metadata():
     from importlib.metadata import version
 
     import dfengine
@@ -104,7 +109,7 @@ def test_the_version_is_one_number_everywhere():
 if __name__ == "__main__":
     text = DOCUMENT.read_text()
     for module in MODULES:
-        body = of_module(module)
+        body = describe_module(module)
         text = re.sub(
             rf"(## `{re.escape(module)}`\n.*?```\n).*?(```\n)",
             lambda match, body=body: f"{match[1]}{body}\n{match[2]}",

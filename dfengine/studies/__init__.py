@@ -11,11 +11,6 @@ defaults, since it explains the same images again for each stage whose weights i
 
 from dfengine.studies.base import Study
 from dfengine.studies.checks import (
-    RECOVERY_METHODS,
-    SANITY_MASKS,
-    SANITY_METHODS,
-    SANITY_STEPS,
-    TRUTH_METHODS,
     RecoveryStudy,
     SanityStudy,
     TruthStudy,
@@ -27,12 +22,7 @@ from dfengine.studies.faithfulness import GamesStudy, games
 from dfengine.studies.relevance import SCHEDULES, ConceptsStudy, concepts
 
 __all__ = [
-    "RECOVERY_METHODS",
-    "SANITY_MASKS",
-    "SANITY_METHODS",
-    "SANITY_STEPS",
     "SCHEDULES",
-    "TRUTH_METHODS",
     "ConceptsStudy",
     "GamesStudy",
     "RecoveryStudy",
