@@ -39,7 +39,7 @@ def signature(function) -> str:
 
 
 class Default:
-    """A default value whose repr suits a document: a dataclass as a call without arguments, a function as <function>."""
+    """A default whose repr suits a document: a dataclass is shown by its class, a function as <function>."""
 
     def __init__(self, value) -> None:
         self.value = value
