@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,43 +107,47 @@ def test_a_missing_compiler_is_reported(caplog: pytest.LogCaptureFixture) -> Non
         maybe_compile(Analytic(lambda x_t, _: x_t), 1, COST, enabled=True)
 
 
-#: Run in a separate process, because the annotation checks that the tests add to every function cannot be compiled.
-COMPILED = """
-import sys, torch
-from dfengine import Engine, Rise, StepMap
+def check_a_compiled_network(folder: Path) -> None:
+    """Full batches with one prompt run compiled, all others uncompiled, and the maps are the same."""
+    engine = Engine.from_pretrained(folder, device="cpu", batch_size=6)
+    jobs = [engine.job("a pink star on a black background", num_steps=2, seed=seed) for seed in range(2)]
 
-engine = Engine.from_pretrained(sys.argv[1], device="cpu", batch_size=6)
-jobs = [engine.job("a pink star on a black background", num_steps=2, seed=seed) for seed in range(2)]
+    def maps() -> torch.Tensor:
+        explainers = [Rise(10), Rise(12, target="guided")]
+        events = [event for explainer in explainers for event in engine.stream(jobs, explainer)]
+        return torch.stack([event.saliency for event in events if isinstance(event, StepMap)])
 
-def maps():
-    return torch.stack([
-        event.saliency
-        for explainer in (Rise(10), Rise(12, target="guided"))
-        for event in engine.stream(jobs, explainer)
-        if isinstance(event, StepMap)
-    ])
+    plain, shapes = maps(), []
+    engine.denoiser.compile()
+    compiled = engine.denoiser._compiled
 
-plain, shapes = maps(), []
-engine.denoiser.compile()
-compiled = engine.denoiser._compiled
+    def note(unet: Any, x: Any, embedding: Any, texts: Any, attend: Any, kernels: Any) -> Any:
+        shapes.append((len(x), len(embedding), len(texts[0][0])))
+        return compiled(unet, x, embedding, texts, attend, kernels=kernels)
 
-def note(unet, x, embedding, texts, attend, kernels):
-    shapes.append((len(x), len(embedding), len(texts[0][0])))
-    return compiled(unet, x, embedding, texts, attend, kernels=kernels)
-
-engine.denoiser._compiled = note
-torch.testing.assert_close(maps(), plain, rtol=1e-3, atol=1e-4)
-# 2 items × 2 steps × 10 masks in batches of 6; the batch that contains both items is not compiled. With guidance
-# 2 × 2 × 12 masks, three latents at a time with two prompts each.
-assert shapes == [(6, 6, 1)] * 6 + [(3, 6, 2)] * 16, shapes
-print("the same")
-"""
+    engine.denoiser._compiled = note
+    torch.testing.assert_close(maps(), plain, rtol=1e-3, atol=1e-4)
+    # 2 items × 2 steps × 10 masks in batches of 6; the batch that contains both items is not compiled. With guidance
+    # 2 × 2 × 12 masks, three latents at a time with two prompts each.
+    assert shapes == [(6, 6, 1)] * 6 + [(3, 6, 2)] * 16, shapes
 
 
-@pytest.mark.slow
+def test_full_batches_with_one_prompt_run_compiled(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the compiler."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    check_a_compiled_network(tiny_folder)
+    assert [(one["dynamic"], one["fullgraph"]) for one in asked] == [(False, True)]
+
+
+@pytest.mark.soak
 def test_a_compiled_network_gives_the_same_maps(tiny_folder: Path) -> None:
-    """Full batches with one prompt run compiled; all others run uncompiled."""
-    run = subprocess.run([sys.executable, "-c", COMPILED, tiny_folder], capture_output=True, text=True)
+    """In a new process, because the annotation checks that the tests add to every function cannot be compiled."""
+    script = "import sys, test_tuning; test_tuning.check_a_compiled_network(sys.argv[1]); print('the same')"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", script, tiny_folder], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.stdout == "the same\n", run.stderr
 
 
