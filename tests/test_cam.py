@@ -161,14 +161,16 @@ def test_of_a_latent_that_is_not_square(saved: Callable[[str], Path]) -> None:
 
 def test_layers_are_chosen_by_pattern(tiny: Denoiser) -> None:
     names = list(tiny.layers())
-    assert list(Cam(layers="mid_block.*").chosen(tiny)) == [name for name in names if name.startswith("mid_block")]
-    both = Cam(layers=("up_blocks.*.resnets.1", "down_blocks.0.resnets.0")).chosen(tiny)
+    assert list(Cam(layers="mid_block.*").select_layers(tiny)) == [
+        name for name in names if name.startswith("mid_block")
+    ]
+    both = Cam(layers=("up_blocks.*.resnets.1", "down_blocks.0.resnets.0")).select_layers(tiny)
     assert list(both) == [
         "down_blocks.0.resnets.0",
         *(n for n in names if n.startswith("up") and n.endswith("resnets.1")),
     ]
     with pytest.raises(ValueError, match=r"no layer is called 'up_block\.\*': .* has \d+, from .*dfengine layers"):
-        Cam(layers=("*", "up_block.*")).chosen(tiny)
+        Cam(layers=("*", "up_block.*")).select_layers(tiny)
 
 
 def test_a_chosen_layer_has_the_map_that_it_has_among_all(tiny: Denoiser) -> None:
@@ -221,7 +223,7 @@ def test_float16_keeps_small_gradients() -> None:
     (path,) = trajectories(singles.denoiser, [singles.job(CAPTION, num_steps=2)])
     told = Trajectory(**{**vars(path), "prompt": halves.denoiser.encode_prompts([CAPTION])})
     exact = maps_of(singles.denoiser, Cam(), [path])
-    for scale in (Cam().scale, 65504.0 * 16):
+    for scale in (Cam().loss_scale, 65504.0 * 16):
         maps = maps_of(halves.denoiser, Cam(loss_scale=scale), [told])
         for row, values in maps.items():
             assert stats.spearmanr(values[COMBINED].ravel(), exact[row][COMBINED].ravel()).statistic > 0.99
@@ -291,10 +293,10 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"layers": ()}, "DF-CAM of no layer"),
+        ({"layers": ()}, "DF-CAM needs at least one layer"),
         ({"target": "guided"}, "target 'guided' is not possible with DF-CAM: expected conditional or unconditional"),
-        ({"scale": 0.0}, r"scale 0\.0 is not possible"),
-        ({"scale": float("inf")}, "scale inf is not possible"),
+        ({"loss_scale": 0.0}, r"scale 0\.0 is not possible"),
+        ({"loss_scale": float("inf")}, "scale inf is not possible"),
     ],
 )
 def test_settings_that_are_not_possible(settings: dict[str, object], said: str) -> None:

@@ -34,7 +34,7 @@ def same(a: Explanation, b: Explanation) -> None:
             assert np.isfinite(np.asarray(ours)).all()
     assert (a.tokens, tuple(a.words)) == (b.tokens, tuple(b.words))
     equal(np.asarray(a.relevance), np.asarray(b.relevance))
-    equal(np.asarray(a.heat), np.asarray(b.heat))
+    equal(np.asarray(a.word_maps), np.asarray(b.word_maps))
 
 
 def test_all_stream_into_the_same_file(engine: Engine, tmp_path: Path) -> None:

@@ -550,7 +550,7 @@ def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
         (["--step", "0"], "nothing to draw in "),
         (["--limit", "0"], "'--limit'"),
         (["-o", "{}/run.part.h5"], "is a file: name a folder"),
-        (["-o", "{}/no/folder"], "does not exist: make it first"),
+        (["-o", "{}/no/folder"], "does not exist: create it first"),
         (["-o", "{}/x.png", "--gif"], "is one picture: name one --method and one --item"),
         (["-o", "{}/x.png", "--item", "0", "--item", "1"], "is one picture"),
         (["-o", "{}/x.png", "--method", "rise", "--method", "random"], "is one picture"),

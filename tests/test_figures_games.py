@@ -203,27 +203,27 @@ def test_what_is_beyond_0_and_1_is_not_cut_off() -> None:
 @pytest.mark.parametrize(
     ("message", "drawn"),
     [
-        ("got no method: give", lambda: curves({})),
-        ("got no game of 'cam', expected deletion or insertion: leave", lambda: curves({**bands(1), "cam": {}})),
+        ("got no method: pass", lambda: curves({})),
+        ("got no game for 'cam', expected deletion or insertion: leave", lambda: curves({**bands(1), "cam": {}})),
         (
-            "got the game 'erase' of 'cam', expected deletion or insertion: rename it",
+            "got the game 'erase' for 'cam', expected deletion or insertion",
             lambda: curves({**bands(1), "cam": {"erase": band("deletion", 1)}}),
         ),
         (
             "the insertion curve of 'cam' has 1 points, expected two or more",
             lambda: curves({**bands(1), "cam": {"insertion": band("insertion", 1, 1)}}),
         ),
-        ("got 0 images and 1 methods: give at least one", lambda: comparison([], {"cam": []}, [])),
-        ("got 1 images and 0 methods: give at least one", lambda: comparison([photo(4, 4)], {}, ["a cat"])),
+        ("got 0 images and 1 methods: pass at least one", lambda: comparison([], {"cam": []}, [])),
+        ("got 1 images and 0 methods: pass at least one", lambda: comparison([photo(4, 4)], {}, ["a cat"])),
         (
-            "got 1 maps of 'cam', expected 2: give one for each image",
+            "got 1 maps of 'cam', expected 2: pass one for each image",
             lambda: comparison([photo(4, 4)] * 2, {"a": [heat(4, 4)] * 2, "cam": [heat(4, 4)]}, ["a cat", "a dog"]),
         ),
         (
-            "got 2 prompts, expected 1: give one for each image",
+            "got 2 prompts, expected 1: pass one for each image",
             lambda: comparison([photo(4, 4)], {"cam": [heat(4, 4)]}, ["a cat", "a dog"]),
         ),
-        ("got no row: give at least one label", lambda: ablation(photo(4, 4), {})),
+        ("got no row: pass at least one label", lambda: ablation(photo(4, 4), {})),
         (
             "the deletion curve of 'FID' has 0 points, expected two or more",
             lambda: ablation(photo(4, 4), {"FID": (heat(4, 4), np.zeros(0), np.zeros(0))}),

@@ -289,7 +289,7 @@ def test_a_prediction_that_is_not_finite_leaves_its_own_map_empty() -> None:
     ("wrong", "said"),
     [
         ({"num_samples": 1}, "1 samples .* at least 2"),
-        ({"num_samples": 2**25}, "33554432 masks .* at most"),
+        ({"num_samples": 2**25}, "33554432 samples .* at most"),
         ({"kernel_size": 0}, r"kernel_size 0\.0"),
         ({"kernel_size": 0.5}, r"kernel_size 0\.5 .* at least 1 pixel"),
         ({"max_distance": -1}, "max_distance"),

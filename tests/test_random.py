@@ -110,7 +110,7 @@ def test_the_maps_of_some_steps_are_those_of_all(
     for one in found:
         same = whole[one.item, one.step]
         # Other neighbours in a batch are other roundings: of float32 products, which differences of scores enlarge.
-        for name in ("saliency", "scores", "relevance", "heat"):
+        for name in ("saliency", "scores", "relevance", "word_maps"):
             ours, theirs = getattr(one, name), getattr(same, name)
             assert (ours is None) == (theirs is None)
             if ours is not None:

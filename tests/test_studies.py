@@ -263,7 +263,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_games_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     np.save(tmp_path / "theirs.npy", np.random.default_rng(0).random((2, 16, 16)))
     out = tmp_path / "games"
-    options = ["--games", "--limit", "2", "--steps", "3", "--masks", "6", "--distance", "frechet-single"]
+    options = ["games", "--limit", "2", "--steps", "3", "--masks", "6", "--distance", "frechet-single"]
     options += ["--method", "random", "--method", "rise", "--map", f"theirs={tmp_path / 'theirs.npy'}", "-o", str(out)]
     status, printed, _ = run(*options, "--json")
     assert status == 0
@@ -277,9 +277,9 @@ def test_games_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
-        (["--concepts"], ["uniform", "early", "latter"]),
-        (["--truth", "--method", "random"], ["random"]),
-        (["--recovery", "--masks", "4"], ["rise", "cam"]),
+        (["concepts"], ["uniform", "early", "latter"]),
+        (["truth", "--method", "random"], ["random"]),
+        (["recovery", "--masks", "4"], ["rise", "cam"]),
     ],
 )
 def test_other_studies_on_the_command_line(
@@ -289,19 +289,19 @@ def test_other_studies_on_the_command_line(
     status, printed, _ = run(*options, "--limit", "2", "--steps", "2", "--figure", str(picture), "--json")
     assert status == 0
     first = json.loads(printed)[0]
-    assert list(first["relevance" if "--concepts" in options else "steps"]) == keys
+    assert list(first["relevance" if "concepts" in options else "steps"]) == keys
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--games", "--limit", "3"], "3 images are too few for frechet-set: give at least 10"),
-        (["--games", "--map", "x=text.npy"], "'text.npy' is not a NumPy array: write it with numpy.save"),
-        (["--games", "--map", "theirs"], "map 'theirs' is not understood: expected NAME=FILE.npy"),
-        (["--games", "--features", "nowhere", "--distance", "mse"], "no feature extractor at 'nowhere'"),
-        (["--games", "--truth"], "say one thing to evaluate"),
-        (["--truth", "--prompt", "a cat"], "in the embedded world alone"),
+        (["games", "--limit", "3"], "3 images are too few for frechet-set: give at least 10"),
+        (["games", "--map", "x=text.npy"], "'text.npy' is not a NumPy array: write it with numpy.save"),
+        (["games", "--map", "theirs"], "map 'theirs' is not understood: expected NAME=FILE.npy"),
+        (["games", "--features", "nowhere", "--distance", "mse"], "no feature extractor at 'nowhere'"),
+        (["games", "truth"], "unexpected extra argument"),
+        (["truth", "--prompt", "a cat"], "in the embedded world alone"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -226,9 +226,9 @@ def test_no_batch_waits_for_the_device() -> None:
     path = dataclasses.replace(
         path_of(Analytic(answer)), latents=torch.zeros(3, 2, *SHAPE, device=meta), prompt=told, negative=told
     )
-    masking = xdiffusion._XDiffusionForwards(
-        XDiffusionRise(6), denoiser, [dataclasses.replace(path, explain_steps=(0, 2))]
-    ).start()
+    path = dataclasses.replace(path, explain_steps=(0, 2))
+    masking = xdiffusion._XDiffusionForwards(XDiffusionRise(6), denoiser, [path])
+    masking.start()
     assert [row for rows in masking.run_masks(range(2), 0, 6) for row in rows] == [0, 1]
 
 
