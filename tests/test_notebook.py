@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import io
 import os
@@ -68,28 +67,6 @@ def text(cell: nbformat.NotebookNode, stream: str) -> str:
 def draws(cell: nbformat.NotebookNode) -> bool:
     """Whether a cell's last value is a figure."""
     return cell.source.splitlines()[-1].startswith(("result.plot(", "figures."))
-
-
-@pytest.mark.slow
-def test_the_tutorial_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer masks and images than it has in a kernel."""
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for cell in nbformat.read(TUTORIAL, 4).cells:
-        if cell.cell_type == "code":
-            source = cell.source.replace("%matplotlib inline\n", "").replace("captions(3)", "captions(2)")
-            source = source.replace(
-                "one.timesteps for", "list(one.timesteps) for"
-            )  # checked here: a sequence, no array
-            body = ast.parse(re.sub(r"num_masks=\d+", "num_masks=4", source)).body
-            last = body.pop() if isinstance(body[-1], ast.Expr) else None
-            exec(compile(ast.Module(body, []), "tutorial", "exec"), names)
-            if isinstance(last, ast.Expr):
-                shown = eval(compile(ast.Expression(last.value), "tutorial", "eval"), names)
-                assert hasattr(shown, "_repr_png_") == draws(cell), cell.source
-                if cell.source.splitlines()[-1] in ("result", "stored"):
-                    assert shown._repr_html_().startswith("<"), cell.source
-    assert (tmp_path / "tutorial.h5").exists()
 
 
 @pytest.mark.soak
