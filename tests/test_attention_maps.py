@@ -160,7 +160,7 @@ def test_a_processor_that_hides_its_probabilities_is_named_with_the_remedy(
 def test_words_that_are_not_in_the_prompt(tiny: Denoiser) -> None:
     with pytest.raises(ValueError, match="'horse' is not in the prompt 'a red circle"):
         Engine(tiny).explain(CAPTION, Attention(words=("red", "horse")), num_steps=1)
-    with pytest.raises(ValueError, match="attention to no word"):
+    with pytest.raises(ValueError, match="attention needs at least one word"):
         Attention(words=())
     assert Attention(words=("red", "red")) == Attention(words="red")
 

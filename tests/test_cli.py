@@ -370,7 +370,7 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert told.strip().splitlines() == [f"dfengine: interrupted; what was done is in {part}"]
+    assert told.strip().splitlines() == [f"dfengine: interrupted; completed work is in {part}"]
     with dfengine.open(part) as run:
         assert 2 <= run[0].done["rise"].sum() < 30
         assert not run.finished

@@ -162,7 +162,7 @@ def test_what_was_not_asked_for_is_none(engine: Engine, tmp_path: Path) -> None:
     with dfengine.open(tmp_path / "run.h5") as run:
         for one in (result, run[0]):
             assert (one.relevance, one.word_maps, one.tokens, tuple(one.words)) == (None, None, None, ())
-            with pytest.raises(ValueError, match=r"there is no relevance: explain with Relevance\(\)"):
+            with pytest.raises(ValueError, match=r"the result has no relevance: explain with Relevance\(\)"):
                 one.concept("red")
 
 
@@ -182,7 +182,7 @@ def test_other_explainers_than_a_run_was_begun_with_are_one_short_line(engine: E
         engine.explain(CAPTION, ALL, num_steps=2, out=tmp_path / "run.h5", on_event=interrupt)
     with pytest.raises(ValueError, match="other settings") as raised:
         engine.explain(CAPTION, Cam(), num_steps=2, out=tmp_path / "run.h5")
-    assert "attention (now not); relevance (now not); rise (now not);" in str(raised.value)
+    assert "attention (removed); relevance (removed); rise (removed);" in str(raised.value)
     assert len(str(raised.value)) < 300
 
 

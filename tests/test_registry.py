@@ -120,5 +120,3 @@ def test_registering_makes_a_name_of_the_package(monkeypatch: pytest.MonkeyPatch
         register("rise", label="x")(Ones)
     with pytest.raises(ValueError, match="form 'picture' is not known: expected one of saliency, layers"):
         register("two", label="x", form="picture")(Ones)
-    with pytest.raises(ValueError, match="Plain is not a dataclass"):
-        register("plain", label="x")(type("Plain", (), {}))

@@ -72,7 +72,7 @@ def test_a_model_that_is_not_square_needs_no_size(tmp_path: Path) -> None:
     assert Engine(pipeline, image_size=(64, 96)).denoiser.name == Engine(pipeline).denoiser.name
     assert Engine(pipeline, image_size=(64, 64)).denoiser.latent_shape == (4, 8, 8)
     assert Engine(denoiser, image_size=(64, 96)).denoiser is denoiser
-    with pytest.raises(ValueError, match=r"image size \(64, 64\) is not possible: the denoiser makes \(64, 96\)"):
+    with pytest.raises(ValueError, match=r"image size \(64, 64\) is not possible: the denoiser generates \(64, 96\)"):
         Engine(denoiser, image_size=(64, 64))
 
 

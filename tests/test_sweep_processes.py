@@ -251,7 +251,7 @@ def test_the_same_command_resumes_whatever_ended_it(described, expected, tmp_pat
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 130, errors
-        assert f"interrupted; what was done is in {out}, the same command goes on" in errors
+        assert f"interrupted; completed work is in {out}; rerun the same command to resume" in errors
     assert not sweep.outcome(out).finished
     process = start(command)
     _, errors = process.communicate(timeout=300)

@@ -99,7 +99,7 @@ def test_a_run_folder(folder):
     rate.add(-60.0, 1.0)
     text = shown(seen, rate)
     # 5 of 6 maps in a minute, and 2 1/6 items left.
-    assert "1 of 4 items, 0.8 a minute, 3 min left, 1 set aside" in text
+    assert "1 of 4 items, 0.8 a minute, 3 min left, 1 quarantined" in text
     assert "5 of 6 maps, 0 of 1 items" in text
     assert "'a red circle', seed 1: random, step 1, t = 600" in text
     assert "▀" not in shown(seen, is_coloured=False)

@@ -1,4 +1,4 @@
-"""What the command line says while it works: a progress bar, notes, and where an interrupted run is."""
+"""What the command line prints while it works: progress bars, notes, and where an interrupted run is."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STATES = {"failed": "it is tried again", "quarantined": "set aside"}
+_STATES = {"failed": "it will be retried", "quarantined": "quarantined"}
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar on the terminal, if there is one, gone when it is done."""
+    """A bar on the terminal, if there is one, removed at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -64,7 +64,7 @@ def progress(steps: int) -> Iterator[Callable[[Event], None]]:
 
 
 def counted(things: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """The things, as they come, with a bar that counts them."""
+    """The given things, with a bar that counts them."""
     with bar(what, total) as (shown, task):
         for thing in things:
             shown.advance(task)
@@ -73,7 +73,7 @@ def counted(things: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 @contextmanager
 def sweep_bars() -> Iterator[Callable[[int, SweepEvent], None]]:
-    """A bar for a whole sweep, and one for each worker, that follow its records; notes and failures as lines."""
+    """A bar for the sweep and one for each worker, that follow its events; notes and failures as lines."""
     from dfengine import sweep
 
     columns = (
@@ -85,49 +85,49 @@ def sweep_bars() -> Iterator[Callable[[int, SweepEvent], None]]:
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    said = set()
+    printed = set()
     with Progress(
         *columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=120
     ) as bars:
-        whole = bars.add_task("starting", total=None, rate="")
+        total = bars.add_task("starting", total=None, rate="")
         by_worker: dict[int, TaskID] = {}
 
         def say(text: str) -> None:
-            if text not in said:
-                said.add(text)
+            if text not in printed:
+                printed.add(text)
                 err.print(f"dfengine: {text}", markup=False)
 
-        def show(worker: int, record: SweepEvent) -> None:
-            if isinstance(record, sweep.SweepStarted):
-                bars.update(whole, description=f"{record.items} items", total=record.maps)
-                share = record.maps / max(1, record.workers)
+        def show(worker: int, event: SweepEvent) -> None:
+            if isinstance(event, sweep.SweepStarted):
+                bars.update(total, description=f"{event.items} items", total=event.maps)
+                share = event.maps / max(1, event.workers)
                 by_worker.update(
-                    {one: bars.add_task(f"worker {one}", total=share, rate="") for one in range(record.workers)}
+                    {one: bars.add_task(f"worker {one}", total=share, rate="") for one in range(event.workers)}
                 )
-            elif isinstance(record, sweep.Progress):
-                for task in (whole, by_worker[worker]):
-                    bars.advance(task, record.maps)
+            elif isinstance(event, sweep.Progress):
+                for task in (total, by_worker[worker]):
+                    bars.advance(task, event.maps)
                     speed = bars.tasks[task].speed
                     bars.update(task, rate="" if speed is None else f"{speed:.1f}/s")
-                bars.update(by_worker[worker], description=f"worker {worker}, {record.unit}")
-            elif isinstance(record, sweep.Note):
-                say(f"note: {record.text}")
-            elif isinstance(record, sweep.Failed):
-                for one in record.failures:
+                bars.update(by_worker[worker], description=f"worker {worker}, {event.unit}")
+            elif isinstance(event, sweep.Note):
+                say(f"note: {event.text}")
+            elif isinstance(event, sweep.Failed):
+                for one in event.failures:
                     if one.errors:
-                        made = f"{one.described['prompt']!r}, seed {one.described['seed']}"
-                        say(f"{made}: {one.errors[-1]}; {_STATES[one.state]}")
-            elif isinstance(record, sweep.WorkerExited):
-                say(f"worker {worker} ended without a word, or stalled: another goes on")
-            elif isinstance(record, sweep.UnitBusy):
-                say(f"{record.unit} is being written by another run: left to it")
+                        item = f"{one.described['prompt']!r}, seed {one.described['seed']}"
+                        say(f"{item}: {one.errors[-1]}; {_STATES[one.state]}")
+            elif isinstance(event, sweep.WorkerExited):
+                say(f"worker {worker} exited unexpectedly or stalled: another takes over")
+            elif isinstance(event, sweep.UnitBusy):
+                say(f"{event.unit} is being written by another run: skipped")
 
         yield show
 
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """A SIGTERM, as Slurm sends it, stops as Ctrl-C does."""
+    """A SIGTERM, which Slurm sends, stops the program as Ctrl-C does."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -141,21 +141,21 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextmanager
 def interruptible(out: Path) -> Iterator[None]:
-    """On Ctrl-C say where what was done is, and leave with status 130."""
+    """On Ctrl-C print where completed work is, and exit with status 130."""
     from dfengine.store import part_path
 
     try:
         yield
     except KeyboardInterrupt:
         part = part_path(out)
-        done = f"what was done is in {part}" if part.exists() else "nothing was written"
+        done = f"completed work is in {part}" if part.exists() else "nothing was written"
         err.print(f"dfengine: interrupted; {done}", markup=False)
         raise typer.Exit(130) from None
 
 
 @contextmanager
 def logged(note: Callable[[str], None]) -> Iterator[None]:
-    """Tell the notes of the package's log."""
+    """While inside, the package's log entries are printed as notes."""
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

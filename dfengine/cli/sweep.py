@@ -16,26 +16,27 @@ from dfengine.cli import options, screen
 if TYPE_CHECKING:
     from dfengine.sweep import Estimate, Event, Outcome
 
-#: Of items that were set aside.
+#: Quarantined items that are listed.
 _MOST_LINES = 20
 
 Spec = Annotated[
-    Path, typer.Argument(help="a YAML file: prompts, seeds, schedules, models, explainers (docs/sweeps.md)")
+    Path, options.path_argument("a YAML file: prompts, seeds, schedules, models, explainers (docs/sweeps.md)")
 ]
-Out = Annotated[Path, typer.Option("-o", "--out", help="the run folder: a new one, or one to go on with")]
-Retry = Annotated[bool, typer.Option("--retry-failed", help="try items again that were set aside")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default where there is one")]
-Threads = Annotated[int | None, typer.Option(help="of each worker on a CPU; by default the cores are shared out")]
-Stall = Annotated[float, typer.Option(help="minutes after which a worker that tells nothing is ended")]
+Out = Annotated[Path, options.path_option("-o", "--out", "--output", help="run folder, a new one or one to resume")]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="retry quarantined items")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default if there is one")]
+Threads = Annotated[int | None, typer.Option(help="threads of each worker on a CPU; by default all cores divided")]
+Stall = Annotated[float, typer.Option(help="minutes without progress after which a worker is killed")]
 
 
 def sweep(
     spec: Spec,
     out: Out,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, and do nothing")] = False,
-    workers: Annotated[int | None, typer.Option(help="by default one a GPU, or one")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate the cost")] = False,
+    workers: Annotated[int | None, typer.Option(help="number of workers; by default one for each GPU, or one")] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="of a running Ray ('auto': here), whose machines all see the run folder")
+        str | None,
+        typer.Option(help="address of a running Ray cluster ('auto': this machine's) that shares the run folder"),
     ] = None,
     retry_failed: Retry = False,
     device: Device = None,
@@ -46,7 +47,7 @@ def sweep(
     stall_minutes: Stall = 30,
     as_json: options.JsonLines = False,
 ) -> None:
-    """Explain prompts × seeds × schedules × models. The same command goes on; exit status 1: not all is done."""
+    """Explain prompts × seeds × schedules × models. Rerun to resume; exit status 1 if items are left or quarantined."""
     from dfengine import sweep as sweeping
 
     described = sweeping.read(spec)
@@ -64,16 +65,16 @@ def sweep(
         _run(sweeping.run(described, out, resources, retry_failed=retry_failed), out, as_json)
         return
     with screen.err.status("measuring the models"):
-        found, notes = sweeping.dry_run(described, out, resources)
+        estimate, notes = sweeping.dry_run(described, out, resources)
     for note in notes:
         screen.err.print(f"dfengine: note: {note}", markup=False)
-    print(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(_expected(found, out)))
+    print(json.dumps(dataclasses.asdict(estimate)) if as_json else "\n".join(_estimate_lines(estimate, out)))
 
 
 def worker(
     spec: Spec,
     out: Out,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="the part of the sweep to do, from 1/N to N/N")],
+    shard: Annotated[str, typer.Option(metavar="I/N", help="part of the sweep to run, from 1/N to N/N")],
     retry_failed: Retry = False,
     device: Device = None,
     threads: Threads = None,
@@ -83,7 +84,7 @@ def worker(
     stall_minutes: Stall = 30,
     as_json: options.JsonLines = False,
 ) -> None:
-    """Do a fixed part of a sweep with one worker, as one of a Slurm array's tasks: they share the run folder."""
+    """Run a fixed part of a sweep with one worker, as a task of a Slurm array; all tasks share the run folder."""
     from dfengine import sweep as sweeping
 
     resources = sweeping.Resources(
@@ -96,11 +97,11 @@ def worker(
         stall=60 * stall_minutes,
     )
     events = sweeping.run(sweeping.read(spec), out, resources, shard=_shard(shard), retry_failed=retry_failed)
-    _run(events, out, as_json, whole=False)
+    _run(events, out, as_json, is_complete=False)
 
 
-def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, whole: bool = True) -> None:
-    """Follow a sweep, and end with the exit status that tells whether everything is done."""
+def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, is_complete: bool = True) -> None:
+    """Follow a sweep, and exit with 0 if everything is done, otherwise with 1; a shard does a part of it."""
     from dfengine import sweep as sweeping
 
     busy = set()  # held by another run
@@ -116,52 +117,54 @@ def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, whole
                     if as_json:
                         print(json.dumps(_line(worker, event), ensure_ascii=False), flush=True)
         except KeyboardInterrupt:
-            done = f"what was done is in {out}" if out.exists() else "nothing was written"
-            screen.err.print(f"dfengine: interrupted; {done}, the same command goes on", markup=False)
+            done = f"completed work is in {out}" if out.exists() else "nothing was written"
+            screen.err.print(f"dfengine: interrupted; {done}; rerun the same command to resume", markup=False)
             raise typer.Exit(130) from None
-    found = sweeping.outcome(out)
+    outcome = sweeping.outcome(out)
     if as_json:
         print(
-            json.dumps({"event": "Outcome", "finished": found.finished} | dataclasses.asdict(found), ensure_ascii=False)
+            json.dumps(
+                {"event": "Outcome", "finished": outcome.finished} | dataclasses.asdict(outcome), ensure_ascii=False
+            )
         )
     else:
-        print("\n".join(_told(found, out)))
-    left = busy or found.quarantined or (whole and found.units_left)
-    raise typer.Exit(int(bool(left and not found.finished)))
+        print("\n".join(_outcome_lines(outcome, out)))
+    left = busy or outcome.quarantined or (is_complete and outcome.units_left)
+    raise typer.Exit(int(bool(left and not outcome.finished)))
 
 
 def _line(worker: int, event: Event) -> dict[str, Any]:
     return {"event": type(event).__name__, "worker": worker} | dataclasses.asdict(event)
 
 
-def _expected(found: Estimate, out: Path) -> Iterator[str]:
+def _estimate_lines(estimate: Estimate, out: Path) -> Iterator[str]:
     from dfengine import store
     from dfengine.runtime.tuning import format_duration
 
-    yield f"  items      {found.items:,} in {found.units:,} units"
-    yield f"  forwards   {found.forwards:,} of one latent"
-    workers = f"{found.workers} worker{'s' * (found.workers != 1)} ({', '.join(found.devices)})"
-    yield f"  predicted  {found.hours:.2f} hours ({format_duration(3600 * found.hours)}) on {workers}"
-    yield f"  files      {found.nbytes / 1e9:,.3f} GB before compression"
+    yield f"  items      {estimate.items:,} in {estimate.units:,} units"
+    yield f"  forwards   {estimate.forwards:,} of one latent"
+    workers = f"{estimate.workers} worker{'s' * (estimate.workers != 1)} ({', '.join(estimate.devices)})"
+    yield f"  predicted  {estimate.hours:.2f} hours ({format_duration(3600 * estimate.hours)}) on {workers}"
+    yield f"  files      {estimate.nbytes / 1e9:,.3f} GB before compression"
     if store.is_folder(out):
         left = sum(map(len, store.units_left(out, store.Folder(out).closed())))
         planned = sum(len(unit) for unit in store.planned_units(out) if not unit.retry_of)
-        yield f"  already    {planned - left:,} items of {out} are done, or set aside"
+        yield f"  already    {planned - left:,} items of {out} are done or quarantined"
 
 
-def _told(found: Outcome, out: Path) -> Iterator[str]:
-    for one in found.quarantined[:_MOST_LINES]:
+def _outcome_lines(outcome: Outcome, out: Path) -> Iterator[str]:
+    for one in outcome.quarantined[:_MOST_LINES]:
         what = one.described
-        yield f"set aside: {what['prompt']!r}, seed {what['seed']}, {what['schedule']['sampling']}: {one.errors[-1]}"
-    if len(found.quarantined) > _MOST_LINES:
-        yield f"and {len(found.quarantined) - _MOST_LINES} more: dfengine info {out} --json"
-    if found.finished:
-        yield f"{out}: all {found.items} items are done"
+        yield f"quarantined: {what['prompt']!r}, seed {what['seed']}, {what['schedule']['sampling']}: {one.errors[-1]}"
+    if len(outcome.quarantined) > _MOST_LINES:
+        yield f"and {len(outcome.quarantined) - _MOST_LINES} more: dfengine info {out} --json"
+    if outcome.finished:
+        yield f"{out}: all {outcome.items} items are done"
         return
-    parts = [f"{found.units_left} units are left"] if found.units_left else []
-    if found.quarantined:
+    parts = [f"{outcome.units_left} units remain"] if outcome.units_left else []
+    if outcome.quarantined:
         parts.append(
-            f"{len(found.quarantined)} of {found.items} items were set aside (--retry-failed tries them again)"
+            f"{len(outcome.quarantined)} of {outcome.items} items were quarantined (--retry-failed retries them)"
         )
     yield f"{out}: {', '.join(parts)}"
 

@@ -78,8 +78,6 @@ def register(name: str, *, label: str, form: str = "saliency") -> Callable[[type
     def add(explainer: type[E]) -> type[E]:
         if form not in FORMS:
             raise ValueError(f"form {form!r} is not known: expected one of {', '.join(FORMS)}")
-        if not dataclasses.is_dataclass(explainer):
-            raise ValueError(f"{explainer.__name__} is not a dataclass: an explainer is its settings")
         # The same class may be defined again, as a notebook's cell or a reloaded module does.
         if name in _entries and _entries[name].explainer.__qualname__ != explainer.__qualname__:
             raise ValueError(f"the name {name!r} belongs to {_entries[name].explainer.__qualname__}: choose another")
