@@ -52,7 +52,8 @@ def sdist(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = build("sdist", clone, tmp_path_factory.mktemp("sdist"))
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(built) as archive:
-        archive.extractall(unpacked, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 has none
+        archive.extractall(unpacked)
     (folder,) = unpacked.iterdir()
     return folder
 
