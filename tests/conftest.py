@@ -54,11 +54,18 @@ if importlib.util.find_spec("hypothesis"):
 CAPTIONS = ("a red circle above a blue square on a gray background", "a pink star on a black background")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Of a test marked `grid` only the first case is quick; tests marked `gpu` need one."""
+    functions = set()
+    for item in items:
+        if item.get_closest_marker("grid"):
+            function = item.nodeid.partition("[")[0]
+            if function in functions:
+                item.add_marker("slow")
+            functions.add(function)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")

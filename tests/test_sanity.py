@@ -13,6 +13,7 @@ from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.evaluate import Sanity, captions, prompts, run_sanity_checks, sanity
 from dfengine.evaluate.truth import auroc, has_distinct_colours, largest_region
+from dfengine.explain import Explainer
 from dfengine.shapes.world import COLOURS, Caption, render, sample_scenes
 
 
@@ -25,8 +26,9 @@ def _few_images() -> Iterator[None]:
         yield
 
 
-def check(denoiser: Denoiser, jobs: Sequence[Job], num_masks: int) -> Sanity:
-    return run_sanity_checks(denoiser, jobs, [Rise(num_masks), Cam(), Relevance(), Attention()])
+def check(denoiser: Denoiser, jobs: Sequence[Job], *explainers: Explainer) -> Sanity:
+    """The checks, those of the weights with the explainers that are given."""
+    return run_sanity_checks(denoiser, jobs, explainers)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def jobs(count: int) -> list[Job]:
 
 @pytest.fixture(scope="module")
 def found(embedded: Denoiser) -> Sanity:
-    return check(embedded, jobs(12), 16)
+    return check(embedded, jobs(12), Rise(16), Cam(), Relevance(), Attention())
 
 
 def test_the_embedded_model_passes(found: Sanity) -> None:
@@ -74,7 +76,7 @@ def test_weights_come_back_also_when_a_check_breaks_off(embedded: Denoiser, monk
     before = {k: v.clone() for k, v in embedded.unet.state_dict().items()}  # type: ignore[attr-defined]
     monkeypatch.setattr(sanity, "_maps", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        check(embedded, jobs(1), 2)
+        check(embedded, jobs(1), Rise(2), Cam(), Relevance(), Attention())
     assert all(torch.equal(v, before[k]) for k, v in embedded.unet.state_dict().items())  # type: ignore[attr-defined]
 
 
@@ -89,7 +91,7 @@ def test_maps_that_do_not_depend_on_the_model_are_found_out(
             yield dataclasses.replace(made, saliency=paths[made.item].latents[made.step, 0])
 
     monkeypatch.setattr(Cam, "explain", blind)
-    outcome = check(embedded, jobs(3), 4)
+    outcome = check(embedded, jobs(3), Cam())
     assert not outcome.passed
     assert any(
         failure.startswith("cam hardly changes with random weights down to down_blocks.0")
@@ -107,7 +109,7 @@ def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
         return Condition({"text": text})
 
     monkeypatch.setattr(embedded, "zero_tokens", beside)
-    outcome = check(embedded, jobs(3), 4)
+    outcome = check(embedded, jobs(3))
     assert any(failure.startswith("a word's relevance does not decrease") for failure in outcome.failures)
 
 
@@ -119,14 +121,14 @@ def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: py
             yield dataclasses.replace(made, saliency=torch.zeros_like(made.saliency))
 
     monkeypatch.setattr(Cam, "explain", empty)
-    outcome = check(embedded, jobs(2), 2)
+    outcome = check(embedded, jobs(2), Cam())
     assert any(failure.startswith("cam hardly changes") for failure in outcome.failures)
 
 
 def test_relevance_that_says_the_opposite_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sanity._prediction_change
     monkeypatch.setattr(sanity, "_prediction_change", lambda *given: -real(*given))
-    outcome = check(embedded, jobs(8), 2)
+    outcome = check(embedded, jobs(8))
     assert any(failure.startswith("relevance does not increase with a word's effect") for failure in outcome.failures)
 
 
@@ -145,15 +147,15 @@ def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypat
             yield dataclasses.replace(made, word_maps=-made.word_maps)
 
     monkeypatch.setattr(Attention, "explain", beside)
-    outcome = check(embedded, jobs(12), 4)
+    outcome = check(embedded, jobs(12))
     assert any(failure.startswith("attention to the subject is no better than chance") for failure in outcome.failures)
 
 
 def test_prompts_of_another_world_have_no_subject_to_look_for(tiny: Denoiser) -> None:
-    outcome = check(tiny, [Engine(tiny).job("a red red circle", num_steps=1)], 2)
+    outcome = check(tiny, [Engine(tiny).job("a red red circle", num_steps=1)], Rise(2), Cam(), Relevance(), Attention())
     assert outcome.subject_auroc is None
     with pytest.raises(ValueError, match="there is no prompt"):
-        check(tiny, [], 2)
+        check(tiny, [])
 
 
 def test_captions_are_different_and_can_be_told_apart() -> None:

@@ -3,13 +3,16 @@
 import logging
 import re
 from collections.abc import Callable
+from copy import copy, deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
-from reduced import PROMPT, pipeline_of, random_pipeline, reduced
+from reduced import PROMPT, pipeline_of, reduced
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,14 +29,18 @@ PROMPTS = [PROMPT, "an oil painting of a tree", ""]
 MODELS = ["shapes", "sd15", "sd21", "sdxl"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(saved: Callable[[str], Path]) -> Callable[[str], Denoiser]:
-    """A model of `MODELS` on the CPU: the embedded one, or a published topology at an eighth of its width."""
+    """A model of `MODELS` on the CPU: the embedded one, or a published topology at an eighth of its width.
 
-    def make(name: str) -> Denoiser:
+    The weights are loaded once: tests change only what is the denoiser's own.
+    """
+
+    @cache
+    def load_once(name: str) -> Denoiser:
         return embedded() if name == "shapes" else load(saved(name), device="cpu")
 
-    return make
+    return lambda name: copy(load_once(name))
 
 
 def embedded() -> Denoiser:
@@ -291,6 +298,11 @@ def no_mid_block(pipeline: Any) -> None:
     pipeline.unet.mid_block = None
 
 
+@pytest.fixture(scope="module")
+def template(saved: Callable[[str], Path]) -> Any:
+    return pipeline_of(saved("sd15"))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("change", "expected_reason"),
@@ -314,9 +326,9 @@ def no_mid_block(pipeline: Any) -> None:
     ],
 )
 def test_an_unsupported_unet_falls_back_to_diffusers_forward(
-    saved: Callable[[str], Path], change: Callable[[Any], None], expected_reason: str, caplog: pytest.LogCaptureFixture
+    template: Any, change: Callable[[Any], None], expected_reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipeline = pipeline_of(saved("sd15"))
+    pipeline = deepcopy(template)
     denoiser = adapt(pipeline)
     before = denoiser.with_prompts(denoiser.encode_prompts([PROMPT]))
     change(pipeline)
@@ -347,7 +359,8 @@ def test_an_unsupported_unet_falls_back_to_diffusers_forward(
     ],
 )
 def test_other_architectures_are_recognised(tmp_path: Path, changes: dict[str, Any], expected_reason: str) -> None:
-    unet = random_pipeline(reduced("sd15", tmp_path, {"unet": changes})).unet
+    folder = reduced("sd15", tmp_path, {"unet": changes})
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")).eval()
     reason = unsupported_reason(unet)
     assert reason is not None
     assert re.search(expected_reason, reason), reason
