@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from analytic import Analytic
+from commands import dfengine_command
 from torch import nn
 
 from dfengine import Engine, Rise
@@ -201,30 +200,8 @@ def test_suggestions(engine: Engine) -> None:
 
 
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
-    quick = [
-        "--num-steps",
-        "2",
-        "--num-masks",
-        "8",
-        "--seconds",
-        "0.1",
-        "--batch-size",
-        "8",
-        "--no-compile",
-        "--device",
-        "cpu",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "dfengine",
-        "profile",
-        *quick,
-        "--json",
-        "--trace",
-        str(tmp_path / "trace.json"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
+    quick = "--num-steps 2 --num-masks 8 --seconds 0.1 --batch-size 8 --no-compile --device cpu".split()
+    run = dfengine_command("profile", *quick, "--json", "--trace", str(tmp_path / "trace.json"))
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     printed = json.loads(run.stdout)
