@@ -200,8 +200,8 @@ def test_suggestions(engine: Engine) -> None:
 
 
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
-    quick = "--num-steps 2 --num-masks 8 --seconds 0.1 --batch-size 8 --no-compile --device cpu".split()
-    run = dfengine_command("profile", *quick, "--json", "--trace", str(tmp_path / "trace.json"))
+    quick = ["--num-steps", "2", "--num-masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile"]
+    run = dfengine_command("profile", *quick, "--device", "cpu", "--json", "--trace", str(tmp_path / "trace.json"))
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     printed = json.loads(run.stdout)
