@@ -78,6 +78,7 @@ def test_a_new_file_in_a_package_of_models_is_found(tmp_path: Path, monkeypatch:
         monkeypatch.delitem(sys.modules, name)
 
 
+@pytest.mark.soak
 def test_adapters_are_imported_when_one_is_asked_for() -> None:
     folder = Path(registry.__file__).parent / "unet"
     modules = [f"dfengine.models.unet.{module.name}" for module in pkgutil.iter_modules([str(folder)])]

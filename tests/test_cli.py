@@ -248,7 +248,7 @@ def test_what_is_decided_is_noted(tmp_path: Path) -> None:
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
     mended = {**os.environ, "CXX": "no-such-compiler"}
     run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "b.h5"), *QUICK, "--compile", env=mended)
@@ -263,7 +263,7 @@ def test_a_new_process_says_what_this_one_does(tmp_path: Path) -> None:
     assert run.stdout.startswith(f"{tmp_path / 'run.h5'}: 2 steps explained by rise, in ")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_traceback_never_reaches_the_user() -> None:
     run = dfengine_process("explain", "a red dog", "-o", "run.h5")
     assert run.returncode == 2

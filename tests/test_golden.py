@@ -61,8 +61,14 @@ def assert_same(name: str, ours: np.ndarray, golden: np.ndarray) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:96 masks are few for the ridge")
-@pytest.mark.parametrize("sampling", ["uniform", "early"])
-@pytest.mark.parametrize("i", range(2))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("i", "sampling"),
+    [
+        (0, "early"),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in [(0, "uniform"), (1, "early"), (1, "uniform")]),
+    ],
+)
 def test_every_method_computes_what_it_computed(i: int, sampling: str) -> None:
     golden = np.load(GOLDEN)
     ours = computed(i, sampling)
@@ -72,6 +78,7 @@ def test_every_method_computes_what_it_computed(i: int, sampling: str) -> None:
         assert_same(name, np.asarray(values), golden[f"{i} {sampling} | {name}"])
 
 
+@pytest.mark.slow
 def test_the_released_code_computes_what_it_computed() -> None:
     golden = np.load(GOLDEN)
     result = engine().explain(

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dfengine
 
 ROOT = Path(__file__).parent.parent
@@ -130,13 +132,18 @@ def test_the_table_has_no_cycle() -> None:
         assert MAY_IMPORT[room] <= set(rooms[:i]), f"{room} would import a room listed after it"
 
 
-def test_kernels_is_not_a_package_to_hugging_face() -> None:
+def test_kernels_is_not_a_package() -> None:
     assert not (ROOT / "kernels/__init__.py").exists()
+
+
+@pytest.mark.soak
+def test_kernels_is_not_a_package_to_hugging_face() -> None:
     script = "import transformers, diffusers; from diffusers import StableDiffusionPipeline; print('fine')"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "fine", run.stderr
 
 
+@pytest.mark.slow
 def test_triton_is_imported_on_a_gpu_only() -> None:
     script = (
         "import sys, torch; before = 'triton' in sys.modules; import dfkernels; "

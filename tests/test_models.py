@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the hub's attempts
     return requests
 
 
@@ -118,7 +120,7 @@ def test_variant_chooses_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: 
         load(tiny_folder, device="cpu", variant="bf16")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_loading_prints_nothing(tiny_folder: Path) -> None:
     """In a fresh process, where the libraries are imported too."""
     code = (
@@ -193,6 +195,7 @@ def test_an_unresponsive_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) 
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(socket, "getaddrinfo", time_out)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(ValueError, match=r"model 'nobody/nothing' could not be loaded: .*timed out"):
         load("nobody/nothing", device="cpu")
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 #: The files that a build reads besides the sources.
 METADATA = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt")
@@ -81,6 +83,7 @@ def test_the_wheel_holds_every_source_configuration_and_weight(wheel: Path) -> N
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dfengine", "dfkernels"}
 
 
+@pytest.mark.soak
 def test_the_wheel_works_without_the_sources(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
