@@ -27,6 +27,8 @@ if not torch.cuda.is_available():
 # Before anything of ours is imported. Not dfkernels.fused: the hook decorates beneath @triton.jit, which would take the
 # wrapper for the kernel. beartype may be missing where only the kernels' tests run.
 if importlib.util.find_spec("beartype"):
+    import typechecker  # noqa: F401  (replaces what the hook looks up)
+
     checked = (f"dfkernels.{path.stem}" for path in DFKERNELS.glob("*.py") if path.stem != "__init__")
     install_import_hook(("dfengine", *checked), "typechecker.typecheck")
 

@@ -1,5 +1,42 @@
-"""What checks annotations, shapes included, while the tests run: an int will do where a float is asked for."""
+"""What checks annotations, shapes included, while the tests run: an int will do where a float is asked for.
 
+jaxtyping's decorator checks every argument twice and compiles its checks where a function is defined. So it gets those
+functions alone that have arrays, whose shapes must agree with each other; the others get beartype's, which is far
+cheaper; a function within a function, defined again at each call, gets neither.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
 from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray
 
 typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_with_shapes = jaxtyping.jaxtyped
+
+
+def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Stands in for jaxtyping's own of this name, which is what its import hook puts before every definition."""
+
+    def decorate(decorated: Any) -> Any:
+        if not inspect.isfunction(decorated):  # a class, whose fields are checked; a method of another kind
+            return _with_shapes(decorated, typechecker=typechecker)
+        if "<locals>" in decorated.__qualname__:
+            return decorated
+        annotations = decorated.__annotations__.values()
+        if any(isinstance(annotation, str) or _has_array(annotation) for annotation in annotations):
+            return _with_shapes(decorated, typechecker=typechecker)
+        return typecheck(decorated)
+
+    return decorate
+
+
+def _has_array(annotation: Any) -> bool:
+    if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
+        return True
+    return any(_has_array(part) for part in getattr(annotation, "__args__", ()))
+
+
+jaxtyping.jaxtyped = jaxtyped
