@@ -5,6 +5,7 @@ The fixtures that several files share import what they need themselves: the kern
 
 import importlib.util
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ if not torch.cuda.is_available():
 
 # Before anything of ours is imported. Not dfkernels.fused: the hook decorates beneath @triton.jit, which would take the
 # wrapper for the kernel. beartype may be missing where only the kernels' tests run.
-if importlib.util.find_spec("beartype"):
+if importlib.util.find_spec("beartype") and not os.environ.get("JAXTYPING_DISABLE"):
     import typechecker  # noqa: F401  (replaces what the hook looks up)
 
     checked = (f"dfkernels.{path.stem}" for path in DFKERNELS.glob("*.py") if path.stem != "__init__")
@@ -58,16 +59,28 @@ CAPTIONS = ("a red circle above a blue square on a gray background", "a pink sta
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `grid` only the first case is quick; tests marked `gpu` need one."""
-    functions = set()
+    """Choose the cases of tests marked `grid`; skip those marked `gpu` where there is none.
+
+    `make quick` runs the first case of a grid, `make test` as few as show every value of every parameter.
+    """
+    grids = defaultdict(list)
     for item in items:
         if item.get_closest_marker("grid"):
-            function = item.nodeid.partition("[")[0]
-            if function in functions:
-                item.add_marker("slow")
-            functions.add(function)
+            grids[item.nodeid.partition("[")[0]].append(item)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for first, *others in grids.values():
+        shown = _values(first)
+        while others:
+            case = max(others, key=lambda other: len(_values(other) - shown))
+            case.add_marker("slow" if _values(case) - shown else "soak")
+            shown |= _values(case)
+            others.remove(case)
+
+
+def _values(case: pytest.Item) -> set[tuple[str, str]]:
+    """The parameters of a case, each with its value."""
+    return {(name, repr(value)) for name, value in case.callspec.params.items()} if hasattr(case, "callspec") else set()
 
 
 @pytest.fixture(scope="session")

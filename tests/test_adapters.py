@@ -39,6 +39,7 @@ def test_an_unknown_class_lists_what_is_supported() -> None:
     assert "registered with dfengine.models.registry.adapter" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_subclass_has_the_adapter_of_its_nearest_base(tiny_folder: Path) -> None:
     class OwnPipeline(StableDiffusionPipeline):
         pass
@@ -113,6 +114,7 @@ class WonderPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, scheduler=scheduler)
 
 
+@pytest.mark.slow
 def test_an_engine_explains_a_pipeline_of_a_class_registered_outside(tiny_folder: Path) -> None:
     parts = StableDiffusionPipeline.from_pretrained(tiny_folder).components
     pipeline = WonderPipeline(parts["vae"], parts["scheduler"])

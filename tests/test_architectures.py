@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reduced import CLOSE, PROMPT, random_pipeline, reduced
+from reduced import CLOSE, PROMPT, random_pipeline, reduced, soak
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +39,7 @@ PUBLISHED: dict[str, tuple[dict[str, float], float, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_is_the_published_one(name: str) -> None:
     parameters, gigaflop, side = PUBLISHED[name]
@@ -82,7 +83,8 @@ def test_weights_are_the_same_in_every_dtype_and_scaled_by_their_inputs(tmp_path
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", soak("sd21"), soak("sdxl")])
 def test_activations_stay_far_inside_float16(saved: Callable[[str], Path], name: str) -> None:
     """Every layer's output, on noise and on latents ten times as large, against the largest number of 65504."""
     denoiser = load(saved(name), device="cpu")
@@ -136,6 +138,7 @@ def test_the_tokenizer_has_clips_numbers() -> None:
         assert tokenizer.unk_token_id not in tokens[1:8]
 
 
+@pytest.mark.slow
 def test_a_prompt_too_long_and_a_vocabulary_too_small_are_refused(tmp_path: Path) -> None:
     denoiser = adapt(random_pipeline(reduced("sd21", tmp_path / "sd21")))
     denoiser.encode_prompts(["of " * 75])
@@ -153,7 +156,8 @@ def test_a_prompt_too_long_and_a_vocabulary_too_small_are_refused(tmp_path: Path
 # --- from end to end --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", soak("sd21"), soak("sdxl")])
 def test_a_saved_pipeline_is_explained_as_the_one_that_was_built(saved: Callable[[str], Path], name: str) -> None:
     results = []
     for folder, random_weights in ((saved(name), False), (saved(name).parent / "configs", True)):
@@ -211,6 +215,7 @@ def test_files_of_another_pipeline_are_one_clear_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command_line_builds_and_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

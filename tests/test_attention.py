@@ -15,6 +15,7 @@ from dfengine.models.attention import AttentionBackend, attention_backend, split
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.mark.slow
 @given(batch=st.integers(1, 9), heads=st.integers(1, 5), max_heads=st.integers(1, 12))
 def test_a_kernel_is_called_on_at_most_max_heads(batch: int, heads: int, max_heads: int) -> None:
     called: list[tuple[int, ...]] = []

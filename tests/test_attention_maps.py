@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from analytic import Analytic
 from diffusers.models.attention_processor import SlicedAttnProcessor
-from reduced import PROMPT
+from reduced import PROMPT, soak
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -69,7 +69,8 @@ def maps_of(attention: Attention, denoiser: Denoiser, paths: list[Trajectory]) -
     return {(made.item, made.step): made for made in attention.explain(denoiser, paths)}
 
 
-@pytest.mark.parametrize("name", ["shapes", "sd15", "sd21", "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes", "sd15", soak("sd21"), soak("sdxl")])
 def test_the_maps_are_those_of_diffusers_own_forward(saved: Callable[[str], Path], name: str) -> None:
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser if name == "shapes" else load(saved(name))
     prompts = [CAPTION, "a pink star on a black background"] if name == "shapes" else [PROMPT, "a tree"]
@@ -107,6 +108,7 @@ def test_a_named_word_is_all_its_occurrences_and_a_phrase_all_its_words(tiny: De
     assert_close(named.word_maps, torch.stack([(red + other) / 2, (other + square) / 2, circle]))
 
 
+@pytest.mark.slow
 def test_a_heat_map_of_a_repeated_word_is_all_its_occurrences(tiny: Denoiser) -> None:
     engine = Engine(tiny)
     every, named = (engine.explain(CAPTION, Attention(words), num_steps=1) for words in (None, "red"))

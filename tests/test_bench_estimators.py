@@ -65,6 +65,7 @@ def trajectory(engine: Engine) -> Trajectory:
     return engine.denoiser.trajectory(latents)
 
 
+@pytest.mark.slow
 def test_maps_of_the_engine_pass_the_check(engine: Engine, trajectory: Trajectory) -> None:
     estimators.check(engine, trajectory, 1)
 

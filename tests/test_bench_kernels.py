@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 CASES = list(kernels_measured.cases(5, 4, 7, 13))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_every_case_runs_and_passes_its_check(case: kernels_measured.Case) -> None:
     inputs = case.inputs()
@@ -24,6 +25,7 @@ def test_every_case_runs_and_passes_its_check(case: kernels_measured.Case) -> No
         assert_close(one, other, **kernels_measured.tolerance(case.tolerance), equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
 def test_without_a_gpu_nothing_is_measured() -> None:
     script = ROOT / "bench/kernels_measured.py"
@@ -47,11 +49,10 @@ def test_the_table_marks_wrong_and_failed_rows() -> None:
     assert perturbed == "| perturb | 1×2×3×4 | wrong | wrong | wrong | not measured | not measured |"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("archs", [["90"], pytest.param(["80", "120"], marks=pytest.mark.soak)])
-def test_one_configuration_of_every_kernel_compiles_without_spills(archs: list[str], tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_one_configuration_of_every_kernel_compiles_without_spills(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is an extra")
-    command = [sys.executable, ROOT / "bench/kernels_compiled.py", "--first", "--arch", *archs]
+    command = [sys.executable, ROOT / "bench/kernels_compiled.py", "--first", "--arch", "80", "90", "120"]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

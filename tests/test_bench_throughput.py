@@ -19,6 +19,7 @@ from dfengine import Engine, Rise, evaluate
 from dfengine.diffusion.trajectory import trajectories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["guided", "conditional"])
 def test_the_plain_loop_computes_the_engines_maps(target: str) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu", batch_size=16)
@@ -118,6 +119,7 @@ def test_no_throughput_is_reported_where_the_maps_disagree() -> None:
         throughput.check({"guided": 1.0, "conditional": 0.999}, torch.float32)
 
 
+@pytest.mark.slow
 def test_no_default_is_compared_where_the_maps_or_the_truth_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = evaluate.scenes(2)
     defaults.check_areas(rendered)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from analytic import Analytic
 from diffusers.models.attention_processor import XFormersAttnProcessor
-from reduced import PROMPT
+from reduced import PROMPT, soak
 from scipy import stats
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -114,7 +114,8 @@ def plain(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> dic
     return found
 
 
-@pytest.mark.parametrize("name", ["shapes", "sd15", "sd21", "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes", "sd15", soak("sd21"), soak("sdxl")])
 def test_all_layers_at_once_are_what_each_is_alone(saved: Callable[[str], Path], name: str) -> None:
     """Every layer of every step of two prompts, from batches, against one sample and its own graph at a time."""
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser if name == "shapes" else load(saved(name))
@@ -134,6 +135,7 @@ def test_all_layers_at_once_are_what_each_is_alone(saved: Callable[[str], Path],
     assert not any(module._forward_hooks for module in denoiser.unet.modules())  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("shapes", 22), ("sd15", 44), ("sd21", 44)])
 def test_layers_are_those_of_the_module_tree_in_the_forwards_order(
     saved: Callable[[str], Path], name: str, count: int
@@ -216,6 +218,7 @@ def test_the_unconditional_prediction_is_that_of_the_negative_prompt(tiny: Denoi
     assert not torch.allclose(unconditional[COMBINED], maps_of(tiny, Cam(), [path])[0, 0][COMBINED])
 
 
+@pytest.mark.slow
 def test_float16_keeps_small_gradients() -> None:
     """Maps of float16 are those of float32 as far as half precision goes, also where the scale is far too large."""
     halves = Engine.from_pretrained("shapes", device="cpu", dtype="float16")
@@ -255,6 +258,7 @@ def test_a_map_that_is_not_finite_is_told_of(tiny: Denoiser, monkeypatch: pytest
         maps_of(tiny, Cam(), [path])
 
 
+@pytest.mark.slow
 def test_xformers_processors_step_aside_and_come_back(tiny_folder: Path) -> None:
     """They cannot be differentiated by torch.func; nothing is called of them here, where xformers is not installed."""
     denoiser = load(tiny_folder, device="cpu")

@@ -48,6 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_explain_writes_what_was_asked_for(made: Path) -> None:
     with dfengine.open(made) as run:
         (item,) = run
@@ -71,6 +72,7 @@ def test_info_tells_people_and_programs(made: Path) -> None:
     assert summary["jobs"][0]["seed"] == 3
 
 
+@pytest.mark.slow
 def test_merge_makes_one_file_of_several(made: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     other, out = tmp_path / "other.h5", tmp_path / "all.h5"
     options = (*QUICK, "--seed", "4", "--sampling", "early")
@@ -91,6 +93,7 @@ def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_several_explainers_share_a_file_and_are_drawn(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     named = [part for name in ("cam", "relevance", "attention", "cam") for part in ("--explainer", name)]
@@ -131,6 +134,7 @@ def test_layers_are_listed_for_people_and_programs(refused: Callable[..., str]) 
     assert "no layer is called 'mid'" in refused("layers", "mid")
 
 
+@pytest.mark.slow
 def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
     run = dfengine_command("evaluate", "sanity", "--limit", "1", "--num-masks", "2", "--json")
     (found,) = json.loads(run.stdout)
@@ -139,6 +143,7 @@ def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
     assert run.returncode == (1 if found["failures"] else 0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -199,6 +204,7 @@ def test_the_version_is_printed() -> None:
     assert dfengine_command("--version").stdout == f"dfengine {dfengine.__version__}\n"
 
 
+@pytest.mark.slow
 def test_names_of_other_tools_are_aliases(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     names = ["--output", str(out), "--num-inference-steps", "2", "--guidance-scale", "3", "-e", "random"]
@@ -219,6 +225,7 @@ def test_defaults_are_those_of_python(tmp_path: Path) -> None:
         assert opened[0].settings == {"random": dfengine.Random(), "cam": dfengine.Cam()}
 
 
+@pytest.mark.slow
 def test_a_home_folder_within_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     run = dfengine_command("explain", CAPTION, "--out=~/run.h5", "--steps", "1", "-e", "random")
@@ -242,6 +249,7 @@ def test_an_impossible_profile_is_one_line(refused: Callable[..., str], argument
     assert said in refused("profile", *arguments)
 
 
+@pytest.mark.slow
 def test_what_is_decided_is_noted(tmp_path: Path) -> None:
     """Notes go to the terminal; a job that needs none is silent."""
     quiet = dfengine_command("explain", CAPTION, "-o", str(tmp_path / "a.h5"), *QUICK, "--batch-size", "auto")
@@ -256,7 +264,7 @@ def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
     assert re.match(r"dfengine: the network could not be compiled: .*; leave compile out\n$", run.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_new_process_says_what_this_one_does(tmp_path: Path) -> None:
     run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK)
     assert (run.returncode, run.stderr) == (0, "")
@@ -271,6 +279,7 @@ def test_a_traceback_never_reaches_the_user() -> None:
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -327,6 +336,7 @@ def test_a_generation_out_of_range_is_one_line(refused: Callable[..., str], tmp_
     assert "out of range" in refused("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK, "--guidance", "1e300")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["run", "run.txt", "run.part.h5", "."])
 def test_a_name_that_is_none_for_a_result(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
     assert "cannot be the name of a result" in refused("explain", CAPTION, "-o", str(tmp_path / name), *QUICK)
@@ -340,6 +350,7 @@ def test_places_that_cannot_be_written_to_are_one_line(refused: Callable[..., st
     assert "cannot write" in refused("explain", CAPTION, "-o", "/proc/run.h5", *QUICK)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
 
@@ -391,6 +402,7 @@ def test_figures_of_what_is_not_there(
     assert re.search(said, refused("figures", str(made), "-o", str(tmp_path / "rise.png"), *arguments))
 
 
+@pytest.mark.slow
 def test_figures_that_cannot_be_read_or_written(refused: Callable[..., str], made: Path, tmp_path: Path) -> None:
     assert "expected .png, .pdf or .svg" in refused("figures", str(made), "-o", str(tmp_path / "rise.jpg"))
     assert "does not exist" in refused("figures", str(made), "-o", str(tmp_path / "no" / "rise.png"))

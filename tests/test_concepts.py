@@ -113,6 +113,7 @@ def test_events_are_gathered_whatever_their_order() -> None:
     assert first.is_right == {}
 
 
+@pytest.mark.slow
 def test_the_judge_says_what_is_right_of_rendered_scenes() -> None:
     """Every rendered scene is what its caption says; with its roles exchanged all is there but for the relation."""
     right, scenes = ConceptJudge(), sample_scenes(40, torch.Generator().manual_seed(5))
@@ -155,6 +156,7 @@ def test_embedded_prompts_have_all_roles() -> None:
     assert all(list(prompt.concepts) == [*ROLES] for prompt in prompts)
 
 
+@pytest.mark.slow
 def test_the_measure_is_that_of_single_explanations() -> None:
     """Many prompts and schedules in batches against one `Engine.explain` at a time."""
     engine, prompts = Engine.from_pretrained("shapes", device="cpu"), embedded_prompts(2)
@@ -188,6 +190,7 @@ def test_figure_11_has_a_panel_a_schedule_and_bars_of_the_sums() -> None:
     assert [bar.get_height() for bar in axes[2].patches] == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_sample_shows_schedules_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red star on a black background\n")
     out, folder = tmp_path / "s.png", tmp_path / "images"

@@ -24,6 +24,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(EXPLAINER, {"__name__": "example"})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 def test_an_explainer_of_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -53,6 +53,7 @@ def test_add_sums_each_rows_masks_and_scores(kind: str, score: str) -> None:
     assert sums.count.tolist() == [3, 4, 3]
 
 
+@pytest.mark.slow
 @given(
     st.permutations(range(len(ROWS))),
     st.sets(st.integers(1, len(ROWS) - 1)),
@@ -110,6 +111,7 @@ def test_running_sums_are_float64() -> None:
     assert sums.moments[0, 0, 1].item() == 1 + 2.0**-30
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("similarity", dfkernels.reference.SIMILARITIES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
@@ -288,6 +290,7 @@ def test_ridge_recovers_a_linear_score(kind: str) -> None:
     assert (error < 0.01).all()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("n", [8, 60, 150])
 def test_ridge_errors_match_the_spread_over_noise(n: int) -> None:
     weights = torch.linspace(-0.3, 0.3, 12).reshape(3, 4)

@@ -207,6 +207,7 @@ def test_apply_masks_in_another_dtype_and_with_poisoned_padding(kind: str) -> No
     assert_close(poisoned[3:], half[3:], **tolerance("apply_masks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
 def test_the_hot_path_never_waits_for_the_device(kind: str) -> None:
     # Meta tensors hold no values, so reading one on the host (.item(), a boolean index) raises.

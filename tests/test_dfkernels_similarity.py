@@ -135,6 +135,7 @@ def test_shapes_shared_references_and_independence_of_the_batch(kind: str, score
     assert_close(dfkernels.similarity(a, b_of_each, kind, score)[-1:], last, **tolerance("similarity"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", dfkernels.reference.SIMILARITIES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 @pytest.mark.parametrize("entries", [1, 2, 3, 7])

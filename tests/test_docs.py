@@ -77,6 +77,7 @@ def test_every_python_example_is_tested():
     }
 
 
+@pytest.mark.slow
 def test_readme(few_steps, pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Two images and four steps, and a distance that is defined for two images.
@@ -99,6 +100,7 @@ def test_event_example():
     assert names["event"].item == 1
 
 
+@pytest.mark.slow
 def test_file_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = Engine.from_pretrained("shapes", device="cpu")
@@ -137,6 +139,7 @@ def test_timesteps_in_comments():
     ]
 
 
+@pytest.mark.slow
 def test_skipped_steps_example(few_steps):
     (example,) = blocks("docs/performance.md", "python")
     assert list(run(example.replace("step % 10", "step % 2"))["maps"]) == [0, 2]
@@ -156,6 +159,7 @@ def test_preset_example(few_steps):
     assert settings == [{"rise": XDiffusionRise(8), "cam": XDiffusionCam()}] * 3
 
 
+@pytest.mark.slow
 def test_another_tool_sees_the_same_image(pipeline):
     example, _ = blocks("docs/comparison.md", "python")
     pipeline.set_progress_bar_config(disable=True)
@@ -256,6 +260,7 @@ def parse(words, *, is_complete):
             pytest.fail(f"{shlex.join(words)}: {error.format_message()}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*DOCUMENTS, DOCS / "formats.txt"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_parse(path):
     text = path.read_text()

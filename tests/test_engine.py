@@ -25,6 +25,7 @@ def engine() -> Engine:
     return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_what_is_returned(engine: Engine, tmp_path: Path) -> None:
     explainers = [Rise(12), Rise(5, score="global", estimator="sum", name="printed")]
     result = engine.explain(CAPTION, explainers, num_steps=3, seed=4, out=tmp_path / "run.h5")
@@ -99,6 +100,7 @@ def test_a_generation_that_fails_leaves_no_file(engine: Engine, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_stream_tells_of_each_thing_as_it_is_done(engine: Engine) -> None:
     jobs = [engine.job(CAPTION, seed=seed, num_steps=2) for seed in range(5)]
     jobs.append(engine.job("a green star on a white background", num_steps=3))
@@ -126,6 +128,7 @@ def test_exponential_and_given_time_steps_are_visited(engine: Engine) -> None:
     assert engine.job(CAPTION, sampling=[900, 500, 20]).timesteps == (900, 500, 20)
 
 
+@pytest.mark.slow
 def test_a_given_image_stands_in_for_a_generation(engine: Engine) -> None:
     made = engine.explain(CAPTION, Rise(2), num_steps=20, seed=1)
     result = engine.explain(CAPTION, Rise(2), image=made.image, num_steps=3)
@@ -141,6 +144,7 @@ def test_progress_is_told(engine: Engine) -> None:
     assert [type(event).__name__ for event in events] == ["Generated", "StepMap", "StepMap", "Finished"]
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_ones_own_is_wrapped(engine: Engine) -> None:
     mine = Engine(engine.denoiser.pipeline, batch_size=4)
     assert mine.denoiser.batch_size == 4
@@ -189,6 +193,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_existing_file_is_kept_unless_told_otherwise(engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     first = engine.explain(CAPTION, Rise(2), num_steps=1, out=out)
@@ -214,6 +219,7 @@ def test_what_was_done_is_kept_when_it_is_cut_off(engine: Engine, tmp_path: Path
         assert np.isnan(run[0].maps["rise"][2:]).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_gone_on_with_to_the_bit(engine: Engine, tmp_path: Path) -> None:
     explainers = [Rise(21), Rise(13, score="global", estimator="contrast", name="global")]
     whole = engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "whole.h5")

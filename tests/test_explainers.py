@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reduced import soak
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, store
@@ -37,6 +38,7 @@ def same(a: Explanation, b: Explanation) -> None:
     equal(np.asarray(a.word_maps), np.asarray(b.word_maps))
 
 
+@pytest.mark.slow
 def test_all_stream_into_the_same_file(engine: Engine, tmp_path: Path) -> None:
     seen: list[Any] = []
     result = engine.explain(CAPTION, ALL, num_steps=3, out=tmp_path / "run.h5", on_event=seen.append)
@@ -70,7 +72,8 @@ def test_a_concept_is_the_mean_over_its_tokens(engine: Engine) -> None:
         result.concept("horse")
 
 
-@pytest.mark.parametrize("cut", [2, 5, 8, 11])
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [5, *map(soak, (2, 8, 11))])
 def test_a_run_that_was_cut_off_is_gone_on_with_to_the_bit(engine: Engine, tmp_path: Path, cut: int) -> None:
     whole = engine.explain(CAPTION, ALL, num_steps=3)
     seen: list[Any] = []
@@ -118,6 +121,7 @@ def test_a_stream_refuses_before_anything_is_computed(engine: Engine) -> None:
         next(engine.stream(jobs, [Attention(), Attention(name="again")]))
 
 
+@pytest.mark.slow
 def test_a_step_is_done_when_all_of_it_is(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, relevance or heat maps that are not there (damage after a power cut) are made again with their map."""
     whole = engine.explain(CAPTION, ALL, num_steps=2)
@@ -166,6 +170,7 @@ def test_what_was_not_asked_for_is_none(engine: Engine, tmp_path: Path) -> None:
                 one.concept("red")
 
 
+@pytest.mark.slow
 def test_relevance_inside_inference_mode(engine: Engine) -> None:
     expected = engine.explain(CAPTION, Relevance(text_attention=True), num_steps=1)
     with torch.inference_mode():
@@ -186,6 +191,7 @@ def test_other_explainers_than_a_run_was_begun_with_are_one_short_line(engine: E
     assert len(str(raised.value)) < 300
 
 
+@pytest.mark.slow
 def test_an_image_without_a_prompt_has_no_words(engine: Engine, tmp_path: Path) -> None:
     picture = np.full((64, 64, 3), 200, np.uint8)
     result = engine.explain("", [Relevance(), Attention()], image=picture, num_steps=1, out=tmp_path / "run.h5")
@@ -206,6 +212,7 @@ def test_settings_come_back_from_json() -> None:
         assert rebuild(describe(explainer)) == explainer
 
 
+@pytest.mark.slow
 def test_both_tokenizers_of_sdxl_name_the_same_places(saved: Callable[[str], Path]) -> None:
     """Each pads with another token; a prompt's own are the same, and cover it whole."""
     denoiser = load(saved("sdxl"), device="cpu")

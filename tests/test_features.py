@@ -73,6 +73,7 @@ def vit(tmp_path: Path) -> Path:
     return write(tmp_path / "tiny-vit", make("ViTModel", transformers.ViTConfig(**SEES)))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("size", [(37, 53), (61, 21), (20, 20), (21, 30)])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_preprocessing_equals_the_image_processor(name: str, size: tuple[int, int], vit: Path) -> None:
@@ -267,6 +268,7 @@ def test_a_model_without_all_its_weights_is_refused(vit: Path) -> None:
         vision.load_features(vit)
 
 
+@pytest.mark.slow
 def test_the_games_are_played_with_any_extractor(vit: Path) -> None:
     """The distances use its features, and its name is recorded."""
     engine, extract = Engine.from_pretrained("shapes", device="cpu"), vision.load_features(vit)

@@ -234,6 +234,7 @@ def error_axes(figure: Figure) -> list[Axes]:
     return [axis for axis in figure.axes if axis.images and np.ndim(axis.images[0].get_array()) == 2]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("steps", [1, 6, 12])
 @pytest.mark.parametrize("size", [(64, 64), (48, 84), (96, 64)])
 def test_a_strip_is_readable_across_a_page(steps: int, size: tuple[int, int]) -> None:
@@ -272,6 +273,7 @@ def test_without_previews_maps_lie_over_the_image() -> None:
     np.testing.assert_array_equal(drawn, overlay(made.image, made.heatmap("cam", 2)))
 
 
+@pytest.mark.slow
 def test_of_many_layers_a_few_are_drawn_down_and_up_again() -> None:
     maps = {name: np.empty((1, side, side)) for name, side in LAYERS.items()}
     assert selection.main_layers({COMBINED: np.empty((1, 64, 64)), **maps}) == [
@@ -423,6 +425,7 @@ def test_a_word_with_the_name_of_a_method_has_its_own_map() -> None:
     np.testing.assert_array_equal(drawn, overlay(np.asarray(made.previews)[1], own))
 
 
+@pytest.mark.slow
 def test_a_method_is_drawn_in_its_own_form() -> None:
     made = explained("a red cat")
     assert titles(figures.draw(made, "rise", [0]))[0] == "image"
@@ -489,6 +492,7 @@ def test_words_that_the_model_does_not_read_have_no_line() -> None:
         figures.relevance(explained(""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (48, 84), (96, 64)])
 @pytest.mark.parametrize("form", [figures.layers, figures.relevance, figures.attention])
 def test_texts_are_inside_apart_and_readable_in_a_column(form: Callable[..., Figure], size: tuple[int, int]) -> None:
@@ -514,6 +518,7 @@ def test_memory_and_file_draw_the_same(tmp_path: Path) -> None:
                 np.testing.assert_equal(lines(file), lines(memory))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("form", ["saliency", "layers", "tokens", "words", "a form of the future"])
 def test_the_declared_form_alone_chooses_the_figure(form: str) -> None:
     """A method of any name; an unknown form is drawn like saliency."""

@@ -62,6 +62,7 @@ def on_one_line(labels: Sequence[str]) -> list[str]:
     return [label.replace("\n", " ").replace("\u00a0", " ") for label in labels]
 
 
+@pytest.mark.slow
 def test_one_result_has_every_method_in_its_form_and_a_comparison() -> None:
     made = explained("a red cat")
     drawn = draw_all([made])
@@ -72,6 +73,7 @@ def test_one_result_has_every_method_in_its_form_and_a_comparison() -> None:
     assert list(lines(drawn["relevance"])) == ["red", "cat"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("made", "drawn"),
     [
@@ -112,6 +114,7 @@ def test_relevance_stands_above_a_map_that_is_there() -> None:
     assert labels(drawn)[1] == "DF-RISE,\n7 masks"
 
 
+@pytest.mark.slow
 def test_methods_and_steps_restrict_what_is_drawn() -> None:
     made = explained("a red cat")
     rise = unfinished(np.asarray(made.maps["rise"]), 0, 4)
@@ -163,6 +166,7 @@ def test_of_one_image_a_row_is_a_step_and_what_is_missing_is_said() -> None:
     assert [text.get_text() for axis in compared.axes for text in axis.texts] == ["not\ncomputed"]
 
 
+@pytest.mark.slow
 def test_images_of_different_sizes_are_not_in_one_comparison() -> None:
     sizes = [(8, 12), (8, 12), (12, 8), (12, 8), (4, 4)]
     made = [with_methods(explained("a cat", size=size), "rise", "attention") for size in sizes]
@@ -207,6 +211,7 @@ def reach(schedule: Axes) -> list[list[float]]:
     return [line.get_xdata().tolist() for line in schedule.lines if line.get_marker() != "|"]
 
 
+@pytest.mark.slow
 def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None:
     made = sweep()
     drawn = draw_all(made)
@@ -238,6 +243,7 @@ def test_the_axis_of_time_steps_reaches_a_later_one_than_999() -> None:
     assert reach(schedule) == [[0, 1200]] * 3
 
 
+@pytest.mark.slow
 def test_only_what_belongs_together_is_in_one_group() -> None:
     def grouped(results: Sequence[Any]) -> list[tuple[str, str, list[int], list[str]]]:
         return [(one.prompt, one.details, list(one.rows), list(one.timesteps)) for one in schedules.groups(results)]
@@ -291,6 +297,7 @@ def test_stored_images_of_other_guidance_or_negative_prompt_are_apart(tmp_path: 
         ]
 
 
+@pytest.mark.slow
 def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
     """Of the tokens a, red and cat the first is 0 and the last 4, so red is its own relevance over 4."""
     tokens = Tokens("a red cat", ("<s>", "a", "red", "cat", "</s>"), ((0, 0), (0, 1), (2, 5), (6, 9), (0, 0)))
@@ -405,6 +412,7 @@ def test_a_frame_tells_its_step_and_its_t(monkeypatch: pytest.MonkeyPatch) -> No
     assert colour_bars(figure) == [MAPS_BAR]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", METHODS)
 def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: str) -> None:
     colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [200, 200, 30], [0, 0, 0]], np.uint8)
@@ -471,6 +479,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:drawing the first 1 of 2:UserWarning")
 def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
@@ -510,6 +519,7 @@ def begun(tmp_path: Path) -> Path:
     return tmp_path / "run.part.h5"
 
 
+@pytest.mark.slow
 def test_a_part_is_drawn_as_far_as_it_is(begun: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     status, said, noted = command(begun, "--gif")
     assert (status, noted) == (0, "")
@@ -540,6 +550,7 @@ def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rise.pdf", "rise.png"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -585,6 +596,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(
     assert noted == "dfengine: [Errno 13] Permission denied: 'run.figures'\n"
 
 
+@pytest.mark.slow
 def test_names_of_files_are_unlike_on_any_disk() -> None:
     maps = {name: np.zeros((1, 2, 2), np.float32) for name in ("a/b", "a-b", "comparison", "..", "Rise", "rise", "")}
     named = names([explained("a cat", 1, maps=maps)])

@@ -173,6 +173,7 @@ def test_the_area_is_told_where_the_curve_is_not(curve: list[float], corner: tup
     assert (under > box.y1).all() or (under < box.y0).all()
 
 
+@pytest.mark.slow
 def test_what_is_not_computed_is_said_to_be() -> None:
     image, nothing = photo(6, 9), np.full(4, np.nan)
     falling, overflowed = np.linspace(1, 0, 4), np.array([0, np.inf, 1, 1])
@@ -246,6 +247,7 @@ def ablated(labels: Sequence[str], size: tuple[int, int], title: str = "") -> Fi
     return ablation(photo(*size), {name: (heat(*size), *(band(g, 0.5)[0] for g in GAMES)) for name in labels}, title)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("width", "drawn"),
     [

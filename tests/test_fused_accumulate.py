@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tolerance import tolerance
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.grid
+
 #: The interpreter is slow.
 PROPERTY = settings(max_examples=max(1, settings.default.max_examples // 5))
 

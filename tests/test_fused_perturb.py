@@ -10,6 +10,8 @@ from fused import DEVICE, ODD_SHAPES, exact_in, poisoned
 from tolerance import tolerance
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.grid
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS = torch.tensor([0, 1, -1, 1, 0, -1], device=DEVICE)
 

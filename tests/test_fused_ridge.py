@@ -17,6 +17,7 @@ def random_scores(n: int) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("count", [7, 15, 41])  # fewer masks than pixels, as many, more
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
 def test_ridge_equals_the_estimators(count: int, kind: str) -> None:

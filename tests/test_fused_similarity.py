@@ -8,6 +8,8 @@ from fused import DEVICE, ODD_SHAPES, poisoned
 from tolerance import tolerance
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.grid
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -49,7 +51,7 @@ def test_any_number_of_channels(score: str, c: int) -> None:
     assert_equals_reference(*images(1, c, 3, 5), "structure", score, window=3)
 
 
-@pytest.mark.parametrize("score", reference.SCORES)
+@pytest.mark.parametrize("score", ["global", pytest.param("local", marks=pytest.mark.soak)])
 def test_a_large_image(score: str) -> None:
     assert_equals_reference(*images(1, 1, 128, 128), "luminance", score, window=1)
 

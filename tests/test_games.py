@@ -177,6 +177,7 @@ def test_every_point_equals_that_of_one_latent_at_a_time(batch_size: int, xdiffu
     assert sum(denoiser.batches) == 2 * (-(-entries // most) * most + -(-2 // min(2, most)) * min(2, most))
 
 
+@pytest.mark.slow
 @given(
     h=st.integers(1, 5),
     w=st.integers(1, 5),
@@ -264,6 +265,7 @@ def test_a_batch_that_does_not_fit_the_extractor_is_halved() -> None:
     assert_curves(found[6], peer(denoiser, paths[6], saliency[6]))
 
 
+@pytest.mark.slow
 def test_points_of_the_embedded_model_by_diffusers_own_scheduler() -> None:
     """Its steps are `leading`, of which DDIMScheduler is right; the second item is curves at the last."""
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser
@@ -444,6 +446,7 @@ def assert_result(
     assert_curves(result.curves, peer(denoiser, path, saliency, xdiffusion))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("preset", ["default", "paper", "xdiffusion"])
 def test_every_map_of_every_job_is_played(preset: str) -> None:
     """With explainers' maps out of order, and another tool's."""
@@ -473,6 +476,7 @@ def test_the_default_step_is_at_three_quarters(num_steps: int, step: int) -> Non
     assert GamesPlayer()(Ramp(), jobs=jobs).step == step
 
 
+@pytest.mark.slow
 def test_an_item_whose_map_ranks_no_pixels_is_excluded_for_every_method() -> None:
     run = GamesPlayer()
     found = run(Ramp(), Ramp("flat", flat="3"), Ramp("down", slope=-1.0))
@@ -507,6 +511,7 @@ def test_an_image_that_is_not_finite_excludes_its_item_alone() -> None:
     assert all(found.excluded().values())
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_done_again(tmp_path: Path) -> None:
     run = GamesPlayer()
     first = run(Ramp(), jobs=JOBS[:4], cache=GameCache(tmp_path))
@@ -543,6 +548,7 @@ def test_maps_that_rank_nothing_are_kept_as_such(tmp_path: Path) -> None:
     assert found.results["ramp"][1].curves is None
 
 
+@pytest.mark.slow
 def test_a_change_of_any_setting_is_a_cache_miss(tmp_path: Path) -> None:
     run, cache = GamesPlayer(), GameCache(tmp_path)
     options: dict[str, Any] = {"jobs": JOBS[:1], "cache": cache, "step": 1}
@@ -702,6 +708,7 @@ def test_tables_have_the_papers_methods() -> None:
     assert GAMES == ("deletion", "insertion")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_plays_with_its_own_features() -> None:
     """Of a method's maps the explained step's is what is curves."""
     engine = Engine.from_pretrained("shapes", device="cpu")

@@ -69,6 +69,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["torchvision", "fid"])
 def test_features_are_torchvisions(variant: str, files: dict[str, Path]) -> None:
     extractor = vision.load_features(files[variant])
@@ -91,6 +92,7 @@ def test_inception_has_the_parameters_that_torchvision_publishes() -> None:
     assert {module.eps for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.001}
 
 
+@pytest.mark.slow
 def test_inceptions_maps_have_the_published_sizes() -> None:
     shapes = {}
     with torch.device("meta"):
@@ -131,6 +133,7 @@ def test_the_fid_variant_differs_in_its_pools() -> None:
         inception.InceptionV3("tf")
 
 
+@pytest.mark.slow
 def test_images_are_resized_and_scaled_for_each_variant(files: dict[str, Path]) -> None:
     # Four times 299: without antialiasing only the middle 2×2 of each 4×4 pixels count.
     images = torch.rand(1, 3, 1196, 1196, generator=torch.Generator().manual_seed(0))
@@ -148,6 +151,7 @@ def saved(folder: Path, contents: Any, name: str = "weights.pth") -> Path:
     return folder / name
 
 
+@pytest.mark.slow
 def test_a_file_of_anything_else_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     weights = load_file(files["fid"])
     few = {"fc.weight": torch.zeros(1000, 2048), "conv1.weight": torch.zeros(1)}

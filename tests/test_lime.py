@@ -111,6 +111,7 @@ def lime_literally(
     return regressed_literally(kept, scores)[segments], scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["conditional", "guided", "unconditional"])
 def test_lime_is_its_literal_peer(target: str) -> None:
     denoiser = Analytic(mixing, (2, *SHAPE), batch_size=7)
@@ -196,6 +197,7 @@ def test_a_constant_image_is_divided(image: tuple[int, int], shape: tuple[int, i
     assert found.saliency.isfinite().all()
 
 
+@pytest.mark.slow
 def test_images_of_few_segments_are_divided_as_the_peer_does() -> None:
     for image in (*IMAGES[1:3], np.full((20, 30, 3), 9, np.uint8)):
         for shape in ((2, 2), (3, 7)):
@@ -243,6 +245,7 @@ def everything(batch_size: int, items: list[int], done: set[tuple[int, int]] | N
     return {(items[m.item], m.step): m for m in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "items", "most"),
     [(1, [0, 1, 2], 99), (7, [0, 1, 2], 99), (1000, [0, 1, 2], 1000), (16, [2, 0, 1], 5), (16, [1], 99)],
@@ -316,6 +319,7 @@ def engine() -> Engine:
     return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2])
 def test_a_run_in_a_file_is_gone_on_with_to_the_bit(engine: Engine, tmp_path: Path, cut: int) -> None:
     prompt, lime, seen = "a red circle on a gray background", Lime(6), list[StepMap]()

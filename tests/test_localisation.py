@@ -255,6 +255,7 @@ def test_scenes_are_drawn_with_their_exact_areas() -> None:
     assert [scene.prompt for scene in scenes(3, seed=5)] != [scene.prompt for scene in scenes(3, seed=6)]
 
 
+@pytest.mark.slow
 def test_areas_by_colour_are_the_exact_ones() -> None:
     found = scenes(40, seed=2)
     told = [areas_of(scene.prompt, scene.image) for scene in found]
@@ -293,6 +294,7 @@ def test_the_area_is_the_largest_connected_region() -> None:
     assert not largest_region(image, "pink").any()
 
 
+@pytest.mark.slow
 def test_a_perfect_map_scores_one_its_negative_none_and_a_random_one_half() -> None:
     drawn = scenes(10, seed=4)
     generator = np.random.default_rng(0)

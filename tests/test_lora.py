@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from reduced import CLOSE, both_ways, pipeline_of
+from reduced import CLOSE, both_ways, pipeline_of, soak
 from torch.testing import assert_close
 
 from dfengine.models import adapt, load
@@ -15,7 +15,8 @@ from dfengine.models import adapt, load
 PROMPT = "a photo of a cat"
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", soak("sdxl")])
 def test_a_loaded_lora_is_part_of_the_model(saved: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     donor = pipeline_of(saved(name))
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from analytic import Analytic
-from reduced import reduced
+from reduced import reduced, soak
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Condition
@@ -52,15 +52,16 @@ def masking_of(rise: Rise, folder: Path, name: str) -> RiseForwards:
     return masking
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "rise"),
     [
-        ("sd15", Rise(4)),
+        soak("sd15", Rise(4)),
         ("sd15", Rise(4, score="global", estimator="sum", mask_kind="rise")),
         ("sd15", Rise(4, target="guided")),
-        ("sd21", Rise(4, target="guided", similarity="cosine")),
-        ("sdxl", Rise(4)),
+        soak("sd21", Rise(4, target="guided", similarity="cosine")),
+        soak("sdxl", Rise(4)),
     ],
 )
 def test_a_round_waits_for_nothing(tmp_path: Path, name: str, rise: Rise) -> None:

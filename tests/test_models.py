@@ -67,6 +67,7 @@ def outputs(denoiser: Denoiser) -> torch.Tensor:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_without_network(tiny_folder: Path, offline: list[Any]) -> None:
     for name in (str(tiny_folder), tiny_folder, os.path.relpath(tiny_folder)):
         denoiser = load(name, device="cpu")
@@ -105,6 +106,7 @@ def test_dtype_is_the_requested_one(tiny: Denoiser, tiny_folder: Path, dtype: An
     assert denoiser.decode(x).dtype == denoiser.encode(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_variant_chooses_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: Path) -> None:
     half = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float16)
     half.save_pretrained(tmp_path / "half", variant="fp16")
@@ -183,6 +185,7 @@ def test_a_file_or_a_folder_of_something_else_is_refused(tmp_path: Path) -> None
         load(tmp_path / "model.safetensors", device="cpu")
 
 
+@pytest.mark.slow
 def test_a_hub_id_without_network_is_one_clear_line(offline: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"model 'nobody/nothing' could not be loaded: .*not known") as caught:
         load("nobody/nothing", device="cpu")

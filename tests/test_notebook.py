@@ -99,6 +99,7 @@ def test_the_links_of_the_tutorial_lead_somewhere() -> None:
     assert all((TUTORIAL.parent / link).exists() for link in links)
 
 
+@pytest.mark.slow
 def test_parts_are_imported_when_they_are_asked_for() -> None:
     script = (
         "import sys, dfengine; print({'torch', 'matplotlib', 'h5py'} & {*sys.modules}, 'figures' in dir(dfengine), "
@@ -144,6 +145,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [re.sub(r" \[.*", "", line).strip() for line in capsys.readouterr().err.split("\r")]
 
 
+@pytest.mark.slow
 def test_a_bar_counts_the_maps(tiny: Denoiser, lines: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     explainers = [Random(), Random(name="other")]
     Engine(tiny).explain(CAPTIONS[0], explainers, num_steps=3, previews=False, progress=True)

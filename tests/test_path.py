@@ -87,6 +87,7 @@ def test_repeats_are_spread(stage: str) -> None:
     assert exponential_timesteps(6, 0.0, "early", 8) == [7, 6, 5, 4, 3, 2]
 
 
+@pytest.mark.slow
 @given(total=st.integers(1, 600), gamma=st.floats(0, 1e6), stage=STAGES, data=st.data())
 def test_exponential_lists_fall_strictly_inside(total: int, gamma: float, stage: str, data: st.DataObject) -> None:
     num_steps = data.draw(st.integers(1, total))
@@ -136,6 +137,7 @@ def test_impossible_exponential_lists_are_refused(arguments: dict[str, Any], mes
 # --- lists of a schedule ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [1000, 97])
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)])
 def test_uniform_lists_are_diffusers(spacing: str, offset: int, total: int) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from commands import dfengine_command
 
 import dfengine
@@ -11,6 +12,7 @@ from dfengine import Cam, Engine, Lime, Rise, XDiffusionCam, XDiffusionLime, XDi
 PROMPT = "a red circle above a blue square on a gray background"
 
 
+@pytest.mark.slow
 def test_a_file_keeps_what_a_preset_computed(tmp_path: Path) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
     out = tmp_path / "run.h5"

@@ -98,6 +98,7 @@ def test_a_clock_repeats_short_work_and_not_long_work(monkeypatch: pytest.Monkey
     assert calls == [3.0]
 
 
+@pytest.mark.slow
 def test_ceilings_are_plausible() -> None:
     clock = Clock(CPU, seconds=0.1)
     assert 1e8 < matmul_ceiling(clock, torch.float32) < 1e15
@@ -121,6 +122,7 @@ def test_the_padded_tail_is_included(total: int, padded: int) -> None:
     assert _padded(total, 16) == padded
 
 
+@pytest.mark.slow
 def test_a_custom_denoiser_and_ridge_can_be_profiled() -> None:
     engine = Engine(Analytic(lambda x_t, _: torch.nn.functional.conv2d(x_t, torch.ones(2, 2, 1, 1)), batch_size=4))
     with warnings.catch_warnings():
@@ -169,6 +171,7 @@ def test_the_prediction_covers_the_complete_job(measured: Profile) -> None:
     assert job["bytes"] == values + 3 * (5 * (3 * 8 + 1) + 8 + 8 + 3 * 4 + 1)
 
 
+@pytest.mark.slow
 def test_guidance_costs_two_forwards_minus_the_shared_part(engine: Engine, measured: Profile) -> None:
     guided = profile(engine, Rise(64, target="guided"), engine.job("a red circle", num_steps=2), seconds=0.2)
     pixels, width = 256, 48
@@ -199,6 +202,7 @@ def test_suggestions(engine: Engine) -> None:
     assert first == "the UNet falls back to diffusers' own forward: mid_block has a hook"
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
     quick = ["--num-steps", "2", "--num-masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile"]
     run = dfengine_command("profile", *quick, "--device", "cpu", "--json", "--trace", str(tmp_path / "trace.json"))

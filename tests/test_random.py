@@ -81,6 +81,7 @@ def generated(tiny: Denoiser) -> list[Trajectory]:
     return trajectories(tiny, [Job(prompt, (900, 600, 300, 10), seed=seed) for seed, prompt in enumerate(prompts)])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "explainer",
     [

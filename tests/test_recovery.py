@@ -55,6 +55,7 @@ def events(maps: dict[str, np.ndarray], pictures: np.ndarray) -> Iterator[Any]:
         yield SimpleNamespace(item=item)
 
 
+@pytest.mark.slow
 def test_a_map_that_spreads_from_the_shapes_is_told_from_one_that_does_not() -> None:
     prompts, pictures, shapes = scenes(12)
     rows = np.arange(64)[:, None] / 64

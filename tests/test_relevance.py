@@ -14,7 +14,7 @@ from conftest import CAPTIONS
 from hypothesis import example, given
 from hypothesis import strategies as st
 from literal_relevance import AttentionLayer, Grid, literal_relevance
-from reduced import PROMPT
+from reduced import PROMPT, soak
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.testing import assert_close
@@ -288,7 +288,10 @@ def paths(shapes: Denoiser) -> list[Trajectory]:
     return sampled(shapes, CAPTIONS)
 
 
-@pytest.mark.parametrize(("name", "image_size"), [("shapes", None), ("sd21", None), ("sd21", (88, 56)), ("sdxl", None)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "image_size"), [("shapes", None), ("sd21", None), ("sd21", (88, 56)), soak("sdxl", None)]
+)
 def test_real_networks_give_what_the_rules_make_of_diffusers_own_forward(
     saved: Callable[[str], Path], shapes: Denoiser, name: str, image_size: tuple[int, int] | None
 ) -> None:
@@ -320,6 +323,7 @@ def keyed(maps: Iterator[StepMap]) -> dict[tuple[int, int], StepMap]:
     return {(one.item, one.step): one for one in maps}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("self_attention", [True, False])
 def test_what_is_in_a_batch_does_not_matter(shapes: Denoiser, paths: list[Trajectory], self_attention: bool) -> None:
     relevance = Relevance(self_attention=self_attention)
@@ -343,6 +347,7 @@ def test_batches_cut_in_any_place_make_the_same(
         assert_close(ours.relevance, whole[key].relevance, **BATCHES)
 
 
+@pytest.mark.slow
 def test_done_leaves_out_what_it_names_and_nothing_else(
     shapes: Denoiser, paths: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +403,7 @@ def literal_with_text(denoiser: Any, path: Trajectory, step: int) -> tuple[list[
     return [AttentionLayer(kind, A.detach().numpy(), A.grad.numpy(), grid) for kind, grid, A in kept], text
 
 
+@pytest.mark.slow
 def test_with_the_text_encoders_attention(shapes: Any, paths: list[Trajectory]) -> None:
     """Two prompts in one batch, each with the relevance that its own encoding passes on."""
     made = keyed(Relevance(text_attention=True).explain(shapes, paths))

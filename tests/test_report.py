@@ -273,6 +273,7 @@ def half_done(tmp_path: Path) -> Path:
     return tmp_path / "half.part.h5"
 
 
+@pytest.mark.slow
 def test_the_verb_writes_beside_the_run(tmp_path: Path, told: Callable[..., tuple[str, str]]) -> None:
     with store.Writer.create(tmp_path / "run.v2.h5", PLAN) as writer:
         fill(writer)
@@ -434,6 +435,7 @@ def assert_drawn(canvas: Locator, wanted: np.ndarray) -> None:
     assert apart.mean() < 0.5
 
 
+@pytest.mark.slow
 def test_the_canvas_is_the_overlay_of_the_figures(visit: Visit, single: Path, result: Result) -> None:
     assert result.previews is not None
     page, rise = visit(single, "#step=2"), result.maps["rise"]
@@ -482,6 +484,7 @@ def test_every_map_is_drawn(visit: Visit, single: Path, result: Result) -> None:
         assert pane(page, "variant").is_visible() == (method in ("cam", "attention"))
 
 
+@pytest.mark.slow
 def test_the_address_says_what_is_shown(visit: Visit, single: Path) -> None:
     page = visit(single)
     pane(page, "method").select_option("cam")
@@ -514,6 +517,7 @@ def assert_at(page: Page, step: int, t: int) -> None:
     assert pane(page, "strip").locator(".current").count() == 1
 
 
+@pytest.mark.slow
 def test_the_slider_leads(visit: Visit, single: Path) -> None:
     page = visit(single)
     assert_at(page, 0, 50)
@@ -550,6 +554,7 @@ def test_the_chart_and_the_strip_lead(visit: Visit, single: Path) -> None:
     page.wait_for_url("**#step=2")
 
 
+@pytest.mark.slow
 def test_keys_lead_wherever_nothing_else_takes_them(visit: Visit, single: Path) -> None:
     page = visit(single, "#step=2")
     for key, step in (("ArrowRight", 3), ("ArrowLeft", 2), ("Home", 0), ("ArrowLeft", 0), ("End", 5)):
@@ -592,6 +597,7 @@ def digits(number: float) -> float:
     return float(f"{number:.3g}")
 
 
+@pytest.mark.slow
 def test_a_pixel_without_a_finite_error_hides_no_other_ones(visit: Visit, tmp_path: Path, result: Result) -> None:
     errors = result.errors["rise"].copy()
     errors[:, 0, 0] = np.inf
@@ -643,6 +649,7 @@ def test_the_value_under_the_pointer(visit: Visit, single: Path, result: Result)
     assert number == pytest.approx(layer[31, 5], abs=float(np.ptp(layer)) / 250)
 
 
+@pytest.mark.slow
 def test_the_cells_of_the_canvas_are_read_out_by_keys(visit: Visit, single: Path, result: Result) -> None:
     page, said = visit(single, "#step=1"), result.maps["rise"][1]
     pane(page, "canvas").focus()
@@ -697,6 +704,7 @@ def drawn_lines(page: Page) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_lines_are_drawn_and_told(visit: Visit, single: Path, result: Result) -> None:
     page = visit(single, "#step=1")
     words = ["a", "red", "circle", "and", "square"]
@@ -793,6 +801,7 @@ def assert_shown(page: Page, text: str, title: str) -> None:
     expect(pane(page, "canvas")).to_have_attribute("aria-label", told)
 
 
+@pytest.mark.slow
 def test_an_address_is_followed_and_nonsense_in_it_ignored(visit: Visit, double: Path) -> None:
     page = visit(double)
     for address, shown in ADDRESSES.items():
@@ -836,6 +845,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.slow
 def test_python_gets_the_map_that_is_shown(
     visit: Visit, run: Path, told: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -868,6 +878,7 @@ def test_a_run_is_shown_with_its_settings_and_versions(
         assert {name: facts[name] for name in opened.environment} == opened.environment
 
 
+@pytest.mark.slow
 def test_python_of_a_result_in_memory(visit: Visit, single: Path, result: Result) -> None:
     page = visit(single, "#step=1&method=attention&map=red+(2)")
     assert result.word_maps is not None
@@ -896,6 +907,7 @@ FOCUSED = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_tab_reaches_every_control_in_order_and_shows_where_it_is(visit: Visit, double: Path) -> None:
     page = visit(double, "#method=cam&other-item=1")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
@@ -914,6 +926,7 @@ def test_tab_reaches_every_control_in_order_and_shows_where_it_is(visit: Visit, 
 ACTED_ON = {"button", "slider", "combobox", "checkbox", "application", "image", "DisclosureTriangle", "region"}
 
 
+@pytest.mark.slow
 def test_everything_has_a_name_for_a_screen_reader(visit: Visit, double: Path) -> None:
     page = visit(double, "#method=cam&other-item=1")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
@@ -953,6 +966,7 @@ CONTRAST = r"""() => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_on_light_and_dark_pages(visit: Visit, double: Path, scheme: str) -> None:
     page = visit(double, "#method=cam&other-item=1", color_scheme=scheme)
@@ -991,6 +1005,7 @@ ODD: dict[str, Callable[[], list[Result]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_results_are_shown(visit: Visit, tmp_path: Path, odd: str) -> None:
     results = ODD[odd]()
@@ -1029,6 +1044,7 @@ def test_what_is_not_computed_is_told(visit: Visit, tmp_path: Path, result: Resu
     assert pane(page, "value").text_content() == "row 0, column 0 of 2×3: not computed"
 
 
+@pytest.mark.slow
 def test_a_step_alone_has_its_mark_in_the_chart(visit: Visit, tmp_path: Path) -> None:
     result = one(4)
     assert result.relevance is not None
@@ -1052,6 +1068,7 @@ def test_previews_are_offered_where_there_are_some(visit: Visit, tmp_path: Path)
     assert pane(page, "table").is_hidden()
 
 
+@pytest.mark.slow
 def test_nothing_moves_from_step_to_step(visit: Visit, double: Path) -> None:
     page = visit(double, "#method=cam&other-item=1")
     places = """[...document.querySelectorAll("#controls *, canvas, .bar, svg, summary, .words label, select")]
@@ -1092,6 +1109,7 @@ def test_what_is_done_before_images_are_decoded_is_no_error(visit: Visit, double
     assert errors == []
 
 
+@pytest.mark.slow
 def test_in_a_frame_without_an_address_of_its_own(visit: Visit, single: Path) -> None:
     page = visit(single)
     page.evaluate(
@@ -1141,6 +1159,7 @@ def large() -> Result:
     return explained(LONG, 30, (512, 512), image=previews[-1], previews=previews, **changes)
 
 
+@pytest.mark.soak
 def test_it_is_quick_and_small(visit: Visit, tmp_path: Path) -> None:
     path = report.write([large()], tmp_path / "page.html")
     assert path.stat().st_size < 12e6

@@ -191,6 +191,7 @@ def test_html_of_what_is_not_all_there() -> None:
     assert list(pictures(dataclasses.replace(none, previews=None)._repr_html_())) == ["image"]
 
 
+@pytest.mark.slow
 def test_html_shrinks_large_pictures_and_magnifies_small_ones() -> None:
     large = dataclasses.replace(whole(), image=np.zeros((600, 900, 3), np.uint8), previews=None)._repr_html_()
     assert {picture.shape for picture in pictures(large).values()} == {(128, 192, 3), (85, 128, 3)}
@@ -229,6 +230,7 @@ def drawn(figure: matplotlib.figure.Figure) -> np.ndarray:
     return np.asarray(Image.open(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "form"),
     [
@@ -268,6 +270,7 @@ def test_a_plot_of_nothing() -> None:
         dataclasses.replace(whole(), maps={}).plot()
 
 
+@pytest.mark.slow
 def test_to_xarray_has_every_array_by_name(tmp_path: Path) -> None:
     made, held = whole(), whole().to_xarray()
     np.testing.assert_array_equal(held.saliency.sel({"method": "cam"}).isel(step=1), made.maps["cam"][COMBINED][1])

@@ -71,6 +71,7 @@ def test_sum_is_algorithm_one_as_printed(pattern: torch.Tensor) -> None:
     assert_close(step_map.scores, scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ridge_finds_the_weight_of_every_pixel() -> None:
     # With R = 1 the answer is the share of the patch that is kept: the score is linear in the mask.
     denoiser = Analytic(patch_mean(slice(1, 3), slice(2, 5)))
@@ -97,6 +98,7 @@ def test_local_scores_stay_where_they_are() -> None:
     assert_close(counted.saliency, kept(rise, denoiser, torch.ones(1, 2, *SHAPE)).sum(0).float())
 
 
+@pytest.mark.slow
 def test_local_structure_falls_around_a_pixel_that_changes_its_surroundings() -> None:
     # The denoiser flips the sign of a 5×5 neighbourhood when its centre is hidden.
     near = torch.zeros(1, 1, 11, 12)
@@ -114,6 +116,7 @@ def test_local_structure_falls_around_a_pixel_that_changes_its_surroundings() ->
     assert_close(step_map.saliency[9:, :], torch.zeros(2, 12), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 1000])
 def test_the_map_does_not_depend_on_the_batch_size(batch_size: int) -> None:
     def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -196,6 +199,7 @@ def test_early_stop_goes_to_the_end_where_it_is_never_sure() -> None:
     assert step_map.scores.isfinite().all()
 
 
+@pytest.mark.slow
 def test_standard_error_is_the_spread_over_masks() -> None:
     # The same map again and again from other masks: its spread is what one run says it is.
     def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -305,6 +309,7 @@ def test_scores_that_are_not_finite_are_said() -> None:
         only(Analytic(lambda x_t, _: x_t), rise)
 
 
+@pytest.mark.slow
 @given(masks=st.integers(1, 40), steps=st.integers(1, 4), batch_size=st.integers(1, 60))
 def test_every_mask_is_measured_once(masks: int, steps: int, batch_size: int) -> None:
     denoiser = Analytic(lambda x_t, _: x_t, batch_size=batch_size)

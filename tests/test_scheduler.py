@@ -20,7 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.configuration_utils import FrozenDict
-from reduced import both_ways
+from reduced import both_ways, soak
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -55,6 +55,7 @@ def run_pipeline(pipeline: Any, **options: Any) -> tuple[list[Tensor], list[int]
     return latents_after, pipeline.scheduler.timesteps.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "gamma"), [("early", 60), ("latter", 60), ("latter", 0), ("uniform", 60)])
 def test_a_plain_pipeline_follows_the_engines_trajectory(pipeline: Any, stage: str, gamma: float) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
@@ -79,6 +80,7 @@ def test_the_call_accepts_a_custom_list(pipeline: Any) -> None:
     assert_close(torch.stack(latents_after[:-1]), path.latents[1:], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["early", "latter"])
 def test_image_to_image_goes_on_from_the_middle_of_the_list(pipeline: Any, stage: str) -> None:
     """A given image is noised to the list's third entry and goes on from there, as the engine's own updates do."""
@@ -105,7 +107,8 @@ def test_image_to_image_goes_on_from_the_middle_of_the_list(pipeline: Any, stage
             assert_close(ours[None], x, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["sd21", "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd21", soak("sdxl")])
 def test_with_other_parametrisations(saved: Callable[[str], Path], name: str) -> None:
     """v-prediction, and two text encoders: the trajectory of plain uniform DDIM, and then of an early one."""
     from diffusers import DiffusionPipeline
@@ -267,6 +270,7 @@ def test_uniform_is_the_list_that_the_scheduler_visits(name: str, config: dict[s
     assert schedule.is_flow == ("Flow" in name or "use_flow_sigmas" in config)
 
 
+@pytest.mark.slow
 @NUMPY_2
 def test_evaluations_between_two_steps_are_not_steps() -> None:
     """The midpoints of a second-order sampler, and PNDM's Runge-Kutta warm-up."""
@@ -382,6 +386,7 @@ def unet_times(pipeline: Any) -> list[float]:
     return times
 
 
+@pytest.mark.slow
 @NUMPY_2
 def test_a_karras_trajectory_is_the_pipelines(tiny_folder: Path) -> None:
     """Euler's x at σ is ours divided by a; "leading" starts it from √(σ² + 1) times the same noise."""
@@ -403,6 +408,7 @@ def test_a_karras_trajectory_is_the_pipelines(tiny_folder: Path) -> None:
     assert (image - trajectory.image).abs().max() <= 1
 
 
+@pytest.mark.slow
 @NUMPY_2
 @pytest.mark.parametrize(
     ("name", "config"),

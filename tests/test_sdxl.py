@@ -34,6 +34,7 @@ def kind_of(kind: Any, pipeline: Any, **options: Any) -> Any:
         return kind(**pipeline.components, **options)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_conditions_are_those_of_the_pipeline(pipeline: Any) -> None:
     """Texts and pooled texts of prompts, of empty prompts and of a blank."""
@@ -51,6 +52,7 @@ def test_conditions_are_those_of_the_pipeline(pipeline: Any) -> None:
     assert_close(mixed["text_embeds"][1], torch.zeros_like(pooled[0]), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_pooled_text_is_read_where_the_text_ends(pipeline: Any) -> None:
     denoiser = adapted(pipeline)
@@ -68,6 +70,7 @@ def test_sizes_are_the_images_own(pipeline: Any) -> None:
     assert sizes.tolist() == [[64, 96, 0, 0, 64, 96]] * 2
 
 
+@pytest.mark.slow
 def test_empty_prompts_are_encoded_if_the_pipeline_says_so(pipeline: Any) -> None:
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     denoiser = adapted(pipeline)
@@ -77,6 +80,7 @@ def test_empty_prompts_are_encoded_if_the_pipeline_says_so(pipeline: Any) -> Non
     assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_img2img_and_inpaint_pipelines_are_the_same_model(pipeline: Any, kind: Any) -> None:
     denoiser, same = adapted(pipeline), adapted(kind_of(kind, pipeline))
@@ -94,6 +98,7 @@ def test_the_refiner_is_refused(pipeline: Any) -> None:
             adapt(given)
 
 
+@pytest.mark.slow
 def test_a_prompt_must_fit_both_tokenizers(pipeline: Any) -> None:
     pipeline.tokenizer_2.model_max_length = 10
     denoiser = adapted(pipeline)
@@ -104,6 +109,7 @@ def test_a_prompt_must_fit_both_tokenizers(pipeline: Any) -> None:
         denoiser.encode_prompts(["of " * 8 + "of"])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_codec_is_upcast_only_while_it_is_used(pipeline: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Latents that overflow a decoder in float16 are decoded as in float32; the pipeline keeps its dtype."""
@@ -128,6 +134,7 @@ def test_the_codec_is_upcast_only_while_it_is_used(pipeline: Any, capfd: pytest.
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_latents_are_normalised_as_the_codec_says(pipeline: Any) -> None:
     mean, std = [0.5, -1.0, 2.0, 0.0], [1.0, 2.0, 0.5, 3.0]

@@ -48,6 +48,7 @@ def world() -> tuple[Scenes, Tensor, Tensor]:
 # --- renderer --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_images_are_coloured_masks(world: tuple[Scenes, Tensor, Tensor]) -> None:
     scenes, images, masks = world
     assert images.shape == (400, 3, SIZE, SIZE)
@@ -73,6 +74,7 @@ def test_only_relations_have_an_object(world: tuple[Scenes, Tensor, Tensor]) -> 
     assert 0.2 < (scenes.relation < 0).float().mean() < 0.3
 
 
+@pytest.mark.slow
 def test_shapes_are_not_cut_off(world: tuple[Scenes, Tensor, Tensor]) -> None:
     """Moved by an integer number of pixels to the centre, each shape keeps its area: no border cuts it off."""
     scenes, _, masks = world
@@ -198,6 +200,7 @@ def test_other_texts_are_not_captions(text: str) -> None:
         Caption.parse(text)
 
 
+@pytest.mark.slow
 def test_a_twentieth_is_held_out_and_never_trained_on() -> None:
     captions = many_captions()
     assert 0.045 < sum(caption.is_held_out for caption in captions) / len(captions) < 0.055
@@ -363,6 +366,7 @@ def make_run(folder: Path, seed: int = 0) -> TrainingRun:
     return TrainingRun(folder, seed, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uninterrupted, _ = optimise(make_run(tmp_path / "uninterrupted"))
     run = make_run(tmp_path / "interrupted")
@@ -393,6 +397,7 @@ def test_batches_are_a_function_of_seed_stage_and_step(tmp_path: Path) -> None:
     assert torch.rand(1, generator=run.generator("a", 0)).item() == draws[0]
 
 
+@pytest.mark.slow
 def test_the_exported_pipeline_is_complete_and_small(tmp_path: Path) -> None:
     """The networks are channels-last, as training leaves them."""
     torch.manual_seed(0)

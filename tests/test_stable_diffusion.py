@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-from reduced import CLOSE, PROMPT, both_ways, pipeline_of, random_pipeline, reduced
+from reduced import CLOSE, PROMPT, both_ways, pipeline_of, random_pipeline, reduced, soak
 from torch.testing import assert_close
 
 from dfengine import Engine, Rise
@@ -15,7 +15,8 @@ from dfengine.models import adapt, load
 from dfengine.models.loading import quiet
 
 
-@pytest.mark.parametrize(("name", "negative"), [("sd15", ""), ("sd21", "blurry"), ("sdxl", "")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "negative"), [("sd15", ""), ("sd21", "blurry"), soak("sdxl", "")])
 def test_a_generation_is_diffusers_pipeline(saved: Callable[[str], Path], name: str, negative: str) -> None:
     """diffusers' own call, by DDIM from the same noise; sd21 predicts v."""
     denoiser = load(saved(name), device="cpu")
@@ -38,6 +39,7 @@ def test_zero_terminal_snr_is_diffusers_pipeline(tmp_path: Path) -> None:
     assert torch.from_numpy(maps).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
 def test_img2img_and_inpaint_pipelines_are_the_same_model(saved: Callable[[str], Path], kind: Any) -> None:
     pipeline = pipeline_of(saved("sd15"))
@@ -53,7 +55,8 @@ def test_img2img_and_inpaint_pipelines_are_the_same_model(saved: Callable[[str],
 # --- image sizes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", soak("sdxl")])
 def test_images_of_another_shape_are_diffusers_pipelines(saved: Callable[[str], Path], name: str) -> None:
     denoiser = load(saved(name), device="cpu", image_size=(96, 64))
     assert (denoiser.latent_shape, denoiser.image_shape) == ((4, 12, 8), (96, 64))
@@ -76,6 +79,7 @@ def test_a_model_that_is_not_square_needs_no_size(tmp_path: Path) -> None:
         Engine(denoiser, image_size=(64, 64))
 
 
+@pytest.mark.slow
 def test_the_size_is_part_of_the_models_name() -> None:
     """It distinguishes files and items."""
     denoiser = Engine.from_pretrained("shapes", device="cpu", image_size=(64, 96)).denoiser
@@ -83,6 +87,7 @@ def test_the_size_is_part_of_the_models_name() -> None:
     assert Engine.from_pretrained("shapes", device="cpu", image_size=(64, 64)).denoiser.name == "shapes"
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("size", [(100, 64), (0, 64), (64, -64)])
 def test_impossible_sizes_are_refused(saved: Callable[[str], Path], size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="pixels are not possible: expected height × width in multiples of 8"):
@@ -92,6 +97,7 @@ def test_impossible_sizes_are_refused(saved: Callable[[str], Path], size: tuple[
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_networks_with_other_inputs_are_refused(tmp_path: Path) -> None:
     for entry, value, message in (
         ("in_channels", 9, "the UNet takes 9 channels but latents have 4: UNets for inpainting"),

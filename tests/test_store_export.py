@@ -22,6 +22,7 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_folder_is_exported_completely(folder, tmp_path):
     out = store.export_zarr(folder, tmp_path / "run.zarr")
     with store.open(folder) as run:
@@ -50,6 +51,7 @@ def test_an_existing_group_is_kept_without_overwrite(folder, tmp_path):
     assert not list((tmp_path / "run.zarr").iterdir())
 
 
+@pytest.mark.slow
 def test_an_existing_group_is_replaced_with_overwrite(folder, tmp_path):
     out = tmp_path / "run.zarr"
     with store.Writer.create(tmp_path / "one.h5", PLANS["wide"]) as writer:
@@ -61,6 +63,7 @@ def test_an_existing_group_is_replaced_with_overwrite(folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.zarr", "one.h5"}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["notes", "notes/text", "run", "run/run.json"])
 def test_only_a_zarr_group_is_overwritten(folder, tmp_path, name):
     (tmp_path / "notes").mkdir()
@@ -89,6 +92,7 @@ def test_a_failed_overwrite_keeps_the_existing_group(folder, tmp_path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.zarr"}
 
 
+@pytest.mark.slow
 def test_two_exports_to_one_name_are_kept_apart(folder, tmp_path):
     with Lock(tmp_path / "run.zarr"):
         for overwrite in (False, True):

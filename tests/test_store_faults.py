@@ -146,6 +146,7 @@ def test_a_damaged_value_is_reported_and_the_others_are_read(path):
             run[0].maps["rise"][1]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("seed", range(40))
 def test_bytes_changed_anywhere_are_reported_or_harmless(path, seed):
     """Reading returns a value that was written, or raises an error of one line."""
@@ -189,6 +190,7 @@ def test_other_files_are_refused(path, tmp_path):
         assert writer.done.sum() == 0
 
 
+@pytest.mark.slow
 def test_a_file_that_another_program_is_writing(path):
     code = "import h5py, sys; h5 = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -269,6 +271,7 @@ def on_a_mount(folder: Path, mount: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_small_disk_that_fills_up(tmp_path):
     refused, marks = on_a_mount(tmp_path / "small", 'mount -t tmpfs -o size=700k none "$WHERE"')
     part = tmp_path / "small/run.part.h5"

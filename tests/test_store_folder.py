@@ -51,6 +51,7 @@ def path(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_it_reads_as_one(path):
     with store.open(path) as run:
         assert isinstance(run, store.RunFolder)
@@ -82,6 +83,7 @@ def test_its_layout(path):
         assert (h5.attrs["run_id"], h5.attrs["unit_id"]) == ("run", "u0.1")
 
 
+@pytest.mark.slow
 def test_the_summary_counts_every_item_once(path):
     folder = store.Folder(path)
     part_of(folder.segment("u2", dataclasses.replace(FIRST, items=(*FIRST.items, store.Item("k7", "a cat")))))
@@ -110,6 +112,7 @@ def test_to_xarray_is_that_of_one_file(path, tmp_path):
         run.to_xarray()
 
 
+@pytest.mark.slow
 def test_a_unit_continues_where_its_last_attempt_stopped(tmp_path):
     folder = store.Folder(tmp_path / "run")
     part_of(folder.segment("u", PLAN))
@@ -157,6 +160,7 @@ def test_a_unit_continues_all_its_attempts(tmp_path):
     assert os.listdir(tmp_path / "run/segments") == ["u.3.part.h5"]
 
 
+@pytest.mark.slow
 def test_ten_attempts_are_in_order(tmp_path):
     folder = store.Folder(tmp_path / "run")
     held = [folder.segment("u", FIRST)]
@@ -193,6 +197,7 @@ def test_an_unreadable_attempt_is_skipped(tmp_path):
     writer.close(publish=False)
 
 
+@pytest.mark.slow
 def test_a_missing_segment_is_reported(path):
     (path / "segments/u1.1.h5").unlink()
     with (
@@ -211,6 +216,7 @@ def test_the_summary_of_a_part_that_got_its_name(tmp_path):
     run.close()
 
 
+@pytest.mark.slow
 def test_a_stalled_writer_does_not_hold_its_unit(tmp_path):
     """Another attempt continues it meanwhile; it keeps its file and may yet finish it. Every item is read once."""
     folder = store.Folder(tmp_path / "run")
@@ -242,6 +248,7 @@ def test_other_settings_for_a_unit_are_refused(tmp_path):
     assert os.listdir(tmp_path / "run/segments") == ["u.1.part.h5"]
 
 
+@pytest.mark.slow
 def test_many_processes_write_one_folder(tmp_path):
     folder, here = tmp_path / "run", Path(__file__).parent.parent
     command = [sys.executable, "-c", WRITE, folder]
@@ -269,6 +276,7 @@ def test_a_folder_that_another_process_is_making(tmp_path, monkeypatch):
     assert sorted(os.listdir(path)) == ["manifest.jsonl", "run.json", "segments"]
 
 
+@pytest.mark.slow
 def test_more_segments_than_files_may_be_open(path, monkeypatch):
     monkeypatch.setattr("dfengine.store.run.reader._MAX_OPEN_FILES", 1)
     with store.open(path) as run:
@@ -290,6 +298,7 @@ def test_a_part_that_gets_its_final_name_is_still_read(tmp_path):
         np.testing.assert_array_equal(run[0].maps["rise"][0], step(FIRST, 0, 0, 0)["saliency"])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("torn", ['{"file": "u1.1.h5", "un', "", "[]\n", '{"file": 3}\n', "\x00\x00\n", b"\xff\xfe\n"])
 def test_the_manifest_is_an_index_and_no_more(path, torn):
     """Torn by a kill, damaged or missing: the segments are still read, and the next line is intact."""

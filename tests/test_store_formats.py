@@ -50,6 +50,7 @@ def test_xarray_selects_by_name(path):
         np.testing.assert_array_equal(found.values, step(PLAN, 1, 1, 2)["saliency"])
 
 
+@pytest.mark.slow
 def test_the_whole_file_is_a_tree_of_datasets(path):
     with xarray.open_datatree(path, engine="h5netcdf") as tree:
         assert {f"/entry/{group}" for group in AXES} < set(tree.groups)

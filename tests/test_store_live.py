@@ -41,6 +41,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_a_reader_in_another_process_sees_whole_maps_only(tmp_path):
     """It polls without a pause; the writer goes on each time that it has seen the last value."""
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
@@ -93,6 +94,7 @@ def test_a_second_writer_is_refused_and_told_of_the_first(tmp_path):
         assert check(run) == total(SMALL)
 
 
+@pytest.mark.slow
 def test_a_lock_whose_owner_died_does_not_hold(tmp_path):
     subprocess.run([sys.executable, "-c", LOCKED, tmp_path / "run.h5"], check=True)
     assert (tmp_path / ".run.h5.lock").exists()

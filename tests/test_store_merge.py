@@ -20,6 +20,7 @@ def written(path, plan, **options):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["gzip", "none"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_merged_file_equals_one_written_directly(tmp_path, plan, compression):
@@ -57,6 +58,7 @@ def test_sources_are_recorded(tmp_path):
         assert [item.environment["device"] for item in alone] == ["one"]
 
 
+@pytest.mark.slow
 def test_each_item_is_taken_once_and_finished_if_possible(tmp_path):
     writer = store.Writer.create(tmp_path / "cut.h5", PLAN)
     writer.trajectory(1, **trajectory(PLAN, 1))
@@ -105,6 +107,7 @@ def test_a_part_is_merged_as_it_was_when_it_was_read(tmp_path, monkeypatch):
         assert (check(run), run.finished) == (1, False)
 
 
+@pytest.mark.slow
 def test_chunks_with_other_filters_are_copied_by_value(tmp_path):
     first = written(tmp_path / "a.h5", half(PLAN, 0), compression="gzip")
     second = written(tmp_path / "b.h5", half(PLAN, 1), compression="none")
@@ -120,6 +123,7 @@ def test_equal_keys_of_other_settings_are_refused(tmp_path):
         store.merge([first, other], tmp_path / "all.h5")
 
 
+@pytest.mark.slow
 def test_merging_merged_files_records_all_sources(tmp_path):
     files = [written(tmp_path / f"{item}.h5", half(PLAN, item)) for item in range(2)]
     store.merge(files[:1], tmp_path / "one.h5")

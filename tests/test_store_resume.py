@@ -69,6 +69,7 @@ def test_a_run_interrupted_before_the_first_result_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("stop", [1, 2, 9, 13, 14, 20])
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, whole, stop):
     path = tmp_path / "run.h5"
@@ -107,6 +108,7 @@ def test_attempts_are_counted_for_items_that_were_not_finished(tmp_path):
         assert h5["entry/items/seconds"][:].tolist() == [1.5, 2.5]
 
 
+@pytest.mark.slow
 def test_a_finished_or_interrupted_file_is_not_lost_by_mistake(tmp_path):
     path = tmp_path / "run.h5"
     interrupt(path, 5)

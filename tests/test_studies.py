@@ -53,6 +53,7 @@ def assert_counted(reports: Reports, *stages: tuple[str, int]) -> None:
 # Games ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_games_have_tables_figures_and_a_cache(engine: Engine, tmp_path: Path) -> None:
     """Methods by name, explainers and another tool's maps; the second time from the cache."""
     theirs = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
@@ -89,6 +90,7 @@ def test_several_steps_have_figures_each(engine: Engine) -> None:
     assert study.table().count("| random |") == 2
 
 
+@pytest.mark.slow
 def test_the_preset_holds_for_methods_and_games(engine: Engine) -> None:
     options: dict[str, Any] = {"num_steps": 2, "num_masks": 6, "distance": "frechet-single"}
     default = studies.games(engine, TWO[:1], ["rise"], **options)
@@ -118,6 +120,7 @@ class UsesFeatures(Random):
         return super().output_spec(denoiser, job)
 
 
+@pytest.mark.slow
 def test_explainers_may_use_the_given_extractor_during_the_study(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +155,7 @@ def test_impossible_games_are_refused(engine: Engine, options: dict[str, Any], m
 # Concepts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_concepts_of_many_schedules_and_seeds(engine: Engine) -> None:
     """The totals of single explanations, averaged; a sum over tokens with the preset of the released code."""
     prompts, reports = embedded_prompts(1), Reports()
@@ -192,6 +196,7 @@ def test_prompts_without_concepts_are_measured_word_by_word(engine: Engine) -> N
 # Truth, recovery and sanity ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_truth_of_generated_and_rendered_images(engine: Engine) -> None:
     reports = Reports()
     study = studies.truth(
@@ -225,6 +230,7 @@ def test_recovery_of_methods_by_name_and_explainers(engine: Engine) -> None:
     assert [axis.get_title() for axis in study.figures()["recovery"].axes] == list(MEASURES)
 
 
+@pytest.mark.slow
 def test_sanity_reports_what_it_checks(engine: Engine) -> None:
     reports = Reports()
     study = studies.sanity(engine, TWO[:1], ("cam",), num_steps=1, on_progress=reports)
@@ -260,6 +266,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return evaluate
 
 
+@pytest.mark.slow
 def test_games_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     np.save(tmp_path / "theirs.npy", np.random.default_rng(0).random((2, 16, 16)))
     out = tmp_path / "games"
@@ -274,6 +281,7 @@ def test_games_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp
     assert len(list((out / "cache").iterdir())) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
@@ -293,6 +301,7 @@ def test_other_studies_on_the_command_line(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -193,6 +193,7 @@ def test_plans_round_trip(axes, data):
         assert planned_specs(Path(folder)) == {"all of it"}
 
 
+@pytest.mark.slow
 @given(first=axes, more=axes)
 def test_a_plan_grows_by_new_items(first, more):
     """Along any axes, in any order."""
@@ -458,6 +459,7 @@ def test_compatibility_is_checked_against_the_plan(path):
     check_compatible(make_sweep(**SOME), folder), "which is planned"
 
 
+@pytest.mark.slow
 def test_a_plan_truncated_anywhere_is_completed(path):
     """In the middle of a line or of a character, or before the line that marks it as complete."""
     sweep = make_sweep(prompts=SOME["prompts"], schedules=["early", [9, 4]], models=["x", "y"])
@@ -495,6 +497,7 @@ def test_a_truncated_growth_of_a_plan_is_completed(path):
         assert items_in(prepare(small, path, no_profile)) <= items_of(large)
 
 
+@pytest.mark.slow
 def test_several_processes_plan_once(path):
     """All have measured the models before the first plans; then all plan retries of a quarantined item."""
     run = subprocess.run([sys.executable, "-c", PLAN_AT_ONCE, path], cwd=ROOT, capture_output=True, text=True)
@@ -754,6 +757,7 @@ def test_a_truncated_line_is_skipped(tmp_path, torn):
     assert planned_specs(tmp_path) == {"one"}
 
 
+@pytest.mark.slow
 @given(text=st.text())
 def test_any_prompt_fits_in_one_line(text):
     unit = dataclasses.replace(UNIT, prompts=(text, "b"))

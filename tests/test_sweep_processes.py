@@ -120,7 +120,7 @@ def test_a_finished_sweep_does_nothing_again(described, expected, tmp_path, monk
     assert_same(read_arrays(out), expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 3))])
 def test_a_killed_worker_changes_nothing(described, expected, tmp_path, monkeypatch, workers):
     poison(monkeypatch, {POISONED: f"once:kill:{tmp_path / 'killed'}"})
     out = tmp_path / "run"
@@ -218,8 +218,7 @@ def test_shards_together_do_all_of_it(described, expected, tmp_path):
         assert all(segment.attempt == 1 for segment in run.segments), "no unit was done by both"
 
 
-@pytest.mark.parametrize("processes", ["new"], indirect=True)
-def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch, processes):
+def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch):
     poison(monkeypatch, {POISONED: "value"})
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
     process = start(["sweep", spec, "-o", str(out), "--json", "--threads", "1", "--device", "cpu"])
@@ -233,7 +232,9 @@ def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch, proces
     assert "poisoned on purpose" in errors
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "end", [signal.SIGINT, *(pytest.param(end, marks=pytest.mark.soak) for end in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_the_same_command_resumes_whatever_ended_it(described, expected, tmp_path, monkeypatch, end):
     hung = tmp_path / "hung"
     poison(monkeypatch, {POISONED: f"once:hang:{hung}"})

@@ -68,6 +68,7 @@ def maps_by_item(folder):
         }
 
 
+@pytest.mark.slow
 def test_maps_equal_those_of_explain(engine, folder):
     rise = Rise(7)
     unit = unit_of("1", "2", "3", seeds=(0, 5), schedules=("uniform", "early"), guidance=3.5)
@@ -146,6 +147,7 @@ def test_an_item_that_is_refused_beforehand_is_not_in_the_file(engine, folder):
     assert not list((again.path / "segments").iterdir())
 
 
+@pytest.mark.slow
 def test_another_error_asks_for_a_new_process_and_quarantines_the_second_time(engine, folder):
     explainer = harmful(of_3=RuntimeError("no such kernel"))
     common, unit = shared(explainer), unit_of("1", "2", "3", "4", "5")
@@ -204,6 +206,7 @@ def test_items_in_progress_are_recorded_until_they_are_released(engine, folder, 
         assert run.segments[0].is_part
 
 
+@pytest.mark.slow
 def test_interrupted_work_resumes(engine, folder, monkeypatch):
     monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)
     common, unit = shared(Rise(6)), unit_of("1", "2", "3", "4", "5")
@@ -222,6 +225,7 @@ def test_interrupted_work_resumes(engine, folder, monkeypatch):
         np.testing.assert_array_equal(resumed[key], saliency)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("hand", "states"), [([1], {1: "failed"}), ([1, 2], {1: "suspect", 2: "suspect"}), ([0], {})])
 def test_a_crash_is_attributed_to_the_items_in_progress(engine, folder, monkeypatch, hand, states):
     monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)

@@ -88,6 +88,7 @@ def jobs_of_every_kind() -> list[Job]:
     ]
 
 
+@pytest.mark.slow
 def test_a_batch_is_each_of_its_jobs_alone(tiny: Denoiser) -> None:
     jobs = jobs_of_every_kind()
     for job, together in zip(jobs, trajectories(tiny, jobs), strict=True):

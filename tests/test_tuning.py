@@ -132,6 +132,7 @@ def check_a_compiled_network(folder: Path) -> None:
     assert shapes == [(6, 6, 1)] * 6 + [(3, 6, 2)] * 16, shapes
 
 
+@pytest.mark.slow
 def test_full_batches_with_one_prompt_run_compiled(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in for the compiler."""
     asked: list[dict[str, Any]] = []
@@ -248,6 +249,7 @@ def test_a_custom_denoiser_has_no_choice_of_attention() -> None:
         Engine(Analytic(lambda x_t, _: x_t), attention="xformers")
 
 
+@pytest.mark.slow
 def test_thousands_of_masks_in_one_forward() -> None:
     engine = Engine(Analytic(lambda x_t, _: x_t * x_t.roll(1, 2)), batch_size=4096)
     few = Engine(Analytic(lambda x_t, _: x_t * x_t.roll(1, 2)), batch_size=50)
@@ -270,6 +272,7 @@ def test_the_allocator_is_left_alone_if_configured_by_the_user(monkeypatch: pyte
     assert called == ["libc.so.6"]
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept() -> None:
     """In a separate process: large blocks come from the heap, which does not shrink."""
     script = """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
-from reduced import PROMPT, pipeline_of, reduced
+from reduced import PROMPT, pipeline_of, reduced, soak
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,8 @@ from dfengine.models.unet.forward import unsupported_reason
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 PROMPTS = [PROMPT, "an oil painting of a tree", ""]
 MODELS = ["shapes", "sd15", "sd21", "sdxl"]
+#: For what all of them share.
+DIFFERENT = ["shapes", "sd15", soak("sd21"), soak("sdxl")]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,7 @@ def prompts_of(denoiser: Denoiser) -> Condition:
     return denoiser.encode_prompts(known)
 
 
+@pytest.mark.grid
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_the_output_is_that_of_diffusers_own_forward(model: Callable[[str], Denoiser], name: str) -> None:
@@ -68,8 +71,9 @@ def test_the_output_is_that_of_diffusers_own_forward(model: Callable[[str], Deno
     assert_close(network(x, t, rows), denoiser.predict(x, t, condition[rows]), **CLOSE)
 
 
+@pytest.mark.grid
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_latents_of_one_prompt_share_its_keys_and_values(model: Callable[[str], Denoiser], name: str) -> None:
     """The batch folded into the queries is the same attention, whatever else is in the batch."""
     denoiser = model(name)
@@ -82,6 +86,7 @@ def test_latents_of_one_prompt_share_its_keys_and_values(model: Callable[[str], 
     assert (network(x, t, 0) - network(x, t, 1)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
 def test_latents_whose_sides_do_not_halve_evenly(saved: Callable[[str], Path], name: str) -> None:
@@ -106,8 +111,9 @@ class Copies(TorchDispatchMode):
         return returned
 
 
+@pytest.mark.grid
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[str], Path], name: str) -> None:
     # Twice the size, as at 1×1 both layouts are one.
     denoiser = embedded() if name == "shapes" else load(saved(name), device="cpu", image_size=(128, 128))
@@ -139,6 +145,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     assert copies.elements == []
 
 
+@pytest.mark.grid
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 10, 64])
 @pytest.mark.parametrize("name", MODELS)
@@ -178,6 +185,7 @@ def counts_of(denoiser: Denoiser) -> tuple[torch.nn.Module, torch.nn.Module]:
     return unet.conv_in, unet.conv_out
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "part", ["attn2.to_q", "attn2.to_out.0", "ff", "ff.net.0", "ff.net.0.proj", "ff.net.2", "upsampler"]
@@ -200,6 +208,7 @@ def test_a_hooked_layer_is_called(part: str) -> None:
     assert (denoiser.with_prompts(condition)(x, t, 0) - plain).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_keys_values_and_time_embeddings_are_computed_once(
     model: Callable[[str], Denoiser], monkeypatch: pytest.MonkeyPatch
@@ -303,6 +312,7 @@ def template(saved: Callable[[str], Path]) -> Any:
     return pipeline_of(saved("sd15"))
 
 
+@pytest.mark.grid
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("change", "expected_reason"),
@@ -344,6 +354,7 @@ def test_an_unsupported_unet_falls_back_to_diffusers_forward(
     assert_close(network(x, t, 0), pipeline.unet(x, t, text).sample, **CLOSE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("changes", "expected_reason"),
     [
@@ -366,6 +377,7 @@ def test_other_architectures_are_recognised(tmp_path: Path, changes: dict[str, A
     assert re.search(expected_reason, reason), reason
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_weights_changed_between_runs_apply(saved: Callable[[str], Path]) -> None:
     denoiser = load(saved("sd15"), device="cpu")

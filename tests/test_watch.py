@@ -90,6 +90,7 @@ def folder(tmp_path):
     return made.path
 
 
+@pytest.mark.slow
 def test_a_run_folder(folder):
     seen = store.progress(folder)
     assert (seen.items, seen.done, seen.quarantined, seen.finished) == (4, 1 + 5 / MAPS, 1, False)
@@ -137,6 +138,7 @@ def test_the_picture_has_the_images_colours(tmp_path):
     assert colours[24] != colours[0], "the map's half is darker"
 
 
+@pytest.mark.slow
 def test_a_view_ends_when_the_run_is_finished(tmp_path, monkeypatch):
     writer = store.Writer.create(tmp_path / "run.h5", PLAN)
     some(writer, 3)

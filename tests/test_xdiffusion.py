@@ -148,6 +148,7 @@ def slow(denoiser: Analytic, path: Trajectory, step: int, num_masks: int) -> tup
     return total.float(), torch.stack(means).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 16, 1000])
 @pytest.mark.parametrize("shape", [(2, 6, 5), (1, 9, 16)])
 def test_df_rise_is_what_a_mask_at_a_time_makes(batch_size: int, shape: tuple[int, int, int]) -> None:
@@ -316,6 +317,7 @@ def plain(denoiser: Denoiser, path: Trajectory, step: int, skipped: str) -> dict
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("shapes", 21), ("sd15", 43)])
 def test_all_layers_but_the_mid_blocks_attention(saved: Callable[[str], Path], name: str, count: int) -> None:
     """Every layer of two steps of two prompts, from batches, against one sample and its own graph at a time."""
