@@ -60,6 +60,7 @@ def test_an_architecture_is_the_published_one(name: str) -> None:
     assert counter.get_total_flops() / 1e9 == pytest.approx(gigaflop, abs=0.5)
 
 
+@pytest.mark.slow
 def test_weights_are_the_same_in_every_dtype_and_scaled_by_their_inputs(tmp_path: Path) -> None:
     folder = reduced("sd15", tmp_path)
     single, half, other = (
@@ -108,6 +109,7 @@ def test_activations_stay_far_inside_float16(saved: Callable[[str], Path], name:
     assert max(float(output.abs().max()) for output in outputs) < 65504 / 32
 
 
+@pytest.mark.slow
 def test_a_forward_in_half_precision_is_the_one_in_single(tmp_path: Path) -> None:
     folder = reduced("sd15", tmp_path)
     epsilons = []
@@ -123,6 +125,7 @@ def test_a_forward_in_half_precision_is_the_one_in_single(tmp_path: Path) -> Non
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tokenizer_has_clips_numbers() -> None:
     pipeline = on_meta("sdxl")
     for tokenizer, pad in ((pipeline.tokenizer, 49407), (pipeline.tokenizer_2, 0)):

@@ -117,6 +117,7 @@ def test_a_heat_map_of_a_repeated_word_is_all_its_occurrences(tiny: Denoiser) ->
         every.heatmap("red", 0, layer="mid")
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind_and_the_fast_path_stays(tiny_folder: Path) -> None:
     """Masked forwards after, between and before are the same to the bit, on the same modules and processors."""
     denoiser = load(tiny_folder, device="cpu")

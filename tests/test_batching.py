@@ -19,6 +19,7 @@ class Owner:
         self.batch_size = batch_size
 
 
+@pytest.mark.slow
 @given(total=st.integers(0, 50), size=st.integers(1, 20))
 def test_every_entry_once_in_batches_of_one_size(total: int, size: int) -> None:
     calls: list[tuple[torch.Tensor, range]] = []

@@ -132,6 +132,7 @@ def test_no_default_is_compared_where_the_maps_or_the_truth_are_wrong(monkeypatc
         defaults.check_map(engine)
 
 
+@pytest.mark.slow
 def test_no_profile_is_reported_where_its_batches_or_its_speed_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu", batch_size=16)
     monkeypatch.setattr(profiles, "NUM_CHECK_MASKS", 16)

@@ -151,6 +151,7 @@ def test_layers_are_those_of_the_module_tree_in_the_forwards_order(
     assert all(modules[layer] is part.module for layer, part in layers.items())
 
 
+@pytest.mark.slow
 def test_of_a_latent_that_is_not_square(saved: Callable[[str], Path]) -> None:
     denoiser = load(saved("sd15"), device="cpu", image_size=(88, 56))
     (path,) = trajectories(denoiser, [Engine(denoiser).job(PROMPT, num_steps=1)])

@@ -58,6 +58,7 @@ def test_explain_writes_what_was_asked_for(made: Path) -> None:
         assert item.done["rise"].all()
 
 
+@pytest.mark.slow
 def test_info_tells_people_and_programs(made: Path) -> None:
     told = dfengine_command("info", str(made))
     first, made_with, images, rise, image = told.stdout.splitlines()
@@ -86,6 +87,7 @@ def test_merge_makes_one_file_of_several(made: Path, tmp_path: Path, refused: Ca
     assert "does not exist" in refused("merge", "nothing.h5", "-o", str(tmp_path / "more.h5"))
 
 
+@pytest.mark.slow
 def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "rise.png"
     run = dfengine_command("figures", str(made), "-o", str(out))
@@ -121,6 +123,7 @@ def test_several_explainers_share_a_file_and_are_drawn(tmp_path: Path) -> None:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_layers_are_listed_for_people_and_programs(refused: Callable[..., str]) -> None:
     told = dfengine_command("layers").stdout.splitlines()
     assert len(told) == 22
@@ -165,6 +168,7 @@ def test_an_impossible_evaluation_is_one_line(refused: Callable[..., str], argum
     assert said in refused("evaluate", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -183,6 +187,7 @@ def test_impossible_samples_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> None:
     before = made.read_bytes()
     assert "--overwrite" in refused("explain", CAPTION, "-o", str(made), *QUICK)
@@ -214,6 +219,7 @@ def test_names_of_other_tools_are_aliases(tmp_path: Path) -> None:
         assert len(run[0].timesteps) == 2
 
 
+@pytest.mark.slow
 def test_defaults_are_those_of_python(tmp_path: Path) -> None:
     """A setting that is not given has the explainer's own default."""
     out = tmp_path / "run.h5"
@@ -233,6 +239,7 @@ def test_a_home_folder_within_an_option(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "run.h5").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -332,16 +339,19 @@ def test_what_cannot_be_done_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_generation_out_of_range_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "out of range" in refused("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK, "--guidance", "1e300")
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "run.txt", "run.part.h5", "."])
 def test_a_name_that_is_none_for_a_result(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
     assert "cannot be the name of a result" in refused("explain", CAPTION, "-o", str(tmp_path / name), *QUICK)
 
 
+@pytest.mark.slow
 def test_places_that_cannot_be_written_to_are_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "does not exist" in refused("explain", CAPTION, "-o", str(tmp_path / "no" / "run.h5"), *QUICK)
     (tmp_path / "file").touch()
@@ -367,6 +377,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
     out, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
     process = dfengine_fork("explain", CAPTION, "-o", str(out), "--masks", "64", "--no-compile")

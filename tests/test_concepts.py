@@ -131,6 +131,7 @@ def test_the_judge_says_what_is_right_of_rendered_scenes() -> None:
     assert np.mean([found == [True, False, True] for found in turned]) > 0.9
 
 
+@pytest.mark.slow
 def test_a_second_shape_that_is_not_there_is_not_right() -> None:
     """Whatever the judge's heads for a second shape say of single ones, and of images that are not the world's."""
     right, scenes = ConceptJudge(), sample_scenes(60, torch.Generator().manual_seed(5))
@@ -179,6 +180,7 @@ def panels(figure: Figure) -> Sequence[Any]:
     return figure.axes
 
 
+@pytest.mark.slow
 def test_figure_11_has_a_panel_a_schedule_and_bars_of_the_sums() -> None:
     lines = {s: {"cat": [0.1, 0.9], "mat": [0.5, 0.5]} for s in ("uniform", "early")}
     sums = {s: {"cat": (1.0, 0.5, 1.5), "mat": (1.0, 1.0, 1.0)} for s in lines}
@@ -208,6 +210,7 @@ def test_sample_shows_schedules_side_by_side(tmp_path: Path) -> None:
     assert np.abs(image - path.image.numpy()).max() <= 1
 
 
+@pytest.mark.slow
 def test_samples_are_labelled_and_their_lists_drawn() -> None:
     images = {name: [np.zeros((4, 6, 3), np.uint8)] * 2 for name in ("a cat", "a dog, seed 3")}
     figure = figures.samples(images, {"uniform": [900, 400, 1], "early, γ = 60": [999, 800, 500]})

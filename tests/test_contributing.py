@@ -58,6 +58,7 @@ def test_an_explainer_in_a_sweep() -> None:
     assert spec.explainers == (dfengine.Magnitude(power=3.0),)
 
 
+@pytest.mark.slow
 def test_a_toy_model_of_four_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "example"}

@@ -291,6 +291,7 @@ def test_ridge_recovers_a_linear_score(kind: str) -> None:
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [8, 60, 150])
 def test_ridge_errors_match_the_spread_over_noise(n: int) -> None:
     weights = torch.linspace(-0.3, 0.3, 12).reshape(3, 4)

@@ -93,6 +93,7 @@ def test_readme(few_steps, pipeline, tmp_path, monkeypatch):
     assert names["pipe"].scheduler.config.stage == "early"
 
 
+@pytest.mark.slow
 def test_event_example():
     (example,) = blocks("docs/api.md", "python")
     names = run(example)
@@ -145,6 +146,7 @@ def test_skipped_steps_example(few_steps):
     assert list(run(example.replace("step % 10", "step % 2"))["maps"]) == [0, 2]
 
 
+@pytest.mark.slow
 def test_preset_example(few_steps):
     (example,) = blocks("docs/xdiffusion.md", "python")
     settings = []
@@ -168,6 +170,7 @@ def test_another_tool_sees_the_same_image(pipeline):
     assert abs(difference).max() <= 1
 
 
+@pytest.mark.slow
 def test_maps_of_another_tool_are_scored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, example = blocks("docs/comparison.md", "python")

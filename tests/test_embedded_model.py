@@ -41,6 +41,7 @@ def test_plain_diffusers_makes_the_same_image(engine: Engine) -> None:
     assert (ours.image.float() / 255 - torch.from_numpy(theirs)).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_images_show_what_captions_never_seen_in_training_say(engine: Engine) -> None:
     captions = sample_scenes(12, torch.Generator().manual_seed(99), held_out=True).captions
     jobs = [engine.job(str(caption), seed=seed, num_steps=20) for seed, caption in enumerate(captions)]
@@ -59,6 +60,7 @@ def test_the_judge_reads_rendered_scenes() -> None:
     assert Judge.load().agrees(render(scenes)[0].roll(1, 0), scenes.captions).all(1).float().mean() < 0.05
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_a_scene(engine: Engine) -> None:
     images = render(sample_scenes(32, torch.Generator().manual_seed(97)))[0]
     with torch.no_grad():

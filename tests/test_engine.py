@@ -51,6 +51,7 @@ def test_what_is_stored_is_what_is_returned(engine: Engine, tmp_path: Path) -> N
     assert np.isfinite(result.maps["rise"]).all()
 
 
+@pytest.mark.slow
 def test_a_result_can_be_run_again_from_its_file(engine: Engine, tmp_path: Path) -> None:
     rises = [
         Rise(6, keep_probability=0.3, mask_kind="rise", grid=4, window=7),
@@ -115,6 +116,7 @@ def test_a_stream_tells_of_each_thing_as_it_is_done(engine: Engine) -> None:
     assert [type(event) for event in events[:5]] == [Generated] * 4 + [StepMap]
 
 
+@pytest.mark.slow
 def test_neighbours_in_a_stream_do_not_change_a_map(engine: Engine) -> None:
     jobs = [engine.job(CAPTION, seed=seed, num_steps=2) for seed in range(3)]
     together = {(e.item, e.step): e for e in engine.stream(jobs, Rise(10)) if isinstance(e, StepMap)}
@@ -138,6 +140,7 @@ def test_a_given_image_stands_in_for_a_generation(engine: Engine) -> None:
     assert np.abs(last - made.image / 255).mean() < 0.03
 
 
+@pytest.mark.slow
 def test_progress_is_told(engine: Engine) -> None:
     events: list[Event] = []
     engine.explain(CAPTION, Rise(2), num_steps=2, on_event=events.append)
@@ -153,6 +156,7 @@ def test_a_pipeline_of_ones_own_is_wrapped(engine: Engine) -> None:
     np.testing.assert_allclose(one.maps["rise"], other.maps["rise"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_guidance_told_as_a_whole_number_is_the_same_job(engine: Engine) -> None:
     whole, real = (Engine(engine.denoiser.pipeline, guidance=scale) for scale in (2, 2.0))  # type: ignore[attr-defined]
     jobs = [one.job(CAPTION, num_steps=2) for one in (whole, real)]
@@ -206,6 +210,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(engine: Engine, tmp_path
         assert run.plan.methods[0].num_masks == 3
 
 
+@pytest.mark.slow
 def test_what_was_done_is_kept_when_it_is_cut_off(engine: Engine, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, StepMap) and event.step == 1:
@@ -243,6 +248,7 @@ def test_an_interrupted_run_is_gone_on_with_to_the_bit(engine: Engine, tmp_path:
         np.testing.assert_array_equal(resumed.image, whole.image)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_other_settings_is_refused(engine: Engine, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         raise KeyboardInterrupt

@@ -58,6 +58,7 @@ def test_all_stream_into_the_same_file(engine: Engine, tmp_path: Path) -> None:
     assert result.heatmap("cam", 0).shape == (64, 64)
 
 
+@pytest.mark.slow
 def test_a_concept_is_the_mean_over_its_tokens(engine: Engine) -> None:
     result = engine.explain(CAPTION, Relevance(), num_steps=1)
     assert result.tokens is not None
@@ -143,6 +144,7 @@ def test_a_step_is_done_when_all_of_it_is(engine: Engine, tmp_path: Path, monkey
         np.testing.assert_array_equal(result.heatmap(explainer.name, 1), whole.heatmap(explainer.name, 1))
 
 
+@pytest.mark.slow
 def test_a_plan_of_several_prompts_has_the_tokens_and_words_of_each(engine: Engine, tmp_path: Path) -> None:
     jobs = [engine.job(prompt, num_steps=1) for prompt in ("a red star on a black background", CAPTION)]
     planned = engine.plan(jobs, ALL).file_plan(engine.denoiser, previews=False)
@@ -161,6 +163,7 @@ def test_a_plan_of_several_prompts_has_the_tokens_and_words_of_each(engine: Engi
             np.testing.assert_allclose(item.concept("red"), alone.concept("red"), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_was_not_asked_for_is_none(engine: Engine, tmp_path: Path) -> None:
     result = engine.explain(CAPTION, Cam(layers="mid*"), num_steps=1, out=tmp_path / "run.h5")
     with dfengine.open(tmp_path / "run.h5") as run:
@@ -178,6 +181,7 @@ def test_relevance_inside_inference_mode(engine: Engine) -> None:
     np.testing.assert_allclose(made.relevance, expected.relevance, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_explainers_than_a_run_was_begun_with_are_one_short_line(engine: Engine, tmp_path: Path) -> None:
     def interrupt(event: Any) -> None:
         if isinstance(event, StepMap):
@@ -226,6 +230,7 @@ def test_both_tokenizers_of_sdxl_name_the_same_places(saved: Callable[[str], Pat
         Engine(denoiser).explain("a horse", Relevance(text_attention=True), num_steps=1)
 
 
+@pytest.mark.slow
 def test_tokenizers_that_disagree_are_refused(saved: Callable[[str], Path]) -> None:
     denoiser = load(saved("sdxl"), device="cpu")
     denoiser.pipeline.tokenizer_2.add_tokens("astronaut")  # type: ignore[attr-defined]

@@ -191,6 +191,7 @@ def test_a_long_prompt_has_lines_enough() -> None:
     assert about == "shapes, seed 0"
 
 
+@pytest.mark.slow
 def test_standard_errors_are_a_row_of_shares_of_the_maps_range() -> None:
     maps, errors = np.zeros((2, 2, 2, 3), np.float32)
     maps[0, 0, 0], maps[0, 1, 1] = 2, -2  # the range is 4 at the first step; the second map is constant
@@ -411,6 +412,7 @@ def test_attention_has_a_row_a_word() -> None:
     assert labels(figures.attention(made, ["dog", "a", "dog"]))[1:] == ["dog", "a"]
 
 
+@pytest.mark.slow
 def test_of_many_words_those_with_most_attention_at_the_steps_are_drawn() -> None:
     heat = np.zeros((8, 5, 2, 3), np.float32)
     heat[:, 2] = np.array([3, 9, 2, 8, 4, 7, 5, 6], np.float32)[:, None, None]
@@ -503,6 +505,7 @@ def test_texts_are_inside_apart_and_readable_in_a_column(form: Callable[..., Fig
     assert min(text.get_fontsize() for text in texts(figure)) * 3.25 / figure.get_figwidth() >= 6
 
 
+@pytest.mark.slow
 def test_memory_and_file_draw_the_same(tmp_path: Path) -> None:
     explainers = [Rise(4), Cam(), Relevance(), Attention()]
     engine = Engine.from_pretrained("shapes", device="cpu")
@@ -535,6 +538,7 @@ def test_the_declared_form_alone_chooses_the_figure(form: str) -> None:
     assert any("Mine" in text.get_text() for text in texts(drawn))
 
 
+@pytest.mark.slow
 def test_rows_are_selected_by_name() -> None:
     made = explained("a red cat")
     assert labels(figures.draw(made, "cam", [0], ["mid_block.resnets.1"]))[2:] == ["mid_block.\nresnets.1,\n8×8"]

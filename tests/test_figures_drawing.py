@@ -89,6 +89,7 @@ def test_what_is_not_there_is_not_drawn(made: Result, drawn: list[str]) -> None:
     assert names([made]) == drawn
 
 
+@pytest.mark.slow
 def test_a_method_that_is_half_done_is_drawn_as_far_as_it_is() -> None:
     made = explained("a red cat")
     rise, cam = np.asarray(made.maps["rise"]), dict(made.maps["cam"])
@@ -127,6 +128,7 @@ def test_methods_and_steps_restrict_what_is_drawn() -> None:
     assert names([made], methods=["rise"], steps=[2]) == []
 
 
+@pytest.mark.slow
 def test_several_images_are_numbered_and_compared_in_rows() -> None:
     lists = {"a cat": [40, 30, 20, 10, 0], "a dog": [9, 7, 5, 3, 1]}
     made = [
@@ -152,6 +154,7 @@ def test_several_images_are_numbered_and_compared_in_rows() -> None:
             np.testing.assert_array_equal(picture, wanted)
 
 
+@pytest.mark.slow
 def test_of_one_image_a_row_is_a_step_and_what_is_missing_is_said() -> None:
     made = with_methods(explained("a cat"), "rise", "cam")
     made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(np.asarray(made.maps["rise"]), 4)})
@@ -177,6 +180,7 @@ def test_images_of_different_sizes_are_not_in_one_comparison() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_of_many_images_the_first_are_drawn_or_those_that_are_named() -> None:
     made = [with_methods(explained("a cat", seed=seed), "rise") for seed in range(5)]
     with pytest.warns(UserWarning, match="drawing the first 2 of 5 images, leaving out 3"):
@@ -364,6 +368,7 @@ def test_a_seed_whose_relevance_has_a_gap_is_not_in_the_means() -> None:
     assert without.concepts() is None
 
 
+@pytest.mark.slow
 def test_figures_of_schedules_are_readable_across_a_page() -> None:
     (group,) = schedules.groups(sweep((LONG,)))
     for drawn in (group.samples(), group.concepts()):
@@ -413,6 +418,7 @@ def test_a_frame_tells_its_step_and_its_t(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: str) -> None:
     colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [200, 200, 30], [0, 0, 0]], np.uint8)
@@ -443,6 +449,7 @@ def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: st
         assert not changed.any()
 
 
+@pytest.mark.slow
 def test_an_animation_may_show_some_steps_or_one(tmp_path: Path) -> None:
     made = explained("a red cat", previews=None)
     assert len(frames(figures.animate(made, "rise", tmp_path / "some.gif", steps=[0, 2, -1]))[0]) == 3
@@ -536,6 +543,7 @@ def test_a_part_is_drawn_as_far_as_it_is(begun: Path, command: Callable[..., tup
     assert titles(drawn["item-000-rise"])[:2] == ["image", "step 1, t = 600"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
     tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -611,6 +619,7 @@ def test_relevance_of_any_image_is_looked_for() -> None:
     assert "concepts" in draw_all(results, methods=["relevance"])
 
 
+@pytest.mark.slow
 def test_a_word_that_begins_with_an_underscore_is_in_the_legend() -> None:
     lines = {"_hidden": [0.0, 1.0], "cat": [1.0, 0.0]}
     sums = dict.fromkeys(lines, (1.0, 1.0, 1.0))

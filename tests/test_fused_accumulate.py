@@ -57,6 +57,7 @@ def per_mask(sums: estimators.Sums) -> torch.Tensor:
 # Against the estimators ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize(
     ("similarity", "kind"), [*((s, "gaussian") for s in reference.SIMILARITIES), ("structure", "rise")]
@@ -80,6 +81,7 @@ def test_accumulate_equals_the_estimators(score: str, similarity: str, kind: str
     assert_close(means, expected, **tolerance("similarity_fused"), equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", reference.MASK_KINDS)
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize(("h", "w"), [(7, 5), (1, 1), (5, 34)])
@@ -91,6 +93,7 @@ def test_add_equals_the_estimators(kind: str, score: str, h: int, w: int) -> Non
     assert_close(per_mask(ours), per_mask(theirs), **tolerance("add" if kind == "gaussian" else "add_rise_fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "layout", "c", "h", "w"),
     [
@@ -110,6 +113,7 @@ def test_dtypes_layouts_and_channels(dtype: torch.dtype, layout: torch.memory_fo
     assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_scores_of_any_dtype(dtype: torch.dtype, score: str) -> None:
@@ -119,6 +123,7 @@ def test_scores_of_any_dtype(dtype: torch.dtype, score: str) -> None:
     assert_close(ours.moments, theirs.moments, **tolerance("add"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_prepared_references_give_identical_bits(score: str) -> None:
     outputs, references = random_outputs(2, 5, 3)
@@ -147,6 +152,7 @@ def test_more_rows_than_entries(score: str) -> None:
 # Order, splits and padding -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(
     st.permutations(range(len(ROWS))),
@@ -169,6 +175,7 @@ def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[
     assert_close(parts.moments, complete.moments, **tolerance("add"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_padding_adds_nothing_and_repeats_give_identical_bits(score: str) -> None:
     outputs, references = random_outputs(1, 5, 3)
@@ -185,6 +192,7 @@ def test_padding_adds_nothing_and_repeats_give_identical_bits(score: str) -> Non
     assert with_padding[~real].isnan().all()
 
 
+@pytest.mark.slow
 def test_only_padding_and_no_entries_change_nothing() -> None:
     outputs, references = random_outputs(1, 5, 3)
     untouched, sums = random_sums(5, 3), random_sums(5, 3)
@@ -196,6 +204,7 @@ def test_only_padding_and_no_entries_change_nothing() -> None:
     assert torch.equal(sums.moments, untouched.moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_nan_scores_stay_in_their_row(score: str) -> None:
     scores, sums = random_scores(score, 5, 3), estimators.Sums.zeros(4, (5, 3), DEVICE)
@@ -206,6 +215,7 @@ def test_nan_scores_stay_in_their_row(score: str) -> None:
     assert sums.count.tolist() == [6, 0, 2, 2]
 
 
+@pytest.mark.slow
 def test_non_contiguous_sums_and_strided_or_int32_vectors() -> None:
     scores, theirs = random_scores("local", 5, 3), random_sums(5, 3)
     estimators.add(theirs, scores, *COUNTERS)
@@ -222,6 +232,7 @@ def test_non_contiguous_sums_and_strided_or_int32_vectors() -> None:
     assert torch.equal(wide.moments, narrow.moments)
 
 
+@pytest.mark.slow
 def test_long_segments_give_the_same_sums() -> None:
     scores, theirs = random_scores("local", 5, 3), random_sums(5, 3)
     estimators.add(theirs, scores, *COUNTERS)

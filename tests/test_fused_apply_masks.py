@@ -175,6 +175,7 @@ def test_any_dtype(kind: str, dtype: torch.dtype, out: torch.dtype | None) -> No
     assert_equals_reference(exact_in(out or dtype, latents(4, 5, 3, dtype)), kind, dtype=out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(128, 128), (96, 64)])
 def test_blocks_of_a_large_image_meet(shape: tuple[int, int]) -> None:
     one = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -184,6 +185,7 @@ def test_blocks_of_a_large_image_meet(shape: tuple[int, int]) -> None:
     assert_close(ours, reference.apply_masks(x, SEEDS[:1], STEPS[:1], one, one + 5), **tolerance("apply_masks"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow")  # of the interpreter
 def test_the_product_is_rounded_once() -> None:
     x = latents(4, 7, 13).sign() * 1e5  # beyond float16, but not where RISE's mask is below 0.65

@@ -60,6 +60,7 @@ def test_any_dtype(dtype: torch.dtype, out: torch.dtype | None) -> None:
     assert_equals_reference(4, (5, 3), True, dtype=dtype, out=out)
 
 
+@pytest.mark.slow
 def test_blocks_of_a_large_image_meet() -> None:
     latents, one = random(1, 4, 128, 128).half(), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     ranks = games.ranks(random(1, 128, 128, seed=1))

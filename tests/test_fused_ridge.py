@@ -28,6 +28,7 @@ def test_ridge_equals_the_estimators(count: int, kind: str) -> None:
         assert_close(mine, theirs, **tolerance("ridge"))
 
 
+@pytest.mark.slow
 def test_normal_equations_are_exact() -> None:
     y = random_scores(37).double()
     with patch.object(fused, "EXACT_COUNT", 16):

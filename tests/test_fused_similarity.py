@@ -32,6 +32,7 @@ def assert_equals_reference(a: torch.Tensor, b: torch.Tensor, kind: str, score: 
     assert_close(ours.double(), expected, **tolerance("similarity_fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", reference.SIMILARITIES)
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize("scale", [1.0, 0.03])  # a faint signal, where the constants matter
@@ -68,6 +69,7 @@ def test_any_window(window: int, sigma: float) -> None:
         assert torch.equal(widest, fused.similarity(a, b, window=21, sigma=sigma))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["structure", "cosine"])
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -77,6 +79,7 @@ def test_dtypes_and_layouts(kind: str, score: str, layout: torch.memory_format, 
     assert_equals_reference(a.contiguous(memory_format=layout), b, kind, score, window=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_strided_inputs(score: str) -> None:
     a, b = images(2, 4, 4, 10)
@@ -95,6 +98,7 @@ def test_strided_inputs(score: str) -> None:
         assert_close(ours.double(), expected, **tolerance("similarity_fused"), msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ssim", "cosine"])
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_one_reference_per_entry_and_independence_of_the_batch(kind: str, score: str) -> None:
@@ -106,6 +110,7 @@ def test_one_reference_per_entry_and_independence_of_the_batch(kind: str, score:
     assert torch.equal(alone, together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_an_offset_costs_structure_no_precision(score: str) -> None:
     a, b = images(1, 2, 7, 13, scale=0.02)
@@ -116,6 +121,7 @@ def test_an_offset_costs_structure_no_precision(score: str) -> None:
     assert_close(shifted.double(), exact, **tolerance("similarity_offset"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", reference.SIMILARITIES)
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_identical_and_zero_inputs(kind: str, score: str) -> None:
@@ -126,6 +132,7 @@ def test_identical_and_zero_inputs(kind: str, score: str) -> None:
     assert_close(zeros, torch.full_like(zeros, kind != "cosine"), **tolerance("similarity_fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_flat_regions_have_no_negative_variance(score: str) -> None:
     # Constant in places and far from the subtracted mean, so that E[a²] − E[a]² rounds to either side of zero.
@@ -137,6 +144,7 @@ def test_flat_regions_have_no_negative_variance(score: str) -> None:
                 assert fused.similarity(x, y, kind, score, window=5).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", reference.SIMILARITIES)
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_nan_stays_in_its_entry(kind: str, score: str) -> None:

@@ -204,6 +204,7 @@ def test_images_of_few_segments_are_divided_as_the_peer_does() -> None:
             np.testing.assert_array_equal(Lime().segment(image, shape), divided_literally(image, shape))
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_by_counter_and_the_first_keeps_everything() -> None:
     seen: list[torch.Tensor] = []
 
@@ -261,6 +262,7 @@ def test_maps_do_not_depend_on_their_batch(batch_size: int, items: list[int], mo
         assert_close(one.saliency, whole[key].saliency, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_left_out_and_the_rest_is_the_same_to_the_bit() -> None:
     whole, rest = everything(16, [0, 1]), everything(16, [0, 1], done={(0, 0), (0, 2), (1, 1)})
     assert set(rest) == {(0, 1), (1, 0), (1, 2)}

@@ -109,6 +109,7 @@ def test_parts_are_imported_when_they_are_asked_for() -> None:
     assert run.stdout.strip() == "set() True draw games False", run.stderr
 
 
+@pytest.mark.slow
 def test_a_figure_is_a_picture_of_its_size() -> None:
     figure = whole().plot("rise")
     assert Image.open(io.BytesIO(figure._repr_png_())).size == tuple(map(int, figure.bbox.size))

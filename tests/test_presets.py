@@ -31,6 +31,7 @@ def test_a_file_keeps_what_a_preset_computed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(printed.maps["rise"], default.maps["rise"])
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     options = ["-e", "rise", "--num-masks", "4", "--num-steps", "2", "--preset", "xdiffusion"]

@@ -105,6 +105,7 @@ def test_ceilings_are_plausible() -> None:
     assert 1e8 < copy_bandwidth(clock) < 1e13
 
 
+@pytest.mark.slow
 def test_ceilings_divide_operations_and_bytes_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     medians = iter([0.5, 2.0, 0.25])
     monkeypatch.setattr(Clock, "median", lambda self, work: next(medians))
@@ -132,6 +133,7 @@ def test_a_custom_denoiser_and_ridge_can_be_profiled() -> None:
     assert measured.attention == "its own"
 
 
+@pytest.mark.slow
 def test_the_profile_is_consistent(measured: Profile) -> None:
     loop = 1 / measured.masks_per_second
     stages = measured.seconds_per_mask

@@ -82,6 +82,7 @@ def generated(tiny: Denoiser) -> list[Trajectory]:
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "explainer",
     [

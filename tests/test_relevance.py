@@ -177,6 +177,7 @@ def random_layers(
     return [[layer(*kind, number) for _ in range(count)] for kind, number in zip(kinds, heads, strict=True)]
 
 
+@pytest.mark.slow
 @given(
     finest=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     others=st.lists(st.tuples(st.sampled_from(["image", "cross"]), st.floats(0, 1), st.floats(0, 1)), max_size=5),
@@ -338,6 +339,7 @@ def test_what_is_in_a_batch_does_not_matter(shapes: Denoiser, paths: list[Trajec
         assert_close(ours.saliency, alone.saliency, **BATCHES)
 
 
+@pytest.mark.slow
 def test_batches_cut_in_any_place_make_the_same(
     shapes: Denoiser, paths: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +365,7 @@ def test_done_leaves_out_what_it_names_and_nothing_else(
     assert list(Relevance().explain(shapes, paths, set(whole))) == []
 
 
+@pytest.mark.slow
 def test_float16_ranks_tokens_as_float32_does(shapes: Denoiser, paths: list[Trajectory]) -> None:
     half = embedded(dtype="float16")
     told = dataclasses.replace(paths[0], prompt=half.encode_prompts([CAPTIONS[0]]))

@@ -461,6 +461,7 @@ def test_the_canvas_is_the_overlay_of_the_figures(visit: Visit, single: Path, re
     assert_drawn(canvas, 255 * alone)
 
 
+@pytest.mark.slow
 def test_every_map_is_drawn(visit: Visit, single: Path, result: Result) -> None:
     assert result.previews is not None
     assert result.word_maps is not None
@@ -534,6 +535,7 @@ def test_the_slider_leads(visit: Visit, single: Path) -> None:
     page.wait_for_url("**#step=0")
 
 
+@pytest.mark.slow
 def test_the_chart_and_the_strip_lead(visit: Visit, single: Path) -> None:
     page = visit(single)
     axis = pane(page, "chart").locator(".axis").last.bounding_box()
@@ -607,6 +609,7 @@ def test_a_pixel_without_a_finite_error_hides_no_other_ones(visit: Visit, tmp_pa
         assert value(page)[1] == [digits(result.maps["rise"][0, row, column]), *around]
 
 
+@pytest.mark.slow
 def test_the_value_under_the_pointer(visit: Visit, single: Path, result: Result) -> None:
     page, rise, error = visit(single, "#step=3"), result.maps["rise"], result.errors["rise"]
     for row, column in np.ndindex(2, 3):
@@ -668,6 +671,7 @@ def test_the_cells_of_the_canvas_are_read_out_by_keys(visit: Visit, single: Path
     assert pane(page, "cell").is_hidden()
 
 
+@pytest.mark.slow
 def test_the_gallery_shows_and_chooses(visit: Visit, single: Path, result: Result) -> None:
     assert result.previews is not None
     page = visit(single, "#step=1&method=cam")
@@ -733,6 +737,7 @@ def test_lines_are_drawn_and_told(visit: Visit, single: Path, result: Result) ->
         np.testing.assert_allclose(points[:, 1], raw[word] / high, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_images_side_by_side(visit: Visit, double: Path, result: Result, other: Result) -> None:
     assert result.previews is not None
     assert other.previews is not None
@@ -862,6 +867,7 @@ def test_python_gets_the_map_that_is_shown(
         np.testing.assert_allclose(shown_python(seen), wanted, atol=(1 / 255 if name else 1e-6))
 
 
+@pytest.mark.slow
 def test_a_run_is_shown_with_its_settings_and_versions(
     visit: Visit, run: Path, told: Callable[..., tuple[str, str]]
 ) -> None:
@@ -885,6 +891,7 @@ def test_python_of_a_result_in_memory(visit: Visit, single: Path, result: Result
     np.testing.assert_array_equal(shown_python(page, result), heatmap(result.word_maps[5][1], (8, 12)))
 
 
+@pytest.mark.slow
 def test_a_word_that_is_called_as_a_method(visit: Visit, tmp_path: Path) -> None:
     result = explained("cam and rise")
     assert result.word_maps is not None
@@ -1028,6 +1035,7 @@ def test_odd_results_are_shown(visit: Visit, tmp_path: Path, odd: str) -> None:
     assert len(page.locator("[data-part=item] option").all()) == len(results)
 
 
+@pytest.mark.slow
 def test_what_is_not_computed_is_told(visit: Visit, tmp_path: Path, result: Result) -> None:
     assert result.previews is not None
     page = visit(report.write([interrupted(result)], tmp_path / "page.html"), "#step=1")
@@ -1058,6 +1066,7 @@ def test_a_step_alone_has_its_mark_in_the_chart(visit: Visit, tmp_path: Path) ->
     expect(pane(page, "numbers").locator("tr").nth(2).locator("th, td")).to_have_text(["1", "20", *["–"] * 5])
 
 
+@pytest.mark.slow
 def test_previews_are_offered_where_there_are_some(visit: Visit, tmp_path: Path) -> None:
     result = one(5, **plain())
     page = visit(report.write([result], tmp_path / "page.html"))
@@ -1083,6 +1092,7 @@ def test_nothing_moves_from_step_to_step(visit: Visit, double: Path) -> None:
         assert there == seen[0]
 
 
+@pytest.mark.slow
 def test_what_is_done_before_images_are_decoded_is_no_error(visit: Visit, double: Path, browser: Browser) -> None:
     page = visit(double)
     page.evaluate("""() => {
@@ -1125,6 +1135,7 @@ def test_in_a_frame_without_an_address_of_its_own(visit: Visit, single: Path) ->
     page.wait_for_timeout(500)
 
 
+@pytest.mark.slow
 def test_the_address_changes_less_often_than_browsers_allow(visit: Visit, single: Path) -> None:
     page = visit(single)
     count = page.evaluate("""async () => {

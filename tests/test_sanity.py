@@ -59,6 +59,7 @@ def test_the_embedded_model_passes(found: Sanity) -> None:
     assert found.subject_auroc.low > 0.5
 
 
+@pytest.mark.slow
 def test_the_weights_are_as_they_were(embedded: Denoiser, found: Sanity) -> None:
     fresh = Engine.from_pretrained("shapes", device="cpu").denoiser
     ours, theirs = (one.unet.state_dict() for one in (embedded, fresh))  # type: ignore[attr-defined]
@@ -82,6 +83,7 @@ def test_weights_come_back_also_when_a_check_breaks_off(embedded: Denoiser, monk
     assert all(torch.equal(v, before[k]) for k, v in embedded.unet.state_dict().items())  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_maps_that_do_not_depend_on_the_model_are_found_out(
     embedded: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +118,7 @@ def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
     assert any(failure.startswith("a word's relevance does not decrease") for failure in outcome.failures)
 
 
+@pytest.mark.slow
 def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Cam.explain
 
@@ -157,6 +160,7 @@ def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypat
     assert any(failure.startswith("attention to the subject is no better than chance") for failure in outcome.failures)
 
 
+@pytest.mark.slow
 def test_prompts_of_another_world_have_no_subject_to_look_for(tiny: Denoiser) -> None:
     outcome = check(tiny, [Engine(tiny).job("a red red circle", num_steps=1)], Rise(2), Cam(), Relevance(), Attention())
     assert outcome.subject_auroc is None

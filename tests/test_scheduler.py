@@ -70,6 +70,7 @@ def test_a_plain_pipeline_follows_the_engines_trajectory(pipeline: Any, stage: s
     assert (image - path.image / 255).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_the_call_accepts_a_custom_list(pipeline: Any) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
     wanted = [990, 700, 650, 30, 3]
@@ -121,6 +122,7 @@ def test_with_other_parametrisations(saved: Callable[[str], Path], name: str) ->
     assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded_with_its_pipeline(pipeline: Any, tmp_path: Path) -> None:
     pipeline.scheduler = ExponentialDDIMScheduler.from_config(pipeline.scheduler.config, stage="latter", gamma=10)
     pipeline.save_pretrained(tmp_path / "pipeline")

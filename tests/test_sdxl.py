@@ -64,6 +64,7 @@ def test_the_pooled_text_is_read_where_the_text_ends(pipeline: Any) -> None:
     assert_close(denoiser.encode_prompts(PROMPTS).tensors["text_embeds"], want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sizes_are_the_images_own(pipeline: Any) -> None:
     with torch.no_grad():
         sizes = adapted(pipeline, image_size=(64, 96)).encode_prompts(PROMPTS).tensors["time_ids"]
@@ -90,6 +91,7 @@ def test_img2img_and_inpaint_pipelines_are_the_same_model(pipeline: Any, kind: A
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 def test_the_refiner_is_refused(pipeline: Any) -> None:
     refiner = kind_of(StableDiffusionXLImg2ImgPipeline, pipeline, requires_aesthetics_score=True)
     pipeline.text_encoder = pipeline.tokenizer = None

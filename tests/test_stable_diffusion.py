@@ -25,6 +25,7 @@ def test_a_generation_is_diffusers_pipeline(saved: Callable[[str], Path], name: 
     assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 def test_zero_terminal_snr_is_diffusers_pipeline(tmp_path: Path) -> None:
     """From pure noise at ᾱ = 0, where x0 = −v."""
     changes = {"scheduler": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
@@ -65,6 +66,7 @@ def test_images_of_another_shape_are_diffusers_pipelines(saved: Callable[[str], 
     assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_square_needs_no_size(tmp_path: Path) -> None:
     folder = reduced("sd15", tmp_path, {"unet": {"sample_size": [8, 12]}})
     denoiser = load(folder, device="cpu", random_weights=True)
@@ -88,6 +90,7 @@ def test_the_size_is_part_of_the_models_name() -> None:
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(100, 64), (0, 64), (64, -64)])
 def test_impossible_sizes_are_refused(saved: Callable[[str], Path], size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="pixels are not possible: expected height × width in multiples of 8"):

@@ -75,6 +75,7 @@ def test_only_a_zarr_group_is_overwritten(folder, tmp_path, name):
         assert len(run) == 2
 
 
+@pytest.mark.slow
 def test_a_failed_overwrite_keeps_the_existing_group(folder, tmp_path, monkeypatch):
     out = store.export_zarr(folder, tmp_path / "run.zarr")
     rename = Path.rename

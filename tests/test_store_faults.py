@@ -80,6 +80,7 @@ def test_a_fault_at_any_write_of_larger_runs(shim, memory, error, scenario, plan
     assert writes > (20 if scenario == "merge" else 100)
 
 
+@pytest.mark.slow
 def test_a_file_size_limit(tmp_path):
     """The kernel's own refusal, EFBIG, midway; the process ends well and the file is readable."""
     code = """

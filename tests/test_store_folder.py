@@ -99,6 +99,7 @@ def test_the_summary_counts_every_item_once(path):
     ]
 
 
+@pytest.mark.slow
 def test_to_xarray_is_that_of_one_file(path, tmp_path):
     with store.Writer.create(tmp_path / "one.h5", PLAN) as writer:
         fill(writer)
@@ -143,6 +144,7 @@ def test_a_unit_that_closed_with_items_missing_can_be_begun_again(tmp_path):
         assert (len(run), run.finished) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_unit_continues_all_its_attempts(tmp_path):
     """The first, stalled, got further than the second, which continued it; both are then removed."""
     folder = store.Folder(tmp_path / "run")
@@ -175,6 +177,7 @@ def test_ten_attempts_are_in_order(tmp_path):
         writer.close(publish=False)
 
 
+@pytest.mark.slow
 def test_overwriting_a_unit(tmp_path):
     folder = store.Folder(tmp_path / "run")
     part_of(folder.segment("u", PLAN))

@@ -41,6 +41,7 @@ def test_a_merged_file_equals_one_written_directly(tmp_path, plan, compression):
     assert sorted(os.listdir(tmp_path)) == ["0.h5", "1.h5", "all.h5", "whole.h5"]
 
 
+@pytest.mark.slow
 def test_sources_are_recorded(tmp_path):
     first = written(tmp_path / "a.h5", half(PLAN, 0), device="one", run_id="r1")
     second = written(tmp_path / "b.h5", half(PLAN, 1), device="other", run_id="r2")
@@ -77,6 +78,7 @@ def test_each_item_is_taken_once_and_finished_if_possible(tmp_path):
         assert check(run) == total(PLAN)
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_merged_with_its_segments_and_with_files(tmp_path):
     folder = store.Folder(tmp_path / "run")
     for unit, item in (("b", 0), ("a", 1)):
@@ -131,6 +133,7 @@ def test_merging_merged_files_records_all_sources(tmp_path):
         assert [source["file"] for source in run.merged_from] == ["0.h5", "1.h5"]
 
 
+@pytest.mark.slow
 def test_invalid_merges_are_refused(tmp_path):
     first = written(tmp_path / "a.h5", half(PLAN, 0))
     other = dataclasses.replace(half(PLAN, 1), num_steps=2, methods=(store.Method("rise", {"p": 1}, 7, True),))

@@ -70,6 +70,7 @@ def test_a_run_interrupted_before_the_first_result_leaves_no_file(tmp_path):
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 9, 13, 14, 20])
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, whole, stop):
     path = tmp_path / "run.h5"
@@ -88,6 +89,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, whole, stop):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.h5"]
 
 
+@pytest.mark.slow
 def test_twice_interrupted(tmp_path, whole):
     interrupt(tmp_path / "run.h5", 5)
     with pytest.raises(KeyboardInterrupt), store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
@@ -99,6 +101,7 @@ def test_twice_interrupted(tmp_path, whole):
     assert data(tmp_path / "run.h5") == whole
 
 
+@pytest.mark.slow
 def test_attempts_are_counted_for_items_that_were_not_finished(tmp_path):
     interrupt(tmp_path / "run.h5", 20)
     with store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:

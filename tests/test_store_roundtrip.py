@@ -157,6 +157,7 @@ def test_arrays_may_change_after_the_call(tmp_path, monkeypatch):
         assert check(run) == 1
 
 
+@pytest.mark.slow
 def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
     blocked, returned, write = threading.Event(), [], SWMRFile.write
 

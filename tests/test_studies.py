@@ -83,6 +83,7 @@ def test_games_have_tables_figures_and_a_cache(engine: Engine, tmp_path: Path) -
     assert json.loads((folder / "table.json").read_text()) == json.loads(study.to_json())
 
 
+@pytest.mark.slow
 def test_several_steps_have_figures_each(engine: Engine) -> None:
     study = studies.games(engine, TWO[:1], [Random()], steps=(2, 0, 2), num_steps=3, distance="mse")
     assert [summary.step for summary in study.summaries] == [2, 0]
@@ -102,6 +103,7 @@ def test_the_preset_holds_for_methods_and_games(engine: Engine) -> None:
     assert raw[0] != raw[1]
 
 
+@pytest.mark.slow
 def test_the_mean_squared_error_needs_no_extractor(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"num_steps": 1, "distance": "mse"}
     own = studies.games(engine, TWO[:1], ["random"], **options)
@@ -220,6 +222,7 @@ def test_truth_of_generated_and_rendered_images(engine: Engine) -> None:
         studies.truth(engine, [*TWO, "a cat"])
 
 
+@pytest.mark.slow
 def test_recovery_of_methods_by_name_and_explainers(engine: Engine) -> None:
     reports = Reports()
     study = studies.recovery(engine, TWO, ("rise", Cam()), num_steps=3, num_masks=4, on_progress=reports)
@@ -302,6 +305,7 @@ def test_other_studies_on_the_command_line(
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -484,6 +484,7 @@ def test_a_plan_truncated_anywhere_is_completed(path):
     assert items_in(prepare(sweep, path, no_profile)) == items_of(sweep), "only the last line end is missing"
 
 
+@pytest.mark.slow
 def test_a_truncated_growth_of_a_plan_is_completed(path):
     small, large = make_sweep(**LEAST), make_sweep(**SOME)
     plan_sweep(small, path)

@@ -226,6 +226,7 @@ def test_interrupted_work_resumes(engine, folder, monkeypatch):
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize(("hand", "states"), [([1], {1: "failed"}), ([1, 2], {1: "suspect", 2: "suspect"}), ([0], {})])
 def test_a_crash_is_attributed_to_the_items_in_progress(engine, folder, monkeypatch, hand, states):
     monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)

@@ -72,6 +72,7 @@ def test_a_generation_is_diffusers_pipeline(
     assert_close(trajectory.image.float() / 255, image, rtol=0, atol=0.5 / 255 + 1e-4)
 
 
+@pytest.mark.slow
 def test_guidance_zero_is_the_model_without_its_prompt(tiny: Denoiser, tiny_folder: Path) -> None:
     latents, _ = run_pipeline(tiny_folder, "", seed=5, guidance_scale=1.0)
     (trajectory,) = trajectories(tiny, [Job(CAPTIONS[0], LEADING, seed=5, guidance=0.0)])

@@ -60,6 +60,7 @@ def prompts_of(denoiser: Denoiser) -> Condition:
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_the_output_is_that_of_diffusers_own_forward(model: Callable[[str], Denoiser], name: str) -> None:
@@ -72,6 +73,7 @@ def test_the_output_is_that_of_diffusers_own_forward(model: Callable[[str], Deno
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_latents_of_one_prompt_share_its_keys_and_values(model: Callable[[str], Denoiser], name: str) -> None:
@@ -112,6 +114,7 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[str], Path], name: str) -> None:
@@ -146,6 +149,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 10, 64])
 @pytest.mark.parametrize("name", MODELS)
@@ -313,6 +317,7 @@ def template(saved: Callable[[str], Path]) -> Any:
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("change", "expected_reason"),
@@ -393,6 +398,7 @@ def test_weights_changed_between_runs_apply(saved: Callable[[str], Path]) -> Non
         before = after
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_earlier_calls() -> None:
     denoiser = embedded()
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
