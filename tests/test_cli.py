@@ -399,6 +399,7 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
         assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

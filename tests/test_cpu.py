@@ -29,6 +29,7 @@ def cross(heads: int, d: int, channels: int, *, bias: bool = True) -> Any:
     return seeded(lambda: Attention(channels, 10, heads, dim_head=d, out_bias=bias)).eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_a_folded_attention_is_the_attention(
     prompts: int, latents: int, positions: int, heads: int, tokens: int, bias: bool

@@ -73,6 +73,7 @@ def test_a_result_can_be_run_again_from_its_file(engine: Engine, tmp_path: Path)
         assert len(maps) == 4
 
 
+@pytest.mark.slow
 def test_a_function_comes_back_from_a_file_as_its_name(engine: Engine, tmp_path: Path) -> None:
     rise = Rise(4, similarity=torch.nn.functional.mse_loss, score="global", estimator="sum")
     again = rebuild(json.loads(json.dumps(describe(rise))))

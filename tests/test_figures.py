@@ -236,6 +236,7 @@ def error_axes(figure: Figure) -> list[Axes]:
 
 
 @pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 6, 12])
 @pytest.mark.parametrize("size", [(64, 64), (48, 84), (96, 64)])
 def test_a_strip_is_readable_across_a_page(steps: int, size: tuple[int, int]) -> None:

@@ -104,6 +104,7 @@ def test_a_method_that_is_half_done_is_drawn_as_far_as_it_is() -> None:
     assert on_one_line(labels(drawn["comparison"])) == ["step 1, t = 30", "step 3, t = 10"]
 
 
+@pytest.mark.slow
 def test_relevance_stands_above_a_map_that_is_there() -> None:
     made = explained("a red cat", steps=6)
     cam = {name: unfinished(maps, 0, 3) for name, maps in made.maps["cam"].items()}

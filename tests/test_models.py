@@ -89,6 +89,7 @@ def test_the_callers_own_pipeline_is_the_same_model(tiny: Denoiser, tiny_folder:
     assert adapt(StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)).name != ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64", torch.float64])
 def test_dtype_is_the_requested_one(tiny: Denoiser, tiny_folder: Path, dtype: Any) -> None:
     if dtype == "float64":

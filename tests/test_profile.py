@@ -163,6 +163,7 @@ def test_the_profile_is_consistent(measured: Profile) -> None:
     assert sum(measured.gflop_per_mask.values()) == pytest.approx(0.468 - 0.53e-3 * 100 * 5 / 9, abs=0.005)
 
 
+@pytest.mark.slow
 def test_the_prediction_covers_the_complete_job(measured: Profile) -> None:
     job = measured.job
     assert (job["images"], job["steps"], job["masks"], job["forwards"]) == (3, 5, 64, 3 * 5 * 65)
@@ -184,6 +185,7 @@ def test_guidance_costs_two_forwards_minus_the_shared_part(engine: Engine, measu
     assert guided.job["forwards"] == 2 * 2 * 65
 
 
+@pytest.mark.slow
 def test_the_table_is_complete(measured: Profile) -> None:
     text = "\n".join(format_profile(measured))
     assert text.startswith("shapes on ")

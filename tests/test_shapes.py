@@ -215,6 +215,7 @@ def test_a_twentieth_is_held_out_and_never_trained_on() -> None:
     assert all(caption.is_held_out for caption in judged)
 
 
+@pytest.mark.slow
 def test_every_value_occurs_and_shapes_differ() -> None:
     captions = scenes_of(6, 3000).captions
     assert all(caption.subject != caption.object for caption in captions)

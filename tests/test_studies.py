@@ -183,6 +183,7 @@ def test_concepts_of_many_schedules_and_seeds(engine: Engine) -> None:
     assert ratio == pytest.approx(2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_prompts_without_concepts_are_measured_word_by_word(engine: Engine) -> None:
     study = studies.concepts(engine, ["a red star on a black background"], num_steps=1)
     (summary,) = study.summaries

@@ -215,6 +215,7 @@ def test_closing_releases_assigned_units(tmp_path):
     assert [path.name for path in (tmp_path / "failures").iterdir()] == [".u2.json"], "which was not assigned"
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from(["done", "exits later", "restart"]), max_size=30), st.integers(1, 4), st.integers(1, 12)
 )
