@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, with every mistake typed in."""
+"""The command line as users see it, in a process of its own, and the message of every error."""
 
 import json
 import os
@@ -21,17 +21,17 @@ QUICK = ["--num-steps", "2", "--num-masks", "4"]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a refusal says: one line, exit status 2, no traceback, nothing on stdout."""
+def error_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail and return its error: one line, exit status 2, no traceback, empty stdout."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["dfengine", *arguments])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as raised:
             main()
-        said = capfd.readouterr()
-        assert left.value.code == 2, said.err
-        assert said.out == ""
-        (line,) = said.err.strip().splitlines()
+        captured = capfd.readouterr()
+        assert raised.value.code == 2, captured.err
+        assert captured.out == ""
+        (line,) = captured.err.strip().splitlines()
         assert line.startswith("dfengine: ")
         return line
 
@@ -39,8 +39,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run, made by the command line."""
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run, written by the command line."""
     out = tmp_path_factory.mktemp("made") / "run.h5"
     run = dfengine_command("explain", CAPTION, "-o", str(out), *QUICK, "--seed", "3", "--sampling", "early")
     assert run.returncode == 0, run.stderr
@@ -49,8 +49,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_explain_writes_what_was_asked_for(made: Path) -> None:
-    with dfengine.open(made) as run:
+def test_explain_writes_the_requested_maps(run_file: Path) -> None:
+    with dfengine.open(run_file) as run:
         (item,) = run
         assert (item.prompt, item.seed) == (CAPTION, 3)
         assert item.timesteps.tolist() == dfengine.exponential_timesteps(2, 60, "early")
@@ -59,38 +59,38 @@ def test_explain_writes_what_was_asked_for(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_info_tells_people_and_programs(made: Path) -> None:
-    told = dfengine_command("info", str(made))
-    first, made_with, images, rise, image = told.stdout.splitlines()
-    assert first.startswith(f"{made}: finished, 0.")
-    assert "shapes on cpu; dfengine" in made_with
+def test_info_as_text_and_as_json(run_file: Path) -> None:
+    info = dfengine_command("info", str(run_file))
+    first, environment, images, rise, image = info.stdout.splitlines()
+    assert first.startswith(f"{run_file}: finished, 0.")
+    assert "shapes on cpu; dfengine" in environment
     assert "1 of 1, 2 steps each, 64 × 64 pixels, in" in images
     assert rise.endswith("2 of 2 maps: Rise(num_masks=4)")
     assert image.endswith(f"{CAPTION!r}, seed 3, guidance 2, time-steps 999 to 106")
-    summary = json.loads(dfengine_command("info", str(made), "--json").stdout)
+    summary = json.loads(dfengine_command("info", str(run_file), "--json").stdout)
     assert summary["maps_done"] == {"rise": 2}
     assert summary["model"] == "shapes"
     assert summary["jobs"][0]["seed"] == 3
 
 
 @pytest.mark.slow
-def test_merge_makes_one_file_of_several(made: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_merge_combines_several_files(run_file: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
     other, out = tmp_path / "other.h5", tmp_path / "all.h5"
     options = (*QUICK, "--seed", "4", "--sampling", "early")
     assert dfengine_command("explain", CAPTION, "-o", str(other), *options).returncode == 0
-    run = dfengine_command("merge", str(made), str(other), str(made), "-o", str(out))
+    run = dfengine_command("merge", str(run_file), str(other), str(run_file), "-o", str(out))
     assert (run.returncode, run.stdout) == (0, f"{out}: 2 images\n")
-    with dfengine.open(out) as merged, dfengine.open(made) as first:
+    with dfengine.open(out) as merged, dfengine.open(run_file) as first:
         assert [item.seed for item in merged] == [3, 4]
         assert (merged[0].maps["rise"][...] == first[0].maps["rise"][...]).all()
-    assert "--overwrite" in refused("merge", str(made), "-o", str(out))
-    assert "does not exist" in refused("merge", "nothing.h5", "-o", str(tmp_path / "more.h5"))
+    assert "--overwrite" in error_line("merge", str(run_file), "-o", str(out))
+    assert "does not exist" in error_line("merge", "nothing.h5", "-o", str(tmp_path / "more.h5"))
 
 
 @pytest.mark.slow
-def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
+def test_figures_writes_a_picture(run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "rise.png"
-    run = dfengine_command("figures", str(made), "-o", str(out))
+    run = dfengine_command("figures", str(run_file), "-o", str(out))
     assert (run.returncode, run.stdout) == (0, f"{out}\n")
     assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -98,9 +98,9 @@ def test_figures_draws_a_picture(made: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_several_explainers_share_a_file_and_are_drawn(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
-    named = [part for name in ("cam", "relevance", "attention", "cam") for part in ("--explainer", name)]
+    flags = [part for name in ("cam", "relevance", "attention", "cam") for part in ("--explainer", name)]
     options = ["--layer", "mid_block.*", "--word", "red circle", "--no-self-attention", "--text-attention"]
-    run = dfengine_command("explain", CAPTION, "-o", str(out), "--steps", "2", *named, *options)
+    run = dfengine_command("explain", CAPTION, "-o", str(out), "--steps", "2", *flags, *options)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"{out}: 2 steps explained by cam, relevance, attention, in ")
     with dfengine.open(out) as opened:
@@ -118,37 +118,37 @@ def test_several_explainers_share_a_file_and_are_drawn(tmp_path: Path) -> None:
         assert item.concept("red circle").shape == (2,)
     for method in ("cam", "relevance", "attention"):
         picture = tmp_path / f"{method}.png"
-        drawn = dfengine_command("figures", str(out), "-o", str(picture), "--method", method)
-        assert drawn.returncode == 0, drawn.stderr
+        process = dfengine_command("figures", str(out), "-o", str(picture), "--method", method)
+        assert process.returncode == 0, process.stderr
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_layers_are_listed_for_people_and_programs(refused: Callable[..., str]) -> None:
-    told = dfengine_command("layers").stdout.splitlines()
-    assert len(told) == 22
-    assert told[0].split() == ["down_blocks.0.resnets.0", "ResnetBlock2D", "48", "channels,", "16", "×", "16"]
-    some = json.loads(dfengine_command("layers", "mid_block.*", "--json").stdout)
-    assert some == {
+def test_layers_are_listed_as_text_and_as_json(error_line: Callable[..., str]) -> None:
+    listing = dfengine_command("layers").stdout.splitlines()
+    assert len(listing) == 22
+    assert listing[0].split() == ["down_blocks.0.resnets.0", "ResnetBlock2D", "48", "channels,", "16", "×", "16"]
+    middle = json.loads(dfengine_command("layers", "mid_block.*", "--json").stdout)
+    assert middle == {
         "mid_block.resnets.0": [96, 4, 4],
         "mid_block.attentions.0": [96, 4, 4],
         "mid_block.resnets.1": [96, 4, 4],
     }
-    assert "no layer is called 'mid'" in refused("layers", "mid")
+    assert "no layer is called 'mid'" in error_line("layers", "mid")
 
 
 @pytest.mark.slow
-def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
+def test_the_exit_status_of_sanity_is_its_outcome() -> None:
     run = dfengine_command("evaluate", "sanity", "--limit", "1", "--num-masks", "2", "--json")
-    (found,) = json.loads(run.stdout)
-    assert list(found["randomised"]) == ["rise", "cam", "relevance", "attention"]
-    assert found["relevance_kept"]["high"] < 1
-    assert run.returncode == (1 if found["failures"] else 0)
+    (outcome,) = json.loads(run.stdout)
+    assert list(outcome["randomised"]) == ["rise", "cam", "relevance", "attention"]
+    assert outcome["relevance_kept"]["high"] < 1
+    assert run.returncode == (1 if outcome["failures"] else 0)
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "Missing command"),
         (["sanities"], "No such command 'sanities'"),
@@ -164,13 +164,13 @@ def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
         (["truth", "--prompt", "a cat"], "embedded world"),
     ],
 )
-def test_an_impossible_evaluation_is_one_line(refused: Callable[..., str], arguments: list[str], said: str) -> None:
-    assert said in refused("evaluate", *arguments)
+def test_evaluation_errors_are_one_line(error_line: Callable[..., str], arguments: list[str], message: str) -> None:
+    assert message in error_line("evaluate", *arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "there is nothing to show: name a prompt"),
         ([CAPTION, "--seeds", "0"], "at least 1 seed"),
@@ -180,21 +180,21 @@ def test_an_impossible_evaluation_is_one_line(refused: Callable[..., str], argum
         (["--prompts", "none.csv"], "'none.csv' cannot be read"),
     ],
 )
-def test_impossible_samples_are_one_line(
-    refused: Callable[..., str], tmp_path: Path, arguments: list[str], said: str
+def test_sample_errors_are_one_line(
+    error_line: Callable[..., str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    assert said in refused("sample", *arguments, "-o", str(tmp_path / "s.png"))
+    assert message in error_line("sample", *arguments, "-o", str(tmp_path / "s.png"))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_file_that_exists_is_kept(made: Path, refused: Callable[..., str]) -> None:
-    before = made.read_bytes()
-    assert "--overwrite" in refused("explain", CAPTION, "-o", str(made), *QUICK)
-    assert made.read_bytes() == before
+def test_an_existing_file_is_not_overwritten(run_file: Path, error_line: Callable[..., str]) -> None:
+    before = run_file.read_bytes()
+    assert "--overwrite" in error_line("explain", CAPTION, "-o", str(run_file), *QUICK)
+    assert run_file.read_bytes() == before
 
 
-def test_help_explains_itself() -> None:
+def test_help_lists_commands_and_settings() -> None:
     for flag in ("--help", "-h"):
         text = dfengine_command(flag).stdout
         for verb in ("explain", "sample", "profile", "layers", "evaluate", "info", "merge", "figures"):
@@ -220,8 +220,8 @@ def test_names_of_other_tools_are_aliases(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_defaults_are_those_of_python(tmp_path: Path) -> None:
-    """A setting that is not given has the explainer's own default."""
+def test_defaults_match_those_of_the_python_api(tmp_path: Path) -> None:
+    """Settings that are not given take the explainer's defaults."""
     out = tmp_path / "run.h5"
     assert (
         dfengine_command("explain", CAPTION, "-o", str(out), "--steps", "1", "-e", "random", "-e", "cam").returncode
@@ -232,7 +232,7 @@ def test_defaults_are_those_of_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_home_folder_within_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_expanded_within_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     run = dfengine_command("explain", CAPTION, "--out=~/run.h5", "--steps", "1", "-e", "random")
     assert run.returncode == 0, run.stderr
@@ -241,7 +241,7 @@ def test_a_home_folder_within_an_option(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--trace", "no/such/folder/trace.json"], "'no/such/folder/trace.json' cannot be written"),
         (["--trace", "."], "'.' cannot be written"),
@@ -252,27 +252,27 @@ def test_a_home_folder_within_an_option(tmp_path: Path, monkeypatch: pytest.Monk
         (["--batch-size", "x"], "batch size 'x' is not understood"),
     ],
 )
-def test_an_impossible_profile_is_one_line(refused: Callable[..., str], arguments: list[str], said: str) -> None:
-    assert said in refused("profile", *arguments)
+def test_profile_errors_are_one_line(error_line: Callable[..., str], arguments: list[str], message: str) -> None:
+    assert message in error_line("profile", *arguments)
 
 
 @pytest.mark.slow
-def test_what_is_decided_is_noted(tmp_path: Path) -> None:
-    """Notes go to the terminal; a job that needs none is silent."""
+def test_a_job_without_notes_is_silent(tmp_path: Path) -> None:
+    """Notes go to stderr, and a job that needs none prints nothing there."""
     quiet = dfengine_command("explain", CAPTION, "-o", str(tmp_path / "a.h5"), *QUICK, "--batch-size", "auto")
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
 @pytest.mark.soak
-def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
-    mended = {**os.environ, "CXX": "no-such-compiler"}
-    run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "b.h5"), *QUICK, "--compile", env=mended)
+def test_a_missing_compiler_is_a_one_line_error(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "b.h5"), *QUICK, "--compile", env=environment)
     assert run.returncode == 2
     assert re.match(r"dfengine: the network could not be compiled: .*; leave compile out\n$", run.stderr)
 
 
 @pytest.mark.soak
-def test_a_new_process_says_what_this_one_does(tmp_path: Path) -> None:
+def test_a_new_process_prints_the_same_output(tmp_path: Path) -> None:
     run = dfengine_process("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith(f"{tmp_path / 'run.h5'}: 2 steps explained by rise, in ")
@@ -288,7 +288,7 @@ def test_a_traceback_never_reaches_the_user() -> None:
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["", *QUICK], "the prompt is empty"),
         (["a red dog", *QUICK], "does not know 'dog'; its words are: a above"),
@@ -332,40 +332,42 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, "-e", "attention", "--word", "dog"], "'dog' is not in the prompt 'a red circle above"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
-    refused: Callable[..., str], tmp_path: Path, arguments: list[str], said: str
+def test_explain_errors_are_one_line(
+    error_line: Callable[..., str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    assert re.search(said, refused("explain", *arguments, "-o", str(tmp_path / "run.h5")))
+    assert re.search(message, error_line("explain", *arguments, "-o", str(tmp_path / "run.h5")))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_generation_out_of_range_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "out of range" in refused("explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK, "--guidance", "1e300")
+def test_a_generation_out_of_range_is_a_one_line_error(error_line: Callable[..., str], tmp_path: Path) -> None:
+    assert "out of range" in error_line(
+        "explain", CAPTION, "-o", str(tmp_path / "run.h5"), *QUICK, "--guidance", "1e300"
+    )
 
 
 @pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "run.txt", "run.part.h5", "."])
-def test_a_name_that_is_none_for_a_result(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
-    assert "cannot be the name of a result" in refused("explain", CAPTION, "-o", str(tmp_path / name), *QUICK)
+def test_invalid_result_names_are_rejected(error_line: Callable[..., str], tmp_path: Path, name: str) -> None:
+    assert "cannot be the name of a result" in error_line("explain", CAPTION, "-o", str(tmp_path / name), *QUICK)
 
 
 @pytest.mark.slow
-def test_places_that_cannot_be_written_to_are_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert "does not exist" in refused("explain", CAPTION, "-o", str(tmp_path / "no" / "run.h5"), *QUICK)
+def test_unwritable_output_paths_are_one_line_errors(error_line: Callable[..., str], tmp_path: Path) -> None:
+    assert "does not exist" in error_line("explain", CAPTION, "-o", str(tmp_path / "no" / "run.h5"), *QUICK)
     (tmp_path / "file").touch()
-    assert "not a folder" in refused("explain", CAPTION, "-o", str(tmp_path / "file" / "run.h5"), *QUICK)
-    # /proc takes no files even from root, whom permission bits do not bind.
-    assert "cannot write" in refused("explain", CAPTION, "-o", "/proc/run.h5", *QUICK)
+    assert "not a folder" in error_line("explain", CAPTION, "-o", str(tmp_path / "file" / "run.h5"), *QUICK)
+    # Not even root, whom permission bits do not restrict, can create files in /proc.
+    assert "cannot write" in error_line("explain", CAPTION, "-o", "/proc/run.h5", *QUICK)
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_one_line_error(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
 
     def limit() -> None:
-        """A limit on the size of files, the nearest thing to a full disk that needs no mount."""
+        """Limit the size of files, the closest thing to a full disk that needs no mount."""
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
 
@@ -378,7 +380,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_fitted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_completed_work(tmp_path: Path) -> None:
     out, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
     process = dfengine_fork("explain", CAPTION, "-o", str(out), "--masks", "64", "--no-compile")
     deadline = time.monotonic() + 200
@@ -390,9 +392,9 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
                     break
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert told.strip().splitlines() == [f"dfengine: interrupted; completed work is in {part}"]
+    assert errors.strip().splitlines() == [f"dfengine: interrupted; completed work is in {part}"]
     with dfengine.open(part) as run:
         assert 2 <= run[0].done["rise"].sum() < 30
         assert not run.finished
@@ -401,23 +403,25 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--method", "cam"], "no map 'cam'"),
         (["--step", "7"], r"step 7 is outside \[0, 1\]"),
         (["--item", "3"], "item 3"),
     ],
 )
-def test_figures_of_what_is_not_there(
-    refused: Callable[..., str], made: Path, tmp_path: Path, arguments: list[str], said: str
+def test_figures_of_missing_data_are_rejected(
+    error_line: Callable[..., str], run_file: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    assert re.search(said, refused("figures", str(made), "-o", str(tmp_path / "rise.png"), *arguments))
+    assert re.search(message, error_line("figures", str(run_file), "-o", str(tmp_path / "rise.png"), *arguments))
 
 
 @pytest.mark.slow
-def test_figures_that_cannot_be_read_or_written(refused: Callable[..., str], made: Path, tmp_path: Path) -> None:
-    assert "expected .png, .pdf or .svg" in refused("figures", str(made), "-o", str(tmp_path / "rise.jpg"))
-    assert "does not exist" in refused("figures", str(made), "-o", str(tmp_path / "no" / "rise.png"))
-    assert "does not exist" in refused("figures", str(tmp_path / "none.h5"), "-o", str(tmp_path / "rise.png"))
+def test_figures_with_invalid_paths_are_rejected(
+    error_line: Callable[..., str], run_file: Path, tmp_path: Path
+) -> None:
+    assert "expected .png, .pdf or .svg" in error_line("figures", str(run_file), "-o", str(tmp_path / "rise.jpg"))
+    assert "does not exist" in error_line("figures", str(run_file), "-o", str(tmp_path / "no" / "rise.png"))
+    assert "does not exist" in error_line("figures", str(tmp_path / "none.h5"), "-o", str(tmp_path / "rise.png"))
     (tmp_path / "text.h5").write_text("not a file of ours")
-    assert "not an HDF5 file" in refused("info", str(tmp_path / "text.h5"))
+    assert "not an HDF5 file" in error_line("info", str(tmp_path / "text.h5"))

@@ -1,4 +1,4 @@
-"""Which figures results and files have the data for, their names, and which images they group."""
+"""Which figures can be drawn from the data of results and files, their names, and how images are grouped."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from PIL import Image, ImageSequence
 from store_example import PLAN, half, step, trajectory
-from test_figures import LONG, MAPS_BAR, colour_bars, explained, labels, lines, pictures, texts, titles
+from test_figures import LONG, MAPS_BAR, colour_bars, labels, lines, pictures, random_result, texts, titles
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, exponential_timesteps, figures, store
@@ -36,18 +36,18 @@ def with_methods(result: Result, *methods: str, **changes: Any) -> Result:
 
 
 def unfinished(maps: np.ndarray, *finished: int) -> np.ndarray:
-    """Maps of which only these steps are computed."""
+    """The maps with only these steps computed; the others are NaN."""
     return np.where(np.isin(np.arange(len(maps)), finished)[:, None, None], maps, np.float32(np.nan))
 
 
 def sweep(prompts: Sequence[str] = ("a red cat",), seeds: Sequence[int] = (0, 1), names: Sequence[str] = tuple(LISTS)):
-    """A result for each, with relevance alone; no two images are the same."""
-    made = []
+    """One result per prompt, schedule and seed, with relevance only. All images differ."""
+    results = []
     for number, (prompt, name, seed) in enumerate(itertools.product(prompts, names, seeds)):
         image = np.full((8, 12, 3), number, np.uint8)
-        one = explained(prompt, seed=seed, image=image, timesteps=np.array(LISTS[name]))
-        made.append(with_methods(one, "relevance"))
-    return made
+        one = random_result(prompt, seed=seed, image=image, timesteps=np.array(LISTS[name]))
+        results.append(with_methods(one, "relevance"))
+    return results
 
 
 def draw_all(results: Any, **options: Any) -> dict[str, Figure]:
@@ -64,117 +64,128 @@ def on_one_line(labels: Sequence[str]) -> list[str]:
 
 @pytest.mark.slow
 def test_one_result_has_every_method_in_its_form_and_a_comparison() -> None:
-    made = explained("a red cat")
-    drawn = draw_all([made])
-    assert list(drawn) == [*METHODS, "comparison"]
+    result = random_result("a red cat")
+    plots = draw_all([result])
+    assert list(plots) == [*METHODS, "comparison"]
     for method in METHODS:
-        alone = figures.draw(made, method)
-        assert (titles(drawn[method]), labels(drawn[method])) == (titles(alone), labels(alone))
-    assert list(lines(drawn["relevance"])) == ["red", "cat"]
+        alone = figures.draw(result, method)
+        assert (titles(plots[method]), labels(plots[method])) == (titles(alone), labels(alone))
+    assert list(lines(plots["relevance"])) == ["red", "cat"]
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    ("made", "drawn"),
+    ("result", "expected"),
     [
-        (with_methods(explained("a red cat"), "rise"), ["rise"]),
-        (with_methods(explained("a red cat")), []),
-        (explained(""), ["rise", "cam", "comparison"]),
-        (explained("a red cat", maps={"rise": unfinished(np.ones((5, 2, 3), np.float32))}), []),
-        (with_methods(explained("a red cat", relevance=np.full((5, 5), np.nan, np.float32)), "relevance"), []),
-        (with_methods(explained("a red cat"), "attention", word_maps=np.full((3, 5, 2, 3), np.nan, np.float32)), []),
+        (with_methods(random_result("a red cat"), "rise"), ["rise"]),
+        (with_methods(random_result("a red cat")), []),
+        (random_result(""), ["rise", "cam", "comparison"]),
+        (random_result("a red cat", maps={"rise": unfinished(np.ones((5, 2, 3), np.float32))}), []),
+        (with_methods(random_result("a red cat", relevance=np.full((5, 5), np.nan, np.float32)), "relevance"), []),
+        (
+            with_methods(random_result("a red cat"), "attention", word_maps=np.full((3, 5, 2, 3), np.nan, np.float32)),
+            [],
+        ),
     ],
 )
-def test_what_is_not_there_is_not_drawn(made: Result, drawn: list[str]) -> None:
-    assert names([made]) == drawn
+def test_missing_data_is_not_drawn(result: Result, expected: list[str]) -> None:
+    assert names([result]) == expected
 
 
 @pytest.mark.slow
-def test_a_method_that_is_half_done_is_drawn_as_far_as_it_is() -> None:
-    made = explained("a red cat")
-    rise, cam = np.asarray(made.maps["rise"]), dict(made.maps["cam"])
+def test_only_the_finished_steps_of_a_method_are_drawn() -> None:
+    result = random_result("a red cat")
+    rise, cam = np.asarray(result.maps["rise"]), dict(result.maps["cam"])
     cam["mid_block.resnets.1"] = unfinished(cam["mid_block.resnets.1"], 0, 4)
-    heat = np.stack([unfinished(word, 2) for word in np.asarray(made.word_maps)])
-    made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(rise, 1, 3), "cam": cam}, word_maps=heat)
-    drawn = draw_all([made])
-    assert titles(drawn["rise"])[:3] == ["image", "step 1, t = 30", "step 3, t = 10"]
-    assert titles(drawn["cam"]) == ["step 0\nt = 40", "step 4\nt = 0"]
-    assert titles(drawn["attention"]) == ["step 2\nt = 20"]
-    # Rows of the steps at which most maps are there: of rise and the three others' own.
-    assert on_one_line(labels(drawn["comparison"])) == ["step 1, t = 30", "step 3, t = 10"]
+    word_maps = np.stack([unfinished(word, 2) for word in np.asarray(result.word_maps)])
+    result = dataclasses.replace(
+        result, maps=result.maps | {"rise": unfinished(rise, 1, 3), "cam": cam}, word_maps=word_maps
+    )
+    plots = draw_all([result])
+    assert titles(plots["rise"])[:3] == ["image", "step 1, t = 30", "step 3, t = 10"]
+    assert titles(plots["cam"]) == ["step 0\nt = 40", "step 4\nt = 0"]
+    assert titles(plots["attention"]) == ["step 2\nt = 20"]
+    # The comparison has the steps at which most maps are finished.
+    assert on_one_line(labels(plots["comparison"])) == ["step 1, t = 30", "step 3, t = 10"]
 
 
 @pytest.mark.slow
-def test_relevance_stands_above_a_map_that_is_there() -> None:
-    made = explained("a red cat", steps=6)
-    cam = {name: unfinished(maps, 0, 3) for name, maps in made.maps["cam"].items()}
-    drawn = draw_all([dataclasses.replace(made, maps=made.maps | {"cam": cam})], methods=["relevance"])["relevance"]
-    assert labels(drawn)[1] == "DF-CAM,\ncombined"
-    assert titles(drawn) == ["step 0\nt = 50", "step 3\nt = 20"]
-    none = {name: unfinished(maps) for name, maps in made.maps["cam"].items()}
-    drawn = draw_all([dataclasses.replace(made, maps=made.maps | {"cam": none})], methods=["relevance"])["relevance"]
-    assert labels(drawn)[1] == "DF-RISE,\n7 masks"
+def test_relevance_is_drawn_above_a_map_with_finished_steps() -> None:
+    result = random_result("a red cat", steps=6)
+    cam = {name: unfinished(maps, 0, 3) for name, maps in result.maps["cam"].items()}
+    figure = draw_all([dataclasses.replace(result, maps=result.maps | {"cam": cam})], methods=["relevance"])[
+        "relevance"
+    ]
+    assert labels(figure)[1] == "DF-CAM,\ncombined"
+    assert titles(figure) == ["step 0\nt = 50", "step 3\nt = 20"]
+    unfinished_cam = {name: unfinished(maps) for name, maps in result.maps["cam"].items()}
+    figure = draw_all([dataclasses.replace(result, maps=result.maps | {"cam": unfinished_cam})], methods=["relevance"])[
+        "relevance"
+    ]
+    assert labels(figure)[1] == "DF-RISE,\n7 masks"
 
 
 @pytest.mark.slow
 def test_methods_and_steps_restrict_what_is_drawn() -> None:
-    made = explained("a red cat")
-    rise = unfinished(np.asarray(made.maps["rise"]), 0, 4)
-    made = dataclasses.replace(made, maps=made.maps | {"rise": rise})
-    drawn = draw_all([made], methods=["rise", "cam"], steps=[-1, 1])
-    assert list(drawn) == ["rise", "cam", "comparison"]
-    assert titles(drawn["rise"])[:2] == ["image", "step 4, t = 0"]
-    assert titles(drawn["cam"]) == ["step 4\nt = 0", "step 1\nt = 30"]
-    assert names([made], steps=[2]) == [*METHODS[1:], "comparison"], "rise has not finished step 2"
-    assert names([made], methods=["rise"], steps=[2]) == []
+    result = random_result("a red cat")
+    rise = unfinished(np.asarray(result.maps["rise"]), 0, 4)
+    result = dataclasses.replace(result, maps=result.maps | {"rise": rise})
+    plots = draw_all([result], methods=["rise", "cam"], steps=[-1, 1])
+    assert list(plots) == ["rise", "cam", "comparison"]
+    assert titles(plots["rise"])[:2] == ["image", "step 4, t = 0"]
+    assert titles(plots["cam"]) == ["step 4\nt = 0", "step 1\nt = 30"]
+    assert names([result], steps=[2]) == [*METHODS[1:], "comparison"], "rise has not finished step 2"
+    assert names([result], methods=["rise"], steps=[2]) == []
 
 
 @pytest.mark.slow
 def test_several_images_are_numbered_and_compared_in_rows() -> None:
     lists = {"a cat": [40, 30, 20, 10, 0], "a dog": [9, 7, 5, 3, 1]}
-    made = [
-        with_methods(explained(prompt, seed=seed, timesteps=np.array(lists[prompt])), "rise", "cam")
+    results = [
+        with_methods(random_result(prompt, seed=seed, timesteps=np.array(lists[prompt])), "rise", "cam")
         for seed, prompt in enumerate(lists)
     ]
-    drawn = draw_all(made)
-    assert list(drawn) == ["item-000-rise", "item-000-cam", "item-001-rise", "item-001-cam", "comparison"]
-    several = draw_all(made, methods=["rise", "cam"], steps=[0, 3])
-    # Of five steps, the one at three quarters.
-    assert list(several)[-2:] == ["comparison-step-000", "comparison-step-003"]
-    compared = {2: drawn["comparison"], 0: several["comparison-step-000"], 3: several["comparison-step-003"]}
-    for at, figure in compared.items():
-        assert figure.get_suptitle() == f"shapes, step {at}: one row per image"
+    plots = draw_all(results)
+    assert list(plots) == ["item-000-rise", "item-000-cam", "item-001-rise", "item-001-cam", "comparison"]
+    selected = draw_all(results, methods=["rise", "cam"], steps=[0, 3])
+    # The default step is the one at three quarters of the five.
+    assert list(selected)[-2:] == ["comparison-step-000", "comparison-step-003"]
+    compared = {2: plots["comparison"], 0: selected["comparison-step-000"], 3: selected["comparison-step-003"]}
+    for index, figure in compared.items():
+        assert figure.get_suptitle() == f"shapes, step {index}: one row per image"
         assert titles(figure) == ["image", "DF-RISE", "DF-CAM"]
         assert colour_bars(figure) == [MAPS_BAR]
         assert on_one_line(labels(figure)) == [
-            f"a cat, seed 0, t = {lists['a cat'][at]}",
-            f"a dog, seed 1, t = {lists['a dog'][at]}",
+            f"a cat, seed 0, t = {lists['a cat'][index]}",
+            f"a dog, seed 1, t = {lists['a dog'][index]}",
         ]
-        expected = [[one.image, *(overlay(one.image, one.heatmap(name, at)) for name in one.maps)] for one in made]
-        for picture, wanted in zip(pictures(figure), itertools.chain(*expected), strict=True):
-            np.testing.assert_array_equal(picture, wanted)
+        expected = [
+            [one.image, *(overlay(one.image, one.heatmap(name, index)) for name in one.maps)] for one in results
+        ]
+        for picture, expected_picture in zip(pictures(figure), itertools.chain(*expected), strict=True):
+            np.testing.assert_array_equal(picture, expected_picture)
 
 
 @pytest.mark.slow
-def test_of_one_image_a_row_is_a_step_and_what_is_missing_is_said() -> None:
-    made = with_methods(explained("a cat"), "rise", "cam")
-    made = dataclasses.replace(made, maps=made.maps | {"rise": unfinished(np.asarray(made.maps["rise"]), 4)})
-    compared = draw_all([made], steps=[0, 4])["comparison"]
-    assert compared.get_suptitle().replace("\n", " ") == "“a cat”, shapes, seed 0: one row per step"
-    assert on_one_line(labels(compared)) == ["step 0, t = 40", "step 4, t = 0"]
-    previews = np.asarray(made.previews)
-    expected = [previews[0], overlay(previews[0], made.heatmap("cam", 0)), previews[4]]
-    expected += [overlay(previews[4], made.heatmap(method, 4)) for method in ("rise", "cam")]
-    for drawn, picture in zip(pictures(compared), expected, strict=True):
-        np.testing.assert_array_equal(drawn, picture)
-    assert [text.get_text() for axis in compared.axes for text in axis.texts] == ["not\ncomputed"]
+def test_one_image_is_compared_by_step_and_missing_maps_are_marked() -> None:
+    result = with_methods(random_result("a cat"), "rise", "cam")
+    result = dataclasses.replace(result, maps=result.maps | {"rise": unfinished(np.asarray(result.maps["rise"]), 4)})
+    figure = draw_all([result], steps=[0, 4])["comparison"]
+    assert figure.get_suptitle().replace("\n", " ") == "“a cat”, shapes, seed 0: one row per step"
+    assert on_one_line(labels(figure)) == ["step 0, t = 40", "step 4, t = 0"]
+    previews = np.asarray(result.previews)
+    expected = [previews[0], overlay(previews[0], result.heatmap("cam", 0)), previews[4]]
+    expected += [overlay(previews[4], result.heatmap(method, 4)) for method in ("rise", "cam")]
+    for actual, picture in zip(pictures(figure), expected, strict=True):
+        np.testing.assert_array_equal(actual, picture)
+    assert [text.get_text() for axis in figure.axes for text in axis.texts] == ["not\ncomputed"]
 
 
 @pytest.mark.slow
 def test_images_of_different_sizes_are_not_in_one_comparison() -> None:
     sizes = [(8, 12), (8, 12), (12, 8), (12, 8), (4, 4)]
-    made = [with_methods(explained("a cat", size=size), "rise", "attention") for size in sizes]
-    assert [name for name in names(made) if "comparison" in name] == [
+    results = [with_methods(random_result("a cat", size=size), "rise", "attention") for size in sizes]
+    assert [name for name in names(results) if "comparison" in name] == [
         "item-004-comparison",
         "comparison-0",
         "comparison-1",
@@ -182,17 +193,17 @@ def test_images_of_different_sizes_are_not_in_one_comparison() -> None:
 
 
 @pytest.mark.slow
-def test_of_many_images_the_first_are_drawn_or_those_that_are_named() -> None:
-    made = [with_methods(explained("a cat", seed=seed), "rise") for seed in range(5)]
+def test_only_the_first_or_the_selected_images_are_drawn() -> None:
+    results = [with_methods(random_result("a cat", seed=seed), "rise") for seed in range(5)]
     with pytest.warns(UserWarning, match="drawing the first 2 of 5 images, leaving out 3"):
-        assert names(made, limit=2) == ["item-000-rise", "item-001-rise"]
-    assert names(made, limit=5) == [f"item-00{place}-rise" for place in range(5)]
-    assert names(made, items=[3, -1, 3], limit=1) == ["item-003-rise", "item-004-rise"]
+        assert names(results, limit=2) == ["item-000-rise", "item-001-rise"]
+    assert names(results, limit=5) == [f"item-00{place}-rise" for place in range(5)]
+    assert names(results, items=[3, -1, 3], limit=1) == ["item-003-rise", "item-004-rise"]
     with pytest.warns(UserWarning, match="leaving out 3"):
-        drawn = list(figures.draw_all(made, limit=2, steps=[1]))
-    assert [(one.name, one.result, one.method, one.steps) for one in drawn] == [
-        ("item-000-rise", made[0], "rise", [1]),
-        ("item-001-rise", made[1], "rise", [1]),
+        plots = list(figures.draw_all(results, limit=2, steps=[1]))
+    assert [(one.name, one.result, one.method, one.steps) for one in plots] == [
+        ("item-000-rise", results[0], "rise", [1]),
+        ("item-001-rise", results[1], "rise", [1]),
     ]
 
 
@@ -206,22 +217,22 @@ def test_of_many_images_the_first_are_drawn_or_those_that_are_named() -> None:
         ({"steps": [-8]}, r"step -8 is outside \[0, 6\]"),
     ],
 )
-def test_what_none_of_the_images_has_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_selecting_what_no_image_has_is_rejected_immediately(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        figures.draw_all([explained("a cat"), explained("a cat", steps=7)], **options)
+        figures.draw_all([random_result("a cat"), random_result("a cat", steps=7)], **options)
 
 
-def reach(schedule: Axes) -> list[list[float]]:
-    """From where to where the lines beneath the time-steps go."""
+def line_extents(schedule: Axes) -> list[list[float]]:
+    """The extent of the line under the time-steps of each schedule."""
     return [line.get_xdata().tolist() for line in schedule.lines if line.get_marker() != "|"]
 
 
 @pytest.mark.slow
 def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None:
-    made = sweep()
-    drawn = draw_all(made)
-    assert list(drawn)[-2:] == ["samples", "concepts"]
-    samples = drawn["samples"]
+    results = sweep()
+    plots = draw_all(results)
+    assert list(plots)[-2:] == ["samples", "concepts"]
+    samples = plots["samples"]
     *axes, schedule = samples.axes
     assert [axis.get_title() for axis in axes[:3]] == [*LISTS]
     assert [axis.get_ylabel() for axis in axes[::3]] == ["seed 0", "seed 1"]
@@ -229,13 +240,13 @@ def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None
     assert [int(picture[0, 0, 0]) for picture in pictures(samples)] == [0, 2, 4, 1, 3, 5]
     marks = [line for line in schedule.lines if line.get_marker() == "|"]
     assert [line.get_xdata().tolist() for line in marks] == [*LISTS.values()]
-    # The first is the uppermost, and each has its name beside it.
+    # The first schedule is at the top, and each has its name as tick label.
     assert [set(line.get_ydata()) for line in marks] == [{3}, {2}, {1}]
     heights = dict(zip((text.get_text() for text in schedule.get_yticklabels()), schedule.get_yticks(), strict=True))
     assert heights == dict(zip(LISTS, (3, 2, 1), strict=True))
-    # From noise to image, with room at both ends.
+    # The axis runs from noise to image, with a margin at both ends.
     assert schedule.get_xlim() == pytest.approx((1008.99, -9.99))
-    assert reach(schedule) == [[0, 999]] * 3
+    assert line_extents(schedule) == [[0, 999]] * 3
     assert samples.get_suptitle() == "“a red cat”  ·  shapes"
 
 
@@ -245,32 +256,35 @@ def test_the_axis_of_time_steps_reaches_a_later_one_than_999() -> None:
     (group,) = schedules.groups([longer, *others])
     *_, schedule = group.samples().axes
     assert schedule.get_xlim() == pytest.approx((1212, -12))
-    assert reach(schedule) == [[0, 1200]] * 3
+    assert line_extents(schedule) == [[0, 1200]] * 3
 
 
 @pytest.mark.slow
-def test_only_what_belongs_together_is_in_one_group() -> None:
+def test_groups_share_prompt_model_and_schedules() -> None:
     def grouped(results: Sequence[Any]) -> list[tuple[str, str, list[int], list[str]]]:
         return [(one.prompt, one.details, list(one.rows), list(one.timesteps)) for one in schedules.groups(results)]
 
-    made = sweep(("a red cat", "a dog"), (0, 1, 2))
-    every = [*LISTS]
-    assert grouped(made) == [(prompt, "shapes", [0, 1, 2], every) for prompt in ("a red cat", "a dog")]
-    # Seed 1 of the cat has no latter yet; of seed 2 there is one schedule only.
-    some = [one for number, one in enumerate(made[:9]) if number not in (5, 7, 8)]
-    assert grouped(some) == [("a red cat", "shapes", [0], every), ("a red cat", "shapes", [1], every[:2])]
-    other = [dataclasses.replace(one, model="sd15") for one in made[:3]]
-    assert grouped(made[:3] + other) == []
-    assert grouped(made[:4] + made[:4]) == [("a red cat", "shapes", [0], every[:2])]
-    assert [name for name in names(made[:6], items=[0, 1]) if "item" not in name] == []
-    both = sweep(("a red cat", "a dog"), (0,), every[:2])
+    results = sweep(("a red cat", "a dog"), (0, 1, 2))
+    all_schedules = [*LISTS]
+    assert grouped(results) == [(prompt, "shapes", [0, 1, 2], all_schedules) for prompt in ("a red cat", "a dog")]
+    # Seed 1 of the cat has no "latter" yet; seed 2 has one schedule only.
+    partial = [one for number, one in enumerate(results[:9]) if number not in (5, 7, 8)]
+    assert grouped(partial) == [
+        ("a red cat", "shapes", [0], all_schedules),
+        ("a red cat", "shapes", [1], all_schedules[:2]),
+    ]
+    other = [dataclasses.replace(one, model="sd15") for one in results[:3]]
+    assert grouped(results[:3] + other) == []
+    assert grouped(results[:4] + results[:4]) == [("a red cat", "shapes", [0], all_schedules[:2])]
+    assert [name for name in names(results[:6], items=[0, 1]) if "item" not in name] == []
+    both = sweep(("a red cat", "a dog"), (0,), all_schedules[:2])
     assert [name for name in names(both, methods=["relevance"]) if "item" not in name] == [
         "prompt-000-concepts",
         "prompt-001-concepts",
     ]
 
 
-def test_schedules_of_one_name_are_told_apart() -> None:
+def test_schedules_with_the_same_name_are_distinguished() -> None:
     lists = [(40, 30, 20), (9, 6, 3, 0), tuple(exponential_timesteps(5, 7, "early")), (50, 40, 30), (900, 20, 1)]
     assert schedules.schedule_names(lists) == [
         "uniform, 3 steps (1)",
@@ -281,12 +295,12 @@ def test_schedules_of_one_name_are_told_apart() -> None:
     ]
 
 
-def test_stored_images_of_other_guidance_or_negative_prompt_are_apart(tmp_path: Path) -> None:
-    asked = [("", 2.0), ("blurry", 2.0), ("", 7.5)]
+def test_guidance_and_negative_prompt_separate_groups_of_stored_images(tmp_path: Path) -> None:
+    conditions = [("", 2.0), ("blurry", 2.0), ("", 7.5)]
     items = tuple(
         store.Item(f"k{number}", "a cat", negative, settings={"guidance": guidance, "timesteps": timesteps})
         for number, ((negative, guidance), timesteps) in enumerate(
-            itertools.product(asked, ([900, 500, 100], [3, 2, 1]))
+            itertools.product(conditions, ([900, 500, 100], [3, 2, 1]))
         )
     )
     plan = dataclasses.replace(PLAN, items=items, layers=())
@@ -304,7 +318,7 @@ def test_stored_images_of_other_guidance_or_negative_prompt_are_apart(tmp_path: 
 
 @pytest.mark.slow
 def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
-    """Of the tokens a, red and cat the first is 0 and the last 4, so red is its own relevance over 4."""
+    """The relevance of "a" is 0 and that of "cat" is 4, so the min–max scaled value of "red" is its own over 4."""
     tokens = Tokens("a red cat", ("<s>", "a", "red", "cat", "</s>"), ((0, 0), (0, 1), (2, 5), (6, 9), (0, 0)))
 
     def relevance(*red: float) -> np.ndarray:
@@ -312,9 +326,9 @@ def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
 
     red = {("uniform", 0): (1, 2, 3), ("uniform", 1): (3, 2, 1), ("early", 0): (4, 4, 0), ("early", 1): (0, 0, 0)}
     lists = {"uniform": [20, 10, 0], "early": exponential_timesteps(3, 60, "early")}
-    made = [
+    results = [
         with_methods(
-            explained(
+            random_result(
                 "a red cat",
                 steps=3,
                 seed=seed,
@@ -326,8 +340,8 @@ def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
         )
         for (name, seed), values in red.items()
     ]
-    drawn = draw_all(made)["concepts"]
-    uniform, early, bars = drawn.axes
+    figure = draw_all(results)["concepts"]
+    uniform, early, bars = figure.axes
     assert [uniform.get_title(), early.get_title()] == ["uniform", "early, γ = 60"]
     np.testing.assert_allclose([line.get_ydata() for line in uniform.lines], [[0.5] * 3, [1] * 3])
     np.testing.assert_allclose([line.get_ydata() for line in early.lines], [[0.5, 0.5, 0], [1] * 3])
@@ -339,81 +353,81 @@ def test_concepts_are_means_over_seeds_with_their_standard_error() -> None:
             "1",
             f"step 2\nt = {last}",
         ]
-    # s/√2 of 1/4 and 3/4 is 1/4, of 0 and 1 it is 1/2.
+    # The standard error s/√2 of 1/4 and 3/4 is 1/4; that of 0 and 1 is 1/2.
     ends = np.asarray(uniform.collections[0].get_paths()[0].vertices)
     assert {(float(x), round(float(y), 6)) for x, y in ends} == {(0, 0.25), (0, 0.75), (1, 0.5), (2, 0.25), (2, 0.75)}
     heights = [bar.get_height() for bar in bars.patches]
     np.testing.assert_allclose(heights, [1.5, 3, 1, 3])
-    # Sums of uniform are 1.5 and 1.5, of early 2 and 0: an error of 0 and of 1.
-    reaches = [np.asarray(lines.get_segments())[:, :, 1] for lines in bars.collections]
-    np.testing.assert_allclose(reaches, [[[1.5, 1.5], [3, 3]], [[0, 2], [3, 3]]], atol=1e-6)
-    (title,) = {part.get_suptitle() for part in drawn.subfigs}
+    # The sums are 1.5 and 1.5 for uniform, 2 and 0 for early: errors of 0 and 1.
+    error_bars = [np.asarray(lines.get_segments())[:, :, 1] for lines in bars.collections]
+    np.testing.assert_allclose(error_bars, [[[1.5, 1.5], [3, 3]], [[0, 2], [3, 3]]], atol=1e-6)
+    (title,) = {part.get_suptitle() for part in figure.subfigs}
     assert title.replace("\n", "  ·  ") == "“a red cat”  ·  shapes, mean of 2 seeds (0, 1) ± standard error"
-    single = draw_all([one for one in made if one.seed == 0])["concepts"]
+    single = draw_all([one for one in results if one.seed == 0])["concepts"]
     assert single.subfigs[0].get_suptitle() == "“a red cat”  ·  shapes, seed 0"
     assert [len(axis.collections) for axis in single.axes[:2]] == [0, 0]
 
 
-def test_a_seed_whose_relevance_has_a_gap_is_not_in_the_means() -> None:
-    made = sweep()
-    gap = np.asarray(made[3].relevance).copy()
+def test_seeds_with_gaps_in_relevance_are_excluded_from_the_means() -> None:
+    results = sweep()
+    gap = np.asarray(results[3].relevance).copy()
     gap[:, 2] = np.nan
-    made[3] = dataclasses.replace(made[3], relevance=gap)
-    (group,) = schedules.groups(made)
-    drawn = group.concepts()
-    assert drawn is not None
-    assert drawn.subfigs[0].get_suptitle().endswith("seed 0")
-    (rest,) = schedules.groups([one for one in made if one.seed == 1])
+    results[3] = dataclasses.replace(results[3], relevance=gap)
+    (group,) = schedules.groups(results)
+    figure = group.concepts()
+    assert figure is not None
+    assert figure.subfigs[0].get_suptitle().endswith("seed 0")
+    (rest,) = schedules.groups([one for one in results if one.seed == 1])
     assert rest.concepts() is None
-    (without,) = schedules.groups([dataclasses.replace(one, tokens=None) for one in made])
-    assert without.concepts() is None
+    (group_without_tokens,) = schedules.groups([dataclasses.replace(one, tokens=None) for one in results])
+    assert group_without_tokens.concepts() is None
 
 
 @pytest.mark.slow
 def test_figures_of_schedules_are_readable_across_a_page() -> None:
     (group,) = schedules.groups(sweep((LONG,)))
-    for drawn in (group.samples(), group.concepts()):
-        assert drawn is not None
-        assert min(text.get_fontsize() for text in texts(drawn)) * 7.2 / max(drawn.get_figwidth(), 7.2) >= 5.5
+    for figure in (group.samples(), group.concepts()):
+        assert figure is not None
+        assert min(text.get_fontsize() for text in texts(figure)) * 7.2 / max(figure.get_figwidth(), 7.2) >= 5.5
 
 
 def frames(path: Path) -> tuple[list[np.ndarray], list[int], int]:
-    """The frames of a GIF, how long each stays in milliseconds, and how often it is shown (0 for ever)."""
+    """The frames of a GIF, their durations in milliseconds, and the number of repetitions (0 for an endless loop)."""
     with Image.open(path) as image:
-        shown = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(image)]
+        pictures_of_frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(image)]
         durations = []
-        for number in range(len(shown)):
+        for number in range(len(pictures_of_frames)):
             image.seek(number)
             durations.append(image.info["duration"])
-        return shown, durations, image.info["loop"]
+        return pictures_of_frames, durations, image.info["loop"]
 
 
-def box(axis: Any, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The pixels of an axis in a picture of this shape, from the top."""
+def pixel_box(axis: Any, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """The pixels of an axis in a picture of this shape, counted from the top."""
     x0, y0, x1, y1 = axis.get_window_extent().extents
     return slice(round(shape[0] - y1) - 1, round(shape[0] - y0) + 2), slice(round(x0) - 1, round(x1) + 2)
 
 
-def away_from(drawn: np.ndarray, picture: np.ndarray) -> float:
-    """How far a picture in [0, 1] is from what is drawn of it, [0, 255]: the mean over the middles of its pixels."""
+def mean_difference(rendered: np.ndarray, picture: np.ndarray) -> float:
+    """The mean absolute difference between a picture in [0, 1] and its rendering in [0, 255], at its pixel centres."""
     rows, columns = (
-        (np.arange(count) + 0.5) * side / count for count, side in zip(picture.shape, drawn.shape[:2], strict=False)
+        (np.arange(count) + 0.5) * side / count for count, side in zip(picture.shape, rendered.shape[:2], strict=False)
     )
-    return float(np.abs(drawn[np.ix_(rows.astype(int), columns.astype(int))] - 255 * picture).mean())
+    return float(np.abs(rendered[np.ix_(rows.astype(int), columns.astype(int))] - 255 * picture).mean())
 
 
-def test_a_frame_tells_its_step_and_its_t(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its figure, whose texts and pictures are those of the frame that was drawn last."""
-    made = explained("a red cat", steps=12)
-    figure, line, axes = laid_out = animation._layout(made)
-    monkeypatch.setattr(animation, "_layout", lambda _: laid_out)
-    told = []
-    for at, _ in zip((0, 8, 11), animation._frames(made, "cam", [0, 8, 11]), strict=True):
-        told.append(line.get_text().replace("\u2007", "_"))
-        beneath = np.asarray(made.previews)[at]
-        np.testing.assert_array_equal(axes[0].images[0].get_array(), beneath)
-        np.testing.assert_array_equal(axes[1].images[0].get_array(), overlay(beneath, made.heatmap("cam", at)))
-    assert told == ["step _0, t = 110", "step _8, t = _30", "step 11, t = __0"]
+def test_a_frame_shows_its_step_and_t(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from the figure, which holds the texts and pictures of the last frame drawn."""
+    result = random_result("a red cat", steps=12)
+    figure, line, axes = layout = animation._layout(result)
+    monkeypatch.setattr(animation, "_layout", lambda _: layout)
+    captions = []
+    for index, _ in zip((0, 8, 11), animation._frames(result, "cam", [0, 8, 11]), strict=True):
+        captions.append(line.get_text().replace("\u2007", "_"))
+        background = np.asarray(result.previews)[index]
+        np.testing.assert_array_equal(axes[0].images[0].get_array(), background)
+        np.testing.assert_array_equal(axes[1].images[0].get_array(), overlay(background, result.heatmap("cam", index)))
+    assert captions == ["step _0, t = 110", "step _8, t = _30", "step 11, t = __0"]
     assert titles(figure) == ["predicted $x_0$", "DF-CAM, combined"]
     assert colour_bars(figure) == [MAPS_BAR]
 
@@ -421,41 +435,41 @@ def test_a_frame_tells_its_step_and_its_t(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_an_animation_goes_through_the_finished_steps(tmp_path: Path, method: str) -> None:
+def test_an_animation_has_a_frame_per_finished_step(tmp_path: Path, method: str) -> None:
     colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [200, 200, 30], [0, 0, 0]], np.uint8)
-    made = explained("a red cat", previews=np.broadcast_to(colours[:, None, None], (5, 8, 12, 3)).copy())
-    maps = made.maps[method]
-    kept = (
+    result = random_result("a red cat", previews=np.broadcast_to(colours[:, None, None], (5, 8, 12, 3)).copy())
+    maps = result.maps[method]
+    finished = (
         {name: unfinished(one, 0, 1, 3) for name, one in maps.items()} if method == "cam" else unfinished(maps, 0, 1, 3)
     )
-    made = dataclasses.replace(made, maps=made.maps | {method: kept})
-    path = figures.animate(made, method, tmp_path / "moving.gif", seconds_per_step=0.2)
-    shown, durations, loop = frames(path)
+    result = dataclasses.replace(result, maps=result.maps | {method: finished})
+    path = figures.animate(result, method, tmp_path / "moving.gif", seconds_per_step=0.2)
+    animated, durations, loop = frames(path)
     assert (durations, loop) == ([200, 200, 2000], 0)
-    figure, line, axes = animation._layout(made)
-    assert figure.get_figwidth() * figure.dpi == pytest.approx(shown[0].shape[1], abs=1)
+    figure, line, axes = animation._layout(result)
+    assert figure.get_figwidth() * figure.dpi == pytest.approx(animated[0].shape[1], abs=1)
     line.set_text("step 4, t = 40")
     figure.canvas.draw()
-    left, right, told = (box(artist, shown[0].shape) for artist in (*axes, line))
-    for frame, at in zip(shown, (0, 1, 3), strict=True):
-        assert np.abs(frame[left][10:-10, 10:-10] - colours[at].astype(int)).max() <= 12
-        overlaid = {other: overlay(made.previews[at], made.heatmap(method, other)) for other in (0, 1, 3)}
-        away = {other: away_from(frame[right], overlaid[other]) for other in overlaid}
-        assert away.pop(at) < 3 < 20 < min(away.values())
-    for before, after in itertools.pairwise(shown):
+    left, right, caption = (pixel_box(artist, animated[0].shape) for artist in (*axes, line))
+    for frame, index in zip(animated, (0, 1, 3), strict=True):
+        assert np.abs(frame[left][10:-10, 10:-10] - colours[index].astype(int)).max() <= 12
+        overlaid = {other: overlay(result.previews[index], result.heatmap(method, other)) for other in (0, 1, 3)}
+        differences = {other: mean_difference(frame[right], overlaid[other]) for other in overlaid}
+        assert differences.pop(index) < 3 < 20 < min(differences.values())
+    for before, after in itertools.pairwise(animated):
         changed = (before != after).any(-1)
-        assert all(changed[place].any() for place in (left, right, told))
-        for place in (left, right, told):
+        assert all(changed[place].any() for place in (left, right, caption))
+        for place in (left, right, caption):
             changed[place] = False
         assert not changed.any()
 
 
 @pytest.mark.slow
-def test_an_animation_may_show_some_steps_or_one(tmp_path: Path) -> None:
-    made = explained("a red cat", previews=None)
-    assert len(frames(figures.animate(made, "rise", tmp_path / "some.gif", steps=[0, 2, -1]))[0]) == 3
-    shown, _, _ = frames(figures.animate(made, "rise", tmp_path / "one.gif", steps=[1]))
-    assert len(shown) == 1
+def test_an_animation_can_be_limited_to_some_steps(tmp_path: Path) -> None:
+    result = random_result("a red cat", previews=None)
+    assert len(frames(figures.animate(result, "rise", tmp_path / "some.gif", steps=[0, 2, -1]))[0]) == 3
+    animated, _, _ = frames(figures.animate(result, "rise", tmp_path / "one.gif", steps=[1]))
+    assert len(animated) == 1
 
 
 @pytest.mark.parametrize(
@@ -468,9 +482,9 @@ def test_an_animation_may_show_some_steps_or_one(tmp_path: Path) -> None:
         ("got -1 seconds per step: expected at least 0.01", "a.gif", {"seconds_per_step": -1}),
     ],
 )
-def test_what_cannot_be_animated_is_named(tmp_path: Path, message: str, name: str, options: dict[str, Any]) -> None:
+def test_animation_errors_name_the_cause(tmp_path: Path, message: str, name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
-        figures.animate(explained("a cat"), **{"method": "rise", "path": tmp_path / name} | options)
+        figures.animate(random_result("a cat"), **{"method": "rise", "path": tmp_path / name} | options)
 
 
 @pytest.fixture
@@ -479,10 +493,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dfengine", "figures", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as raised:
             main()
-        said = capfd.readouterr()
-        return int(left.value.code or 0), said.out, said.err
+        captured = capfd.readouterr()
+        return int(raised.value.code or 0), captured.out, captured.err
 
     return run
 
@@ -495,15 +509,15 @@ def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[...
     for name in ("uniform", "early"):
         engine.explain("a red star", explainers, num_steps=2, sampling=name, out=tmp_path / f"{name}.h5")
     store.merge([tmp_path / "uniform.h5", tmp_path / "early.h5"], tmp_path / "run.h5")
-    status, said, noted = command(tmp_path / "run.h5", "--gif", "--limit", 1)
-    assert (status, noted) == (
+    status, output, errors = command(tmp_path / "run.h5", "--gif", "--limit", 1)
+    assert (status, errors) == (
         0,
         "dfengine: note: drawing the first 1 of 2 images, leaving out 1: raise the limit to draw more\n",
     )
     stems = [f"item-000-{name}" for name in ("rise", "cam", "relevance", "attention", "comparison")]
     written = [f"{stem}.{ending}" for stem in (*stems, "samples", "concepts") for ending in ("png", "pdf")]
     written += [f"{stem}.gif" for stem in stems[:-1]]
-    assert said.splitlines() == [str(tmp_path / "run.figures" / name) for name in written]
+    assert output.splitlines() == [str(tmp_path / "run.figures" / name) for name in written]
     assert sorted(path.name for path in (tmp_path / "run.figures").iterdir()) == sorted(written)
     heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".gif": b"GIF89a"}
     for path in (tmp_path / "run.figures").iterdir():
@@ -517,8 +531,8 @@ def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[...
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> Path:
-    """A part of two items: of the first two maps of random and one of rise, of the second nothing."""
+def partial_run(tmp_path: Path) -> Path:
+    """An unfinished file of two items: the first has two maps of random and one of rise, the second none."""
     with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
         writer.trajectory(0, **trajectory(PLAN, 0))
         for place, at in ((0, 1), (1, 1), (1, 2)):
@@ -528,24 +542,26 @@ def begun(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_part_is_drawn_as_far_as_it_is(begun: Path, command: Callable[..., tuple[int, str, str]]) -> None:
-    status, said, noted = command(begun, "--gif")
-    assert (status, noted) == (0, "")
-    folder = begun.parent / "run.figures"
+def test_finished_maps_of_an_unfinished_file_are_drawn(
+    partial_run: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, output, errors = command(partial_run, "--gif")
+    assert (status, errors) == (0, "")
+    folder = partial_run.parent / "run.figures"
     stems = [folder / f"item-000-{name}" for name in ("rise", "random", "comparison")]
-    assert said.splitlines() == [
+    assert output.splitlines() == [
         *(f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")),
         *(f"{stem}.gif" for stem in stems[:2]),
     ]
     assert len(frames(folder / "item-000-random.gif")[0]) == 2
-    with store.open(begun) as run:
-        drawn = draw_all(run)
-    assert titles(drawn["item-000-random"])[:3] == ["image", "step 1, t = 600", "step 2, t = 300"]
-    assert titles(drawn["item-000-rise"])[:2] == ["image", "step 1, t = 600"]
+    with store.open(partial_run) as run:
+        plots = draw_all(run)
+    assert titles(plots["item-000-random"])[:3] == ["image", "step 1, t = 600", "step 2, t = 300"]
+    assert titles(plots["item-000-rise"])[:2] == ["image", "step 1, t = 600"]
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
+def test_finished_maps_of_an_unfinished_folder_are_drawn(
     tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     folder, plan = store.Folder(tmp_path / "run"), half(PLAN, 0)
@@ -561,7 +577,7 @@ def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--item", "2"], "there is no item 2: expected one of 0 to 1"),
         (["--item", "1"], "nothing to draw in "),
@@ -578,20 +594,20 @@ def test_a_folder_that_is_being_written_is_drawn_as_far_as_it_is(
         (["-o", "{}/x.png", "--item", "1"], "no trajectory yet"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_no_folder(
-    begun: Path, command: Callable[..., tuple[int, str, str]], arguments: list[str], said: str
+def test_an_error_is_one_line_and_leaves_no_folder(
+    partial_run: Path, command: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
 ) -> None:
-    status, out, noted = command(begun, *(part.format(begun.parent) for part in arguments))
-    assert (status, out) == (2, "")
-    (line,) = noted.splitlines()
+    status, output, errors = command(partial_run, *(part.format(partial_run.parent) for part in arguments))
+    assert (status, output) == (2, "")
+    (line,) = errors.splitlines()
     assert line.startswith("dfengine: ")
-    assert said in line
-    assert [path.name for path in begun.parent.iterdir()] == [begun.name]
+    assert message in line
+    assert [path.name for path in partial_run.parent.iterdir()] == [partial_run.name]
 
 
 @pytest.mark.parametrize("forbidden", [(Path, "mkdir"), (Figure, "savefig")])
-def test_a_folder_that_may_not_be_written_is_one_line(
-    begun: Path,
+def test_a_folder_without_write_permission_is_a_one_line_error(
+    partial_run: Path,
     command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
     forbidden: tuple[type, str],
@@ -600,28 +616,28 @@ def test_a_folder_that_may_not_be_written_is_one_line(
         raise PermissionError(13, "Permission denied", "run.figures")
 
     monkeypatch.setattr(*forbidden, refuse)
-    status, out, noted = command(begun)
-    assert (status, out) == (2, "")
-    assert noted == "dfengine: [Errno 13] Permission denied: 'run.figures'\n"
+    status, output, errors = command(partial_run)
+    assert (status, output) == (2, "")
+    assert errors == "dfengine: [Errno 13] Permission denied: 'run.figures'\n"
 
 
 @pytest.mark.slow
-def test_names_of_files_are_unlike_on_any_disk() -> None:
+def test_file_names_are_distinct_on_every_file_system() -> None:
     maps = {name: np.zeros((1, 2, 2), np.float32) for name in ("a/b", "a-b", "comparison", "..", "Rise", "rise", "")}
-    named = names([explained("a cat", 1, maps=maps)])
-    assert named[:-1] == ["a-b", "a-b-2", "comparison-2", "--", "Rise", "rise-2", "-"]
+    filenames = names([random_result("a cat", 1, maps=maps)])
+    assert filenames[:-1] == ["a-b", "a-b-2", "comparison-2", "--", "Rise", "rise-2", "-"]
 
 
-def test_relevance_of_any_image_is_looked_for() -> None:
-    plain = explained("a cat", 3)
+def test_concepts_are_drawn_if_any_image_has_relevance() -> None:
+    plain = random_result("a cat", 3)
     lists = [np.array([9, 5, 0]), np.array([9, 8, 0])]
-    without = dataclasses.replace(plain, maps={"rise": plain.maps["rise"]}, prompt="a dog")
-    results = [without, *(dataclasses.replace(plain, timesteps=steps) for steps in lists)]
+    without_relevance = dataclasses.replace(plain, maps={"rise": plain.maps["rise"]}, prompt="a dog")
+    results = [without_relevance, *(dataclasses.replace(plain, timesteps=steps) for steps in lists)]
     assert "concepts" in draw_all(results, methods=["relevance"])
 
 
 @pytest.mark.slow
-def test_a_word_that_begins_with_an_underscore_is_in_the_legend() -> None:
+def test_words_with_a_leading_underscore_appear_in_the_legend() -> None:
     lines = {"_hidden": [0.0, 1.0], "cat": [1.0, 0.0]}
     sums = dict.fromkeys(lines, (1.0, 1.0, 1.0))
     figure = figures.concepts([("", {"one": lines}, {"one": sums})], {"one": [9, 0]})

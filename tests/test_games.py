@@ -1,4 +1,4 @@
-"""Deletion and insertion: every point of both curves against one latent at a time, and the cache of results."""
+"""Deletion and insertion: every point of both curves against a literal implementation, and the result cache."""
 
 import dataclasses
 import itertools
@@ -46,7 +46,7 @@ from dfengine.explain import (
 )
 from dfengine.shapes import FOLDER
 
-#: ᾱ of Analytic's schedule: betas from 0.0001 to 0.02 over 1000 steps; behind them 1, where the last step lands.
+#: ᾱ of Analytic's schedule: betas from 0.0001 to 0.02 over 1000 steps, then 1, where the last step ends.
 ALPHA_BAR = [*np.cumprod(1 - np.linspace(0.0001, 0.02, 1000)), 1.0]
 
 
@@ -55,18 +55,18 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def answer(x_t: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Every pixel's depends on its neighbour, the mean of all and the prompt."""
+    """Every pixel depends on its neighbour, the mean of all pixels and the prompt."""
     scale = 1 + number[:, None, None, None]
     return torch.tanh(x_t.roll(1, -1) * scale) + 0.2 * x_t.mean((1, 2, 3), keepdim=True) * scale
 
 
 def extract(images: torch.Tensor) -> torch.Tensor:
-    """Three features, each of other pixels."""
+    """Three features, each computed from other pixels."""
     flat = images.flatten(1).double()
     return torch.stack([flat[:, k::3].square().sum(1) + k * flat[:, 0] for k in range(3)], 1).float()
 
 
-class Named:
+class NamedExtractor:
     """An extractor with a name."""
 
     def __init__(self, name: str = "three sums", dtype: torch.dtype = torch.float32) -> None:
@@ -85,7 +85,7 @@ def path_of(
     guidance: float = 2.0,
     seed: int = 0,
 ) -> Trajectory:
-    """To be explained at one step."""
+    """A trajectory to be explained at one step."""
     latents = randn(len(timesteps), *denoiser.latent_shape, seed=seed)
     path = denoiser.trajectory(latents, prompt, guidance=guidance)
     return dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=timesteps), explain_steps=(step,))
@@ -95,7 +95,7 @@ def path_of(
 
 
 def perturbed(latent: np.ndarray, saliency: np.ndarray, xdiffusion: bool) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Game, point and latent: pixels go or come one by one, the most salient first, of equals the first."""
+    """Game, point and latent: pixels are replaced by descending saliency, ties in pixel order."""
     _, h, w = latent.shape
     if xdiffusion:
         saliency = np.where(saliency < 0, 0, saliency)
@@ -103,8 +103,8 @@ def perturbed(latent: np.ndarray, saliency: np.ndarray, xdiffusion: bool) -> Ite
         impulse[5, 5] = 1
         kernel, border = gaussian_filter(impulse, 5.0), "constant"
     else:
-        away = np.arange(11) - 5
-        kernel, border = np.exp(-(away**2 + away[:, None] ** 2) / 50), "reflect"
+        offsets = np.arange(11) - 5
+        kernel, border = np.exp(-(offsets**2 + offsets[:, None] ** 2) / 50), "reflect"
         kernel = kernel / kernel.sum()
     blurred = np.stack([convolve(channel, kernel, mode=border) for channel in latent.astype(np.float64)])
     order = sorted(range(h * w), key=lambda pixel: (-saliency.flat[pixel], pixel))
@@ -117,24 +117,28 @@ def perturbed(latent: np.ndarray, saliency: np.ndarray, xdiffusion: bool) -> Ite
 
 
 def next_image(denoiser: Analytic, path: Trajectory, x: np.ndarray) -> torch.Tensor:
-    """Two forwards, the guidance, DDIM in float64, and a decoding, of one latent."""
+    """Decode one latent after two forwards, guidance and a DDIM step in float64."""
     (step,), job = path.steps, path.job
     latent = torch.from_numpy(x)[None]
-    without, given = (answer(latent, part.tensors["number"]).double() for part in (path.negative, path.prompt))
-    epsilon = without + job.guidance * (given - without)
-    now, then = (ALPHA_BAR[(*job.timesteps, -1)[place]] for place in (step, step + 1))
-    x0 = (latent.double() - (1 - now) ** 0.5 * epsilon) / now**0.5
-    return denoiser.decode((then**0.5 * x0 + (1 - then) ** 0.5 * epsilon).float())
+    unconditional, conditional = (
+        answer(latent, part.tensors["number"]).double() for part in (path.negative, path.prompt)
+    )
+    epsilon = unconditional + job.guidance * (conditional - unconditional)
+    alpha_bar, alpha_bar_next = (ALPHA_BAR[(*job.timesteps, -1)[place]] for place in (step, step + 1))
+    x0 = (latent.double() - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
+    return denoiser.decode((alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * epsilon).float())
 
 
-def peer(denoiser: Analytic, path: Trajectory, saliency: torch.Tensor, xdiffusion: bool = False) -> GameCurves:
-    whole = next_image(denoiser, path, path.latents[path.steps[0]].numpy())
+def play_literally(
+    denoiser: Analytic, path: Trajectory, saliency: torch.Tensor, xdiffusion: bool = False
+) -> GameCurves:
+    unperturbed = next_image(denoiser, path, path.latents[path.steps[0]].numpy())
     h = saliency.shape[0]
     features, mse = torch.zeros(2, h + 1, 3), torch.zeros(2, h + 1)
     for game, point, x in perturbed(path.latents[path.steps[0]].numpy(), saliency.numpy(), xdiffusion):
         image = next_image(denoiser, path, x)
         features[game, point] = extract(image)[0]
-        mse[game, point] = (image - whole).square().mean()
+        mse[game, point] = (image - unperturbed).square().mean()
     return GameCurves(features, mse)
 
 
@@ -144,12 +148,12 @@ def assert_curves(ours: GameCurves, expected: GameCurves) -> None:
 
 
 TIMESTEPS = (903, 411, 20)
-#: Two maps of two items, some of whose pixels are equal.
+#: Two maps of two items, with ties.
 MAPS = {name: randn(2, 6, 5, seed=seed).round(decimals=1) for name, seed in (("one", 1), ("other", 2))}
 
 
-def two(denoiser: Analytic) -> list[Trajectory]:
-    """Other time-steps, steps, prompts, guidance and latents; the first is explained at its last step."""
+def two_paths(denoiser: Analytic) -> list[Trajectory]:
+    """Two trajectories that differ in everything; the first is explained at its last step."""
     return [
         path_of(denoiser, 2, TIMESTEPS),
         path_of(denoiser, 0, (700, 650, 3), prompt="0.4", guidance=-1.5, seed=5),
@@ -158,23 +162,23 @@ def two(denoiser: Analytic) -> list[Trajectory]:
 
 @pytest.mark.parametrize("xdiffusion", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16, 512])
-def test_every_point_equals_that_of_one_latent_at_a_time(batch_size: int, xdiffusion: bool) -> None:
-    """Whatever the batches; all that is different is different; 6 × 5 pixels make 7 points, 5 pixels apart."""
+def test_every_point_equals_the_literal_implementation(batch_size: int, xdiffusion: bool) -> None:
+    """Results do not depend on the batch size; 6 × 5 pixels give 7 points, 5 pixels apart."""
     denoiser = Analytic(answer, batch_size=batch_size)
-    paths = two(denoiser)
-    found = play(denoiser, paths, MAPS, extract, xdiffusion=xdiffusion)
-    assert list(found) == ["one", "other"]
-    for name, curves in found.items():
+    paths = two_paths(denoiser)
+    results = play(denoiser, paths, MAPS, extract, xdiffusion=xdiffusion)
+    assert list(results) == ["one", "other"]
+    for name, curves in results.items():
         for place, path in enumerate(paths):
             assert curves[place].features.shape == (2, 7, 3)
-            assert_curves(curves[place], peer(denoiser, path, MAPS[name][place], xdiffusion))
-            # The unperturbed image: all of it, and none of it.
+            assert_curves(curves[place], play_literally(denoiser, path, MAPS[name][place], xdiffusion))
+            # Nothing deleted and everything inserted both give the unperturbed image.
             assert torch.equal(curves[place].features[0, 0], curves[place].features[1, 6])
             assert curves[place].mse[0, 0] == curves[place].mse[1, 6] == 0
-    # Both forwards of all inner points of 2 maps of 2 items in 2 games, of 2 ends an item and of the 2 unperturbed.
+    # Two forwards each for the inner points of 2 maps of 2 items in 2 games, 2 ends per item, 2 unperturbed images.
     entries = 2 * 2 * 2 * 5 + 2 * 2
-    most = min(batch_size, entries)
-    assert sum(denoiser.batches) == 2 * (-(-entries // most) * most + -(-2 // min(2, most)) * min(2, most))
+    batch = min(batch_size, entries)
+    assert sum(denoiser.batches) == 2 * (-(-entries // batch) * batch + -(-2 // min(2, batch)) * min(2, batch))
 
 
 @pytest.mark.slow
@@ -187,7 +191,7 @@ def test_every_point_equals_that_of_one_latent_at_a_time(batch_size: int, xdiffu
     xdiffusion=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_every_size_of_everything(
+def test_all_sizes_of_latents_batches_and_methods(
     h: int, w: int, items: int, names: int, batch_size: int, xdiffusion: bool, seed: int
 ) -> None:
     denoiser = Analytic(answer, (1 + seed % 3, h, max(w, 2)), batch_size)
@@ -195,39 +199,39 @@ def test_every_size_of_everything(
         path_of(denoiser, (seed + i) % 3, TIMESTEPS, prompt=str(i), guidance=i + 0.5, seed=i) for i in range(items)
     ]
     maps = {str(m): randn(items, *denoiser.latent_shape[1:], seed=seed + m) + 0.5 for m in range(names)}
-    for one in itertools.chain(*maps.values()):
-        one[0, :2] = torch.tensor([3.0, 1.0])  # so that none is the same everywhere
+    for saliency in itertools.chain(*maps.values()):
+        saliency[0, :2] = torch.tensor([3.0, 1.0])  # so that no map is constant
     for name, curves in play(denoiser, paths, maps, extract, xdiffusion=xdiffusion).items():
         for place, path in enumerate(paths):
-            assert_curves(curves[place], peer(denoiser, path, maps[name][place], xdiffusion))
+            assert_curves(curves[place], play_literally(denoiser, path, maps[name][place], xdiffusion))
 
 
-def test_methods_and_items_may_be_played_alone_or_together() -> None:
-    """Shared ends are those that each computes for itself."""
+def test_methods_and_items_can_be_played_separately_or_together() -> None:
+    """The ends shared by methods equal those of a method played alone."""
     denoiser = Analytic(answer)
-    paths = two(denoiser)
+    paths = two_paths(denoiser)
     together = play(denoiser, paths, MAPS, extract)
     for name, saliency in MAPS.items():
         for place, path in enumerate(paths):
-            (alone,) = play(denoiser, [path], {"it": saliency[place : place + 1]}, extract)["it"]
-            assert_curves(together[name][place], alone)
+            (curves,) = play(denoiser, [path], {"it": saliency[place : place + 1]}, extract)["it"]
+            assert_curves(together[name][place], curves)
 
 
 def test_ties_are_broken_by_pixel_order_and_points_are_a_row_apart() -> None:
-    """Of the map 0 0 0 / 0 0 1 the last pixel goes first, with the first two."""
+    """For the map 0 0 0 / 0 0 1 the first point replaces the last pixel and the first two."""
     denoiser = Analytic(lambda x_t, _: 0 * x_t, (1, 2, 3))
     path = path_of(denoiser, 0, (0,))
     saliency = torch.zeros(1, 2, 3)
     saliency[0, 1, 2] = 1
     path = dataclasses.replace(path, latents=torch.tensor([[[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]]]))
-    (found,) = play(denoiser, [path], {"it": saliency}, lambda images: images[:, 0].flatten(1))["it"]
-    # ε = 0, so that the image is the latent over √ᾱ_0 = √0.9999.
-    image = found.features[0] * 0.9999**0.5
-    np.testing.assert_allclose(image[1], [0, 0, 0.3, 0.4, 0.5, 0], atol=1e-6)
-    np.testing.assert_allclose(image[2], [0] * 6)
-    back = found.features[1] * 0.9999**0.5
-    np.testing.assert_allclose(back[1, [0, 1, 5]], [0.1, 0.2, 0.6], rtol=1e-6)
-    np.testing.assert_allclose(found.mse[0], [0, (0.01 + 0.04 + 0.36) / 6 / 0.9999, 0.91 / 6 / 0.9999], rtol=1e-5)
+    (curves,) = play(denoiser, [path], {"it": saliency}, lambda images: images[:, 0].flatten(1))["it"]
+    # ε = 0, so the image is the latent over √ᾱ_0 = √0.9999.
+    deleted = curves.features[0] * 0.9999**0.5
+    np.testing.assert_allclose(deleted[1], [0, 0, 0.3, 0.4, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(deleted[2], [0] * 6)
+    inserted = curves.features[1] * 0.9999**0.5
+    np.testing.assert_allclose(inserted[1, [0, 1, 5]], [0.1, 0.2, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(curves.mse[0], [0, (0.01 + 0.04 + 0.36) / 6 / 0.9999, 0.91 / 6 / 0.9999], rtol=1e-5)
 
 
 def test_a_batch_that_does_not_fit_is_halved() -> None:
@@ -240,38 +244,38 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
             return super().predict(x_t, timesteps, condition)
 
     small = Small(answer, batch_size=23)
-    found = play(small, two(small), MAPS, extract)
+    results = play(small, two_paths(small), MAPS, extract)
     assert small.batch_size <= 5
     plain = Analytic(answer)
-    for name, curves in play(plain, two(plain), MAPS, extract).items():
-        for ours, expected in zip(found[name], curves, strict=True):
+    for name, curves in play(plain, two_paths(plain), MAPS, extract).items():
+        for ours, expected in zip(results[name], curves, strict=True):
             assert_curves(ours, expected)
 
 
 def test_a_batch_that_does_not_fit_the_extractor_is_halved() -> None:
-    """The unperturbed ones of many items, too; memory that it lacks is found in smaller batches."""
-    denoiser, seen = Analytic(answer, batch_size=8), []
+    """This includes the unperturbed images of many items."""
+    denoiser, batches = Analytic(answer, batch_size=8), []
 
-    def few(images: torch.Tensor) -> torch.Tensor:
+    def small_extract(images: torch.Tensor) -> torch.Tensor:
         if len(images) > 3:
             raise torch.OutOfMemoryError
-        seen.append(len(images))
+        batches.append(len(images))
         return extract(images)
 
     paths = [path_of(denoiser, 1, TIMESTEPS, seed=seed) for seed in range(7)]
     saliency = randn(7, 6, 5)
-    found = play(denoiser, paths, {"it": saliency}, few)["it"]
-    assert set(seen) == {3}
-    assert_curves(found[6], peer(denoiser, paths[6], saliency[6]))
+    results = play(denoiser, paths, {"it": saliency}, small_extract)["it"]
+    assert set(batches) == {3}
+    assert_curves(results[6], play_literally(denoiser, paths[6], saliency[6]))
 
 
 @pytest.mark.slow
-def test_points_of_the_embedded_model_by_diffusers_own_scheduler() -> None:
-    """Its steps are `leading`, of which DDIMScheduler is right; the second item is curves at the last."""
+def test_points_of_the_embedded_model_match_the_scheduler_of_diffusers() -> None:
+    """The steps have `leading` spacing, as in DDIMScheduler; the second item is played at its last step."""
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser
     denoiser.batch_size = 6
     assert denoiser.features is not None
-    # Its own texts, encoded apart.
+    # The texts are encoded separately.
     texts = {
         text: denoiser.encode_prompts([text]) for text in ("a red circle on a black background", "", "a pink star")
     }
@@ -282,30 +286,32 @@ def test_points_of_the_embedded_model_by_diffusers_own_scheduler() -> None:
         for path, step in zip(trajectories(denoiser, jobs), (1, 3), strict=True)
     ]
     saliency = randn(2, 16, 16)
-    found = play(denoiser, paths, {"it": saliency}, denoiser.features)["it"]
+    results = play(denoiser, paths, {"it": saliency}, denoiser.features)["it"]
     config = json.loads((FOLDER / "scheduler/scheduler_config.json").read_text())
     scheduler = DDIMScheduler.from_config(config)
     scheduler.set_timesteps(4)
     assert tuple(scheduler.timesteps.tolist()) == timesteps
     with torch.no_grad():
-        for path, one, curves in zip(paths, saliency, found, strict=True):
+        for path, item_saliency, curves in zip(paths, saliency, results, strict=True):
             (step,), job = path.steps, path.job
-            now = torch.tensor([timesteps[step]])
-            for game, point, x in perturbed(path.latents[step].numpy(), one.numpy(), False):
+            timestep = torch.tensor([timesteps[step]])
+            for game, point, x in perturbed(path.latents[step].numpy(), item_saliency.numpy(), False):
                 if point not in (0, 1, 9, 16):
                     continue
                 latent = torch.from_numpy(x)[None]
-                without, given = (denoiser.predict(latent, now, texts[text]) for text in ("", job.prompt))
-                epsilon = without + job.guidance * (given - without)
-                following = scheduler.step(epsilon, timesteps[step], latent).prev_sample
-                expected = denoiser.features(denoiser.decode(following))[0]
+                unconditional, conditional = (
+                    denoiser.predict(latent, timestep, texts[text]) for text in ("", job.prompt)
+                )
+                epsilon = unconditional + job.guidance * (conditional - unconditional)
+                next_latent = scheduler.step(epsilon, timesteps[step], latent).prev_sample
+                expected = denoiser.features(denoiser.decode(next_latent))[0]
                 np.testing.assert_allclose(curves.features[game, point], expected, rtol=2e-3, atol=2e-3)
 
 
 # Maps ----------------------------------------------------------------------------------------------------------------
 
 
-def test_maps_of_the_images_size_are_averaged() -> None:
+def test_maps_of_image_size_are_averaged() -> None:
     denoiser = Analytic(answer, (2, 2, 3))
     denoiser.image_shape = (4, 6)
     rows = [[1.0, 3, 0, 0, 8, 0], [5, 7, 0, 4, 0, 0], [0, 0, 2, 2, 1, 1], [0, 0, 2, 2, 1, -1]]
@@ -314,10 +320,10 @@ def test_maps_of_the_images_size_are_averaged() -> None:
     assert to_latent_size(small, denoiser).tolist() == small.tolist()
     several = to_latent_size(torch.tensor([rows, rows[::-1]]), denoiser)
     assert several.tolist() == [[[4, 1, 2], [0, 2, 0.5]], [[0, 2, 0.5], [4, 1, 2]]]
-    # They are curves at the latent's size.
+    # The games are played at the size of the latent.
     path = path_of(denoiser, 0, TIMESTEPS)
-    (found,) = play(denoiser, [path], {"it": torch.tensor([rows]).float()}, extract)["it"]
-    assert_curves(found, peer(denoiser, path, torch.tensor([[4, 1, 2], [0, 2, 0.5]])))
+    (curves,) = play(denoiser, [path], {"it": torch.tensor([rows]).float()}, extract)["it"]
+    assert_curves(curves, play_literally(denoiser, path, torch.tensor([[4, 1, 2], [0, 2, 0.5]])))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +346,7 @@ def test_maps_that_cannot_be_ranked_are_refused(saliency: torch.Tensor, message:
 
 
 def test_maps_that_rank_pixels_are_finite_and_not_constant() -> None:
-    """The released code needs a positive value."""
+    """The released code also needs a positive value."""
     assert ranks_pixels(torch.tensor([[0.0, 1e-30]]))
     assert not ranks_pixels(torch.zeros(2, 3))
     assert not ranks_pixels(torch.tensor([[0.0, torch.nan]]))
@@ -361,10 +367,10 @@ def test_the_released_blur_is_zero_padded() -> None:
     kernel = gaussian_filter(impulse, 5)
     expected = np.stack([[convolve(c, kernel, mode="constant") for c in one] for one in x.double().numpy()])
     np.testing.assert_allclose(xdiffusion_blur(x), expected, atol=1e-6)
-    # Reflected within the window it is far flatter than a Gaussian, whose corner would be exp(−1) of the middle.
-    alone = torch.zeros(1, 1, 21, 21)
-    alone[..., 10, 10] = 1
-    response = xdiffusion_blur(alone)[0, 0]
+    # Reflected within the window it is far flatter than a Gaussian, whose value at the corner would be exp(−1).
+    impulse_image = torch.zeros(1, 1, 21, 21)
+    impulse_image[..., 10, 10] = 1
+    response = xdiffusion_blur(impulse_image)[0, 0]
     assert response[5, 5] / response[10, 10] > 0.45
     assert float(response.sum()) == pytest.approx(1, rel=1e-5)
 
@@ -376,12 +382,12 @@ JOBS = [Job(str(number), TIMESTEPS, seed=number) for number in range(7)]
 
 @dataclasses.dataclass(frozen=True)
 class Ramp(Explainer):
-    """Maps that rise along the pixels, of all trajectories in the reverse order; one for each."""
+    """Yields one map per trajectory, in reverse order; its values increase along the pixels."""
 
     name: str = "ramp"
     slope: float = 1.0
     flat: str = ""
-    """a prompt whose map is the same everywhere"""
+    """a prompt whose map is constant"""
 
     def num_forwards(self, num_steps: int) -> int:
         return 0
@@ -406,13 +412,13 @@ class Ramp(Explainer):
 
 @dataclasses.dataclass(frozen=True)
 class WithFunction(Ramp):
-    """With a caller's function, which is described by its name alone."""
+    """A ramp with a user's function, which is described by its name only."""
 
     function: Callable[[float], float] = abs
 
 
 class GamesPlayer:
-    """`play_games` of an analytic denoiser, with its cost and its reports."""
+    """`play_games` on an analytic denoiser, which records its cost and its progress reports."""
 
     def __init__(self, batch_size: int = 8) -> None:
         self.denoiser, self.reported, self.sampled = Analytic(answer, batch_size=batch_size), 0, list[str]()
@@ -427,7 +433,7 @@ class GamesPlayer:
     def __call__(self, *explainers: Any, jobs: Sequence[Job] = JOBS, **options: Any) -> Any:
         self.reported, self.sampled = 0, []
         self.denoiser.batches.clear()
-        options = {"features": Named()} | options
+        options = {"features": NamedExtractor()} | options
         return play_games(self.denoiser, self.sample, jobs, explainers, on_progress=self.report, **options)
 
     @property
@@ -438,36 +444,36 @@ class GamesPlayer:
 def assert_result(
     result: GameResult, denoiser: Analytic, job: Job, step: int, saliency: torch.Tensor, xdiffusion: bool = False
 ) -> None:
-    """A result has the peer's curves for one map of one job."""
+    """Assert that a result has the curves of the literal implementation for one map of one job."""
     (path,) = trajectories(denoiser, [job])
     assert torch.equal(result.saliency, saliency)
     assert result.curves is not None
     path = dataclasses.replace(path, explain_steps=(step,))
-    assert_curves(result.curves, peer(denoiser, path, saliency, xdiffusion))
+    assert_curves(result.curves, play_literally(denoiser, path, saliency, xdiffusion))
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("preset", ["default", "paper", "xdiffusion"])
 def test_every_map_of_every_job_is_played(preset: str) -> None:
-    """With explainers' maps out of order, and another tool's."""
+    """Maps of explainers may arrive out of order, and external maps are played too."""
     run = GamesPlayer()
-    others = randn(7, 6, 5).numpy()
+    external = randn(7, 6, 5).numpy()
     ramp, fall = Ramp(), Ramp("fall", slope=-0.1)
-    found = run(ramp, fall, maps={"theirs": others.astype(np.float64)}, step=1, preset=preset)
-    assert list(found.results) == ["ramp", "fall", "theirs"]
+    outcome = run(ramp, fall, maps={"theirs": external.astype(np.float64)}, step=1, preset=preset)
+    assert list(outcome.results) == ["ramp", "fall", "theirs"]
     assert run.sampled == [job.prompt for job in JOBS]
     assert run.reported == 7 * 3
-    assert (found.model, found.step, found.timesteps) == ("analytic", 1, TIMESTEPS)
-    assert (found.features, found.preset) == ("three sums", preset)
+    assert (outcome.model, outcome.step, outcome.timesteps) == ("analytic", 1, TIMESTEPS)
+    assert (outcome.features, outcome.preset) == ("three sums", preset)
     for item, job in enumerate(JOBS):
         for name, saliency in (
             ("ramp", ramp.map(run.denoiser, job)),
             ("fall", fall.map(run.denoiser, job)),
-            ("theirs", torch.from_numpy(others[item])),
+            ("theirs", torch.from_numpy(external[item])),
         ):
-            assert_result(found.results[name][item], run.denoiser, job, 1, saliency, preset == "xdiffusion")
-    assert found.valid_items() == list(range(7))
-    assert found.excluded() == {}
+            assert_result(outcome.results[name][item], run.denoiser, job, 1, saliency, preset == "xdiffusion")
+    assert outcome.valid_items() == list(range(7))
+    assert outcome.excluded() == {}
 
 
 @pytest.mark.parametrize(("num_steps", "step"), [(1, 0), (2, 0), (3, 1), (4, 2), (5, 2), (30, 21)])
@@ -479,40 +485,40 @@ def test_the_default_step_is_at_three_quarters(num_steps: int, step: int) -> Non
 @pytest.mark.slow
 def test_an_item_whose_map_ranks_no_pixels_is_excluded_for_every_method() -> None:
     run = GamesPlayer()
-    found = run(Ramp(), Ramp("flat", flat="3"), Ramp("down", slope=-1.0))
-    assert found.excluded() == {"flat": 1}
-    assert found.valid_items() == [0, 1, 2, 4, 5, 6]
-    assert found.results["flat"][3].curves is None
-    assert torch.equal(found.results["flat"][3].saliency, torch.full((6, 5), 3.0))
-    assert found.results["ramp"][3].curves is not None
-    for item in (2, 4):  # those beside it, in its group and out of it
+    outcome = run(Ramp(), Ramp("flat", flat="3"), Ramp("down", slope=-1.0))
+    assert outcome.excluded() == {"flat": 1}
+    assert outcome.valid_items() == [0, 1, 2, 4, 5, 6]
+    assert outcome.results["flat"][3].curves is None
+    assert torch.equal(outcome.results["flat"][3].saliency, torch.full((6, 5), 3.0))
+    assert outcome.results["ramp"][3].curves is not None
+    for item in (2, 4):  # its neighbours, inside and outside its group
         saliency = Ramp().map(run.denoiser, JOBS[item])
-        assert_result(found.results["flat"][item], run.denoiser, JOBS[item], 1, saliency)
-    nothing = run(Ramp("nothing", slope=0.0), Ramp())
-    assert (nothing.excluded(), nothing.valid_items(), run.reported) == ({"nothing": 7}, [], 14)
+        assert_result(outcome.results["flat"][item], run.denoiser, JOBS[item], 1, saliency)
+    all_excluded = run(Ramp("nothing", slope=0.0), Ramp())
+    assert (all_excluded.excluded(), all_excluded.valid_items(), run.reported) == ({"nothing": 7}, [], 14)
     released = run(Ramp("negative", slope=-1.0), jobs=JOBS[:2], preset="xdiffusion")
-    assert released.excluded() == {}  # 3 at most
-    below = {"below": -1 - torch.rand(7, 6, 5).numpy()}
+    assert released.excluded() == {}  # the maximum is 3
+    negative = {"below": -1 - torch.rand(7, 6, 5).numpy()}
     with pytest.raises(ValueError, match=r"map 'below' .* is constant after the released code's ReLU"):
-        run(maps=below, preset="xdiffusion")
+        run(maps=negative, preset="xdiffusion")
 
 
-def test_an_image_that_is_not_finite_excludes_its_item_alone() -> None:
-    class Overflows(Named):
-        """On the images of some time-steps' latents: those whose first pixel is bright."""
+def test_a_non_finite_image_excludes_only_its_item() -> None:
+    class Overflows(NamedExtractor):
+        """Overflows for images whose first pixel is bright."""
 
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return torch.where(images[:, 0, 0, 0, None] > 0.9, torch.inf, extract(images))
 
-    found = GamesPlayer()(Ramp(), Ramp("down", slope=-1.0), features=Overflows())
-    counts = [all(found.results[name][item].is_valid for name in found.results) for item in range(7)]
-    assert 0 < sum(counts) < 7
-    assert found.valid_items() == [item for item in range(7) if counts[item]]
-    assert all(found.excluded().values())
+    outcome = GamesPlayer()(Ramp(), Ramp("down", slope=-1.0), features=Overflows())
+    valid = [all(outcome.results[name][item].is_valid for name in outcome.results) for item in range(7)]
+    assert 0 < sum(valid) < 7
+    assert outcome.valid_items() == [item for item in range(7) if valid[item]]
+    assert all(outcome.excluded().values())
 
 
 @pytest.mark.slow
-def test_what_is_kept_is_not_done_again(tmp_path: Path) -> None:
+def test_cached_results_are_not_computed_again(tmp_path: Path) -> None:
     run = GamesPlayer()
     first = run(Ramp(), jobs=JOBS[:4], cache=GameCache(tmp_path))
     cost = run.forwards
@@ -524,28 +530,28 @@ def test_what_is_kept_is_not_done_again(tmp_path: Path) -> None:
         assert torch.equal(result.saliency, other.saliency)
         assert torch.equal(result.curves.features, other.curves.features)
         assert torch.equal(result.curves.mse, other.curves.mse)
-    # Only new items are computed; the same cache has them in memory, too.
+    # Only new items are computed; the same cache also holds them in memory.
     cache = GameCache(tmp_path)
     run(Ramp(), cache=cache)
     assert (run.sampled, run.reported) == (["4", "5", "6"], 7)
     run(Ramp(), cache=cache)
     assert (run.forwards, run.reported) == (0, 7)
-    # A new method costs its own games; every method is reported, the cached ones as well.
+    # A new method costs only its own games; progress is reported for every method, including cached ones.
     run(Ramp(), Ramp("more", slope=2.0), jobs=JOBS[:4], cache=cache)
     assert (run.forwards, run.reported) == (cost, 8)
-    # Another tool's maps are identified by their values, whatever their name.
+    # External maps are identified by their values, not by their name.
     theirs = randn(4, 6, 5).numpy()
     run(maps={"theirs": theirs}, jobs=JOBS[:4], cache=cache)
     run(Ramp(), maps={"renamed": theirs}, jobs=JOBS[:4], cache=cache)
     assert (run.forwards, run.reported) == (0, 8)
 
 
-def test_maps_that_rank_nothing_are_kept_as_such(tmp_path: Path) -> None:
+def test_maps_that_cannot_be_ranked_are_cached(tmp_path: Path) -> None:
     run = GamesPlayer()
     run(Ramp(flat="1"), jobs=JOBS[:2], cache=GameCache(tmp_path))
-    found = run(Ramp(flat="1"), jobs=JOBS[:2], cache=GameCache(tmp_path))
-    assert (run.forwards, found.excluded()) == (0, {"ramp": 1})
-    assert found.results["ramp"][1].curves is None
+    outcome = run(Ramp(flat="1"), jobs=JOBS[:2], cache=GameCache(tmp_path))
+    assert (run.forwards, outcome.excluded()) == (0, {"ramp": 1})
+    assert outcome.results["ramp"][1].curves is None
 
 
 @pytest.mark.slow
@@ -568,8 +574,8 @@ def test_a_change_of_any_setting_is_a_cache_miss(tmp_path: Path) -> None:
         (Ramp(), {"step": 0}),
         (Ramp(), {"step": 2}),
         (Ramp(), {"preset": "xdiffusion"}),
-        (Ramp(), {"features": Named("others")}),
-        (Ramp(), {"features": Named(dtype=torch.float16)}),
+        (Ramp(), {"features": NamedExtractor("others")}),
+        (Ramp(), {"features": NamedExtractor(dtype=torch.float16)}),
         (Ramp(), {"features": extract}),
     ]  # fmt: skip
     for explainer, change in changed:
@@ -580,7 +586,7 @@ def test_a_change_of_any_setting_is_a_cache_miss(tmp_path: Path) -> None:
     assert run.forwards
     run(Ramp(), **options)
     assert run.forwards == 0
-    # Another model, and another precision of it.
+    # Another model, and another precision of the same model.
     for attribute, value in (("name", "another"), ("dtype", torch.float16)):
         other = GamesPlayer()
         setattr(other.denoiser, attribute, value)
@@ -589,32 +595,32 @@ def test_a_change_of_any_setting_is_a_cache_miss(tmp_path: Path) -> None:
 
 
 def test_functions_are_not_identified_by_their_names(tmp_path: Path) -> None:
-    """Neither an explainer's nor an extractor, nor is a given extractor taken for the model's own."""
+    """This holds for functions of explainers and for extractors. A given extractor differs from the model's own."""
     run, cache = GamesPlayer(), GameCache(tmp_path)
     for _ in range(2):
         run(WithFunction(), jobs=JOBS[:1], cache=cache)
         assert run.forwards
-        found = run(Ramp(), jobs=JOBS[:1], cache=cache, features=extract)
+        outcome = run(Ramp(), jobs=JOBS[:1], cache=cache, features=extract)
         assert run.forwards
-        assert found.features == "extract"
+        assert outcome.features == "extract"
     run.denoiser.features = lambda images: 2 * extract(images)
     own = run(Ramp(), jobs=JOBS[:1], cache=cache, features=None)
     assert run.forwards
     assert own.features == "analytic's own"
-    assert not torch.equal(own.results["ramp"][0].curves.features, found.results["ramp"][0].curves.features)
+    assert not torch.equal(own.results["ramp"][0].curves.features, outcome.results["ramp"][0].curves.features)
     run(Ramp(), jobs=JOBS[:1], cache=cache, features=None)
     assert run.forwards == 0
 
 
 def test_a_truncated_file_is_computed_again(tmp_path: Path) -> None:
-    """Wherever it is cut off; the others are kept."""
+    """The file may be cut at any size; the other files stay valid."""
     run = GamesPlayer()
     first = run(Ramp(), jobs=JOBS[:3], cache=GameCache(tmp_path))
     files = sorted(tmp_path.iterdir())
-    whole = files[0].read_bytes()
+    content = files[0].read_bytes()
     assert zipfile.is_zipfile(files[0])
-    for size in [0, 1, 3, 4, 5, *range(30, len(whole), 97), len(whole) - 23, len(whole) - 22, len(whole) - 1]:
-        files[0].write_bytes(whole[:size])
+    for size in [0, 1, 3, 4, 5, *range(30, len(content), 97), len(content) - 23, len(content) - 22, len(content) - 1]:
+        files[0].write_bytes(content[:size])
         assert GameCache(tmp_path).get(files[0].stem) is None
     run(Ramp(), jobs=JOBS[:3], cache=GameCache(tmp_path))
     assert len(run.sampled) == 1
@@ -664,7 +670,7 @@ def test_other_and_damaged_files_count_as_missing(tmp_path: Path) -> None:
         ([Random()], {"jobs": [*JOBS, Job("1", TIMESTEPS, negative_prompt="neither")]}, "'neither'"),
     ],
 )
-def test_impossible_input_is_refused_before_anything_is_computed(
+def test_invalid_input_is_rejected_before_anything_is_computed(
     explainers: list[Any], options: dict[str, Any], message: str
 ) -> None:
     run = GamesPlayer()
@@ -676,7 +682,7 @@ def test_impossible_input_is_refused_before_anything_is_computed(
 # Methods -------------------------------------------------------------------------------------------------------------
 
 
-def test_variations_differ_from_df_rise_by_what_their_names_say() -> None:
+def test_variations_differ_from_df_rise_in_the_setting_they_are_named_after() -> None:
     settings = {
         "rise-global": {"score": "global"},
         "rise-grid": {"mask_kind": "rise"},
@@ -688,15 +694,15 @@ def test_variations_differ_from_df_rise_by_what_their_names_say() -> None:
         "rise-ssim": {"similarity": "ssim"},
     }
     assert set(VARIATIONS) == set(settings)
-    made = make_methods(["rise", *settings], num_masks=70)
-    for one, (name, changes) in zip(made, {"rise": {}, **settings}.items(), strict=True):
-        assert one == dataclasses.replace(Rise(70), name=name, **changes)
+    methods = make_methods(["rise", *settings], num_masks=70)
+    for method, (name, changes) in zip(methods, {"rise": {}, **settings}.items(), strict=True):
+        assert method == dataclasses.replace(Rise(70), name=name, **changes)
 
 
-def test_methods_are_the_registered_explainers_each_once() -> None:
+def test_methods_are_registered_explainers_without_duplicates() -> None:
     own = Rise(7, name="own")
-    made = make_methods(["cam", "rise", "lime", own, "cam", "random", "relevance", "attention"], num_samples=80)
-    assert made == [Cam(), Rise(), Lime(80), own, Random(), Relevance(), Attention()]
+    methods = make_methods(["cam", "rise", "lime", own, "cam", "random", "relevance", "attention"], num_samples=80)
+    assert methods == [Cam(), Rise(), Lime(80), own, Random(), Relevance(), Attention()]
     assert make_methods(["rise"], preset="xdiffusion", num_masks=9) == [XDiffusionRise(9)]
     with pytest.raises(ValueError, match=r"method 'gradcam' is not known: expected one of .*rise.*rise-ssim"):
         make_methods(["rise", "gradcam"])
@@ -710,11 +716,11 @@ def test_tables_have_the_papers_methods() -> None:
 
 @pytest.mark.slow
 def test_the_embedded_model_plays_with_its_own_features() -> None:
-    """Of a method's maps the explained step's is what is curves."""
+    """The games use the map of the explained step."""
     engine = Engine.from_pretrained("shapes", device="cpu")
     job = engine.job("a red circle on a black background", seed=1, num_steps=2)
-    found = play_games(engine.denoiser, engine.sample, [job], make_methods(["random", "rise"], num_masks=8), step=1)
-    assert (found.step, found.features, found.valid_items()) == (1, "shapes's own", [0])
-    alone = engine.explain(job.prompt, Rise(8), seed=1, num_steps=2)
-    np.testing.assert_allclose(found.results["rise"][0].saliency, alone.maps["rise"][1], rtol=1e-4, atol=1e-4)
-    assert found.results["random"][0].curves.features.shape == (2, 17, 96)
+    outcome = play_games(engine.denoiser, engine.sample, [job], make_methods(["random", "rise"], num_masks=8), step=1)
+    assert (outcome.step, outcome.features, outcome.valid_items()) == (1, "shapes's own", [0])
+    result = engine.explain(job.prompt, Rise(8), seed=1, num_steps=2)
+    np.testing.assert_allclose(outcome.results["rise"][0].saliency, result.maps["rise"][1], rtol=1e-4, atol=1e-4)
+    assert outcome.results["random"][0].curves.features.shape == (2, 17, 96)

@@ -1,4 +1,4 @@
-"""LIME against a peer that asks one sample at a time, its samples bit by bit, and images that are hard to divide."""
+"""LIME against a literal implementation, its samples bit by bit, and images that are hard to segment."""
 
 import dataclasses
 import json
@@ -30,8 +30,8 @@ C3 = 0.03**2 / 2
 IMAGES = [scene.image for scene in scenes(4, seed=3)]
 
 
-def mixing(x_t: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Mixes neighbours and channels, and depends on the prompt."""
+def mix(x_t: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """A prediction that mixes neighbours and channels and depends on the prompt."""
     mixed = torch.tanh(x_t.roll(1, 2) + 0.3 * x_t.roll(1, 3)) * x_t + 0.2 * x_t.flip(1)
     return mixed * (1 + number[:, None, None, None]) + 0.5 * number[:, None, None, None] * x_t.roll(2, 3)
 
@@ -42,8 +42,8 @@ def path_of(denoiser: Analytic, steps: int = 1, image: np.ndarray | None = None,
     return dataclasses.replace(denoiser.trajectory(latents, **settings), image=torch.from_numpy(image))
 
 
-def carried_literally(segments: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Count the pixels of each cell, whose centres are in it."""
+def downsample_labels_literally(segments: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The most frequent label of each cell, over the pixels whose centres lie in it."""
     inside: dict[tuple[int, int], Counter[int]] = {}
     rows, columns = (
         [int(Fraction(2 * at + 1, 2) / Fraction(size, cells)) for at in range(size)]
@@ -51,40 +51,42 @@ def carried_literally(segments: np.ndarray, shape: tuple[int, int]) -> np.ndarra
     )
     for (y, x), segment in np.ndenumerate(segments):
         inside.setdefault((rows[y], columns[x]), Counter())[int(segment)] += 1
-    most = {cell: max(sorted(count), key=lambda one, c=count: c[one]) for cell, count in inside.items()}
-    names = sorted(set(most.values()))
-    return np.array([[names.index(most[y, x]) for x in range(shape[1])] for y in range(shape[0])])
+    majority = {cell: max(sorted(count), key=lambda one, c=count: c[one]) for cell, count in inside.items()}
+    labels = sorted(set(majority.values()))
+    return np.array([[labels.index(majority[y, x]) for x in range(shape[1])] for y in range(shape[0])])
 
 
-def divided_literally(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def segment_literally(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     distance = 200.0
     while True:
-        found = carried_literally(quickshift(image, kernel_size=4, max_dist=distance, ratio=0.2), shape)
-        if len(np.unique(found)) >= 4:
-            return found
+        labels = downsample_labels_literally(quickshift(image, kernel_size=4, max_dist=distance, ratio=0.2), shape)
+        if len(np.unique(labels)) >= 4:
+            return labels
         distance /= 2
 
 
-def kept_literally(path: Trajectory, step: int, samples: int, count: int) -> np.ndarray:
-    """Philox, a word at a time: stream 3."""
+def sample_literally(path: Trajectory, step: int, samples: int, count: int) -> np.ndarray:
+    """Segments kept by each sample, from one Philox word at a time (stream 3)."""
     seed = path.job.mask_seed % 2**64
-    drawn = [[random_uint32_scalar(seed, step, n, j, 3) < 2**31 for j in range(count)] for n in range(1, samples)]
-    return np.array([[True] * count, *drawn])
+    samples_kept = [
+        [random_uint32_scalar(seed, step, n, j, 3) < 2**31 for j in range(count)] for n in range(1, samples)
+    ]
+    return np.array([[True] * count, *samples_kept])
 
 
-def structure_literally(a: np.ndarray, b: np.ndarray) -> float:
+def structure_term_literally(a: np.ndarray, b: np.ndarray) -> float:
     """(σ_ab + C3) / (σ_a σ_b + C3) over all pixels of a channel, mean over channels."""
-    each = []
+    per_channel = []
     for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
         covariance = ((x - x.mean()) * (y - y.mean())).mean()
-        each.append((covariance + C3) / (x.std() * y.std() + C3))
-    return float(np.mean(each))
+        per_channel.append((covariance + C3) / (x.std() * y.std() + C3))
+    return float(np.mean(per_channel))
 
 
-def regressed_literally(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def regress_literally(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Weighted ridge with an intercept, in closed form."""
-    everything = np.ones(kept.shape[1])
-    d = np.array([cosine(everything, row) if row.any() else 1.0 for row in kept.astype(np.float64)])
+    all_kept = np.ones(kept.shape[1])
+    d = np.array([cosine(all_kept, row) if row.any() else 1.0 for row in kept.astype(np.float64)])
     w = np.sqrt(np.exp(-(d**2) / 0.25**2))
     x = np.column_stack([kept, np.ones(len(kept))])
     penalty = np.diag([1.0] * kept.shape[1] + [0.0])
@@ -94,43 +96,48 @@ def regressed_literally(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def lime_literally(
     denoiser: Analytic, path: Trajectory, step: int, samples: int, target: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The map and the scores, a forward a sample."""
+    """The map and the scores, with one forward per sample."""
 
-    def ask(latent: torch.Tensor) -> np.ndarray:
+    def predict(latent: torch.Tensor) -> np.ndarray:
         t = torch.tensor([path.job.timesteps[step]])
-        given, without = (denoiser(latent[None], t, told)[0] for told in (path.prompt, path.negative))
-        guided = without + path.job.guidance * (given - without)
-        return {"conditional": given, "unconditional": without, "guided": guided}[target].numpy()
+        conditional, unconditional = (
+            denoiser(latent[None], t, condition)[0] for condition in (path.prompt, path.negative)
+        )
+        guided = unconditional + path.job.guidance * (conditional - unconditional)
+        return {"conditional": conditional, "unconditional": unconditional, "guided": guided}[target].numpy()
 
-    segments = divided_literally(path.image.numpy(), denoiser.latent_shape[1:])
-    kept = kept_literally(path, step, samples, int(segments.max()) + 1)
-    reference = ask(path.latents[step])
+    segments = segment_literally(path.image.numpy(), denoiser.latent_shape[1:])
+    kept = sample_literally(path, step, samples, int(segments.max()) + 1)
+    reference = predict(path.latents[step])
     scores = np.array(
-        [structure_literally(ask(path.latents[step] * torch.from_numpy(row[segments])), reference) for row in kept]
+        [
+            structure_term_literally(predict(path.latents[step] * torch.from_numpy(row[segments])), reference)
+            for row in kept
+        ]
     )
-    return regressed_literally(kept, scores)[segments], scores
+    return regress_literally(kept, scores)[segments], scores
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["conditional", "guided", "unconditional"])
-def test_lime_is_its_literal_peer(target: str) -> None:
-    denoiser = Analytic(mixing, (2, *SHAPE), batch_size=7)
+def test_lime_equals_its_literal_implementation(target: str) -> None:
+    denoiser = Analytic(mix, (2, *SHAPE), batch_size=7)
     path = path_of(denoiser, 2, guidance=3.0)
-    for found in Lime(25, target=target).explain(denoiser, [path]):
-        saliency, scores = lime_literally(denoiser, path, found.step, 25, target)
-        assert found.scores is not None
-        assert_close(found.scores.double(), torch.from_numpy(scores), **tolerance("similarity"))
-        # Coefficients are weighted means of scores, by sums of weights above 1: no farther off than these.
-        assert_close(found.saliency.double(), torch.from_numpy(saliency), **tolerance("similarity"))
-        assert (found.error, dict(found.layers), found.method) == (None, {}, "lime")
+    for step_map in Lime(25, target=target).explain(denoiser, [path]):
+        saliency, scores = lime_literally(denoiser, path, step_map.step, 25, target)
+        assert step_map.scores is not None
+        assert_close(step_map.scores.double(), torch.from_numpy(scores), **tolerance("similarity"))
+        # Coefficients are weighted means of scores, so their error is at most that of the scores.
+        assert_close(step_map.saliency.double(), torch.from_numpy(saliency), **tolerance("similarity"))
+        assert (step_map.error, dict(step_map.layers), step_map.method) == (None, {}, "lime")
 
 
 def test_the_regression_is_a_weighted_ridge_with_an_intercept() -> None:
     generator = np.random.default_rng(0)
     kept, scores = generator.random((50, 6)) < 0.5, generator.normal(3, 1, 50)
     kept[0], kept[1] = True, False
-    assert_close(Lime().regress(kept, scores), regressed_literally(kept, scores), rtol=1e-9, atol=1e-9)
-    # Its settings: by another width all samples weigh the same, and of much ridge nothing is left.
+    assert_close(Lime().regress(kept, scores), regress_literally(kept, scores), rtol=1e-9, atol=1e-9)
+    # A wide kernel gives all samples the same weight, and a large penalty shrinks the coefficients to zero.
     flat, x = Lime(width=1e6, alpha=1e-9).regress(kept, scores), np.column_stack([kept, np.ones(50)])
     assert_close(flat, np.linalg.lstsq(x, scores)[0][:-1], rtol=1e-6, atol=1e-6)
     assert np.abs(Lime(alpha=1e9).regress(kept, scores)).max() < 1e-6
@@ -140,42 +147,43 @@ def test_the_regression_is_a_weighted_ridge_with_an_intercept() -> None:
     ("image", "shape"),
     [((7, 9), (3, 2)), ((8, 8), (2, 4)), ((5, 5), (5, 5)), ((5, 7), (3, 4)), ((64, 64), (6, 5)), ((3, 1), (1, 1))],
 )
-def test_segments_are_carried_by_majority(image: tuple[int, int], shape: tuple[int, int]) -> None:
+def test_segments_are_downsampled_by_majority(image: tuple[int, int], shape: tuple[int, int]) -> None:
     for seed in range(5):
-        # Few and many segments: with three, cells are full of ties.
+        # Few and many segments: with three, most cells have ties.
         segments = np.random.default_rng(seed).integers(0, 3 + 20 * seed, image)
-        np.testing.assert_array_equal(downsample_labels(segments, shape), carried_literally(segments, shape))
+        np.testing.assert_array_equal(downsample_labels(segments, shape), downsample_labels_literally(segments, shape))
 
 
-def test_carried_by_hand() -> None:
-    # Five columns on three cells, by their centres: 2, 1 and 2. Segment 7 wins nowhere and leaves no number free.
+def test_downsampled_labels_by_hand() -> None:
+    # Five columns fall into three cells by their centres: 2, 1 and 2.
     np.testing.assert_array_equal(downsample_labels(np.array([[3, 3, 9, 5, 5]]), (1, 3)), [[0, 2, 1]])
+    # Segment 7 has no majority in any cell, and the remaining labels are consecutive.
     np.testing.assert_array_equal(downsample_labels(np.array([[3, 7, 7, 9], [3, 3, 9, 9]]), (1, 2)), [[0, 1]])
 
 
-def test_the_distance_is_halved_until_the_latent_has_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict] = []
-    # Quarters; five segments, of which four cells of the latent show three; one.
+def test_the_distance_is_halved_until_the_latent_has_four_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict] = []
+    # Four quarters; five segments of which three survive in the latent's four cells; one segment.
     quarters = np.arange(4).reshape(2, 2).repeat(4, 0).repeat(4, 1)
     hidden = np.minimum(quarters, 2)
     hidden[0, 0], hidden[7, 7] = 3, 4
     answers = {200.0: np.zeros((8, 8), int), 100.0: hidden, 50.0: quarters}
 
-    def divide(image: np.ndarray, **given: Any) -> np.ndarray:
-        asked.append(given)
-        return answers[given["max_dist"]]
+    def fake_quickshift(image: np.ndarray, **options: Any) -> np.ndarray:
+        calls.append(options)
+        return answers[options["max_dist"]]
 
-    monkeypatch.setattr("skimage.segmentation.quickshift", divide)
-    found = Lime().segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
-    np.testing.assert_array_equal(found, [[0, 1], [2, 3]])
-    assert asked == [{"kernel_size": 4, "max_dist": distance, "ratio": 0.2} for distance in (200, 100, 50)]
+    monkeypatch.setattr("skimage.segmentation.quickshift", fake_quickshift)
+    segments = Lime().segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
+    np.testing.assert_array_equal(segments, [[0, 1], [2, 3]])
+    assert calls == [{"kernel_size": 4, "max_dist": distance, "ratio": 0.2} for distance in (200, 100, 50)]
     monkeypatch.setitem(answers, 7.0, quarters)
     Lime(kernel_size=2, max_distance=7, ratio=0.9).segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
-    assert asked[-1] == {"kernel_size": 2, "max_dist": 7, "ratio": 0.9}
+    assert calls[-1] == {"kernel_size": 2, "max_dist": 7, "ratio": 0.9}
 
 
 @pytest.mark.parametrize(
-    ("image", "shape", "least"),
+    ("image", "shape", "min_segments"),
     [
         ((64, 64), (16, 16), 4),
         ((16, 16), (4, 4), 4),
@@ -187,94 +195,96 @@ def test_the_distance_is_halved_until_the_latent_has_four(monkeypatch: pytest.Mo
         ((1, 1), (1, 1), 1),
     ],
 )
-def test_a_constant_image_is_divided(image: tuple[int, int], shape: tuple[int, int], least: int) -> None:
+def test_a_constant_image_is_segmented(image: tuple[int, int], shape: tuple[int, int], min_segments: int) -> None:
     segments = Lime().segment(np.full((*image, 3), 128, np.uint8), shape)
     assert segments.shape == shape
     assert np.unique(segments).tolist() == list(range(int(segments.max()) + 1))
-    assert segments.max() + 1 >= least
-    denoiser = Analytic(mixing, (1, *shape))
-    (found,) = Lime(10).explain(denoiser, [path_of(denoiser, image=np.full((*image, 3), 128, np.uint8))])
-    assert found.saliency.isfinite().all()
+    assert segments.max() + 1 >= min_segments
+    denoiser = Analytic(mix, (1, *shape))
+    (step_map,) = Lime(10).explain(denoiser, [path_of(denoiser, image=np.full((*image, 3), 128, np.uint8))])
+    assert step_map.saliency.isfinite().all()
 
 
 @pytest.mark.slow
-def test_images_of_few_segments_are_divided_as_the_peer_does() -> None:
+def test_images_with_few_segments_are_segmented_like_the_literal_implementation() -> None:
     for image in (*IMAGES[1:3], np.full((20, 30, 3), 9, np.uint8)):
         for shape in ((2, 2), (3, 7)):
-            np.testing.assert_array_equal(Lime().segment(image, shape), divided_literally(image, shape))
+            np.testing.assert_array_equal(Lime().segment(image, shape), segment_literally(image, shape))
 
 
 @pytest.mark.slow
-def test_samples_are_drawn_by_counter_and_the_first_keeps_everything() -> None:
-    seen: list[torch.Tensor] = []
+def test_samples_are_counter_based_and_the_first_keeps_all_segments() -> None:
+    inputs: list[torch.Tensor] = []
 
-    def see(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        seen.append(x_t[:, 0].clone())
+    def record_input(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        inputs.append(x_t[:, 0].clone())
         return x_t
 
-    denoiser = Analytic(see, (2, *SHAPE), batch_size=8)
+    denoiser = Analytic(record_input, (2, *SHAPE), batch_size=8)
     paths = [
         dataclasses.replace(denoiser.trajectory(torch.ones(2, 2, *SHAPE), seed=seed), image=torch.from_numpy(image))
         for seed, image in ((0, IMAGES[0]), (2**40 + 1, IMAGES[1]))
     ]
     list(Lime(13).explain(denoiser, paths))
-    masks = torch.cat(seen[1:])  # behind the references
+    masks = torch.cat(inputs[1:])  # after the references
     assert len(masks) == 56
     assert not masks[52:].any()
     for row, mask in enumerate(masks[:52].reshape(4, 13, *SHAPE)):
         path, step = paths[row // 2], row % 2
-        segments = divided_literally(path.image.numpy(), SHAPE)
-        kept = kept_literally(path, step, 13, int(segments.max()) + 1)
+        segments = segment_literally(path.image.numpy(), SHAPE)
+        kept = sample_literally(path, step, 13, int(segments.max()) + 1)
         np.testing.assert_array_equal(mask.numpy(), kept[:, segments])
         assert mask[0].all()
 
 
-def everything(batch_size: int, items: list[int], done: set[tuple[int, int]] | None = None, most: int = 10**6) -> dict:
-    """Maps and scores by (image, step); images differ in how many segments they have."""
+def explain_all(
+    batch_size: int, items: list[int], done: set[tuple[int, int]] | None = None, max_batch: int = 10**6
+) -> dict:
+    """Maps and scores by (image, step). The images differ in their number of segments."""
 
     def answer(x_t: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        if len(x_t) > most:
+        if len(x_t) > max_batch:
             raise torch.OutOfMemoryError("out of memory")
-        return mixing(x_t, number)
+        return mix(x_t, number)
 
     denoiser = Analytic(answer, (2, *SHAPE), batch_size=batch_size)
     paths = [path_of(denoiser, 3, IMAGES[item], seed=item) for item in items]
-    found = list(Lime(20).explain(denoiser, paths, done or set()))
-    assert len({(m.item, m.step) for m in found}) == len(found)
-    if most < batch_size:
-        assert denoiser.batch_size <= most
-    return {(items[m.item], m.step): m for m in found}
+    step_maps = list(Lime(20).explain(denoiser, paths, done or set()))
+    assert len({(m.item, m.step) for m in step_maps}) == len(step_maps)
+    if max_batch < batch_size:
+        assert denoiser.batch_size <= max_batch
+    return {(items[m.item], m.step): m for m in step_maps}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("batch_size", "items", "most"),
+    ("batch_size", "items", "max_batch"),
     [(1, [0, 1, 2], 99), (7, [0, 1, 2], 99), (1000, [0, 1, 2], 1000), (16, [2, 0, 1], 5), (16, [1], 99)],
 )
-def test_maps_do_not_depend_on_their_batch(batch_size: int, items: list[int], most: int) -> None:
-    whole = everything(16, [0, 1, 2])
-    counts = {int(divided_literally(image, SHAPE).max()) for image in IMAGES[:3]}
+def test_maps_do_not_depend_on_the_batch(batch_size: int, items: list[int], max_batch: int) -> None:
+    expected = explain_all(16, [0, 1, 2])
+    counts = {int(segment_literally(image, SHAPE).max()) for image in IMAGES[:3]}
     assert len(counts) > 1
-    found = everything(batch_size, items, most=most)
-    assert set(found) == {(item, step) for item in items for step in range(3)}
-    for key, one in found.items():
-        assert_close(one.scores, whole[key].scores, rtol=1e-6, atol=1e-6)
-        assert_close(one.saliency, whole[key].saliency, rtol=1e-5, atol=1e-6)
+    maps = explain_all(batch_size, items, max_batch=max_batch)
+    assert set(maps) == {(item, step) for item in items for step in range(3)}
+    for key, one in maps.items():
+        assert_close(one.scores, expected[key].scores, rtol=1e-6, atol=1e-6)
+        assert_close(one.saliency, expected[key].saliency, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_what_is_done_is_left_out_and_the_rest_is_the_same_to_the_bit() -> None:
-    whole, rest = everything(16, [0, 1]), everything(16, [0, 1], done={(0, 0), (0, 2), (1, 1)})
-    assert set(rest) == {(0, 1), (1, 0), (1, 2)}
-    for key, one in rest.items():
-        assert torch.equal(one.saliency, whole[key].saliency)
-        assert torch.equal(one.scores, whole[key].scores)
-    denoiser = Analytic(mixing, (2, *SHAPE))
+def test_completed_maps_are_skipped_and_the_others_are_bit_identical() -> None:
+    complete, remaining = explain_all(16, [0, 1]), explain_all(16, [0, 1], done={(0, 0), (0, 2), (1, 1)})
+    assert set(remaining) == {(0, 1), (1, 0), (1, 2)}
+    for key, one in remaining.items():
+        assert torch.equal(one.saliency, complete[key].saliency)
+        assert torch.equal(one.scores, complete[key].scores)
+    denoiser = Analytic(mix, (2, *SHAPE))
     assert list(Lime(5).explain(denoiser, [path_of(denoiser)], {(0, 0)})) == []
     assert denoiser.batches == []
 
 
-def test_a_prediction_that_is_not_finite_leaves_its_own_map_empty() -> None:
+def test_a_non_finite_prediction_affects_only_its_own_map() -> None:
     def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         overflows = (x_t[:, :1, :1, :1] == 0) & (x_t[:, :1, 5:, 4:] != 0)
         return torch.where(overflows, torch.inf, x_t)
@@ -291,7 +301,7 @@ def test_a_prediction_that_is_not_finite_leaves_its_own_map_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("settings", "message"),
     [
         ({"num_samples": 1}, "1 samples .* at least 2"),
         ({"num_samples": 2**25}, "33554432 samples .* at most"),
@@ -304,12 +314,12 @@ def test_a_prediction_that_is_not_finite_leaves_its_own_map_empty() -> None:
         ({"target": "both"}, "target 'both' .* conditional, guided, unconditional"),
     ],
 )
-def test_settings_that_are_not_possible(wrong: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Lime(**wrong)
+def test_invalid_settings_are_rejected(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lime(**settings)
 
 
-def test_settings_are_plain_numbers_and_come_back() -> None:
+def test_settings_are_plain_numbers_and_survive_a_round_trip() -> None:
     lime = Lime(7, kernel_size=3, width=np.float64(0.5), target="guided", name="other")
     assert {type(value) for value in dataclasses.asdict(lime).values()} == {int, float, str}
     assert rebuild(json.loads(json.dumps(describe(lime)))) == lime
@@ -322,29 +332,29 @@ def engine() -> Engine:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, 2])
-def test_a_run_in_a_file_is_gone_on_with_to_the_bit(engine: Engine, tmp_path: Path, cut: int) -> None:
-    prompt, lime, seen = "a red circle on a gray background", Lime(6), list[StepMap]()
-    whole = engine.explain(prompt, lime, num_steps=3)
+@pytest.mark.parametrize("num_maps", [1, 2])
+def test_resuming_an_interrupted_run_gives_identical_bits(engine: Engine, tmp_path: Path, num_maps: int) -> None:
+    prompt, lime, step_maps = "a red circle on a gray background", Lime(6), list[StepMap]()
+    uninterrupted = engine.explain(prompt, lime, num_steps=3)
 
-    def until(last: int) -> Callable[[Any], None]:
-        def watch(event: Any) -> None:
+    def interrupt_after(limit: int) -> Callable[[Any], None]:
+        def on_event(event: Any) -> None:
             if isinstance(event, StepMap):
-                seen.append(event)
-                if len(seen) == last:
+                step_maps.append(event)
+                if len(step_maps) == limit:
                     raise KeyboardInterrupt
 
-        return watch
+        return on_event
 
     with pytest.raises(KeyboardInterrupt):
-        engine.explain(prompt, lime, num_steps=3, out=tmp_path / "run.h5", on_event=until(cut))
-    engine.explain(prompt, lime, num_steps=3, out=tmp_path / "run.h5", on_event=until(99))
-    assert [one.step for one in seen] == [0, 1, 2]
+        engine.explain(prompt, lime, num_steps=3, out=tmp_path / "run.h5", on_event=interrupt_after(num_maps))
+    engine.explain(prompt, lime, num_steps=3, out=tmp_path / "run.h5", on_event=interrupt_after(99))
+    assert [one.step for one in step_maps] == [0, 1, 2]
     with dfengine.open(tmp_path / "run.h5") as run:
         (item,) = run
         assert item.settings["lime"] == lime
-        np.testing.assert_array_equal(item.maps["lime"], whole.maps["lime"])
-        np.testing.assert_array_equal(item.scores["lime"], whole.scores["lime"])
-        np.testing.assert_array_equal(item.scores["lime"], np.stack([one.scores for one in seen]))
+        np.testing.assert_array_equal(item.maps["lime"], uninterrupted.maps["lime"])
+        np.testing.assert_array_equal(item.scores["lime"], uninterrupted.scores["lime"])
+        np.testing.assert_array_equal(item.scores["lime"], np.stack([one.scores for one in step_maps]))
         assert np.isfinite(np.asarray(item.scores["lime"])).all()
         assert "lime" not in item.errors

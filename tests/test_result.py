@@ -1,4 +1,4 @@
-"""Heat maps against SciPy and by hand; labels, forms, plots, notebook view and dataset of a result."""
+"""Results: heat maps against SciPy and by hand; labels, forms, plots, HTML and xarray datasets."""
 
 import base64
 import dataclasses
@@ -24,7 +24,7 @@ from dfengine.result import COMBINED, as_call, heatmap, model_name
 from dfengine.tokens import Tokens
 
 
-def result(maps: np.ndarray) -> Result:
+def make_result(maps: np.ndarray) -> Result:
     steps = len(maps)
     return Result(
         prompt="a red circle",
@@ -52,25 +52,25 @@ def test_a_constant_map_is_zeros() -> None:
     assert (heatmap(np.full((2, 3), 0.7, np.float32), (8, 12)) == 0).all()
 
 
-def test_a_step_is_drawn_at_the_size_of_the_image() -> None:
+def test_the_heat_map_of_a_step_has_the_size_of_the_image() -> None:
     maps = np.random.default_rng(0).normal(size=(3, 2, 3)).astype(np.float32)
-    heat = result(maps).heatmap("rise", step=-1)
-    np.testing.assert_array_equal(heat, heatmap(maps[2], (8, 12)))
-    assert heat.dtype == np.float32
+    drawn_map = make_result(maps).heatmap("rise", step=-1)
+    np.testing.assert_array_equal(drawn_map, heatmap(maps[2], (8, 12)))
+    assert drawn_map.dtype == np.float32
 
 
-def test_what_is_not_there_is_named() -> None:
+def test_missing_methods_and_steps_are_named() -> None:
     maps = np.full((3, 2, 3), np.nan, np.float32)
     with pytest.raises(ValueError, match="no map 'cam': expected one of rise"):
-        result(maps).heatmap("cam", 0)
+        make_result(maps).heatmap("cam", 0)
     with pytest.raises(ValueError, match=r"step 3 is outside \[0, 2\]"):
-        result(maps).heatmap("rise", 3)
+        make_result(maps).heatmap("rise", 3)
     with pytest.raises(ValueError, match="step 1 of 'rise' is not computed yet"):
-        result(maps).heatmap("rise", 1)
+        make_result(maps).heatmap("rise", 1)
 
 
-def whole() -> Result:
-    """A result of every kind of map, three steps of 4×6 latents and 8×12 images, with values of their own."""
+def complete_result() -> Result:
+    """A result with every kind of map and random values: three steps, 4×6 latents, 8×12 images."""
     random = np.random.default_rng(0)
 
     def values(*shape: int) -> np.ndarray:
@@ -111,19 +111,26 @@ def whole() -> Result:
     )
 
 
-def test_labels_and_forms_are_those_of_the_explainers_or_follow_from_the_maps() -> None:
-    assert [whole().label(name) for name in ("rise", "attention")] == ["DF-RISE", "attention"]
-    assert [whole().form(name) for name in whole().maps] == ["saliency", "layers", "tokens", "words"]
-    undeclared = dataclasses.replace(whole(), labels={}, forms={})
+def test_labels_and_forms_come_from_the_explainers_or_the_maps() -> None:
+    assert [complete_result().label(name) for name in ("rise", "attention")] == ["DF-RISE", "attention"]
+    assert [complete_result().form(name) for name in complete_result().maps] == [
+        "saliency",
+        "layers",
+        "tokens",
+        "words",
+    ]
+    undeclared = dataclasses.replace(complete_result(), labels={}, forms={})
     assert [undeclared.label(name) for name in undeclared.maps] == ["rise", "cam", "relevance", "attention"]
     assert [undeclared.form(name) for name in undeclared.maps] == ["saliency", "layers", "saliency", "saliency"]
 
 
-def test_methods_with_the_same_label_are_named_too() -> None:
-    rise = whole().maps["rise"]
+def test_equal_labels_are_extended_with_the_method_name() -> None:
+    rise = complete_result().maps["rise"]
     labels = {"few": "DF-RISE", "many": "DF-RISE", "cam": "DF-CAM"}
-    result = dataclasses.replace(whole(), maps=dict.fromkeys(labels, rise), labels=labels, forms={}, previews=None)
-    assert [name.partition(",")[0] for name in pictures(result._repr_html_())][1::3] == [
+    make_result = dataclasses.replace(
+        complete_result(), maps=dict.fromkeys(labels, rise), labels=labels, forms={}, previews=None
+    )
+    assert [name.partition(",")[0] for name in pictures(make_result._repr_html_())][1::3] == [
         "DF-RISE (few)",
         "DF-RISE (many)",
         "DF-CAM",
@@ -131,33 +138,33 @@ def test_methods_with_the_same_label_are_named_too() -> None:
 
 
 def pictures(html: str) -> dict[str, np.ndarray]:
-    """The pictures in the text, by what they are called."""
-    found = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)"[^>]*? alt="([^"]+)"', html)
-    return {name: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, name in found}
+    """The pictures embedded in the text, by their alternative texts."""
+    matches = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)"[^>]*? alt="([^"]+)"', html)
+    return {name: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, name in matches}
 
 
-def test_it_tells_of_itself_in_a_line() -> None:
-    told = "Result(\"a <b> & 'c'\", seed 7, shapes: 3 steps; rise, cam (3 layers), relevance, attention)"
-    assert repr(whole()) == told
-    long = dataclasses.replace(whole(), prompt="word " * 100, maps={})
+def test_repr_is_one_line() -> None:
+    expected = "Result(\"a <b> & 'c'\", seed 7, shapes: 3 steps; rise, cam (3 layers), relevance, attention)"
+    assert repr(complete_result()) == expected
+    long = dataclasses.replace(complete_result(), prompt="word " * 100, maps={})
     assert repr(long) == f"Result('{'word ' * 15}…', seed 7, shapes: 3 steps; no maps)"
 
 
-def test_html_has_the_pictures_as_they_are() -> None:
-    shown, made = pictures(whole()._repr_html_()), whole()
+def test_html_contains_the_image_previews_and_heat_maps() -> None:
+    images, result = pictures(complete_result()._repr_html_()), complete_result()
     steps = ("step 0", "step 1", "step 2")
     rows = ("predicted x0", "DF-RISE", "DF-CAM", "relevance", "attention")
     names = [f"{row}, {step}" for row in rows for step in steps]
-    assert list(shown) == ["image", *names]
-    np.testing.assert_array_equal(shown["image"], made.image)
-    np.testing.assert_array_equal(shown["predicted x0, step 1"], made.previews[1])
-    grey = (made.previews[2] / 255 @ [0.299, 0.587, 0.114])[..., None]
-    colour = matplotlib.colormaps["inferno"](heatmap(made.maps["cam"][COMBINED][2], (8, 12)))[..., :3]
-    np.testing.assert_allclose(shown["DF-CAM, step 2"], (0.4 * grey + 0.6 * colour) * 255, atol=0.51)
+    assert list(images) == ["image", *names]
+    np.testing.assert_array_equal(images["image"], result.image)
+    np.testing.assert_array_equal(images["predicted x0, step 1"], result.previews[1])
+    grey = (result.previews[2] / 255 @ [0.299, 0.587, 0.114])[..., None]
+    colour = matplotlib.colormaps["inferno"](heatmap(result.maps["cam"][COMBINED][2], (8, 12)))[..., :3]
+    np.testing.assert_allclose(images["DF-CAM, step 2"], (0.4 * grey + 0.6 * colour) * 255, atol=0.51)
 
 
-def test_html_tells_what_it_is_of() -> None:
-    html = whole()._repr_html_()
+def test_html_lists_prompt_model_sizes_and_settings() -> None:
+    html = complete_result()._repr_html_()
     rows = dict(re.findall(r"<tr><th[^>]*>(.*?)</th><td[^>]*>(.*?)</td></tr>", html.partition("</table>")[0]))
     assert rows["prompt"] == "a &lt;b&gt; &amp; &#x27;c&#x27;"
     assert (rows["seed"], rows["model"], rows["steps"]) == ("7", "shapes", "3: t = 900 … 100")
@@ -171,35 +178,40 @@ def test_html_tells_what_it_is_of() -> None:
     assert not re.search(r"(?<!-)(color|background)\s*:", html)
 
 
-def test_html_has_five_steps_that_are_computed() -> None:
+def test_html_shows_five_of_the_computed_steps() -> None:
     maps = np.random.default_rng(0).random((12, 2, 3), np.float32)
     maps[9:] = np.nan
-    html = result(maps)._repr_html_()
+    html = make_result(maps)._repr_html_()
     assert list(pictures(html)) == ["image", *(f"rise, step {step}" for step in (0, 2, 4, 6, 8))]
     assert "9 of 12 maps" in html
 
 
-def test_html_of_what_is_not_all_there() -> None:
-    maps = {"rise": np.full((3, 4, 6), np.nan, np.float32), "lime": whole().maps["rise"].copy()}
+def test_html_of_a_partial_result() -> None:
+    maps = {"rise": np.full((3, 4, 6), np.nan, np.float32), "lime": complete_result().maps["rise"].copy()}
     maps["lime"][1:] = np.nan
     maps["lime"][0, 0, 0] = np.nan
-    some = dataclasses.replace(whole(), maps=maps, previews=None, settings={"lime": "a function"})._repr_html_()
-    assert list(pictures(some)) == ["image", "lime, step 0"]
-    assert some.count("not computed") == 1
-    none = dataclasses.replace(whole(), maps={}, settings={})
-    assert list(pictures(none._repr_html_())) == ["image", *(f"predicted x0, step {step}" for step in (0, 1, 2))]
-    assert list(pictures(dataclasses.replace(none, previews=None)._repr_html_())) == ["image"]
+    partial = dataclasses.replace(
+        complete_result(), maps=maps, previews=None, settings={"lime": "a function"}
+    )._repr_html_()
+    assert list(pictures(partial)) == ["image", "lime, step 0"]
+    assert partial.count("not computed") == 1
+    without_maps = dataclasses.replace(complete_result(), maps={}, settings={})
+    assert list(pictures(without_maps._repr_html_())) == [
+        "image",
+        *(f"predicted x0, step {step}" for step in (0, 1, 2)),
+    ]
+    assert list(pictures(dataclasses.replace(without_maps, previews=None)._repr_html_())) == ["image"]
 
 
 @pytest.mark.slow
 def test_html_shrinks_large_pictures_and_magnifies_small_ones() -> None:
-    large = dataclasses.replace(whole(), image=np.zeros((600, 900, 3), np.uint8), previews=None)._repr_html_()
-    assert {picture.shape for picture in pictures(large).values()} == {(128, 192, 3), (85, 128, 3)}
-    assert "pixelated" not in large
-    assert whole()._repr_html_().count('width="120" height="80"') == 15
+    html = dataclasses.replace(complete_result(), image=np.zeros((600, 900, 3), np.uint8), previews=None)._repr_html_()
+    assert {picture.shape for picture in pictures(html).values()} == {(128, 192, 3), (85, 128, 3)}
+    assert "pixelated" not in html
+    assert complete_result()._repr_html_().count('width="120" height="80"') == 15
 
 
-def test_an_item_of_a_file_shows_itself_as_far_as_it_is(tmp_path: Path) -> None:
+def test_html_of_a_stored_item_shows_what_is_computed(tmp_path: Path) -> None:
     with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
         with dfengine.open(tmp_path / "run.part.h5") as run:
             assert "not generated yet" in run[0]._repr_html_()
@@ -216,7 +228,7 @@ def test_an_item_of_a_file_shows_itself_as_far_as_it_is(tmp_path: Path) -> None:
     assert "not readable" in item._repr_html_()
 
 
-def test_a_run_folder_tells_of_itself_in_a_line(tmp_path: Path) -> None:
+def test_repr_of_a_run_folder(tmp_path: Path) -> None:
     with store.Folder(tmp_path / "run").segment("u0", PLAN) as writer:
         fill(writer)
     with dfengine.open(tmp_path / "run") as run:
@@ -224,15 +236,15 @@ def test_a_run_folder_tells_of_itself_in_a_line(tmp_path: Path) -> None:
         assert len(pictures(run[0]._repr_html_())) == 1 + 3 * 3
 
 
-def drawn(figure: matplotlib.figure.Figure) -> np.ndarray:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return np.asarray(Image.open(file))
+def rendered(figure: matplotlib.figure.Figure) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return np.asarray(Image.open(buffer))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("given", "form"),
+    ("options", "draw"),
     [
         ({}, lambda one: figures.strip(one, "rise")),
         ({"method": "rise", "steps": [0, 2]}, lambda one: figures.strip(one, "rise", [0, 2])),
@@ -245,13 +257,13 @@ def drawn(figure: matplotlib.figure.Figure) -> np.ndarray:
         ({"method": "attention"}, figures.attention),
     ],
 )
-def test_a_plot_is_the_figure_of_its_form(given, form) -> None:
-    shown = np.asarray(Image.open(io.BytesIO(whole().plot(**given)._repr_png_())))
-    np.testing.assert_array_equal(shown, drawn(form(whole())))
+def test_plot_draws_the_figure_of_the_form(options, draw) -> None:
+    plotted = np.asarray(Image.open(io.BytesIO(complete_result().plot(**options)._repr_png_())))
+    np.testing.assert_array_equal(plotted, rendered(draw(complete_result())))
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"method": "lime"}, "there is no map 'lime': expected one of rise, cam"),
         ({"method": "rise", "words": ["c"]}, "the figure of 'rise' takes no words: layers are for"),
@@ -260,62 +272,68 @@ def test_a_plot_is_the_figure_of_its_form(given, form) -> None:
         ({"steps": [3]}, "step 3 is outside"),
     ],
 )
-def test_a_plot_that_is_not_possible(given, message) -> None:
+def test_invalid_plot_options_are_rejected(options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        whole().plot(**given)
+        complete_result().plot(**options)
 
 
-def test_a_plot_of_nothing() -> None:
+def test_a_result_without_maps_cannot_be_plotted() -> None:
     with pytest.raises(ValueError, match="there is no map '': expected one of none"):
-        dataclasses.replace(whole(), maps={}).plot()
+        dataclasses.replace(complete_result(), maps={}).plot()
 
 
 @pytest.mark.slow
 def test_to_xarray_has_every_array_by_name(tmp_path: Path) -> None:
-    made, held = whole(), whole().to_xarray()
-    np.testing.assert_array_equal(held.saliency.sel({"method": "cam"}).isel(step=1), made.maps["cam"][COMBINED][1])
-    np.testing.assert_array_equal(held.error.sel({"method": "rise"}), made.errors["rise"])
-    assert np.isnan(held.error.sel({"method": "attention"})).all()
-    np.testing.assert_array_equal(held.score.sel({"method": "rise"}), made.scores["rise"])
-    np.testing.assert_array_equal(held.relevance.sel(token="b"), made.relevance[2])
-    np.testing.assert_array_equal(held.heat.sel(word="c"), made.word_maps[2])
-    np.testing.assert_array_equal(held.cam_4x6.sel({"layer_4x6": "up.0"}), made.maps["cam"]["up.0"])
-    np.testing.assert_array_equal(held.cam_2x3.sel({"layer_2x3": "mid"}), made.maps["cam"]["mid"])
-    assert held.cam_2x3.dims == ("layer_2x3", "step", "u_2x3", "v_2x3")
-    np.testing.assert_array_equal(held.preview.isel(step=2), made.previews[2])
-    np.testing.assert_array_equal(held.latent, made.latents)
-    np.testing.assert_array_equal(held.epsilon, made.epsilon)
-    assert held.epsilon.dims == ("step", "channel", "y", "x")
-    assert (held.attrs["prompt"], held.attrs["seed"], held.attrs["model"]) == (made.prompt, 7, "shapes")
-    settings = json.loads(held.attrs["settings"])
+    result, dataset = complete_result(), complete_result().to_xarray()
+    np.testing.assert_array_equal(dataset.saliency.sel({"method": "cam"}).isel(step=1), result.maps["cam"][COMBINED][1])
+    np.testing.assert_array_equal(dataset.error.sel({"method": "rise"}), result.errors["rise"])
+    assert np.isnan(dataset.error.sel({"method": "attention"})).all()
+    np.testing.assert_array_equal(dataset.score.sel({"method": "rise"}), result.scores["rise"])
+    np.testing.assert_array_equal(dataset.relevance.sel(token="b"), result.relevance[2])
+    np.testing.assert_array_equal(dataset.heat.sel(word="c"), result.word_maps[2])
+    np.testing.assert_array_equal(dataset.cam_4x6.sel({"layer_4x6": "up.0"}), result.maps["cam"]["up.0"])
+    np.testing.assert_array_equal(dataset.cam_2x3.sel({"layer_2x3": "mid"}), result.maps["cam"]["mid"])
+    assert dataset.cam_2x3.dims == ("layer_2x3", "step", "u_2x3", "v_2x3")
+    np.testing.assert_array_equal(dataset.preview.isel(step=2), result.previews[2])
+    np.testing.assert_array_equal(dataset.latent, result.latents)
+    np.testing.assert_array_equal(dataset.epsilon, result.epsilon)
+    assert dataset.epsilon.dims == ("step", "channel", "y", "x")
+    assert (dataset.attrs["prompt"], dataset.attrs["seed"], dataset.attrs["model"]) == (result.prompt, 7, "shapes")
+    settings = json.loads(dataset.attrs["settings"])
     assert (settings["rise"]["explainer"], settings["rise"]["num_masks"]) == ("Rise", 5)
-    held.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
-    with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as read:
-        assert read.load().identical(held)
+    dataset.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
+    with xarray.open_dataset(tmp_path / "result.nc", engine="h5netcdf") as loaded:
+        assert loaded.load().identical(dataset)
 
 
-def test_to_xarray_names_what_a_file_names(tmp_path: Path) -> None:
+def test_to_xarray_uses_the_names_of_a_run_dataset(tmp_path: Path) -> None:
     methods = (*PLAN.methods, store.Method("cam", {"explainer": "Cam"}, has_layers=True))
     with store.Writer.create(tmp_path / "run.h5", dataclasses.replace(PLAN, methods=methods)) as writer:
         fill(writer)
     with dfengine.open(tmp_path / "run.h5") as run:
-        of_all, of_one, cam = run.to_xarray().isel(item=0), run[0].to_xarray(), run[0].cam["mid"][...]
-    for name, values in of_all.drop_vars("done").data_vars.items():
-        assert of_one[name].dims == values.dims
-        np.testing.assert_array_equal(of_one[name], values)
-        assert of_one[name].attrs == values.attrs
-    assert set(of_one.data_vars) - set(of_all.data_vars) == {"preview", "latent", "epsilon", "cam_5x6", "cam_3x3"}
-    assert of_one.method.values.tolist() == ["rise", "random", "cam"]
-    np.testing.assert_array_equal(of_one.cam_3x3[0], cam)
-    one = of_one.attrs
-    assert (one["prompt"], one["seed"]) == ("a red circle", 1)
-    assert "negative_prompt" not in one
+        run_dataset, item_dataset, cam = run.to_xarray().isel(item=0), run[0].to_xarray(), run[0].cam["mid"][...]
+    for name, values in run_dataset.drop_vars("done").data_vars.items():
+        assert item_dataset[name].dims == values.dims
+        np.testing.assert_array_equal(item_dataset[name], values)
+        assert item_dataset[name].attrs == values.attrs
+    assert set(item_dataset.data_vars) - set(run_dataset.data_vars) == {
+        "preview",
+        "latent",
+        "epsilon",
+        "cam_5x6",
+        "cam_3x3",
+    }
+    assert item_dataset.method.values.tolist() == ["rise", "random", "cam"]
+    np.testing.assert_array_equal(item_dataset.cam_3x3[0], cam)
+    attributes = item_dataset.attrs
+    assert (attributes["prompt"], attributes["seed"]) == ("a red circle", 1)
+    assert "negative_prompt" not in attributes
 
 
-def test_to_xarray_of_the_least_there_is(tmp_path: Path) -> None:
-    least = result(np.zeros((2, 2, 3), np.float32))
-    assert set(least.to_xarray()) == {"rgb", "timestep", "signal", "noise", "latent", "epsilon", "saliency"}
-    assert "saliency" not in dataclasses.replace(least, maps={}).to_xarray()
+def test_to_xarray_of_a_minimal_result(tmp_path: Path) -> None:
+    minimal = make_result(np.zeros((2, 2, 3), np.float32))
+    assert set(minimal.to_xarray()) == {"rgb", "timestep", "signal", "noise", "latent", "epsilon", "saliency"}
+    assert "saliency" not in dataclasses.replace(minimal, maps={}).to_xarray()
     writer, part = store.Writer.create(tmp_path / "run.h5", PLAN), tmp_path / "run.part.h5"
     with writer, dfengine.open(part) as run, pytest.raises(store.StoreError, match="item 1 has no trajectory yet"):
         run[1].to_xarray()
@@ -324,24 +342,24 @@ def test_to_xarray_of_the_least_there_is(tmp_path: Path) -> None:
 def test_to_xarray_without_xarray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(ValueError, match=r"pip install 'dfengine\[xarray\]'"):
-        whole().to_xarray()
+        complete_result().to_xarray()
 
 
-def test_what_is_not_finite_is_nan_and_its_neighbourhood_alone() -> None:
+def test_only_the_neighbourhood_of_non_finite_values_is_nan() -> None:
     saliency = np.array([[1.0, np.inf], [3.0, 2.0], [2.0, 1.0], [1.0, 2.0]], np.float32)
-    heat = heatmap(saliency, (4, 2))
-    np.testing.assert_allclose(heat, [[0, np.nan], [1, 0.5], [0.5, 0], [0, 0.5]])
+    resized = heatmap(saliency, (4, 2))
+    np.testing.assert_allclose(resized, [[0, np.nan], [1, 0.5], [0.5, 0], [0, 0.5]])
     assert np.isnan(heatmap(saliency, (8, 4))[:3, 1:]).all()
     assert np.isfinite(heatmap(saliency, (8, 4))[4:]).all()
 
 
-def test_a_models_name_is_its_hub_id_or_its_folders() -> None:
+def test_model_name_is_the_hub_id_or_the_name_of_the_folder() -> None:
     assert model_name("stabilityai/sd-turbo") == "stabilityai/sd-turbo"
     assert model_name("/data/models/sd15") == "sd15"
     assert model_name("shapes") == "shapes"
 
 
-def test_one_unknown_explainer_leaves_the_others_known(tmp_path: Path) -> None:
+def test_an_unknown_explainer_does_not_affect_the_others(tmp_path: Path) -> None:
     rise = describe(Rise(3))
     methods = (store.Method("mine", {"explainer": "Mine", "much": 2}), store.Method("rise", rise, num_masks=3))
     with store.Writer.create(tmp_path / "run.h5", dataclasses.replace(PLAN, methods=methods, layers=())) as writer:

@@ -1,4 +1,4 @@
-"""`dfengine watch`: what a look at a run sees, at any moment of its writing, and how that is shown."""
+"""`dfengine watch`: the progress of a run, at any moment of its writing, and how it is displayed."""
 
 import importlib
 import io
@@ -13,60 +13,60 @@ from dfengine import store
 from dfengine.cli.watch import Rate, view
 from dfengine.result import heatmap
 
-#: The module, which the package names its function by.
+#: The module; the package exports a function by the same name.
 watch = importlib.import_module("dfengine.cli.watch")
 HALF = half(PLAN, 0)
 MAPS = 2 * 3  # methods × steps of an item
 
 
-def some(writer, maps):
-    """A trajectory, and so many maps of the first method and then the second."""
+def write_maps(writer, num_maps):
+    """Write a trajectory and this many maps, those of the first method before those of the second."""
     writer.trajectory(0, **trajectory(writer.plan, 0))
     for place, method in enumerate(writer.plan.methods):
-        for at in range(3):
-            if place * 3 + at < maps:
-                writer.step(0, method.name, at, **step(writer.plan, 0, place, at))
+        for index in range(3):
+            if place * 3 + index < num_maps:
+                writer.step(0, method.name, index, **step(writer.plan, 0, place, index))
 
 
-def cut_off(path, maps):
+def write_unfinished(path, num_maps):
     writer = store.Writer.create(path, PLAN)
-    some(writer, maps)
+    write_maps(writer, num_maps)
     writer.close(publish=False)
 
 
-def shown(seen, rate=None, **options):
+def render(progress, rate=None, **options):
     rate = rate or Rate()
-    rate.add(0.0, seen.done)
+    rate.add(0.0, progress.done)
     console = Console(width=150, file=io.StringIO())
-    console.print(view(seen, rate, **options))
+    console.print(view(progress, rate, **options))
     return console.file.getvalue()
 
 
-def test_a_file_that_is_being_written(tmp_path):
-    cut_off(tmp_path / "run.h5", maps=4)
+def test_progress_of_an_unfinished_file(tmp_path):
+    write_unfinished(tmp_path / "run.h5", num_maps=4)
     for name in ("run.h5", "run.part.h5"):
-        seen = store.progress(tmp_path / name)
-        assert (seen.items, seen.done, seen.quarantined, seen.finished) == (2, 4 / MAPS, 0, False)
-        assert seen.parts == [store.Part("run.part.h5", 2, 0, 4, 2 * MAPS)]
-    assert (seen.latest.method, seen.latest.step, seen.latest.timestep) == ("random", 0, 900)
-    assert (seen.latest.prompt, seen.latest.seed) == ("a red circle", 1)
-    np.testing.assert_array_equal(seen.latest.image, trajectory(PLAN, 0)["image"])
-    np.testing.assert_array_equal(seen.latest.heatmap, heatmap(step(PLAN, 0, 1, 0)["saliency"], (10, 12)))
+        progress = store.progress(tmp_path / name)
+        assert (progress.items, progress.done, progress.quarantined, progress.finished) == (2, 4 / MAPS, 0, False)
+        assert progress.parts == [store.Part("run.part.h5", 2, 0, 4, 2 * MAPS)]
+    assert (progress.latest.method, progress.latest.step, progress.latest.timestep) == ("random", 0, 900)
+    assert (progress.latest.prompt, progress.latest.seed) == ("a red circle", 1)
+    np.testing.assert_array_equal(progress.latest.image, trajectory(PLAN, 0)["image"])
+    np.testing.assert_array_equal(progress.latest.heatmap, heatmap(step(PLAN, 0, 1, 0)["saliency"], (10, 12)))
 
 
-def test_a_file_of_which_nothing_is_there_yet(tmp_path):
+def test_progress_of_a_file_without_maps(tmp_path):
     with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
-        seen = store.progress(tmp_path / "run.h5")
-        assert (seen.done, seen.latest) == (0, None)
-        assert "0 of 2 items" in shown(seen)
+        progress = store.progress(tmp_path / "run.h5")
+        assert (progress.done, progress.latest) == (0, None)
+        assert "0 of 2 items" in render(progress)
         fill(writer)
-    seen = store.progress(tmp_path / "run.h5")
-    assert (seen.done, seen.finished) == (2, True)
-    assert (seen.latest.method, seen.latest.step, seen.latest.prompt) == ("random", 2, "ein Würfel")
-    assert "finished" in shown(seen)
+    progress = store.progress(tmp_path / "run.h5")
+    assert (progress.done, progress.finished) == (2, True)
+    assert (progress.latest.method, progress.latest.step, progress.latest.prompt) == ("random", 2, "ein Würfel")
+    assert "finished" in render(progress)
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_a_missing_file_or_an_impossible_interval_is_rejected(tmp_path):
     with pytest.raises(store.StoreError, match="does not exist"):
         store.progress(tmp_path / "run.h5")
     with pytest.raises(ValueError, match=r"0\.0 seconds are not possible"):
@@ -75,45 +75,45 @@ def test_what_is_not_there_is_told(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A unit that is done, one that was begun twice, one that is not begun, and an item that was set aside."""
-    made = store.Folder(tmp_path / "run")
-    how = ({"sampling": "uniform", "steps": 3, "gamma": 0.0, "guidance": None},)
-    units = [store.Unit(f"u{number}", {}, how, ("a",), ((0, 0, number),)) for number in range(4)]
-    store.plan_units(made.path, units)
-    with made.segment("u0", half(PLAN, 1)) as writer:
+    """A run with a finished unit, one that was started twice, one not started, and one with a quarantined item."""
+    run_folder = store.Folder(tmp_path / "run")
+    schedules = ({"sampling": "uniform", "steps": 3, "gamma": 0.0, "guidance": None},)
+    units = [store.Unit(f"u{number}", {}, schedules, ("a",), ((0, 0, number),)) for number in range(4)]
+    store.plan_units(run_folder.path, units)
+    with run_folder.segment("u0", half(PLAN, 1)) as writer:
         fill(writer)
-    for maps in (2, 5):
-        writer = made.segment("u1", HALF)
-        some(writer, maps)
+    for num_maps in (2, 5):
+        writer = run_folder.segment("u1", HALF)
+        write_maps(writer, num_maps)
         writer.close(publish=False)
-    store.FailureLog(made.path, units[3]).failed([0], "no", for_good=True)
-    return made.path
+    store.FailureLog(run_folder.path, units[3]).failed([0], "no", for_good=True)
+    return run_folder.path
 
 
 @pytest.mark.slow
-def test_a_run_folder(folder):
-    seen = store.progress(folder)
-    assert (seen.items, seen.done, seen.quarantined, seen.finished) == (4, 1 + 5 / MAPS, 1, False)
-    assert seen.parts == [store.Part("u1.2.part.h5", 1, 0, 5, MAPS)]
-    assert (seen.latest.method, seen.latest.step) == ("random", 1)
+def test_progress_of_a_run_folder(folder):
+    progress = store.progress(folder)
+    assert (progress.items, progress.done, progress.quarantined, progress.finished) == (4, 1 + 5 / MAPS, 1, False)
+    assert progress.parts == [store.Part("u1.2.part.h5", 1, 0, 5, MAPS)]
+    assert (progress.latest.method, progress.latest.step) == ("random", 1)
     rate = Rate()
     rate.add(-60.0, 1.0)
-    text = shown(seen, rate)
-    # 5 of 6 maps in a minute, and 2 1/6 items left.
+    text = render(progress, rate)
+    # 5 of 6 maps in a minute; 2 1/6 items remain.
     assert "1 of 4 items, 0.8 a minute, 3 min left, 1 quarantined" in text
     assert "5 of 6 maps, 0 of 1 items" in text
     assert "'a red circle', seed 1: random, step 1, t = 600" in text
-    assert "▀" not in shown(seen, is_coloured=False)
+    assert "▀" not in render(progress, is_coloured=False)
 
 
-def test_an_empty_folder(tmp_path):
+def test_progress_of_an_empty_folder(tmp_path):
     store.Folder(tmp_path / "run")
-    seen = store.progress(tmp_path / "run")
-    assert (seen.items, seen.done, seen.parts, seen.latest) == (0, 0, [], None)
-    assert "0 of 0 items" in shown(seen)
+    progress = store.progress(tmp_path / "run")
+    assert (progress.items, progress.done, progress.parts, progress.latest) == (0, 0, [], None)
+    assert "0 of 0 items" in render(progress)
 
 
-def test_the_rate_is_that_of_the_last_minutes():
+def test_the_rate_covers_the_last_minutes():
     rate = Rate()
     rate.add(0.0, 5.0)
     assert rate.items_a_second is None
@@ -125,8 +125,8 @@ def test_the_rate_is_that_of_the_last_minutes():
     assert rate.items_a_second is None
 
 
-def test_the_picture_has_the_images_colours(tmp_path):
-    """A red upper half over a blue lower one, beside its map."""
+def test_the_picture_shows_image_and_map_in_colour(tmp_path):
+    """A red half above a blue half, next to the map."""
     image = np.zeros((24, 24, 3), np.uint8)
     image[:12, :, 0], image[12:, :, 2] = 255, 255
     latest = store.LatestMap("p", 0, "rise", 0, 1, image, np.zeros((24, 24), np.float32))
@@ -141,23 +141,23 @@ def test_the_picture_has_the_images_colours(tmp_path):
 @pytest.mark.slow
 def test_a_view_ends_when_the_run_is_finished(tmp_path, monkeypatch):
     writer = store.Writer.create(tmp_path / "run.h5", PLAN)
-    some(writer, 3)
+    write_maps(writer, 3)
 
     def finish():
         fill(writer)
         writer.close()
 
-    later = threading.Timer(0.5, finish)
-    later.start()
+    timer = threading.Timer(0.5, finish)
+    timer.start()
     screen = io.StringIO()
     monkeypatch.setattr(watch, "Console", lambda **_: Console(force_terminal=True, width=120, file=screen))
     watch.watch(tmp_path / "run.h5", every=0.05)
-    later.join()
+    timer.join()
     assert store.progress(tmp_path / "run.h5").finished
     assert "finished" in screen.getvalue()
 
 
-def test_without_a_terminal_it_looks_once(tmp_path, capsys):
-    cut_off(tmp_path / "run.h5", maps=4)
+def test_without_a_terminal_progress_is_printed_once(tmp_path, capsys):
+    write_unfinished(tmp_path / "run.h5", num_maps=4)
     watch.watch(tmp_path / "run.h5")
     assert "4 of 12 maps, 0 of 2 items" in capsys.readouterr().out
