@@ -1,4 +1,4 @@
-"""Cross-attention maps against diffusers' own processors, and what stays of looking at them: nothing."""
+"""Cross-attention maps against a processor of diffusers' interface, and the restored state of the model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.explain import StepMap
 from dfengine.models import load
 
-#: float32 softmax of sums made in another order, averaged.
+#: Averages of a float32 softmax whose sums are in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 CAPTION = "a red circle above a red square on a gray background"
 
 
-class Kept:
+class RecordingProcessor:
     """An attention processor of diffusers' interface that keeps the probabilities of cross-attention."""
 
     def __init__(self) -> None:
@@ -48,16 +48,16 @@ class Kept:
         return attention.to_out[0](attention.batch_to_head_dim(probabilities @ value))
 
 
-def peer(denoiser: Any, path: Trajectory, step: int) -> Tensor:
-    """[positions of the text, h, w] by diffusers' forward, one sample at a time."""
-    kept, before = Kept(), denoiser.unet.attn_processors
-    denoiser.unet.set_attn_processor(kept)
+def attention_literally(denoiser: Any, path: Trajectory, step: int) -> Tensor:
+    """Maps [positions of the text, h, w] by the forward of diffusers, one sample at a time."""
+    processor, before = RecordingProcessor(), denoiser.unet.attn_processors
+    denoiser.unet.set_attn_processor(processor)
     with torch.no_grad():
         denoiser.predict(path.latents[step : step + 1], torch.tensor([path.job.timesteps[step]]), path.prompt)
     denoiser.unet.set_attn_processor(before)
     _, height, width = denoiser.latent_shape
     resized = []
-    for maps in kept.maps:
+    for maps in processor.maps:
         positions = maps.shape[1]
         v = round((positions * width / height) ** 0.5)
         grid = maps.mean(0).T.reshape(1, -1, positions // v, v)
@@ -66,64 +66,64 @@ def peer(denoiser: Any, path: Trajectory, step: int) -> Tensor:
 
 
 def maps_of(attention: Attention, denoiser: Denoiser, paths: list[Trajectory]) -> dict[tuple[int, int], StepMap]:
-    return {(made.item, made.step): made for made in attention.explain(denoiser, paths)}
+    return {(step_map.item, step_map.step): step_map for step_map in attention.explain(denoiser, paths)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes", "sd15", soak("sd21"), soak("sdxl")])
-def test_the_maps_are_those_of_diffusers_own_forward(saved: Callable[[str], Path], name: str) -> None:
+def test_maps_match_the_forward_of_diffusers(saved: Callable[[str], Path], name: str) -> None:
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser if name == "shapes" else load(saved(name))
     prompts = [CAPTION, "a pink star on a black background"] if name == "shapes" else [PROMPT, "a tree"]
     paths = trajectories(denoiser, [Engine(denoiser).job(prompt, num_steps=2, guidance=2.0) for prompt in prompts])
-    for (item, step), made in maps_of(Attention(), denoiser, paths).items():
-        expected, tokens = peer(denoiser, paths[item], step), denoiser.tokens(prompts[item])
-        assert made.word_maps is not None
+    for (item, step), step_map in maps_of(Attention(), denoiser, paths).items():
+        expected, tokens = attention_literally(denoiser, paths[item], step), denoiser.tokens(prompts[item])
+        assert step_map.word_maps is not None
         words = prompts[item].split()
-        assert len(made.word_maps) == len(words)
+        assert len(step_map.word_maps) == len(words)
         start = 0
-        for word, heat in zip(words, made.word_maps, strict=True):
+        for word, word_map in zip(words, step_map.word_maps, strict=True):
             places = tokens.places(start, start + len(word))
-            assert_close(heat, expected[places].mean(0), msg=f"{word} of {name}", **CLOSE)
+            assert_close(word_map, expected[places].mean(0), msg=f"{word} of {name}", **CLOSE)
             start += len(word) + 1
-        assert_close(made.saliency, expected[tokens.own].sum(0), **CLOSE)
+        assert_close(step_map.saliency, expected[tokens.own].sum(0), **CLOSE)
 
 
-def test_attention_is_shared_among_all_positions_of_the_text(tiny: Denoiser) -> None:
-    """What the words have, and what the saliency leaves to the special tokens, is 1 together."""
+def test_attention_sums_to_one_over_the_positions_of_the_text(tiny: Denoiser) -> None:
+    """The word maps sum to the saliency, and the special tokens take the remainder to 1."""
     (path,) = trajectories(tiny, [Engine(tiny).job(CAPTION, num_steps=1)])
-    (made,) = maps_of(Attention(), tiny, [path]).values()
-    expected = peer(tiny, path, 0)
+    (step_map,) = maps_of(Attention(), tiny, [path]).values()
+    expected = attention_literally(tiny, path, 0)
     assert_close(expected.sum(0), torch.ones(tiny.latent_shape[1:]))
-    assert made.word_maps is not None
-    assert_close(made.word_maps.sum(0), made.saliency)
-    assert 0 < made.saliency.min() < made.saliency.max() < 1
+    assert step_map.word_maps is not None
+    assert_close(step_map.word_maps.sum(0), step_map.saliency)
+    assert 0 < step_map.saliency.min() < step_map.saliency.max() < 1
 
 
-def test_a_named_word_is_all_its_occurrences_and_a_phrase_all_its_words(tiny: Denoiser) -> None:
+def test_repeated_words_and_phrases_are_averaged(tiny: Denoiser) -> None:
     (path,) = trajectories(tiny, [Engine(tiny).job(CAPTION, num_steps=1)])
-    (every,) = maps_of(Attention(), tiny, [path]).values()
-    (named,) = maps_of(Attention(words=("red", "red square", "circle")), tiny, [path]).values()
-    assert every.word_maps is not None and named.word_maps is not None  # noqa: PT018  # for the type checker
-    _, red, circle, _, _, other, square, *_ = every.word_maps
-    assert_close(named.word_maps, torch.stack([(red + other) / 2, (other + square) / 2, circle]))
+    (all_words,) = maps_of(Attention(), tiny, [path]).values()
+    (selected,) = maps_of(Attention(words=("red", "red square", "circle")), tiny, [path]).values()
+    assert all_words.word_maps is not None and selected.word_maps is not None  # noqa: PT018  # for the type checker
+    _, red, circle, _, _, other, square, *_ = all_words.word_maps
+    assert_close(selected.word_maps, torch.stack([(red + other) / 2, (other + square) / 2, circle]))
 
 
 @pytest.mark.slow
-def test_a_heat_map_of_a_repeated_word_is_all_its_occurrences(tiny: Denoiser) -> None:
+def test_the_heat_map_of_a_repeated_word_is_averaged(tiny: Denoiser) -> None:
     engine = Engine(tiny)
-    every, named = (engine.explain(CAPTION, Attention(words), num_steps=1) for words in (None, "red"))
-    np.testing.assert_allclose(every.heatmap("Red", 0), named.heatmap("red", 0), atol=1e-5)
+    all_words, selected = (engine.explain(CAPTION, Attention(words), num_steps=1) for words in (None, "red"))
+    np.testing.assert_allclose(all_words.heatmap("Red", 0), selected.heatmap("red", 0), atol=1e-5)
     with pytest.raises(ValueError, match="the map of the word 'red' has no layers"):
-        every.heatmap("red", 0, layer="mid")
+        all_words.heatmap("red", 0, layer="mid")
 
 
 @pytest.mark.slow
-def test_nothing_is_left_behind_and_the_fast_path_stays(tiny_folder: Path) -> None:
-    """Masked forwards after, between and before are the same to the bit, on the same modules and processors."""
+def test_explainers_restore_the_model(tiny_folder: Path) -> None:
+    """Masked forwards before and after give identical bits, with the same modules and processors."""
     denoiser = load(tiny_folder, device="cpu")
     unet = denoiser.unet  # type: ignore[attr-defined]
 
-    def told() -> list[Any]:
+    def module_state() -> list[Any]:
         return [
             (
                 name,
@@ -137,30 +137,30 @@ def test_nothing_is_left_behind_and_the_fast_path_stays(tiny_folder: Path) -> No
 
     job = Engine(denoiser).job(CAPTION, num_steps=2)
     paths = trajectories(denoiser, [job])
-    before, masks = told(), [made.saliency for made in Rise(20).explain(denoiser, paths)]
+    before, masks = module_state(), [step_map.saliency for step_map in Rise(20).explain(denoiser, paths)]
     for explainer in (Attention(), Relevance(), Relevance(text_attention=True), Cam()):
         list(explainer.explain(denoiser, paths))
-        assert told() == before
+        assert module_state() == before
         assert denoiser.pipeline.text_encoder.config._attn_implementation == "sdpa"  # type: ignore[attr-defined]
-        again = [made.saliency for made in Rise(20).explain(denoiser, paths)]
+        again = [step_map.saliency for step_map in Rise(20).explain(denoiser, paths)]
         assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
     assert not any(parameter.grad is not None for parameter in unet.parameters())
 
 
 @pytest.mark.parametrize("explainer", [Attention(), Relevance()])
-def test_a_processor_that_hides_its_probabilities_is_named_with_the_remedy(
+def test_an_unsupported_attention_processor_is_named_with_the_remedy(
     tiny_folder: Path, explainer: Attention | Relevance
 ) -> None:
     engine = Engine(load(tiny_folder, device="cpu"))
     engine.denoiser.unet.set_attn_processor(SlicedAttnProcessor(1))  # type: ignore[attr-defined]
-    said = r"cannot be seen: .* has a SlicedAttnProcessor from .*unet\.set_default_attn_processor\(\)"
-    with pytest.raises(ValueError, match=said):
+    message = r"cannot be seen: .* has a SlicedAttnProcessor from .*unet\.set_default_attn_processor\(\)"
+    with pytest.raises(ValueError, match=message):
         engine.explain(CAPTION, explainer, num_steps=1)
     engine.denoiser.unet.set_default_attn_processor()  # type: ignore[attr-defined]
     assert explainer.name in engine.explain(CAPTION, explainer, num_steps=1).maps
 
 
-def test_words_that_are_not_in_the_prompt(tiny: Denoiser) -> None:
+def test_words_that_are_not_in_the_prompt_are_rejected(tiny: Denoiser) -> None:
     with pytest.raises(ValueError, match="'horse' is not in the prompt 'a red circle"):
         Engine(tiny).explain(CAPTION, Attention(words=("red", "horse")), num_steps=1)
     with pytest.raises(ValueError, match="attention needs at least one word"):
@@ -168,7 +168,7 @@ def test_words_that_are_not_in_the_prompt(tiny: Denoiser) -> None:
     assert Attention(words=("red", "red")) == Attention(words="red")
 
 
-def test_a_model_that_shows_no_attention_says_so() -> None:
+def test_a_model_that_does_not_expose_attention_is_rejected() -> None:
     denoiser = Analytic(lambda x_t, number: x_t)
     for explainer in (Attention(), Relevance()):
         with pytest.raises(ValueError, match="analytic does not expose its attention"):

@@ -1,4 +1,4 @@
-"""The engine end to end on the embedded model: a stored result is the result, and bad input leaves nothing behind."""
+"""The engine end to end on the embedded model: stored results, interruptions and invalid input."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ def engine() -> Engine:
 
 
 @pytest.mark.slow
-def test_what_is_stored_is_what_is_returned(engine: Engine, tmp_path: Path) -> None:
+def test_stored_results_equal_returned_ones(engine: Engine, tmp_path: Path) -> None:
     explainers = [Rise(12), Rise(5, score="global", estimator="sum", name="printed")]
     result = engine.explain(CAPTION, explainers, num_steps=3, seed=4, out=tmp_path / "run.h5")
     assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
@@ -52,47 +52,47 @@ def test_what_is_stored_is_what_is_returned(engine: Engine, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_result_can_be_run_again_from_its_file(engine: Engine, tmp_path: Path) -> None:
+def test_a_result_is_reproduced_from_its_file(engine: Engine, tmp_path: Path) -> None:
     rises = [
         Rise(6, keep_probability=0.3, mask_kind="rise", grid=4, window=7),
         Rise(4, estimator="contrast", name="other"),
     ]
     picture = np.full((64, 64, 3), 200, np.uint8)
-    given = {"num_steps": 2, "seed": 5, "guidance": 3.5, "negative_prompt": "a blue square on a gray background"}
+    settings = {"num_steps": 2, "seed": 5, "guidance": 3.5, "negative_prompt": "a blue square on a gray background"}
     for image in (None, picture):
-        first = engine.explain(CAPTION, rises, **given, image=image, out=tmp_path / "run.h5", overwrite=True)
+        first = engine.explain(CAPTION, rises, **settings, image=image, out=tmp_path / "run.h5", overwrite=True)
         with dfengine.open(tmp_path / "run.h5") as run:
             assert list(run[0].settings.values()) == rises
             job = run[0].job
             events = engine.stream([job], list(run[0].settings.values()))
             maps = {(event.method, event.step): event for event in events if isinstance(event, StepMap)}
-        assert (job.seed, job.guidance, job.negative_prompt) == (5, 3.5, given["negative_prompt"])
+        assert (job.seed, job.guidance, job.negative_prompt) == (5, 3.5, settings["negative_prompt"])
         assert (job.image is None) == (image is None)
-        for (method, step), again in maps.items():
-            np.testing.assert_array_equal(again.saliency, first.maps[method][step])
+        for (method, step), repeated in maps.items():
+            np.testing.assert_array_equal(repeated.saliency, first.maps[method][step])
         assert len(maps) == 4
 
 
 @pytest.mark.slow
-def test_a_function_comes_back_from_a_file_as_its_name(engine: Engine, tmp_path: Path) -> None:
+def test_functions_are_stored_by_name(engine: Engine, tmp_path: Path) -> None:
     rise = Rise(4, similarity=torch.nn.functional.mse_loss, score="global", estimator="sum")
-    again = rebuild(json.loads(json.dumps(describe(rise))))
-    assert again == dataclasses.replace(rise, similarity=again.similarity)
+    restored = rebuild(json.loads(json.dumps(describe(rise))))
+    assert restored == dataclasses.replace(rise, similarity=restored.similarity)
     with pytest.raises(ValueError, match=r"torch.nn.functional.mse_loss is not in the file.*dataclasses.replace"):
-        engine.explain(CAPTION, again, num_steps=1)
-    assert describe(again) == describe(rise)
+        engine.explain(CAPTION, restored, num_steps=1)
+    assert describe(restored) == describe(rise)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({}, "explainer None is not known: expected one of .*Rise"),
         ({"explainer": "Lemon"}, "explainer 'Lemon' is not known"),
         ({"explainer": "Rise", "num_masks": 3, "flavour": 1}, "Rise has no flavour here: read the file with a newer"),
     ],
 )
-def test_settings_of_a_newer_dfengine_are_told(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_settings_of_a_newer_dfengine_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         rebuild(settings)
 
 
@@ -103,76 +103,76 @@ def test_a_generation_that_fails_leaves_no_file(engine: Engine, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_stream_tells_of_each_thing_as_it_is_done(engine: Engine) -> None:
+def test_a_stream_yields_events_in_order(engine: Engine) -> None:
     jobs = [engine.job(CAPTION, seed=seed, num_steps=2) for seed in range(5)]
     jobs.append(engine.job("a green star on a white background", num_steps=3))
     events: list[Event] = list(engine.stream(jobs, Rise(3)))
     for item, job in enumerate(jobs):
-        mine = [event for event in events if event.item == item]
-        assert isinstance(mine[0], Generated)
-        assert mine[0].trajectory.job is job
-        assert isinstance(mine[-1], Finished)
-        assert [event.step for event in mine if isinstance(event, StepMap)] == list(range(len(job.timesteps)))
+        item_events = [event for event in events if event.item == item]
+        assert isinstance(item_events[0], Generated)
+        assert item_events[0].trajectory.job is job
+        assert isinstance(item_events[-1], Finished)
+        assert [event.step for event in item_events if isinstance(event, StepMap)] == list(range(len(job.timesteps)))
     # With a batch of 8, four guided trajectories are sampled together.
     assert [type(event) for event in events[:5]] == [Generated] * 4 + [StepMap]
 
 
 @pytest.mark.slow
-def test_neighbours_in_a_stream_do_not_change_a_map(engine: Engine) -> None:
+def test_maps_do_not_depend_on_the_other_items_of_a_stream(engine: Engine) -> None:
     jobs = [engine.job(CAPTION, seed=seed, num_steps=2) for seed in range(3)]
     together = {(e.item, e.step): e for e in engine.stream(jobs, Rise(10)) if isinstance(e, StepMap)}
-    (alone,) = [e for e in engine.stream(jobs[2:], Rise(10)) if isinstance(e, StepMap) and e.step == 1]
-    torch.testing.assert_close(together[2, 1].saliency, alone.saliency, rtol=1e-3, atol=1e-4)
+    (single,) = [e for e in engine.stream(jobs[2:], Rise(10)) if isinstance(e, StepMap) and e.step == 1]
+    torch.testing.assert_close(together[2, 1].saliency, single.saliency, rtol=1e-3, atol=1e-4)
 
 
-def test_exponential_and_given_time_steps_are_visited(engine: Engine) -> None:
+def test_exponential_and_explicit_time_steps(engine: Engine) -> None:
     early = engine.job(CAPTION, num_steps=4, sampling="early", gamma=10)
     assert list(early.timesteps) == dfengine.exponential_timesteps(4, 10, "early")
     assert engine.job(CAPTION, sampling=[900, 500, 20]).timesteps == (900, 500, 20)
 
 
 @pytest.mark.slow
-def test_a_given_image_stands_in_for_a_generation(engine: Engine) -> None:
-    made = engine.explain(CAPTION, Rise(2), num_steps=20, seed=1)
-    result = engine.explain(CAPTION, Rise(2), image=made.image, num_steps=3)
-    np.testing.assert_array_equal(result.image, made.image)
-    # At the last step there is hardly any noise: the latent decodes to the image.
+def test_a_given_image_replaces_the_generation(engine: Engine) -> None:
+    generated = engine.explain(CAPTION, Rise(2), num_steps=20, seed=1)
+    result = engine.explain(CAPTION, Rise(2), image=generated.image, num_steps=3)
+    np.testing.assert_array_equal(result.image, generated.image)
+    # The last step has hardly any noise, so the latent decodes to the image.
     last = engine.denoiser.decode(torch.from_numpy(result.latents[-1:]))[0].permute(1, 2, 0).numpy()
-    assert np.abs(last - made.image / 255).mean() < 0.03
+    assert np.abs(last - generated.image / 255).mean() < 0.03
 
 
 @pytest.mark.slow
-def test_progress_is_told(engine: Engine) -> None:
+def test_progress_is_reported(engine: Engine) -> None:
     events: list[Event] = []
     engine.explain(CAPTION, Rise(2), num_steps=2, on_event=events.append)
     assert [type(event).__name__ for event in events] == ["Generated", "StepMap", "StepMap", "Finished"]
 
 
 @pytest.mark.slow
-def test_a_pipeline_of_ones_own_is_wrapped(engine: Engine) -> None:
-    mine = Engine(engine.denoiser.pipeline, batch_size=4)
-    assert mine.denoiser.batch_size == 4
-    one = mine.explain(CAPTION, Rise(8), num_steps=1, guidance=engine.guidance)
-    other = engine.explain(CAPTION, Rise(8), num_steps=1)
-    np.testing.assert_allclose(one.maps["rise"], other.maps["rise"], rtol=1e-3, atol=1e-4)
+def test_a_custom_pipeline_is_wrapped(engine: Engine) -> None:
+    wrapped = Engine(engine.denoiser.pipeline, batch_size=4)
+    assert wrapped.denoiser.batch_size == 4
+    actual = wrapped.explain(CAPTION, Rise(8), num_steps=1, guidance=engine.guidance)
+    expected = engine.explain(CAPTION, Rise(8), num_steps=1)
+    np.testing.assert_allclose(actual.maps["rise"], expected.maps["rise"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_guidance_told_as_a_whole_number_is_the_same_job(engine: Engine) -> None:
-    whole, real = (Engine(engine.denoiser.pipeline, guidance=scale) for scale in (2, 2.0))  # type: ignore[attr-defined]
-    jobs = [one.job(CAPTION, num_steps=2) for one in (whole, real)]
-    assert item_key(whole.denoiser, jobs[0], {}) == item_key(real.denoiser, jobs[1], {})
-    assert whole.explain(CAPTION, Rise(4, target="guided"), num_steps=1).maps["rise"].shape == (1, 16, 16)
+def test_integer_and_float_guidance_give_the_same_job(engine: Engine) -> None:
+    with_int, with_float = (Engine(engine.denoiser.pipeline, guidance=scale) for scale in (2, 2.0))  # type: ignore[attr-defined]
+    jobs = [one.job(CAPTION, num_steps=2) for one in (with_int, with_float)]
+    assert item_key(with_int.denoiser, jobs[0], {}) == item_key(with_float.denoiser, jobs[1], {})
+    assert with_int.explain(CAPTION, Rise(4, target="guided"), num_steps=1).maps["rise"].shape == (1, 16, 16)
 
 
-def test_a_denoiser_of_ones_own_is_explained() -> None:
+def test_a_custom_denoiser_is_explained() -> None:
     engine = Engine(Analytic(lambda x_t, _: x_t, shape=(1, 4, 4)))
     result = engine.explain("1", Rise(3, estimator="sum"), num_steps=2)
     assert result.maps["rise"].shape == (2, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("changes", "message"),
     [
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "a red dog"}, "does not know 'dog'; its words are: a above an"),
@@ -189,17 +189,17 @@ def test_a_denoiser_of_ones_own_is_explained() -> None:
         ({"explainers": [Rise(1), Rise(2)]}, "share a name"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(
-    engine: Engine, tmp_path: Path, wrong: dict, said: str
+def test_invalid_input_is_rejected_before_anything_is_written(
+    engine: Engine, tmp_path: Path, changes: dict, message: str
 ) -> None:
-    given = {"prompt": CAPTION, "explainers": Rise(2), "num_steps": 2} | wrong
-    with pytest.raises(ValueError, match=said):
-        engine.explain(**given, out=tmp_path / "run.h5")
+    options = {"prompt": CAPTION, "explainers": Rise(2), "num_steps": 2} | changes
+    with pytest.raises(ValueError, match=message):
+        engine.explain(**options, out=tmp_path / "run.h5")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_an_existing_file_is_kept_unless_told_otherwise(engine: Engine, tmp_path: Path) -> None:
+def test_an_existing_file_is_overwritten_only_on_request(engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     first = engine.explain(CAPTION, Rise(2), num_steps=1, out=out)
     with pytest.raises(ValueError, match="--overwrite"):
@@ -212,7 +212,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(engine: Engine, tmp_path
 
 
 @pytest.mark.slow
-def test_what_was_done_is_kept_when_it_is_cut_off(engine: Engine, tmp_path: Path) -> None:
+def test_an_interruption_keeps_completed_maps(engine: Engine, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, StepMap) and event.step == 1:
             raise KeyboardInterrupt
@@ -226,9 +226,9 @@ def test_what_was_done_is_kept_when_it_is_cut_off(engine: Engine, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_gone_on_with_to_the_bit(engine: Engine, tmp_path: Path) -> None:
+def test_resuming_an_interrupted_run_gives_identical_bits(engine: Engine, tmp_path: Path) -> None:
     explainers = [Rise(21), Rise(13, score="global", estimator="contrast", name="global")]
-    whole = engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "whole.h5")
+    uninterrupted = engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "whole.h5")
 
     def stop(event: Event) -> None:
         if isinstance(event, StepMap) and (event.method, event.step) == ("global", 1):
@@ -236,21 +236,21 @@ def test_an_interrupted_run_is_gone_on_with_to_the_bit(engine: Engine, tmp_path:
 
     with pytest.raises(KeyboardInterrupt):
         engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "cut.h5", on_event=stop)
-    again: list[Event] = []
-    resumed = engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "cut.h5", on_event=again.append)
-    assert [(e.method, e.step) for e in again if isinstance(e, StepMap)] == [("global", 2), ("global", 3)]
-    with dfengine.open(tmp_path / "whole.h5") as one, dfengine.open(tmp_path / "cut.h5") as other:
+    events: list[Event] = []
+    resumed = engine.explain(CAPTION, explainers, num_steps=4, out=tmp_path / "cut.h5", on_event=events.append)
+    assert [(e.method, e.step) for e in events if isinstance(e, StepMap)] == [("global", 2), ("global", 3)]
+    with dfengine.open(tmp_path / "whole.h5") as expected, dfengine.open(tmp_path / "cut.h5") as actual:
         for name in ("rise", "global"):
             for kind in ("maps", "errors", "scores"):
-                np.testing.assert_array_equal(getattr(one[0], kind)[name], getattr(other[0], kind)[name])
-                np.testing.assert_array_equal(getattr(resumed, kind)[name], getattr(whole, kind)[name])
-        np.testing.assert_array_equal(one[0].previews, other[0].previews)
-        np.testing.assert_array_equal(resumed.previews, whole.previews)
-        np.testing.assert_array_equal(resumed.image, whole.image)
+                np.testing.assert_array_equal(getattr(expected[0], kind)[name], getattr(actual[0], kind)[name])
+                np.testing.assert_array_equal(getattr(resumed, kind)[name], getattr(uninterrupted, kind)[name])
+        np.testing.assert_array_equal(expected[0].previews, actual[0].previews)
+        np.testing.assert_array_equal(resumed.previews, uninterrupted.previews)
+        np.testing.assert_array_equal(resumed.image, uninterrupted.image)
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_of_other_settings_is_refused(engine: Engine, tmp_path: Path) -> None:
+def test_an_interrupted_run_with_other_settings_is_rejected(engine: Engine, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         raise KeyboardInterrupt
 
@@ -262,7 +262,7 @@ def test_an_interrupted_run_of_other_settings_is_refused(engine: Engine, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
 
 
-def test_a_similarity_of_ones_own_is_not_gone_on_with(engine: Engine, tmp_path: Path) -> None:
+def test_a_run_with_a_custom_similarity_is_not_resumed(engine: Engine, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         raise KeyboardInterrupt
 
@@ -276,7 +276,7 @@ def test_a_similarity_of_ones_own_is_not_gone_on_with(engine: Engine, tmp_path: 
         engine.explain(CAPTION, rise, num_steps=2, out=tmp_path / "run.h5")
 
 
-def test_an_items_key_follows_everything_it_depends_on(engine: Engine) -> None:
+def test_the_key_of_an_item_depends_on_all_its_inputs(engine: Engine) -> None:
     job = engine.job(CAPTION)
     settings = {"rise": describe(Rise(5))}
     model, half, other = (copy.copy(engine.denoiser) for _ in range(3))

@@ -1,4 +1,4 @@
-"""DF-CAM, relevance and attention through the engine: one file beside DF-RISE's, resumed, read back, refused."""
+"""DF-CAM, relevance and attention through the engine, in one file with DF-RISE: stored, resumed, rejected."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +24,8 @@ def engine() -> Engine:
     return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
 
 
-def same(a: Explanation, b: Explanation) -> None:
-    """Everything that two explanations of one image hold is equal, to the bit."""
+def assert_equal(a: Explanation, b: Explanation) -> None:
+    """Assert that two explanations of one image are bit-identical."""
     equal = np.testing.assert_array_equal
     assert list(a.maps) == list(b.maps)
     for name, maps in a.maps.items():
@@ -39,15 +39,15 @@ def same(a: Explanation, b: Explanation) -> None:
 
 
 @pytest.mark.slow
-def test_all_stream_into_the_same_file(engine: Engine, tmp_path: Path) -> None:
-    seen: list[Any] = []
-    result = engine.explain(CAPTION, ALL, num_steps=3, out=tmp_path / "run.h5", on_event=seen.append)
-    made = [event for event in seen if isinstance(event, StepMap)]
-    assert [(one.method, one.step) for one in made] == [(e.name, k) for e in ALL for k in range(3)]
+def test_all_explainers_write_to_one_file(engine: Engine, tmp_path: Path) -> None:
+    events: list[Any] = []
+    result = engine.explain(CAPTION, ALL, num_steps=3, out=tmp_path / "run.h5", on_event=events.append)
+    step_maps = [event for event in events if isinstance(event, StepMap)]
+    assert [(one.method, one.step) for one in step_maps] == [(e.name, k) for e in ALL for k in range(3)]
     assert set(result.errors) == set(result.scores) == {"rise"}
     with dfengine.open(tmp_path / "run.h5") as run:
         (item,) = run
-        same(item, result)
+        assert_equal(item, result)
         assert list(item.settings.values()) == ALL
         assert all(item.done[one.name].all() for one in ALL)
         for concept in ("red", "circle", "red square"):
@@ -74,28 +74,28 @@ def test_a_concept_is_the_mean_over_its_tokens(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [5, *map(soak, (2, 8, 11))])
-def test_a_run_that_was_cut_off_is_gone_on_with_to_the_bit(engine: Engine, tmp_path: Path, cut: int) -> None:
-    whole = engine.explain(CAPTION, ALL, num_steps=3)
-    seen: list[Any] = []
+@pytest.mark.parametrize("num_maps", [5, *map(soak, (2, 8, 11))])
+def test_resuming_an_interrupted_run_gives_identical_bits(engine: Engine, tmp_path: Path, num_maps: int) -> None:
+    uninterrupted = engine.explain(CAPTION, ALL, num_steps=3)
+    events: list[Any] = []
 
     def interrupt(event: Any) -> None:
-        seen.append(event)
-        if sum(isinstance(one, StepMap) for one in seen) == cut:
+        events.append(event)
+        if sum(isinstance(event, StepMap) for event in events) == num_maps:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         engine.explain(CAPTION, ALL, num_steps=3, out=tmp_path / "run.h5", on_event=interrupt)
-    again: list[Any] = []
-    result = engine.explain(CAPTION, ALL, num_steps=3, out=tmp_path / "run.h5", on_event=again.append)
-    assert sum(isinstance(one, StepMap) for one in again) == 12 - cut
-    same(result, whole)
+    resumed_events: list[Any] = []
+    result = engine.explain(CAPTION, ALL, num_steps=3, out=tmp_path / "run.h5", on_event=resumed_events.append)
+    assert sum(isinstance(event, StepMap) for event in resumed_events) == 12 - num_maps
+    assert_equal(result, uninterrupted)
     with dfengine.open(tmp_path / "run.h5") as run:
-        same(run[0], whole)
+        assert_equal(run[0], uninterrupted)
 
 
 @pytest.mark.parametrize(
-    ("explainers", "said"),
+    ("explainers", "message"),
     [
         ([Cam(), Cam(layers="mid*", name="deep")], "cam and deep both output layers, and a result holds one set"),
         ([Relevance(), Relevance(self_attention=False, name="cheap")], "relevance and cheap both output tokens"),
@@ -105,16 +105,16 @@ def test_a_run_that_was_cut_off_is_gone_on_with_to_the_bit(engine: Engine, tmp_p
         ([Rise(2), Rise(3)], "share a name"),
     ],
 )
-def test_what_is_not_possible_is_refused_before_anything_is_written(
-    engine: Engine, tmp_path: Path, explainers: list[Explainer], said: str
+def test_invalid_explainers_are_rejected_before_anything_is_written(
+    engine: Engine, tmp_path: Path, explainers: list[Explainer], message: str
 ) -> None:
     for out in (None, tmp_path / "run.h5"):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             engine.explain(CAPTION, explainers, num_steps=2, out=out)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stream_refuses_before_anything_is_computed(engine: Engine) -> None:
+def test_a_stream_rejects_invalid_explainers_before_anything_is_computed(engine: Engine) -> None:
     jobs = [engine.job(prompt, num_steps=2) for prompt in (CAPTION, "a red star on a black background")]
     with pytest.raises(ValueError, match="'circle' is not in the prompt 'a red star"):
         next(engine.stream(jobs, Attention(words="circle")))
@@ -123,9 +123,9 @@ def test_a_stream_refuses_before_anything_is_computed(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_is_done_when_all_of_it_is(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers, relevance or heat maps that are not there (damage after a power cut) are made again with their map."""
-    whole = engine.explain(CAPTION, ALL, num_steps=2)
+def test_incomplete_steps_are_computed_again(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing layers, relevance or word maps (damage after a power cut) are computed again with their map."""
+    complete = engine.explain(CAPTION, ALL, num_steps=2)
     for explainer, marker in ((ALL[1], "has_cam"), (ALL[2], "has_relevance"), (ALL[3], "has_word_maps")):
         out = tmp_path / f"{explainer.name}.h5"
 
@@ -135,13 +135,13 @@ def test_a_step_is_done_when_all_of_it_is(engine: Engine, tmp_path: Path, monkey
 
         with pytest.raises(KeyboardInterrupt):
             engine.explain(CAPTION, [explainer], num_steps=2, out=out, on_event=interrupt)
-        again: list[Any] = []
+        events: list[Any] = []
         with monkeypatch.context() as patch:
             patch.setattr(store.Writer, marker, lambda self, item, step: step == 0)
-            result = engine.explain(CAPTION, [explainer], num_steps=2, out=out, on_event=again.append)
-        assert [one.step for one in again if isinstance(one, StepMap)] == [1]
+            result = engine.explain(CAPTION, [explainer], num_steps=2, out=out, on_event=events.append)
+        assert [one.step for one in events if isinstance(one, StepMap)] == [1]
         assert np.isfinite(np.asarray(result.heatmap(explainer.name, 1))).all()
-        np.testing.assert_array_equal(result.heatmap(explainer.name, 1), whole.heatmap(explainer.name, 1))
+        np.testing.assert_array_equal(result.heatmap(explainer.name, 1), complete.heatmap(explainer.name, 1))
 
 
 @pytest.mark.slow
@@ -158,31 +158,36 @@ def test_a_plan_of_several_prompts_has_the_tokens_and_words_of_each(engine: Engi
                 writer.curves(event.item, event.step, relevance=event.relevance.numpy())
     with dfengine.open(tmp_path / "run.h5") as run:
         for item, job in zip(run, jobs, strict=True):
-            alone = engine.explain(job.prompt, Relevance(), num_steps=1)
-            np.testing.assert_allclose(np.asarray(item.relevance), alone.relevance, rtol=1e-3, atol=1e-3)
-            np.testing.assert_allclose(item.concept("red"), alone.concept("red"), rtol=1e-3, atol=1e-3)
+            single = engine.explain(job.prompt, Relevance(), num_steps=1)
+            np.testing.assert_allclose(np.asarray(item.relevance), single.relevance, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(item.concept("red"), single.concept("red"), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
-def test_what_was_not_asked_for_is_none(engine: Engine, tmp_path: Path) -> None:
+def test_missing_data_is_none(engine: Engine, tmp_path: Path) -> None:
     result = engine.explain(CAPTION, Cam(layers="mid*"), num_steps=1, out=tmp_path / "run.h5")
     with dfengine.open(tmp_path / "run.h5") as run:
-        for one in (result, run[0]):
-            assert (one.relevance, one.word_maps, one.tokens, tuple(one.words)) == (None, None, None, ())
+        for explanation in (result, run[0]):
+            assert (explanation.relevance, explanation.word_maps, explanation.tokens, tuple(explanation.words)) == (
+                None,
+                None,
+                None,
+                (),
+            )
             with pytest.raises(ValueError, match=r"the result has no relevance: explain with Relevance\(\)"):
-                one.concept("red")
+                explanation.concept("red")
 
 
 @pytest.mark.slow
 def test_relevance_inside_inference_mode(engine: Engine) -> None:
     expected = engine.explain(CAPTION, Relevance(text_attention=True), num_steps=1)
     with torch.inference_mode():
-        made = engine.explain(CAPTION, [Rise(2), *ALL[1:2], Relevance(text_attention=True)], num_steps=1)
-    np.testing.assert_allclose(made.relevance, expected.relevance, rtol=1e-4)
+        actual = engine.explain(CAPTION, [Rise(2), *ALL[1:2], Relevance(text_attention=True)], num_steps=1)
+    np.testing.assert_allclose(actual.relevance, expected.relevance, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_other_explainers_than_a_run_was_begun_with_are_one_short_line(engine: Engine, tmp_path: Path) -> None:
+def test_resuming_with_other_explainers_is_a_short_error(engine: Engine, tmp_path: Path) -> None:
     def interrupt(event: Any) -> None:
         if isinstance(event, StepMap):
             raise KeyboardInterrupt
@@ -206,7 +211,7 @@ def test_an_image_without_a_prompt_has_no_words(engine: Engine, tmp_path: Path) 
     assert (result.maps["relevance"] == 0).all()
 
 
-def test_settings_come_back_from_json() -> None:
+def test_settings_survive_json() -> None:
     for explainer in (
         Cam(layers=("a.*", "b")),
         Relevance(False, True, 2.0),
@@ -217,8 +222,8 @@ def test_settings_come_back_from_json() -> None:
 
 
 @pytest.mark.slow
-def test_both_tokenizers_of_sdxl_name_the_same_places(saved: Callable[[str], Path]) -> None:
-    """Each pads with another token; a prompt's own are the same, and cover it whole."""
+def test_both_tokenizers_of_sdxl_agree(saved: Callable[[str], Path]) -> None:
+    """They pad with different tokens, but a prompt's own tokens are the same and cover it completely."""
     denoiser = load(saved("sdxl"), device="cpu")
     prompt = "an astronaut riding a horse, and a horse"
     tokens = denoiser.tokens(prompt)
@@ -231,15 +236,15 @@ def test_both_tokenizers_of_sdxl_name_the_same_places(saved: Callable[[str], Pat
 
 
 @pytest.mark.slow
-def test_tokenizers_that_disagree_are_refused(saved: Callable[[str], Path]) -> None:
+def test_tokenizers_that_disagree_are_rejected(saved: Callable[[str], Path]) -> None:
     denoiser = load(saved("sdxl"), device="cpu")
     denoiser.pipeline.tokenizer_2.add_tokens("astronaut")  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"divide 'an astronaut' differently"):
         denoiser.tokens("an astronaut")
 
 
-def test_the_vectors_of_a_textual_inversion_are_the_word_they_stand_for(tiny_folder: Path) -> None:
-    """diffusers puts "<dot> <dot>_1 <dot>_2" in place of "<dot>": three tokens of one word."""
+def test_textual_inversion_tokens_belong_to_their_placeholder(tiny_folder: Path) -> None:
+    """diffusers replaces "<dot>" by "<dot> <dot>_1 <dot>_2": three tokens of one word."""
     denoiser = load(tiny_folder, device="cpu")
     tokenizer = denoiser.pipeline.tokenizer  # type: ignore[attr-defined]
     tokenizer.add_tokens(["<dot>", "<dot>_1", "<dot>_2"])

@@ -1,4 +1,4 @@
-"""The hot loop on the meta device, whose tensors have no values: what waits for one, or fetches one, fails there."""
+"""The hot loop on the meta device, whose tensors have no values: reading one fails."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ BATCH = 7
 
 
 def masking_of(rise: Rise, folder: Path, name: str) -> RiseForwards:
-    """Two steps of two items of a published topology, in half precision."""
+    """Two steps of two items with a published topology, in half precision."""
     with quiet():
         pipeline = build(reduced(name, folder), device=META, dtype=torch.float16)
         denoiser = adapt(pipeline, batch_size=BATCH)
@@ -64,23 +64,29 @@ def masking_of(rise: Rise, folder: Path, name: str) -> RiseForwards:
         soak("sdxl", Rise(4)),
     ],
 )
-def test_a_round_waits_for_nothing(tmp_path: Path, name: str, rise: Rise) -> None:
-    """From the first batch to the last, over items, steps and a padded tail: 16 masks in batches of 7."""
+def test_masking_never_synchronises(tmp_path: Path, name: str, rise: Rise) -> None:
+    """Over items, steps and a padded tail: 16 masks in batches of 7."""
     masking = masking_of(rise, tmp_path, name)
     completed = [list(rows) for rows in masking.run_masks(range(4), 0, 4)]
     assert [row for rows in completed for row in rows] == [0, 1, 2, 3]
     assert len(completed) == 3
 
 
-def test_on_the_meta_device_waiting_does_fail() -> None:
-    nothing = torch.zeros(3, device=META)
-    for wait in (lambda: nothing[0].item(), nothing.cpu, nothing.tolist, lambda: bool(nothing.any()), nothing.nonzero):
+def test_synchronising_fails_on_the_meta_device() -> None:
+    values = torch.zeros(3, device=META)
+    for synchronise in (
+        lambda: values[0].item(),
+        values.cpu,
+        values.tolist,
+        lambda: bool(values.any()),
+        values.nonzero,
+    ):
         with pytest.raises((RuntimeError, NotImplementedError)):
-            wait()
+            synchronise()
 
 
-def test_a_map_is_fetched_while_the_next_batch_runs() -> None:
-    """Each map is asked for after the batch that follows it has been queued; none is lost."""
+def test_maps_are_fetched_while_the_next_batch_runs() -> None:
+    """Each map is fetched after the following batch has been queued, and none is lost."""
     order: list[str] = []
 
     def answer(x_t: Tensor, _: Tensor) -> Tensor:

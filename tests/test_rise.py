@@ -1,4 +1,4 @@
-"""DF-RISE on denoisers whose maps are known in closed form, and on batches cut in every way."""
+"""DF-RISE on denoisers whose maps are known in closed form, and in batches of any size."""
 
 import dataclasses
 import itertools
@@ -25,14 +25,14 @@ def pattern() -> torch.Tensor:
     return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(7))
 
 
-def only(denoiser: Analytic, rise: Rise, latents: torch.Tensor | None = None) -> StepMap:
+def explain_one(denoiser: Analytic, rise: Rise, latents: torch.Tensor | None = None) -> StepMap:
     latents = torch.ones(1, *denoiser.latent_shape) if latents is None else latents
     (step_map,) = rise.explain(denoiser, [denoiser.trajectory(latents)])
     return step_map
 
 
-def kept(rise: Rise, denoiser: Analytic, latents: torch.Tensor) -> torch.Tensor:
-    """The masks of step 0, drawn apart from the explainer."""
+def expected_masks(rise: Rise, denoiser: Analytic, latents: torch.Tensor) -> torch.Tensor:
+    """The masks of step 0, drawn independently of the explainer."""
     job = denoiser.trajectory(latents).job
     options = {"keep_probability": rise.keep_probability, "kind": rise.mask_kind}
     return dfkernels.masks(job.mask_seed, 0, 0, rise.num_masks, denoiser.latent_shape[1:], **options)
@@ -44,75 +44,75 @@ def opposite_structure(pattern: torch.Tensor) -> float:
     return float(((C3 - variance) / (variance + C3)).mean())
 
 
-def test_coverage_of_the_one_pixel_that_matters_is_one(pattern: torch.Tensor) -> None:
+def test_coverage_of_the_decisive_pixel_is_one(pattern: torch.Tensor) -> None:
     denoiser, rise = Analytic(switch(PIXEL, pattern)), Rise(500, score="global", estimator="coverage")
-    step_map = only(denoiser, rise)
-    masks = kept(rise, denoiser, torch.ones(1, 2, *SHAPE))
+    step_map = explain_one(denoiser, rise)
+    masks = expected_masks(rise, denoiser, torch.ones(1, 2, *SHAPE))
     low = opposite_structure(pattern)
-    # MissingCallable: the share of masks that keep both pixels scores 1, the rest `low`.
+    # At other pixels, masks that keep both pixels score 1 and the rest score `low`.
     both = (masks & masks[:, PIXEL[0], PIXEL[1], None, None]).sum(0) / masks.sum(0)
     assert_close(step_map.saliency, both + (1 - both) * low, rtol=1e-4, atol=1e-4)
     assert step_map.saliency[PIXEL] == pytest.approx(1.0)
     assert divmod(int(step_map.saliency.argmax()), SHAPE[1]) == PIXEL
 
 
-def test_contrast_is_the_fall_of_the_score_when_the_pixel_is_hidden(pattern: torch.Tensor) -> None:
-    step_map = only(Analytic(switch(PIXEL, pattern)), Rise(400, score="global", estimator="contrast"))
+def test_contrast_is_the_drop_in_score_when_the_pixel_is_hidden(pattern: torch.Tensor) -> None:
+    step_map = explain_one(Analytic(switch(PIXEL, pattern)), Rise(400, score="global", estimator="contrast"))
     assert step_map.saliency[PIXEL] == pytest.approx(1 - opposite_structure(pattern), abs=1e-4)
     assert step_map.error[PIXEL] == pytest.approx(0, abs=1e-4)
 
 
 def test_sum_is_algorithm_one_as_printed(pattern: torch.Tensor) -> None:
     denoiser, rise = Analytic(switch(PIXEL, pattern)), Rise(70, score="global", estimator="sum")
-    step_map = only(denoiser, rise)
-    masks = kept(rise, denoiser, torch.ones(1, 2, *SHAPE)).float()
+    step_map = explain_one(denoiser, rise)
+    masks = expected_masks(rise, denoiser, torch.ones(1, 2, *SHAPE)).float()
     scores = torch.where(masks[:, PIXEL[0], PIXEL[1]] > 0, 1.0, opposite_structure(pattern))
     assert_close(step_map.saliency, torch.einsum("nhw,n->hw", masks, scores), rtol=1e-4, atol=1e-3)
     assert_close(step_map.scores, scores, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_ridge_finds_the_weight_of_every_pixel() -> None:
-    # With R = 1 the answer is the share of the patch that is kept: the score is linear in the mask.
+def test_ridge_recovers_the_weight_of_every_pixel() -> None:
+    # With R = 1 the prediction is the kept share of the patch, so the score is linear in the mask.
     denoiser = Analytic(patch_mean(slice(1, 3), slice(2, 5)))
 
-    def answered(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def first_mean(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.mean((1, 2, 3))
 
-    step_map = only(denoiser, Rise(4000, score="global", similarity=answered))
+    step_map = explain_one(denoiser, Rise(4000, score="global", similarity=first_mean))
     expected = torch.zeros(SHAPE)
     expected[1:3, 2:5] = 1 / 6
     assert_close(step_map.saliency, expected, rtol=0, atol=1e-3)
 
 
-def test_local_scores_stay_where_they_are() -> None:
+def test_local_scores_are_assigned_to_their_pixel() -> None:
     # ε = x: with a pointwise similarity of 1 − |a − b|, a pixel scores 1 exactly when it is kept.
     def pointwise(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return 1 - (a - b).abs().mean(1)
 
     denoiser = Analytic(lambda x_t, _: x_t)
     rise = Rise(64, similarity=pointwise, estimator="contrast")
-    step_map = only(denoiser, rise)
+    step_map = explain_one(denoiser, rise)
     assert_close(step_map.saliency, torch.ones(SHAPE))
-    counted = only(denoiser, dataclasses.replace(rise, estimator="sum"))
-    assert_close(counted.saliency, kept(rise, denoiser, torch.ones(1, 2, *SHAPE)).sum(0).float())
+    summed = explain_one(denoiser, dataclasses.replace(rise, estimator="sum"))
+    assert_close(summed.saliency, expected_masks(rise, denoiser, torch.ones(1, 2, *SHAPE)).sum(0).float())
 
 
 @pytest.mark.slow
-def test_local_structure_falls_around_a_pixel_that_changes_its_surroundings() -> None:
+def test_local_structure_highlights_a_pixel_that_changes_its_neighbourhood() -> None:
     # The denoiser flips the sign of a 5×5 neighbourhood when its centre is hidden.
-    near = torch.zeros(1, 1, 11, 12)
-    near[..., 2:7, 3:8] = 1
+    neighbourhood = torch.zeros(1, 1, 11, 12)
+    neighbourhood[..., 2:7, 3:8] = 1
     pattern = torch.randn(1, 11, 12, generator=torch.Generator().manual_seed(3))
 
     def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         hidden = (x_t[:, :1, 4, 5, None, None] == 0).float()
-        return pattern * (1 - 2 * hidden * near)
+        return pattern * (1 - 2 * hidden * neighbourhood)
 
-    step_map = only(Analytic(answer, (1, 11, 12)), Rise(600, window=3, sigma=0.5, estimator="contrast"))
+    step_map = explain_one(Analytic(answer, (1, 11, 12)), Rise(600, window=3, sigma=0.5, estimator="contrast"))
     assert divmod(int(step_map.saliency.argmax()), 12) == (4, 5)
     assert step_map.saliency[4, 5] > 1.5
-    # Far from it the score is 1 whatever is hidden.
+    # Far from it the score is 1 for every mask.
     assert_close(step_map.saliency[9:, :], torch.zeros(2, 12), rtol=0, atol=1e-4)
 
 
@@ -143,65 +143,67 @@ def test_items_share_batches_but_not_masks() -> None:
     for one, other in itertools.combinations(maps, 2):
         assert (one.scores != other.scores).any()
     for item, path in enumerate(paths):
-        for mine, alone in zip(maps[2 * item :], Rise(10).explain(denoiser, [path]), strict=False):
-            assert_close(mine.saliency, alone.saliency)
+        for step_map, single in zip(maps[2 * item :], Rise(10).explain(denoiser, [path]), strict=False):
+            assert_close(step_map.saliency, single.saliency)
 
 
-def test_what_is_done_is_left_out() -> None:
+def test_completed_steps_are_skipped() -> None:
     denoiser = Analytic(lambda x_t, _: x_t, batch_size=9)
     path = denoiser.trajectory(torch.randn(4, 2, *SHAPE, generator=torch.Generator().manual_seed(1)))
-    everything = list(Rise(9).explain(denoiser, [path]))
+    complete = list(Rise(9).explain(denoiser, [path]))
     denoiser.batches.clear()
-    rest = list(Rise(9).explain(denoiser, [path], done={(0, 0), (0, 2)}))
-    assert [m.step for m in rest] == [1, 3]
+    remaining = list(Rise(9).explain(denoiser, [path], done={(0, 0), (0, 2)}))
+    assert [m.step for m in remaining] == [1, 3]
     # One batch of references, and one for each step that is not done.
     assert denoiser.batches == [4, 9, 9]
-    for mine in rest:
-        assert_close(mine.saliency, everything[mine.step].saliency)
+    for step_map in remaining:
+        assert_close(step_map.saliency, complete[step_map.step].saliency)
     assert list(Rise(9).explain(denoiser, [path], done={(0, k) for k in range(4)})) == []
 
 
-def test_targets_are_told_apart() -> None:
+def test_targets_use_different_predictions() -> None:
     # ε = number of the prompt × x: 1 for the prompt, 0 for the negative one, guidance 2 gives 2.
     denoiser = Analytic(lambda x_t, number: number[:, None, None, None] * x_t)
-    asked: list[torch.Tensor] = []
+    references: list[torch.Tensor] = []
 
-    def ask(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        asked.append(b)
+    def similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        references.append(b)
         return a.mean((1, 2, 3))
 
     for target, factor in (("conditional", 1.0), ("guided", 2.0), ("unconditional", 0.0)):
-        asked.clear()
-        only(denoiser, Rise(2, similarity=ask, score="global", estimator="sum", target=target))
-        assert_close(asked[0], torch.full((2, *SHAPE), factor))
+        references.clear()
+        explain_one(denoiser, Rise(2, similarity=similarity, score="global", estimator="sum", target=target))
+        assert_close(references[0], torch.full((2, *SHAPE), factor))
 
 
-def test_early_stop_spares_masks_where_the_map_is_sure(pattern: torch.Tensor) -> None:
-    # Two equal latents under different masks: one pixel decides, so few masks make both maps sure.
+def test_early_stop_saves_masks_once_the_map_has_converged(pattern: torch.Tensor) -> None:
+    # Two equal latents with different masks: one pixel decides, so both maps converge after few masks.
     denoiser = Analytic(switch(PIXEL, pattern), batch_size=50)
     latents = torch.ones(2, 2, *SHAPE)
     rise = Rise(1000, score="global", estimator="contrast", stop_at_error=0.2)
     (first, second) = sorted(rise.explain(denoiser, [denoiser.trajectory(latents)]), key=lambda m: m.step)
-    drawn = [int(m.scores.isfinite().sum()) for m in (first, second)]
-    for step_map, count in zip((first, second), drawn, strict=True):
+    counts = [int(m.scores.isfinite().sum()) for m in (first, second)]
+    for step_map, count in zip((first, second), counts, strict=True):
         assert count < 1000
         assert count % 64 == 0
         spread = step_map.saliency.max() - step_map.saliency.min()
         assert step_map.error.mean() < 0.2 * spread
         assert step_map.scores[:count].isfinite().all()
-    # The masks that were drawn are the first ones: the same map comes of asking for just that many.
-    exact = only(Analytic(switch(PIXEL, pattern)), dataclasses.replace(rise, num_masks=drawn[0], stop_at_error=None))
+    # The first masks were drawn: requesting exactly that many gives the same map.
+    exact = explain_one(
+        Analytic(switch(PIXEL, pattern)), dataclasses.replace(rise, num_masks=counts[0], stop_at_error=None)
+    )
     assert_close(first.saliency, exact.saliency)
 
 
-def test_early_stop_goes_to_the_end_where_it_is_never_sure() -> None:
-    step_map = only(Analytic(lambda x_t, _: torch.ones_like(x_t)), Rise(130, stop_at_error=1e-9))
+def test_early_stop_draws_all_masks_without_convergence() -> None:
+    step_map = explain_one(Analytic(lambda x_t, _: torch.ones_like(x_t)), Rise(130, stop_at_error=1e-9))
     assert step_map.scores.isfinite().all()
 
 
 @pytest.mark.slow
-def test_standard_error_is_the_spread_over_masks() -> None:
-    # The same map again and again from other masks: its spread is what one run says it is.
+def test_standard_error_matches_the_spread_over_masks() -> None:
+    # The spread of repeated maps from other masks equals the standard error reported by one run.
     def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return x_t + x_t.roll(1, 2) * x_t.roll(2, 3)
 
@@ -210,39 +212,39 @@ def test_standard_error_is_the_spread_over_masks() -> None:
     paths = [denoiser.trajectory(latents, seed=seed) for seed in range(300)]
     maps = list(Rise(60).explain(denoiser, paths))
     spread = torch.stack([m.saliency for m in maps]).std(0)
-    told = torch.stack([m.error for m in maps]).square().mean(0).sqrt()
-    assert_close(told, spread, rtol=0.15, atol=0)
+    reported = torch.stack([m.error for m in maps]).square().mean(0).sqrt()
+    assert_close(reported, spread, rtol=0.15, atol=0)
 
 
-def test_frechet_needs_an_extractor_and_prefers_what_looks_the_same(pattern: torch.Tensor) -> None:
+def test_frechet_needs_an_extractor_and_prefers_similar_images(pattern: torch.Tensor) -> None:
     denoiser = Analytic(switch(PIXEL, pattern))
     rise = Rise(200, similarity="frechet", score="global", estimator="contrast")
     with pytest.raises(ValueError, match="no extractor"):
-        only(denoiser, rise)
+        explain_one(denoiser, rise)
     denoiser.features = lambda images: images.flatten(1)
     latents = torch.rand(1, 2, *SHAPE, generator=torch.Generator().manual_seed(2)) + 0.1
-    step_map = only(denoiser, rise, latents)
+    step_map = explain_one(denoiser, rise, latents)
     assert divmod(int(step_map.saliency.argmax()), SHAPE[1]) == PIXEL
     assert step_map.scores.max() == 0
     assert step_map.scores.min() < 0
 
 
 def test_frechet_equals_the_formula_by_hand() -> None:
-    # Features are the four pixels of the image itself; ε = 0.1·x, so x0 can be worked out.
+    # Features are the four pixels of the image; ε = 0.1·x, so x0 has a closed form.
     shape = (1, 2, 2)
     denoiser = Analytic(lambda x_t, _: 0.1 * x_t, shape)
     denoiser.features = lambda images: images[:, 0].flatten(1)
     latents = torch.tensor([[[[0.1, 0.2], [0.3, 0.4]]]])
     rise = Rise(1, similarity="frechet", score="global", estimator="sum")
-    step_map = only(denoiser, rise, latents)
-    (mask,) = kept(rise, denoiser, latents)
+    step_map = explain_one(denoiser, rise, latents)
+    (mask,) = expected_masks(rise, denoiser, latents)
     alpha_bar = float(denoiser.schedule.alpha_bar[0])
 
-    def look(seen: torch.Tensor) -> torch.Tensor:
-        x0 = (latents[0, 0] - (1 - alpha_bar) ** 0.5 * 0.1 * seen) / alpha_bar**0.5
+    def decoded(latent: torch.Tensor) -> torch.Tensor:
+        x0 = (latents[0, 0] - (1 - alpha_bar) ** 0.5 * 0.1 * latent) / alpha_bar**0.5
         return x0.clamp(0, 1).flatten()
 
-    a, b = look(latents[0, 0] * mask), look(latents[0, 0])
+    a, b = decoded(latents[0, 0] * mask), decoded(latents[0, 0])
     expected = -((a - b).square().sum() + (a.std() - b.std()) ** 2)
     assert_close(step_map.scores[0], expected, rtol=1e-4, atol=1e-9)
 
@@ -250,24 +252,24 @@ def test_frechet_equals_the_formula_by_hand() -> None:
 @pytest.mark.parametrize("similarity", dfkernels.SIMILARITIES)
 @pytest.mark.parametrize("score", ["local", "global"])
 @pytest.mark.parametrize("masks", ["gaussian", "rise"])
-def test_every_similarity_scores_one_where_nothing_is_hidden(similarity: str, score: str, masks: str) -> None:
-    # A denoiser that ignores its input answers alike whatever is hidden.
+def test_every_similarity_of_equal_predictions_is_one(similarity: str, score: str, masks: str) -> None:
+    # A denoiser that ignores its input gives the same prediction for every mask.
     pattern = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(5))
     denoiser = Analytic(lambda x_t, _: pattern.expand_as(x_t))
     rise = Rise(20, similarity=similarity, score=score, mask_kind=masks, grid=3, estimator="coverage")
-    assert_close(only(denoiser, rise).saliency, torch.ones(SHAPE), rtol=1e-4, atol=1e-4)
+    assert_close(explain_one(denoiser, rise).saliency, torch.ones(SHAPE), rtol=1e-4, atol=1e-4)
 
 
-def test_too_few_masks_for_the_ridge_are_said(pattern: torch.Tensor) -> None:
+def test_too_few_masks_for_the_ridge_give_a_warning(pattern: torch.Tensor) -> None:
     with pytest.warns(UserWarning, match="59 masks are few .* wants 60"):
-        only(Analytic(switch(PIXEL, pattern)), Rise(59, score="global"))
+        explain_one(Analytic(switch(PIXEL, pattern)), Rise(59, score="global"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        only(Analytic(switch(PIXEL, pattern)), Rise(60, score="global"))
+        explain_one(Analytic(switch(PIXEL, pattern)), Rise(60, score="global"))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("settings", "message"),
     [
         ({"num_masks": 0}, "0 masks .* at least 1"),
         ({"num_masks": -3}, "-3 masks"),
@@ -287,44 +289,46 @@ def test_too_few_masks_for_the_ridge_are_said(pattern: torch.Tensor) -> None:
         ({"stop_at_error": 0.0}, "stop_at_error"),
     ],
 )
-def test_settings_that_are_not_possible(wrong: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Rise(**wrong)
+def test_invalid_settings_are_rejected(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rise(**settings)
 
 
-def test_a_similarity_of_the_wrong_form_is_named() -> None:
+def test_a_similarity_of_the_wrong_shape_is_rejected() -> None:
     denoiser = Analytic(lambda x_t, _: x_t)
     with pytest.raises(ValueError, match=r"returned \(3,\) for 3 masks, but score='local' expects \('n', 6, 5\)"):
-        only(denoiser, Rise(3, similarity=lambda a, b: a.mean((1, 2, 3))))
-    # One score for all masks is not one score a mask.
+        explain_one(denoiser, Rise(3, similarity=lambda a, b: a.mean((1, 2, 3))))
+    # One score for all masks is not one score per mask.
     with pytest.raises(ValueError, match=r"returned \(\) for 3 masks"):
-        only(denoiser, Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean()))
+        explain_one(denoiser, Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean()))
     with pytest.raises(ValueError, match=r"returned \(1, 6, 5\) for 3 masks"):
-        only(denoiser, Rise(3, similarity=lambda a, b: a.mean((0, 1))[None]))
+        explain_one(denoiser, Rise(3, similarity=lambda a, b: a.mean((0, 1))[None]))
 
 
-def test_scores_that_are_not_finite_are_said() -> None:
+def test_non_finite_scores_give_a_warning() -> None:
     rise = Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean((1, 2, 3)) * torch.nan)
     with pytest.warns(UserWarning, match="not finite"):
-        only(Analytic(lambda x_t, _: x_t), rise)
+        explain_one(Analytic(lambda x_t, _: x_t), rise)
 
 
 @pytest.mark.slow
 @given(masks=st.integers(1, 40), steps=st.integers(1, 4), batch_size=st.integers(1, 60))
-def test_every_mask_is_measured_once(masks: int, steps: int, batch_size: int) -> None:
+def test_every_mask_is_evaluated_once(masks: int, steps: int, batch_size: int) -> None:
     denoiser = Analytic(lambda x_t, _: x_t, batch_size=batch_size)
     path = denoiser.trajectory(torch.ones(steps, 2, *SHAPE))
-    asked: list[int] = []
+    batch_sizes: list[int] = []
 
     def total(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        asked.append(len(a))
+        batch_sizes.append(len(a))
         return a.sum((1, 2, 3))
 
     rise = Rise(masks, similarity=total, score="global", estimator="sum")
     for step_map in rise.explain(denoiser, [path]):
-        drawn = dfkernels.masks(path.job.mask_seed, step_map.step, 0, masks, SHAPE)
-        assert_close(step_map.scores, 2.0 * drawn.sum((1, 2)))
-        seen = drawn.any(0)
-        assert_close(step_map.saliency[seen], torch.einsum("nhw,n->hw", drawn.float(), step_map.scores)[seen])
-        assert step_map.error[~seen].isinf().all()
-    assert sum(asked) == masks * steps
+        expected_mask = dfkernels.masks(path.job.mask_seed, step_map.step, 0, masks, SHAPE)
+        assert_close(step_map.scores, 2.0 * expected_mask.sum((1, 2)))
+        is_covered = expected_mask.any(0)
+        assert_close(
+            step_map.saliency[is_covered], torch.einsum("nhw,n->hw", expected_mask.float(), step_map.scores)[is_covered]
+        )
+        assert step_map.error[~is_covered].isinf().all()
+    assert sum(batch_sizes) == masks * steps

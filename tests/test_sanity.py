@@ -1,4 +1,4 @@
-"""The sanity checks themselves: they must fail where there is something to find."""
+"""The sanity checks themselves: they must fail on explainers that are wrong."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -19,55 +19,57 @@ from dfengine.shapes.world import COLOURS, Caption, render, sample_scenes
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_images() -> Iterator[None]:
-    """A small number suffices for what takes the time."""
+    """Use few images for the slow checks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sanity, "_NUM_RANDOMISED", 2)
         patch.setattr(sanity, "_NUM_REMOVED", 8)
         yield
 
 
-def check(denoiser: Denoiser, jobs: Sequence[Job], *explainers: Explainer) -> Sanity:
-    """The checks, those of the weights with the explainers that are given."""
-    return run_sanity_checks(denoiser, jobs, explainers)
+def check(denoiser: Denoiser, make_jobs: Sequence[Job], *explainers: Explainer) -> Sanity:
+    """Run the checks; those that randomise weights use the given explainers."""
+    return run_sanity_checks(denoiser, make_jobs, explainers)
 
 
 @pytest.fixture(scope="module")
-def embedded() -> Denoiser:
+def embedded_model() -> Denoiser:
     return Engine.from_pretrained("shapes", device="cpu").denoiser
 
 
-def jobs(count: int) -> list[Job]:
+def make_jobs(count: int) -> list[Job]:
     engine = Engine.from_pretrained("shapes", device="cpu")
     return [engine.job(text, seed=seed, num_steps=2) for seed, text in enumerate(captions(count))]
 
 
 @pytest.fixture(scope="module")
-def found(embedded: Denoiser) -> Sanity:
-    return check(embedded, jobs(12), Rise(8), Cam(), Relevance(), Attention())
+def outcome(embedded_model: Denoiser) -> Sanity:
+    return check(embedded_model, make_jobs(12), Rise(8), Cam(), Relevance(), Attention())
 
 
 @pytest.mark.slow
-def test_the_embedded_model_passes(found: Sanity) -> None:
-    assert found.passed, found.failures
-    assert list(found.randomised) == ["rise", "cam", "relevance", "attention"]
-    for stages in found.randomised.values():
+def test_the_embedded_model_passes(outcome: Sanity) -> None:
+    assert outcome.passed, outcome.failures
+    assert list(outcome.randomised) == ["rise", "cam", "relevance", "attention"]
+    for stages in outcome.randomised.values():
         assert list(stages) == [
             "up_blocks.2", "up_blocks.1", "up_blocks.0", "mid_block", "down_blocks.2", "down_blocks.1", "down_blocks.0",
         ]  # fmt: skip
         assert all(one.count == 2 and one.mean < 0.999 for one in stages.values())
-    assert found.subject_auroc is not None
-    assert found.subject_auroc.low > 0.5
+    assert outcome.subject_auroc is not None
+    assert outcome.subject_auroc.low > 0.5
 
 
 @pytest.mark.slow
-def test_the_weights_are_as_they_were(embedded: Denoiser, found: Sanity) -> None:
+def test_the_weights_are_restored(embedded_model: Denoiser, outcome: Sanity) -> None:
     fresh = Engine.from_pretrained("shapes", device="cpu").denoiser
-    ours, theirs = (one.unet.state_dict() for one in (embedded, fresh))  # type: ignore[attr-defined]
+    ours, theirs = (one.unet.state_dict() for one in (embedded_model, fresh))  # type: ignore[attr-defined]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
-def test_weights_come_back_also_when_a_check_breaks_off(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_are_restored_after_an_interruption(
+    embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def interrupted(*_: Any) -> Any:
@@ -76,26 +78,26 @@ def test_weights_come_back_also_when_a_check_breaks_off(embedded: Denoiser, monk
             raise KeyboardInterrupt
         return [[np.zeros((2, 2))]]
 
-    before = {k: v.clone() for k, v in embedded.unet.state_dict().items()}  # type: ignore[attr-defined]
+    before = {k: v.clone() for k, v in embedded_model.unet.state_dict().items()}  # type: ignore[attr-defined]
     monkeypatch.setattr(sanity, "_maps", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        check(embedded, jobs(1), Rise(2), Cam(), Relevance(), Attention())
-    assert all(torch.equal(v, before[k]) for k, v in embedded.unet.state_dict().items())  # type: ignore[attr-defined]
+        check(embedded_model, make_jobs(1), Rise(2), Cam(), Relevance(), Attention())
+    assert all(torch.equal(v, before[k]) for k, v in embedded_model.unet.state_dict().items())  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
-def test_maps_that_do_not_depend_on_the_model_are_found_out(
-    embedded: Denoiser, monkeypatch: pytest.MonkeyPatch
+def test_maps_that_do_not_depend_on_the_model_are_detected(
+    embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DF-CAM that shows the latent itself, an edge detector of sorts, is named."""
-    real = Cam.explain
+    """A DF-CAM that returns the latent itself, a kind of edge detector, is named."""
+    original = Cam.explain
 
-    def blind(self: Cam, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
-        for made in real(self, denoiser, paths, done):
-            yield dataclasses.replace(made, saliency=paths[made.item].latents[made.step, 0])
+    def explain_without_model(self: Cam, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
+        for step_map in original(self, denoiser, paths, done):
+            yield dataclasses.replace(step_map, saliency=paths[step_map.item].latents[step_map.step, 0])
 
-    monkeypatch.setattr(Cam, "explain", blind)
-    outcome = check(embedded, jobs(3), Cam())
+    monkeypatch.setattr(Cam, "explain", explain_without_model)
+    outcome = check(embedded_model, make_jobs(3), Cam())
     assert not outcome.passed
     assert any(
         failure.startswith("cam hardly changes with random weights down to down_blocks.0")
@@ -105,70 +107,70 @@ def test_maps_that_do_not_depend_on_the_model_are_found_out(
 
 
 @pytest.mark.slow
-def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
-    embedded: Denoiser, monkeypatch: pytest.MonkeyPatch
+def test_relevance_assigned_to_the_wrong_word_is_detected(
+    embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def beside(condition: Condition, places: Sequence[int]) -> Condition:
+    def zero_next_tokens(condition: Condition, places: Sequence[int]) -> Condition:
         text = condition.tensors["text"].clone()
         text[:, [place + 1 for place in places]] = 0
         return Condition({"text": text})
 
-    monkeypatch.setattr(embedded, "zero_tokens", beside)
-    outcome = check(embedded, jobs(3))
+    monkeypatch.setattr(embedded_model, "zero_tokens", zero_next_tokens)
+    outcome = check(embedded_model, make_jobs(3))
     assert any(failure.startswith("a word's relevance does not decrease") for failure in outcome.failures)
 
 
 @pytest.mark.slow
-def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Cam.explain
+def test_empty_maps_are_detected(embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Cam.explain
 
-    def empty(self: Cam, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
-        for made in real(self, denoiser, paths, done):
-            yield dataclasses.replace(made, saliency=torch.zeros_like(made.saliency))
+    def explain_with_zeros(self: Cam, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
+        for step_map in original(self, denoiser, paths, done):
+            yield dataclasses.replace(step_map, saliency=torch.zeros_like(step_map.saliency))
 
-    monkeypatch.setattr(Cam, "explain", empty)
-    outcome = check(embedded, jobs(2), Cam())
+    monkeypatch.setattr(Cam, "explain", explain_with_zeros)
+    outcome = check(embedded_model, make_jobs(2), Cam())
     assert any(failure.startswith("cam hardly changes") for failure in outcome.failures)
 
 
 @pytest.mark.slow
-def test_relevance_that_says_the_opposite_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sanity._prediction_change
-    monkeypatch.setattr(sanity, "_prediction_change", lambda *given: -real(*given))
-    outcome = check(embedded, jobs(4))
+def test_inverted_relevance_is_detected(embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = sanity._prediction_change
+    monkeypatch.setattr(sanity, "_prediction_change", lambda *args: -original(*args))
+    outcome = check(embedded_model, make_jobs(4))
     assert any(failure.startswith("relevance does not increase with a word's effect") for failure in outcome.failures)
 
 
-def test_captions_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requesting_too_many_captions_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "_MAX_ROUNDS", 0)
     with pytest.raises(ValueError, match="the embedded world has fewer than 1000000 captions"):
         captions(1_000_000)
 
 
 @pytest.mark.slow
-def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Attention.explain
+def test_attention_away_from_the_subject_is_detected(embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Attention.explain
 
-    def beside(self: Attention, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
-        for made in real(self, denoiser, paths, done):
-            assert made.word_maps is not None
-            yield dataclasses.replace(made, word_maps=-made.word_maps)
+    def explain_inverted(self: Attention, denoiser: Denoiser, paths: Sequence[Any], done: Any = ()) -> Any:
+        for step_map in original(self, denoiser, paths, done):
+            assert step_map.word_maps is not None
+            yield dataclasses.replace(step_map, word_maps=-step_map.word_maps)
 
-    monkeypatch.setattr(Attention, "explain", beside)
+    monkeypatch.setattr(Attention, "explain", explain_inverted)
     monkeypatch.setattr(sanity, "_NUM_REMOVED", 1)
-    outcome = check(embedded, jobs(12))
+    outcome = check(embedded_model, make_jobs(12))
     assert any(failure.startswith("attention to the subject is no better than chance") for failure in outcome.failures)
 
 
 @pytest.mark.slow
-def test_prompts_of_another_world_have_no_subject_to_look_for(tiny: Denoiser) -> None:
+def test_other_models_are_checked_without_the_subject(tiny: Denoiser) -> None:
     outcome = check(tiny, [Engine(tiny).job("a red red circle", num_steps=1)], Rise(2), Cam(), Relevance(), Attention())
     assert outcome.subject_auroc is None
     with pytest.raises(ValueError, match="there is no prompt"):
         check(tiny, [])
 
 
-def test_captions_are_different_and_can_be_told_apart() -> None:
+def test_captions_are_unique_and_have_distinct_colours() -> None:
     texts = captions(40, seed=3)
     assert len(set(texts)) == 40
     for caption in map(Caption.parse, texts):
@@ -177,15 +179,15 @@ def test_captions_are_different_and_can_be_told_apart() -> None:
     assert captions(5, seed=3) == texts[:5] or set(captions(5, seed=3)) != set(captions(5, seed=4))
 
 
-def test_the_true_area_is_what_the_renderer_painted() -> None:
+def test_the_largest_region_is_the_rendered_shape() -> None:
     scenes = sample_scenes(20, torch.Generator().manual_seed(0))
     images, coverage = render(scenes)
     for caption, image, (subject, _) in zip(scenes.captions, images, coverage, strict=True):
         if not has_distinct_colours(caption):
             continue
-        true = largest_region((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), caption.subject[0])
-        painted = subject.numpy() > 0.5
-        assert (true & painted).sum() / (true | painted).sum() > 0.85, str(caption)
+        region = largest_region((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy(), caption.subject[0])
+        expected = subject.numpy() > 0.5
+        assert (region & expected).sum() / (region | expected).sum() > 0.85, str(caption)
 
 
 def test_the_largest_region_of_the_nearest_colour() -> None:
@@ -200,10 +202,10 @@ def test_the_largest_region_of_the_nearest_colour() -> None:
 
 
 def test_auroc_by_hand() -> None:
-    true = np.array([[True, True], [False, False]])
-    assert auroc(np.array([[2.0, 3.0], [0.0, 1.0]]), true) == 1
-    assert auroc(np.array([[0.0, 1.0], [2.0, 3.0]]), true) == 0
-    assert auroc(np.ones((2, 2)), true) == 0.5
+    truth = np.array([[True, True], [False, False]])
+    assert auroc(np.array([[2.0, 3.0], [0.0, 1.0]]), truth) == 1
+    assert auroc(np.array([[0.0, 1.0], [2.0, 3.0]]), truth) == 0
+    assert auroc(np.ones((2, 2)), truth) == 0.5
     # Of the four pairs 2 > 1, 2 = 2 (half), 0 < 1, 0 < 2.
-    assert auroc(np.array([[2.0, 0.0], [1.0, 2.0]]), true) == 1.5 / 4
+    assert auroc(np.array([[2.0, 0.0], [1.0, 2.0]]), truth) == 1.5 / 4
     assert np.isnan(auroc(np.ones((2, 2)), np.zeros((2, 2), bool)))

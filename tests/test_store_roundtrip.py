@@ -1,4 +1,4 @@
-"""What goes into a file comes out of it, and nothing else does."""
+"""Everything written to a file is read back unchanged."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ def run(path):
         yield run
 
 
-def test_every_value_comes_back(run):
+def test_every_value_survives_a_round_trip(run):
     assert check(run) == total(PLAN)
     assert [len(item.relevance) for item in run] == [3, 2]
     assert [len(item.word_maps) for item in run] == [2, 1]
     assert list(run[0].errors) == list(run[0].scores) == ["rise"]
 
 
-def test_the_plan_and_what_made_it_come_back(run):
+def test_plan_and_environment_survive_a_round_trip(run):
     assert run.plan == PLAN
     assert [(item.key, item.prompt, item.seed) for item in run] == [
         ("k0", "a red circle", 1),
@@ -48,7 +48,7 @@ def test_the_plan_and_what_made_it_come_back(run):
     assert [item.seconds for item in run] == [1.5, 2.5]
 
 
-def test_other_tools_find_items_as_tables(path):
+def test_items_are_stored_as_tables(path):
     with h5py.File(path) as h5:
         items = h5["entry/items"]
         prompts = items["prompts"].asstr()[:]
@@ -60,17 +60,17 @@ def test_other_tools_find_items_as_tables(path):
         assert h5["entry/curves/token_text"].asstr()[:].tolist() == [["a", "red", "circle"], ["ein", "Würfel", ""]]
 
 
-def test_a_finished_file_stands_alone(path):
+def test_a_finished_run_is_a_single_file(path):
     assert [entry.name for entry in path.parent.iterdir()] == ["run.h5"]
 
 
 @pytest.mark.parametrize(
     "key", [0, -1, np.int64(1), slice(1, None), (slice(None), 2), (..., 0), (1, ..., slice(0, 4, 2)), [0, 2], ...]
 )
-def test_slices_are_numpys(run, key):
-    whole = np.asarray(run[0].maps["rise"])
-    assert whole.shape == run[0].maps["rise"].shape == (3, 5, 6)
-    np.testing.assert_array_equal(run[0].maps["rise"][key], whole[key])
+def test_slices_match_numpy(run, key):
+    complete = np.asarray(run[0].maps["rise"])
+    assert complete.shape == run[0].maps["rise"].shape == (3, 5, 6)
+    np.testing.assert_array_equal(run[0].maps["rise"][key], complete[key])
 
 
 @pytest.mark.parametrize(
@@ -84,19 +84,19 @@ def test_slices_are_numpys(run, key):
         (slice(1, 3), slice(0, 2), [3, 3, 0]),
     ],
 )
-def test_lists_and_masks_are_numpys_in_any_order(run, key):
-    whole = np.asarray(run[0].maps["rise"])
-    np.testing.assert_array_equal(run[0].maps["rise"][key], whole[key])
+def test_lists_and_masks_match_numpy(run, key):
+    complete = np.asarray(run[0].maps["rise"])
+    np.testing.assert_array_equal(run[0].maps["rise"][key], complete[key])
 
 
 @pytest.mark.parametrize(
     "key", [3, -4, (0, 0, 0, 0), [3], [True, False], (..., ...), True, 0.5, [0.5], ([0], [0]), [[0]]]
 )
-def test_slices_outside_are_refused(run, key):
+def test_invalid_indices_are_rejected(run, key):
     with pytest.raises(IndexError):
         run[0].maps["rise"][key]
     with pytest.raises(IndexError):
-        run[1].relevance[[2]]  # the other item has three tokens, this one two
+        run[1].relevance[[2]]  # this item has two tokens, the other three
     with pytest.raises(IndexError):
         run[2]
 
@@ -112,9 +112,14 @@ def test_chunks_and_filters(path):
             "images/rgb": (1, 10, 12, 3),
             "latents/latent": (1, 1, 2, 5, 6),
         }.items():
-            made = entry[name]
-            assert (made.chunks, made.maxshape[0]) == (chunk, None), name
-            assert (made.compression, made.compression_opts, made.shuffle, made.fletcher32) == ("gzip", 1, True, True)
+            dataset = entry[name]
+            assert (dataset.chunks, dataset.maxshape[0]) == (chunk, None), name
+            assert (dataset.compression, dataset.compression_opts, dataset.shuffle, dataset.fletcher32) == (
+                "gzip",
+                1,
+                True,
+                True,
+            )
         assert np.isnan(entry["maps/saliency"].fillvalue)
         assert (entry["scores/score"].chunks, entry["scores/score"].id.get_create_plist().get_nfilters()) == (
             (1, 1, 1, 7),
@@ -124,7 +129,7 @@ def test_chunks_and_filters(path):
     assert written == len(PLAN.items) * PLAN.num_steps, "methods without an error take no space"
 
 
-def test_what_is_not_written_yet_reads_as_nan(tmp_path):
+def test_unwritten_maps_read_as_nan(tmp_path):
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         writer.step(0, "rise", 1, **step(SMALL, 0, 0, 1))
     with store.open(tmp_path / "run.h5") as run:
@@ -141,16 +146,16 @@ def test_arrays_may_change_after_the_call(tmp_path, monkeypatch):
     started, blocked = threading.Event(), threading.Event()
     write = SWMRFile.write
 
-    def slow(self, job):
+    def blocked_write(self, job):
         started.set()
         blocked.wait()
         write(self, job)
 
-    monkeypatch.setattr(SWMRFile, "write", slow)
+    monkeypatch.setattr(SWMRFile, "write", blocked_write)
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
-        given = step(SMALL, 0, 0, 0)
-        writer.step(0, "rise", 0, **given)
-        given["saliency"][:] = 0
+        arrays = step(SMALL, 0, 0, 0)
+        writer.step(0, "rise", 0, **arrays)
+        arrays["saliency"][:] = 0
         started.wait()
         blocked.set()
     with store.open(tmp_path / "run.h5") as run:
@@ -158,10 +163,10 @@ def test_arrays_may_change_after_the_call(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
+def test_a_full_queue_blocks_the_producer(tmp_path, monkeypatch):
     blocked, returned, write = threading.Event(), [], SWMRFile.write
 
-    def slow(self, job):
+    def blocked_write(self, job):
         blocked.wait()
         write(self, job)
 
@@ -170,7 +175,7 @@ def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
             writer.step(0, "rise", 0, **step(SMALL, 0, 0, 0))
             returned.append(True)
 
-    monkeypatch.setattr(SWMRFile, "write", slow)
+    monkeypatch.setattr(SWMRFile, "write", blocked_write)
     with store.Writer.create(tmp_path / "run.h5", SMALL, queue_size=1) as writer:
         producer = threading.Thread(target=produce)
         producer.start()
@@ -195,14 +200,14 @@ def test_a_full_queue_holds_the_producer_back(tmp_path, monkeypatch):
         ({"method": "lime"}, "'lime' is not in the plan: expected one of rise"),
     ],
 )
-def test_what_the_plan_does_not_have_is_refused(tmp_path, change, message):
+def test_data_that_do_not_match_the_plan_are_rejected(tmp_path, change, message):
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
-        given = {"item": 0, "method": "rise", "step": 0} | step(SMALL, 0, 0, 0) | change
+        arguments = {"item": 0, "method": "rise", "step": 0} | step(SMALL, 0, 0, 0) | change
         with pytest.raises(ValueError, match=message):
-            writer.step(**given)
-        given = trajectory(SMALL, 0)
+            writer.step(**arguments)
+        arguments = trajectory(SMALL, 0)
         with pytest.raises(ValueError, match="previews: given, but not in the plan"):
-            writer.trajectory(0, **given, previews=np.zeros((2, 4, 4, 3), np.uint8))
+            writer.trajectory(0, **arguments, previews=np.zeros((2, 4, 4, 3), np.uint8))
         with pytest.raises(ValueError, match="layers: down missing or unknown"):
             writer.cam(0, 0, {"mid": np.zeros((2, 2), np.float32), "down": np.zeros((2, 2), np.float32)})
     with store.open(tmp_path / "run.h5") as run:
@@ -221,17 +226,17 @@ def test_what_the_plan_does_not_have_is_refused(tmp_path, change, message):
         ({"mantissa_bits": 0}, "mantissa_bits is 0: expected 1 to 23"),
     ],
 )
-def test_impossible_plans_are_refused(plan, message):
+def test_invalid_plans_are_rejected(plan, message):
     with pytest.raises(store.StoreError, match=message):
         store.Plan(**vars(SMALL) | plan)
 
 
-def test_compression_is_none_or_what_every_reader_has(tmp_path):
+def test_only_widely_readable_compression_is_supported(tmp_path):
     with store.Writer.create(tmp_path / "run.h5", SMALL, compression="none") as writer:
         fill(writer)
     with h5py.File(tmp_path / "run.h5") as h5:
-        made = h5["entry/maps/saliency"]
-        assert (made.compression, made.shuffle, made.fletcher32) == (None, True, True)
+        dataset = h5["entry/maps/saliency"]
+        assert (dataset.compression, dataset.shuffle, dataset.fletcher32) == (None, True, True)
     with pytest.raises(store.StoreError, match="compression 'zstd' is not supported: expected one of gzip, none"):
         store.Writer.create(tmp_path / "other.h5", SMALL, compression="zstd")
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.h5"]
@@ -245,22 +250,22 @@ def test_settings_must_be_json(tmp_path):
 
 
 def test_nothing_is_created_while_writing(path, tmp_path):
-    def everything(name):
-        found = {}
+    def structure_of(name):
+        structure = {}
         with h5py.File(name, "r", swmr=True) as h5:
-            h5.visititems(lambda name, thing: found.update({name: (type(thing), sorted(thing.attrs))}))
-            return found | {"/": sorted(h5.attrs)}
+            h5.visititems(lambda name, thing: structure.update({name: (type(thing), sorted(thing.attrs))}))
+            return structure | {"/": sorted(h5.attrs)}
 
     with store.Writer.create(tmp_path / "run.h5", PLAN) as writer:
-        before = everything(tmp_path / "run.part.h5")
+        before = structure_of(tmp_path / "run.part.h5")
         fill(writer)
-    assert everything(tmp_path / "run.h5") == everything(path) == before
+    assert structure_of(tmp_path / "run.h5") == structure_of(path) == before
 
 
-def test_the_file_itself_is_out_of_reach(tmp_path):
-    """In SWMR mode HDF5 would create objects and attributes, and corrupt the file; `SWMRFile` refuses.
+def test_the_swmr_file_creates_no_objects(tmp_path):
+    """In SWMR mode HDF5 would create objects and attributes and corrupt the file; `SWMRFile` prevents it.
 
-    It has handles only of what the template created, and nothing else in the store creates anything.
+    It has handles only for what the template created, and nothing else in the store creates objects.
     """
     with store.Writer.create(tmp_path / "run.h5", SMALL) as writer:
         with pytest.raises(store.StoreError, match=r"maps/new is not in the file: .* SWMR"):
@@ -270,8 +275,8 @@ def test_the_file_itself_is_out_of_reach(tmp_path):
         assert check(run) == 1, "refused before anything is written"
     verbs = re.compile(r"\.(create_\w+|require_\w+|\w+_scale|resize|move)\(|\.attrs(\.update|\[[^]]*\] =)")
     for source in Path(store.__file__).parent.rglob("*.py"):
-        found = verbs.findall(source.read_text())
-        assert bool(found) == (source.name == "template.py"), (source.name, found)
+        matches = verbs.findall(source.read_text())
+        assert bool(matches) == (source.name == "template.py"), (source.name, matches)
 
 
 @pytest.mark.parametrize("bits", [1, 10, 22, 23])
@@ -288,7 +293,7 @@ def test_rounding_is_to_nearest_and_even(bits):
     np.testing.assert_array_equal(round_mantissa(special, bits), expected)
 
 
-def test_rounded_are_errors_cam_and_heat_maps_only(tmp_path):
+def test_only_errors_cam_and_heat_maps_are_rounded(tmp_path):
     plan = dataclasses.replace(PLAN, mantissa_bits=10)
     with store.Writer.create(tmp_path / "run.h5", plan) as writer:
         fill(writer)
@@ -297,9 +302,9 @@ def test_rounded_are_errors_cam_and_heat_maps_only(tmp_path):
         np.testing.assert_array_equal(run[1].maps["rise"][2], step(PLAN, 1, 0, 2)["saliency"])
         assert (run[1].errors["rise"][2] != step(PLAN, 1, 0, 2)["error"]).any()
     with h5py.File(tmp_path / "run.h5") as h5:
-        message = {}
-        h5.visititems(lambda name, thing: message.update({name: thing.attrs.get("mantissa_bits")}))
-    assert {name for name, bits in message.items() if bits == 10} == {
+        bits_by_name = {}
+        h5.visititems(lambda name, thing: bits_by_name.update({name: thing.attrs.get("mantissa_bits")}))
+    assert {name for name, bits in bits_by_name.items() if bits == 10} == {
         "entry/maps/error",
         "entry/cam/5x6/saliency",
         "entry/cam/3x3/saliency",
@@ -309,9 +314,9 @@ def test_rounded_are_errors_cam_and_heat_maps_only(tmp_path):
 
 @pytest.mark.parametrize("parts", ["cam", "curves", "maps"])
 def test_a_file_of_one_kind_only(tmp_path, parts):
-    without = {"cam": {"layers": ()}, "maps": {"methods": ()}, "curves": {"items": (store.Item("k", "a"),)}}
+    changes = {"cam": {"layers": ()}, "maps": {"methods": ()}, "curves": {"items": (store.Item("k", "a"),)}}
     plan = store.Plan(
-        **vars(SMALL) | {name: value for part in without if part != parts for name, value in without[part].items()}
+        **vars(SMALL) | {name: value for part in changes if part != parts for name, value in changes[part].items()}
     )
     with store.Writer.create(tmp_path / "run.h5", plan) as writer:
         writer.trajectory(0, **trajectory(plan, 0))
