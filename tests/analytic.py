@@ -60,7 +60,7 @@ class Analytic(Denoiser):
 
 
 def patch_mean(rows: slice, columns: slice) -> Callable[[Tensor, Tensor], Tensor]:
-    """A denoiser that answers, everywhere, with the mean of one patch of what it sees."""
+    """A denoiser that predicts the mean of one patch of its input at every pixel."""
 
     def answer(x_t: Tensor, number: Tensor) -> Tensor:
         return x_t[..., rows, columns].mean((-2, -1), keepdim=True).expand_as(x_t)
@@ -69,10 +69,10 @@ def patch_mean(rows: slice, columns: slice) -> Callable[[Tensor, Tensor], Tensor
 
 
 def switch(pixel: tuple[int, int], pattern: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A denoiser that answers with a pattern if it sees one pixel, and with its negative if it does not."""
+    """A denoiser that predicts a pattern if one pixel is visible, and the negative pattern otherwise."""
 
     def answer(x_t: Tensor, number: Tensor) -> Tensor:
-        seen = x_t[:, :1, pixel[0], pixel[1], None, None] != 0
-        return torch.where(seen, pattern, -pattern)
+        is_visible = x_t[:, :1, pixel[0], pixel[1], None, None] != 0
+        return torch.where(is_visible, pattern, -pattern)
 
     return answer

@@ -1,6 +1,6 @@
-"""The command line and other processes for tests: in this process, in a fork of it, or in a new one.
+"""The command line and other functions for tests: in this process, in a fork, or in a new process.
 
-A new process imports torch and diffusers for some ten seconds; a fork has them.
+A new process needs about ten seconds to import torch and diffusers; a fork has them already.
 """
 
 import io
@@ -29,13 +29,13 @@ def dfengine_command(*arguments: str) -> subprocess.CompletedProcess[str]:
         try:
             main()
             status = 0
-        except SystemExit as left:
-            status = int(left.code or 0)
+        except SystemExit as raised:
+            status = int(raised.code or 0)
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def dfengine_process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The same in a new process, for what only a new one shows: its environment, its output at exit."""
+    """The same in a new process, for tests of the environment or of output at exit."""
     command = [sys.executable, "-m", "dfengine", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
 
@@ -44,7 +44,7 @@ class Fork:
     """A fork of this process that runs a function: what the tests need of `subprocess.Popen`."""
 
     def __init__(self, function: Callable[[], object], *, keep: Iterable[int] = (), capture: bool = True) -> None:
-        """File descriptors above 2 are closed, but for those to `keep`; output is captured, or goes to stderr."""
+        """File descriptors above 2 are closed, except those in `keep`; output is captured or goes to stderr."""
         self.returncode: int | None = None
         self._files = [tempfile.TemporaryFile("w+") for _ in range(2)] if capture else []  # noqa: SIM115
         with warnings.catch_warnings():
@@ -74,7 +74,7 @@ class Fork:
             os.kill(self.pid, signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, ...]:
-        """Its standard output and standard error, after its end."""
+        """Wait for the process and return its standard output and standard error."""
         self.wait(timeout)
         texts = []
         for file in self._files:
@@ -96,16 +96,16 @@ def _become(function: Callable[[], object], output: list[int], keep: set[int]) -
         for number, file in enumerate(output, 1):
             os.dup2(file, number)
         # Replaced rather than closed: objects of the parent that are collected here close numbers of their own.
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for file in {int(name) for name in os.listdir("/proc/self/fd")} - keep - {nothing}:
+        null = os.open(os.devnull, os.O_RDWR)
+        for file in {int(name) for name in os.listdir("/proc/self/fd")} - keep - {null}:
             with suppress(OSError):
-                os.dup2(nothing, file)
-        os.dup2(nothing, 0)
+                os.dup2(null, file)
+        os.dup2(null, 0)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         function()
         status = 0
-    except SystemExit as left:
-        status = int(left.code or 0)
+    except SystemExit as raised:
+        status = int(raised.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,6 +1,6 @@
-"""What comes before every test: annotations checked at every call, Triton interpreted where there is no GPU.
+"""Test setup: annotations are checked at every call, and Triton is interpreted if there is no GPU.
 
-The fixtures that several files share import what they need themselves: the kernels' tests run without diffusers.
+Shared fixtures import their own dependencies, so that the kernels' tests run without diffusers.
 """
 
 import importlib.util
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 DFKERNELS = Path(__file__).parent.parent / "kernels/dfkernels"
 
-# One thread in each of several processes; and where there are more, a fork of this process would wait for them forever.
+# One thread per process: with more, a fork of this process would wait for them forever.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     torch.set_num_threads(1)
 
-# Before anything of ours is imported. Not dfkernels.fused: the hook decorates beneath @triton.jit, which would take the
-# wrapper for the kernel. beartype may be missing where only the kernels' tests run.
+# This precedes all imports of our code. dfkernels.fused is left out: the hook decorates below @triton.jit, which would
+# compile the wrapper instead of the kernel. beartype may be missing if only the kernels' tests are run.
 if importlib.util.find_spec("beartype") and not os.environ.get("JAXTYPING_DISABLE"):
     import typechecker  # noqa: F401  (replaces what the hook looks up)
 
     checked = (f"dfkernels.{path.stem}" for path in DFKERNELS.glob("*.py") if path.stem != "__init__")
     install_import_hook(("dfengine", *checked), "typechecker.typecheck")
 
-# Before triton is imported, whose own functions are decorated then.
+# This precedes the import of triton, which decorates its functions at import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# How many examples each property is tried with: those of `make quick`, `make test` and `make soak`.
+# The number of examples per property in `make quick`, `make test` and `make soak`.
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 
@@ -47,7 +47,7 @@ if importlib.util.find_spec("hypothesis"):
         derandomize=True,
         database=None,
         deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],  # nor is a busy machine an error
+        suppress_health_check=[HealthCheck.too_slow],  # a busy machine is not an error
     )
     for name, examples in (("quick", 5), ("soak", 250)):
         settings.register_profile(name, settings.get_profile("test"), max_examples=examples)
@@ -59,9 +59,9 @@ CAPTIONS = ("a red circle above a blue square on a gray background", "a pink sta
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Choose the cases of tests marked `grid`; skip those marked `gpu` where there is none.
+    """Select the cases of tests marked `grid`; skip those marked `gpu` if there is no GPU.
 
-    `make quick` runs the first case of a grid, `make test` as few as show every value of every parameter.
+    `make quick` runs the first case of a grid, `make test` a small set that covers every value of every parameter.
     """
     grids = defaultdict(list)
     for item in items:
@@ -70,16 +70,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     for first, *others in grids.values():
-        shown = _values(first)
+        covered = _values(first)
         while others:
-            case = max(others, key=lambda other: len(_values(other) - shown))
-            case.add_marker("slow" if _values(case) - shown else "soak")
-            shown |= _values(case)
+            case = max(others, key=lambda other: len(_values(other) - covered))
+            case.add_marker("slow" if _values(case) - covered else "soak")
+            covered |= _values(case)
             others.remove(case)
 
 
 def _values(case: pytest.Item) -> set[tuple[str, str]]:
-    """The parameters of a case, each with its value."""
+    """The parameters of a case with their values."""
     return {(name, repr(value)) for name, value in case.callspec.params.items()} if hasattr(case, "callspec") else set()
 
 
@@ -101,7 +101,7 @@ def tiny(tiny_folder: Path) -> "Denoiser":
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """By the name of an architecture, the folder that diffusers saved of it at an eighth of its width."""
+    """Returns the folder of an architecture by name, saved by diffusers at an eighth of its width."""
     from reduced import random_pipeline, reduced
 
     from dfengine.models.loading import quiet

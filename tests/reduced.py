@@ -18,7 +18,7 @@ from dfengine.models.loading import quiet
 PROMPT = "a photo of an astronaut riding a horse"
 #: float32 through networks that sum in another order, times 1/√ᾱ ≤ 15 at the first step.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-#: Widths and sizes, in whatever file; heads, blocks and layers stay.
+#: Widths and sizes, in any file; the numbers of heads, blocks and layers are unchanged.
 _WIDTHS = {
     "addition_time_embed_dim",
     "block_out_channels",
@@ -34,7 +34,7 @@ _WIDTHS = {
 
 
 def soak(*values: Any) -> Any:
-    """A case of a test for `make soak` alone."""
+    """A test case for `make soak` only."""
     return pytest.param(*values, marks=pytest.mark.soak)
 
 
@@ -59,7 +59,7 @@ def random_pipeline(folder: Path, dtype: torch.dtype = torch.float32, seed: int 
 
 
 def pipeline_of(folder: Path) -> Any:
-    """diffusers' own pipeline of a folder, sampling by DDIM."""
+    """The diffusers pipeline of a folder, with DDIM sampling."""
     with quiet():
         pipeline = DiffusionPipeline.from_pretrained(folder)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -67,10 +67,10 @@ def pipeline_of(folder: Path) -> Any:
     return pipeline
 
 
-def both_ways(
+def engine_and_pipeline_latents(
     denoiser: Denoiser, pipeline: Any, prompt: str, job: dict[str, Any], call: dict[str, Any]
 ) -> list[Tensor]:
-    """The latents that enter steps 2, 3 and 4 of 4, and x0's landing: ours, and those of the pipeline's own call."""
+    """The latents after each of 4 steps: those of our trajectory, and those of a call of the pipeline."""
     seed, guidance, latents_after = 3, 3.0, []
 
     def record(_: Any, step: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,5 +92,5 @@ def both_ways(
     (ours,) = trajectories(denoiser, [Job(prompt, timesteps, seed=seed, guidance=guidance, **job)])
     assert ours.x0 is not None
     final = denoiser.schedule.final_alpha_bar
-    landing = final**0.5 * ours.x0[-1] + (1 - final) ** 0.5 * ours.epsilon[-1]
-    return [torch.stack([*ours.latents[1:], landing]), torch.stack(latents_after)]
+    final_latent = final**0.5 * ours.x0[-1] + (1 - final) ** 0.5 * ours.epsilon[-1]
+    return [torch.stack([*ours.latents[1:], final_latent]), torch.stack(latents_after)]

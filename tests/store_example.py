@@ -82,12 +82,12 @@ def trajectory(plan: store.Plan, item: int) -> dict[str, np.ndarray]:
 def step(plan: store.Plan, item: int, place: int, step: int) -> dict[str, np.ndarray]:
     """One map; each step has one score fewer than the one before, as after an early stop."""
     method, random = plan.methods[place], np.random.default_rng((seed_of(plan, item), place, step))
-    drawn = {"saliency": random.standard_normal(plan.latent[1:]).astype(np.float32)}
+    values = {"saliency": random.standard_normal(plan.latent[1:]).astype(np.float32)}
     if method.has_error:
-        drawn["error"] = random.random(plan.latent[1:]).astype(np.float32)
+        values["error"] = random.random(plan.latent[1:]).astype(np.float32)
     if method.num_masks:
-        drawn["scores"] = random.standard_normal(method.num_masks - step).astype(np.float32)
-    return drawn
+        values["scores"] = random.standard_normal(method.num_masks - step).astype(np.float32)
+    return values
 
 
 def cam(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
@@ -97,11 +97,11 @@ def cam(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
 
 def curves(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
     random, planned = np.random.default_rng((seed_of(plan, item), 200, step)), plan.items[item]
-    drawn = {
+    arrays = {
         "relevance": random.random(len(planned.tokens)).astype(np.float32),
         "word_maps": random.random((len(planned.words), *plan.latent[1:])).astype(np.float32),
     }
-    return {name: values for name, values in drawn.items() if len(values)}
+    return {name: values for name, values in arrays.items() if len(values)}
 
 
 def rounded(plan: store.Plan, values: np.ndarray) -> np.ndarray:
@@ -122,11 +122,11 @@ def fill(writer: store.Writer) -> None:
         for at in range(plan.num_steps):
             if plan.layers and not writer.has_cam(item, at):
                 writer.cam(item, at, cam(plan, item, at))
-            drawn, stored = (
+            values, stored = (
                 curves(plan, item, at),
                 {"relevance": writer.has_relevance, "word_maps": writer.has_word_maps},
             )
-            writer.curves(item, at, **{name: drawn[name] for name in drawn if not stored[name](item, at)})
+            writer.curves(item, at, **{name: values[name] for name in values if not stored[name](item, at)})
         writer.finish(item, 1.5 + item)
 
 
@@ -136,18 +136,18 @@ def check(run: store.Run) -> int:
     for index, item in enumerate(run):
         if item.has_trajectory:
             marks += 1
-            given = trajectory(plan, index)
-            for name in given:
-                equal(getattr(item, name)[...], given[name], name)
+            expected = trajectory(plan, index)
+            for name in expected:
+                equal(getattr(item, name)[...], expected[name], name)
         for place, method in enumerate(plan.methods):
             for at in np.flatnonzero(item.done[method.name]).tolist():
                 marks += 1
-                given = step(plan, index, place, at)
-                equal(item.maps[method.name][at], given["saliency"])
-                if "error" in given:
-                    equal(item.errors[method.name][at], rounded(plan, given["error"]))
-                if "scores" in given:
-                    equal(item.scores[method.name][at], np.append(given["scores"], [np.nan] * at).astype(np.float32))
+                expected = step(plan, index, place, at)
+                equal(item.maps[method.name][at], expected["saliency"])
+                if "error" in expected:
+                    equal(item.errors[method.name][at], rounded(plan, expected["error"]))
+                if "scores" in expected:
+                    equal(item.scores[method.name][at], np.append(expected["scores"], [np.nan] * at).astype(np.float32))
         for at in np.flatnonzero(run.marks("cam_done")[index]).tolist():
             marks += 1
             for name, values in cam(plan, index, at).items():
@@ -155,8 +155,8 @@ def check(run: store.Run) -> int:
         for name, marker in (("relevance", "relevance_done"), ("word_maps", "heat_done")):
             for at in np.flatnonzero(run.marks(marker)[index]).tolist():
                 marks += 1
-                given = curves(plan, index, at)[name]
-                equal(getattr(item, name)[:, at], rounded(plan, given) if name == "word_maps" else given)
+                expected = curves(plan, index, at)[name]
+                equal(getattr(item, name)[:, at], rounded(plan, expected) if name == "word_maps" else expected)
     return marks
 
 

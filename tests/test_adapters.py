@@ -21,7 +21,7 @@ from dfengine.models.unet.stable_diffusion_xl import StableDiffusionXL
 
 @pytest.fixture(autouse=True)
 def _restored_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """Restore the registry after each test."""
     adapter_of("StableDiffusionPipeline")  # imports the built-in adapters
     monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
 
@@ -53,7 +53,7 @@ def test_a_subclass_has_the_adapter_of_its_nearest_base(tiny_folder: Path) -> No
     assert adapter_of(pipeline) is Analytic
 
 
-def test_an_adapter_outside_replaces_the_built_in_one_whichever_comes_first() -> None:
+def test_a_registered_adapter_replaces_the_built_in_one_in_any_order() -> None:
     adapter("StableDiffusionPipeline")(Analytic)
     assert adapter_of("StableDiffusionPipeline") is Analytic
     adapter("StableDiffusionPipeline")(StableDiffusion)  # as its module does when it is discovered
@@ -61,8 +61,8 @@ def test_an_adapter_outside_replaces_the_built_in_one_whichever_comes_first() ->
     assert adapter_of("StableDiffusionImg2ImgPipeline") is StableDiffusion
 
 
-def test_a_new_file_in_a_package_of_models_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `dfengine/models/wonder/family.py` would be."""
+def test_a_new_module_in_the_models_package_is_discovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module stands for `dfengine/models/wonder/family.py`."""
     (tmp_path / "wonder").mkdir()
     (tmp_path / "wonder/__init__.py").touch()
     (tmp_path / "wonder/family.py").write_text(
@@ -80,7 +80,7 @@ def test_a_new_file_in_a_package_of_models_is_found(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.soak
-def test_adapters_are_imported_when_one_is_asked_for() -> None:
+def test_adapters_are_imported_lazily() -> None:
     folder = Path(registry.__file__).parent / "unet"
     modules = [f"dfengine.models.unet.{module.name}" for module in pkgutil.iter_modules([str(folder)])]
     assert "dfengine.models.unet.stable_diffusion" in modules
@@ -94,7 +94,7 @@ def test_adapters_are_imported_when_one_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("name", ["WonderPipeline", ["pipeline", "WonderPipeline"]])
-def test_a_folders_class_is_checked_before_its_weights_are_read(
+def test_the_class_of_a_folder_is_checked_before_its_weights_are_read(
     tiny_folder: Path, tmp_path: Path, name: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = json.loads((tiny_folder / "model_index.json").read_text())
@@ -115,7 +115,7 @@ class WonderPipeline(DiffusionPipeline):
 
 
 @pytest.mark.slow
-def test_an_engine_explains_a_pipeline_of_a_class_registered_outside(tiny_folder: Path) -> None:
+def test_an_engine_explains_a_pipeline_of_a_registered_class(tiny_folder: Path) -> None:
     parts = StableDiffusionPipeline.from_pretrained(tiny_folder).components
     pipeline = WonderPipeline(parts["vae"], parts["scheduler"])
     with pytest.raises(ValueError, match="WonderPipeline is not supported"):
@@ -124,10 +124,10 @@ def test_an_engine_explains_a_pipeline_of_a_class_registered_outside(tiny_folder
 
     @adapter("WonderPipeline")
     class Wonder(Analytic):
-        def __init__(self, pipeline: Any, **given: Any) -> None:
+        def __init__(self, pipeline: Any, **arguments: Any) -> None:
             super().__init__(lambda x, number: x * number[:, None, None, None])
-            self.pipeline, self.name = pipeline, given["name"]
-            options.update(given)
+            self.pipeline, self.name = pipeline, arguments["name"]
+            options.update(arguments)
 
     engine = Engine(pipeline, batch_size=4)
     assert isinstance(engine.denoiser, Wonder)

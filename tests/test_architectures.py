@@ -1,4 +1,4 @@
-"""The published architectures without their weights: what they are, and that all of dfengine works on them."""
+"""The published architectures without their weights: their structure, and dfengine end to end on them."""
 
 import json
 import sys
@@ -24,14 +24,14 @@ from dfengine.models.unet.stable_diffusion import StableDiffusion
 
 @cache
 def on_meta(name: str) -> Any:
-    """An architecture at its full size, where nothing is allocated or computed."""
+    """An architecture at full size on the meta device, which allocates and computes nothing."""
     with quiet():
         return build(configuration(name), device=torch.device("meta"), dtype=torch.float16)
 
 
 # --- the architectures ------------------------------------------------------------------------------------------------
 
-#: Published parameter counts in millions, and GFLOP a forward.
+#: Published parameter counts in millions, and GFLOP per forward.
 PUBLISHED: dict[str, tuple[dict[str, float], float, int]] = {
     "sd15": ({"unet": 859.52, "vae": 83.65, "text_encoder": 123.06}, 803, 64),
     "sd21": ({"unet": 865.91, "vae": 83.65, "text_encoder": 340.39}, 2149, 96),
@@ -41,7 +41,7 @@ PUBLISHED: dict[str, tuple[dict[str, float], float, int]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture_is_the_published_one(name: str) -> None:
+def test_architectures_match_the_published_ones(name: str) -> None:
     parameters, gigaflop, side = PUBLISHED[name]
     meta = torch.device("meta")
     denoiser = adapt(on_meta(name))
@@ -77,7 +77,7 @@ def test_weights_are_the_same_in_every_dtype_and_scaled_by_their_inputs(tmp_path
                 assert weight.unique().tolist() == [float(name.endswith("weight"))], name
                 continue
             assert not torch.equal(others[name], weight), name
-            # The mean square of n normal numbers is within five of its standard deviations √(2/n).
+            # The mean square of n normal numbers lies within five standard deviations √(2/n) of 1.
             n = weight.numel()
             assert float(weight.square().sum()) / len(weight) == pytest.approx(1, abs=5 * (2 / n) ** 0.5), name
     first, second = (single.text_encoder.get_submodule(f"encoder.layers.{i}.mlp.fc1").weight for i in range(2))
@@ -86,13 +86,13 @@ def test_weights_are_the_same_in_every_dtype_and_scaled_by_their_inputs(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", soak("sd21"), soak("sdxl")])
-def test_activations_stay_far_inside_float16(saved: Callable[[str], Path], name: str) -> None:
-    """Every layer's output, on noise and on latents ten times as large, against the largest number of 65504."""
+def test_activations_stay_well_within_float16(saved: Callable[[str], Path], name: str) -> None:
+    """Outputs of all layers, for noise and for latents ten times as large, compared to the maximum of 65504."""
     denoiser = load(saved(name), device="cpu")
     assert isinstance(denoiser, StableDiffusion)
     outputs: list[torch.Tensor] = []
 
-    def keep(module: Any, given: Any, output: Any) -> None:
+    def keep(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             outputs.append(output)
 
@@ -110,7 +110,7 @@ def test_activations_stay_far_inside_float16(saved: Callable[[str], Path], name:
 
 
 @pytest.mark.slow
-def test_a_forward_in_half_precision_is_the_one_in_single(tmp_path: Path) -> None:
+def test_half_and_single_precision_forwards_agree(tmp_path: Path) -> None:
     folder = reduced("sd15", tmp_path)
     epsilons = []
     for dtype in (torch.float32, torch.float16):
@@ -126,13 +126,13 @@ def test_a_forward_in_half_precision_is_the_one_in_single(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_tokenizer_has_clips_numbers() -> None:
+def test_the_tokenizer_has_the_token_ids_of_clip() -> None:
     pipeline = on_meta("sdxl")
     for tokenizer, pad in ((pipeline.tokenizer, 49407), (pipeline.tokenizer_2, 0)):
         assert len(tokenizer) == pipeline.text_encoder.config.vocab_size == 49408
         assert (tokenizer.model_max_length, tokenizer.pad_token_id) == (77, pad)
         tokens = tokenizer("A cat, \n红", padding="max_length").input_ids
-        # "a" and "t" at the end of a word, "c" and "a" within one, as CLIP numbers the bytes: from "!" on.
+        # "a" and "t" at the end of a word, "c" and "a" within one: CLIP numbers the bytes starting at "!".
         first, c_and_a, last = tokens[0], tokens[2:4], tokens[8:]
         assert (first, tokens[1]) == (49406, 256 + ord("a") - ord("!"))
         assert tokenizer.convert_ids_to_tokens(c_and_a) == ["ca", "t</w>"]
@@ -161,7 +161,7 @@ def test_a_prompt_too_long_and_a_vocabulary_too_small_are_refused(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", soak("sd21"), soak("sdxl")])
-def test_a_saved_pipeline_is_explained_as_the_one_that_was_built(saved: Callable[[str], Path], name: str) -> None:
+def test_saved_and_built_pipelines_give_the_same_maps(saved: Callable[[str], Path], name: str) -> None:
     results = []
     for folder, random_weights in ((saved(name), False), (saved(name).parent / "configs", True)):
         engine = Engine.from_pretrained(folder, device="cpu", random_weights=random_weights, batch_size=4)
@@ -173,7 +173,7 @@ def test_a_saved_pipeline_is_explained_as_the_one_that_was_built(saved: Callable
     assert loaded.image.shape == (8 * side, 8 * side, 3)
     assert loaded.image.std() > 5
     assert loaded.maps["rise"].std() > 0.01
-    # Weights that lie elsewhere in memory are summed in another order.
+    # The order of sums depends on the memory layout of the weights.
     for part in ("latents", "epsilon"):
         assert_close(getattr(loaded, part), getattr(built, part), **CLOSE)
     assert_close(loaded.maps["rise"], built.maps["rise"], rtol=0, atol=1e-3)
@@ -183,7 +183,7 @@ def test_a_saved_pipeline_is_explained_as_the_one_that_was_built(saved: Callable
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_architecture_without_weights_says_what_to_do(name: str) -> None:
+def test_an_architecture_without_weights_names_the_remedy(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' is an architecture .* a hub id, or add --random-weights"):
         load(name, device="cpu")
 
@@ -200,7 +200,7 @@ def test_random_weights_have_no_variant(option: str) -> None:
         load("sd15", device="cpu", random_weights=True, **{option: "fp16"})
 
 
-def test_files_of_another_pipeline_are_one_clear_line(tmp_path: Path) -> None:
+def test_files_of_another_pipeline_are_a_one_line_error(tmp_path: Path) -> None:
     folder = reduced("sd15", tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
     for written, message in (
@@ -219,7 +219,7 @@ def test_files_of_another_pipeline_are_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_builds_and_sizes(
+def test_random_weights_and_image_size_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(architectures, "_CONFIGS", reduced("sd15", tmp_path / "sd15").parent)
@@ -227,22 +227,22 @@ def test_the_command_line_builds_and_sizes(
     def run(*arguments: str) -> tuple[Any, str]:
         command = ["dfengine", "explain", PROMPT, "-o", str(tmp_path / "run.h5"), "--model", "sd15", *arguments]
         monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "--steps", "1", "--masks", "2"])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as raised:
             main()
-        return left.value.code, capfd.readouterr().err
+        return raised.value.code, capfd.readouterr().err
 
-    code, said = run("--random-weights", "--image-size", "64x96")
+    code, errors = run("--random-weights", "--image-size", "64x96")
     assert code is None
-    assert said.startswith("dfengine: note: the sampler PNDMScheduler is replaced by deterministic")
-    assert said.count("\n") == 1
+    assert errors.startswith("dfengine: note: the sampler PNDMScheduler is replaced by deterministic")
+    assert errors.count("\n") == 1
     with dfengine.open(tmp_path / "run.h5") as file:
         assert file.summary()["model"] == "sd15 (random weights) (64×96 pixels)"
         assert file[0].latents.shape == (1, 4, 8, 12)
     for size in ("64", "64x", "axb", "64x96x3", "-64x64", ""):
-        code, said = run("--random-weights", "--image-size", size)
+        code, errors = run("--random-weights", "--image-size", size)
         assert code == 2
-        assert f"image size {size!r} is not understood" in said
-    code, said = run()
+        assert f"image size {size!r} is not understood" in errors
+    code, errors = run()
     assert code == 2
-    assert said.count("\n") == 1
-    assert "add --random-weights" in said
+    assert errors.count("\n") == 1
+    assert "add --random-weights" in errors

@@ -1,4 +1,4 @@
-"""Attention backends: which one serves where, and batches beyond a kernel's grid."""
+"""Attention backends: which one is selected, and batches larger than a kernel's grid."""
 
 import sys
 
@@ -32,7 +32,7 @@ def test_a_kernel_is_called_on_at_most_max_heads(batch: int, heads: int, max_hea
     assert all(shape[0] * heads <= max(max_heads, heads) and shape[1:] == (3, heads, 4) for shape in called)
 
 
-def test_auto_is_torchs_own_on_a_cpu() -> None:
+def test_auto_is_sdpa_on_a_cpu() -> None:
     for backend in ("auto", "sdpa"):
         assert attention_backend(backend, CPU, torch.float32) == AttentionBackend("sdpa")
 
@@ -41,14 +41,14 @@ def test_auto_is_torchs_own_on_a_cpu() -> None:
     ("capability", "dtype", "name"),
     [((9, 0), torch.float16, "cudnn"), ((9, 0), torch.float32, "sdpa"), ((8, 6), torch.bfloat16, "sdpa")],
 )
-def test_auto_is_cudnns_on_hopper_in_half_precision(
+def test_auto_is_cudnn_on_hopper_in_half_precision(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, name: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     backend = attention_backend("auto", CUDA, dtype)
     assert backend.name == name
-    # All kernels stay enabled as fallbacks, whichever comes first.
+    # All kernels stay enabled as fallbacks, regardless of the first choice.
     assert [kernel.name for kernel in backend.priority[:1]] == ["CUDNN_ATTENTION"] * (name == "cudnn")
     with backend.activated():
         q = torch.randn(1, 2, 3, 8)
@@ -56,7 +56,7 @@ def test_auto_is_cudnns_on_hopper_in_half_precision(
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "dtype", "said"),
+    ("backend", "device", "dtype", "message"),
     [
         ("flash", CPU, torch.float32, "'flash' is not known: expected one of auto, sdpa, cudnn, xformers"),
         ("cudnn", CPU, torch.float32, "'cudnn' needs a CUDA device, but the device is cpu"),
@@ -66,13 +66,13 @@ def test_auto_is_cudnns_on_hopper_in_half_precision(
     ],
 )
 def test_unavailable_backends_are_refused(
-    backend: str, device: torch.device, dtype: torch.dtype, said: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, device: torch.device, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         attention_backend(backend, device, dtype)
 
 
-def test_an_engine_refuses_what_its_device_does_not_have() -> None:
+def test_an_engine_rejects_backends_its_device_does_not_have() -> None:
     with pytest.raises(ValueError, match="'cudnn' needs a CUDA device"):
         Engine.from_pretrained("shapes", device="cpu", attention="cudnn")

@@ -44,17 +44,17 @@ def test_every_entry_once_in_batches_of_one_size(total: int, size: int) -> None:
     ],
 )
 def test_out_of_memory_halves_the_batch_permanently_and_loses_no_entry(error: Exception) -> None:
-    seen: list[int] = []
+    processed: list[int] = []
     owner = Owner(12)
 
     def work(entries: torch.Tensor, batch: range) -> None:
         if len(entries) > 5:
             raise error
-        assert batch == range(len(seen), min(len(seen) + 3, 13))
-        seen.extend(int(e) for e in entries if e != PADDING)
+        assert batch == range(len(processed), min(len(processed) + 3, 13))
+        processed.extend(int(e) for e in entries if e != PADDING)
 
     assert [batch.stop for batch, _ in in_batches(13, owner, work)] == [3, 6, 9, 12, 13]
-    assert seen == list(range(13))
+    assert processed == list(range(13))
     assert owner.batch_size == 3
 
 

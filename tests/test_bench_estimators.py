@@ -1,4 +1,4 @@
-"""The study of the estimators counts and sums masks correctly, and measures nothing on a failing check."""
+"""The study of the estimators counts and sums masks correctly, and reports nothing if a check fails."""
 
 import dfkernels
 import estimators
@@ -19,17 +19,17 @@ SHAPE = (6, 5)
     [
         ((0.2, 0.6, 0.95, 0.97), 30),
         ((0.96, 0.97, 0.98, 0.99), 10),
-        ((0.2, 0.96, 0.94, 0.97), 100),  # it falls below once more
+        ((0.2, 0.96, 0.94, 0.97), 100),  # it falls below the threshold again
         ((0.2, 0.96, 0.97, 0.94), None),
         ((0.1, 0.2, 0.3, 0.4), None),
-        ((0.96, float("nan"), 0.96, 0.96), 30),  # a constant map agrees with nothing
+        ((0.96, float("nan"), 0.96, 0.96), 30),  # a constant map has no agreement
     ],
 )
 def test_needed_is_where_the_curve_stays_above(curve: tuple[float, ...], expected: int | None) -> None:
     assert estimators.needed((10, 20, 30, 100), curve, 0.95) == expected
 
 
-def test_counts_end_with_the_half() -> None:
+def test_counts_end_at_half_of_the_masks() -> None:
     assert estimators.counts(3000)[:7] == (10, 15, 20, 30, 45, 70, 100)
     assert estimators.counts(3000)[-3:] == (1500, 2000, 3000)
     assert estimators.counts(3100)[-2:] == (3000, 3100)

@@ -1,4 +1,4 @@
-"""Rows are recorded from committed sources only, and every table on the pages is that of the recorded rows."""
+"""Rows are recorded from committed sources only, and all tables in the documents are generated from them."""
 
 import importlib
 import json
@@ -60,7 +60,7 @@ TABLES = {("kernels/README.md", "rates"): rates}
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """The line that is printed where recording is refused."""
+    """The line that is printed if recording is refused."""
     with pytest.raises(SystemExit) as error:
         record.Recorder("rates", TABLES)
     assert error.value.code == 2

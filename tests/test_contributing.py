@@ -19,7 +19,7 @@ COMMANDS = re.search(r"```sh\n(dfengine explain.*?)```", TEXT, re.DOTALL)
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The document's explainer, until the end of the test."""
+    """Register the document's explainer for the duration of a test."""
     monkeypatch.setattr(registry, "_entries", dict(registry.entries()))
     exec(EXPLAINER, {"__name__": "example"})
 
@@ -69,7 +69,7 @@ def test_a_toy_model_of_four_methods(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert draw(result, "rise").axes
     run = dfengine_command("report", "toy.h5", "-o", "toy.html")
     assert run.returncode == 0, run.stderr
-    # A longer prompt is another condition: the model is told of its job.
+    # A longer prompt gives another condition, so the model receives its job.
     other = names["Engine"](names["Blur"]()).explain("a toy, longer", names["Rise"](num_masks=8), num_steps=3)
     assert not np.array_equal(other.image, result.image)
     with pytest.raises(ValueError, match="blur does not expose its layers: DF-CAM is not possible with it"):

@@ -31,7 +31,7 @@ def cross(heads: int, d: int, channels: int, *, bias: bool = True) -> Any:
 
 @pytest.mark.slow
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.booleans())
-def test_a_folded_attention_is_the_attention(
+def test_a_folded_attention_equals_the_attention(
     prompts: int, latents: int, positions: int, heads: int, tokens: int, bias: bool
 ) -> None:
     attention = cross(heads, 32, 24, bias=bias)
@@ -72,7 +72,7 @@ def hooked_before(module: nn.Module) -> None:
     module.register_forward_pre_hook(lambda *_: None)
 
 
-def hooked_behind(module: nn.Module) -> None:
+def hooked_after(module: nn.Module) -> None:
     module.register_full_backward_hook(lambda *_: None)
 
 
@@ -89,7 +89,7 @@ def subclassed(module: nn.Module) -> None:
     module.__class__ = type("Subclass", (type(module),), {})
 
 
-CHANGES = [hooked, hooked_before, hooked_behind, offloaded, replaced, subclassed]
+CHANGES = [hooked, hooked_before, hooked_after, offloaded, replaced, subclassed]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -201,20 +201,20 @@ def test_a_feed_forward_layer_is_differentiable() -> None:
 def test_a_changed_feed_forward_layer_is_called(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None] | None, part: str
 ) -> None:
-    layers, x, seen = feed_forward(), torch.randn(2, 3, 6), []
+    layers, x, calls = feed_forward(), torch.randn(2, 3, 6), []
     if change is not None:
         change(layers.get_submodule(part))
     forward = FeedForward.forward
 
     def noted(self: Any, *args: Any) -> Tensor:
-        seen.append(1)
+        calls.append(1)
         return forward(self, *args)
 
     if change is replaced and part == "":
         layers.forward = lambda x: noted(layers, x)
     monkeypatch.setattr(FeedForward, "forward", noted)
     cpu.feed_forward(layers, x)
-    assert bool(seen) == (change is not None)
+    assert bool(calls) == (change is not None)
 
 
 def test_an_unknown_feed_forward_layer_is_called() -> None:
@@ -233,12 +233,12 @@ def test_other_feed_forward_layers_are_called_as_they_are(options: dict[str, Any
 
 
 def test_other_devices_call_the_feed_forward_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    calls: list[int] = []
     forward = FeedForward.forward
-    monkeypatch.setattr(FeedForward, "forward", lambda self, x: seen.append(1) or forward(self, x))
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: calls.append(1) or forward(self, x))
     x = torch.randn(2, 3, 6, device="meta")
     assert cpu.feed_forward(feed_forward().to("meta"), x).shape == x.shape
-    assert seen == [1]
+    assert calls == [1]
 
 
 def test_a_class_of_the_same_name_is_called() -> None:

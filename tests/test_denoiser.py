@@ -1,4 +1,4 @@
-"""The three targets and the reading of predictions, on a network whose output can be worked out by hand."""
+"""The three targets and the conversion of predictions, on a network whose output can be worked out by hand."""
 
 import math
 from typing import Any
@@ -17,14 +17,14 @@ EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def network(**config: Any) -> Analytic:
-    """Answers x + (the prompt's number)."""
+    """A network that predicts x plus the number in the prompt."""
     denoiser = Analytic(lambda x, number: x + number[:, None, None, None], shape=(2, 3, 5))
     denoiser.schedule = NoiseSchedule.from_config({"clip_sample": False} | config)
     return denoiser
 
 
 def guided(denoiser: Analytic, target: str, scale: tuple[float, ...] = (1.0, 2.0, 5.0)) -> GuidedDenoiser:
-    """Prompts 10 20 30 with negatives 1 2 3."""
+    """A guided denoiser with the prompts 10, 20, 30 and the negative prompts 1, 2, 3."""
     prompts, negatives = denoiser.encode_prompts(["10", "20", "30"]), denoiser.encode_prompts(["1", "2", "3"])
     return GuidedDenoiser(denoiser, prompts, negatives, target, torch.tensor(scale))
 
@@ -64,7 +64,7 @@ def test_guidance_of_zero_and_one_are_the_other_targets(scale: float, like: str)
 
 
 def test_a_guided_forward_has_at_most_the_batch_size() -> None:
-    """Two forwards where both halves in one would be more than was found to fit; the same prediction."""
+    """Two forwards if both halves together exceed the batch size, with the same prediction."""
     denoiser, x = network(), latents(4)
     together = guided(denoiser, "guided")(x, T, ROWS).epsilon
     denoiser.batch_size = 7
@@ -112,7 +112,7 @@ def test_predictions_are_read_with_the_networks_own_input(prediction_type: str, 
 
 @pytest.mark.parametrize(("prediction_type", "sign"), [("v_prediction", -1), ("sample", 1)])
 def test_without_signal_x0_and_epsilon_come_straight_from_the_prediction(prediction_type: str, sign: int) -> None:
-    """ᾱ = 0: the latent is ε, whole, and x0 is ∓ the network's output; x0 through ε would be 0/0."""
+    """If ᾱ = 0, the latent is ε and x0 is ∓ the network's output; computing x0 from ε would give 0/0."""
     denoiser = network(prediction_type=prediction_type, rescale_betas_zero_snr=True)
     x, last = latents(3), torch.tensor([999, 999, 999])
     x0, epsilon = guided(denoiser, "conditional")(x, last, torch.arange(3))
@@ -121,7 +121,7 @@ def test_without_signal_x0_and_epsilon_come_straight_from_the_prediction(predict
     assert_close(epsilon, x, **EXACT)
 
 
-def test_a_denoiser_called_is_its_epsilon() -> None:
+def test_calling_a_denoiser_returns_epsilon() -> None:
     denoiser, x = network(prediction_type="v_prediction"), latents(4)
     condition = denoiser.encode_prompts(["1", "2", "3", "4"])
     assert_close(

@@ -1,4 +1,4 @@
-"""The weights that come with the package: plain diffusers loads them, and their images show what was asked for."""
+"""The weights shipped with the package: plain diffusers loads them, and their images match the prompts."""
 
 from pathlib import Path
 
@@ -42,12 +42,12 @@ def test_plain_diffusers_makes_the_same_image(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_images_show_what_captions_never_seen_in_training_say(engine: Engine) -> None:
+def test_images_match_captions_held_out_of_training(engine: Engine) -> None:
     captions = sample_scenes(12, torch.Generator().manual_seed(99), held_out=True).captions
     jobs = [engine.job(str(caption), seed=seed, num_steps=20) for seed, caption in enumerate(captions)]
     images = torch.cat([torch.stack([path.image for path in trajectories(engine.denoiser, jobs)])])
     right = Judge.load().agrees(images.permute(0, 3, 1, 2) / 255, captions).all(1)
-    # bench/shapes_model.py tells the rate; this is its floor, with room for chance.
+    # bench/shapes_model.py measures the rate; this is a lower bound with a margin for chance.
     assert right.float().mean() >= 0.6
 
 
@@ -56,12 +56,12 @@ def test_the_judge_reads_rendered_scenes() -> None:
     scenes = sample_scenes(300, torch.Generator().manual_seed(98), held_out=True)
     agrees = Judge.load().agrees(render(scenes)[0], scenes.captions)
     assert agrees.all(1).float().mean() > 0.97
-    # It does not agree with everything: the captions of other scenes are mostly wrong for an image.
+    # The judge also disagrees: captions of other scenes are mostly wrong for an image.
     assert Judge.load().agrees(render(scenes)[0].roll(1, 0), scenes.captions).all(1).float().mean() < 0.05
 
 
 @pytest.mark.slow
-def test_the_autoencoder_keeps_a_scene(engine: Engine) -> None:
+def test_the_autoencoder_preserves_a_scene(engine: Engine) -> None:
     images = render(sample_scenes(32, torch.Generator().manual_seed(97)))[0]
     with torch.no_grad():
         latents = engine.denoiser.encode(images)

@@ -1,4 +1,4 @@
-"""Areas under curves by hand, their intervals over items, and the tables with the paper's figures."""
+"""Areas under curves by hand, their intervals over items, and the tables with the paper's values."""
 
 import dataclasses
 import itertools
@@ -33,19 +33,19 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def from_errors(deletion: Sequence[float], insertion: Sequence[float]) -> GameResult:
-    """Given errors, with features of zeros."""
+    """A result with these errors and zero features."""
     mse = torch.tensor([deletion, insertion], dtype=torch.float32)
     return GameResult(MAP, GameCurves(torch.zeros(*mse.shape, 2), mse))
 
 
 def from_features(features: torch.Tensor) -> GameResult:
-    """Given features [games, points, d]."""
+    """A result with features [games, points, d]."""
     return GameResult(MAP, GameCurves(features, torch.zeros(features.shape[:2])))
 
 
 def run(results: Mapping[str, Sequence[GameResult]], **changes: Any) -> GamesRun:
-    made = GamesRun("a model", 1, (903, 411, 20), "three sums", "default", results)
-    return dataclasses.replace(made, **changes)
+    games_run = GamesRun("a model", 1, (903, 411, 20), "three sums", "default", results)
+    return dataclasses.replace(games_run, **changes)
 
 
 UNRANKED = GameResult(MAP, None)
@@ -55,7 +55,7 @@ UNRANKED = GameResult(MAP, None)
 
 
 def test_areas_by_hand() -> None:
-    """Means 0 2 3 4 and 4 1 1 0, a third apart: (1 + 2.5 + 3.5)/3 = 7/3, of a height of 4, and (2.5 + 1 + 0.5)/3."""
+    """Means 0 2 3 4 and 4 1 1 0 with spacing 1/3: areas (1 + 2.5 + 3.5)/3 = 7/3, of height 4, and (2.5 + 1 + 0.5)/3."""
     items = [from_errors([0, 4, 2, 7], [6, 0, 1.5, 0]), from_errors([0, 0, 4, 1], [2, 2, 0.5, 0])]
     summary = summarise_games(run({"rise": items}), "mse")
     deletion, insertion = (summary.methods["rise"][game] for game in ("deletion", "insertion"))
@@ -63,7 +63,7 @@ def test_areas_by_hand() -> None:
     assert deletion.auc.mean == pytest.approx(7 / 12)
     assert insertion.raw.mean == pytest.approx(4 / 3)
     assert insertion.auc.mean == pytest.approx(1 / 3)
-    # The mean curve's min–max, not the mean of each one's: item 0 alone would reach 4/7 at once.
+    # The mean curve is scaled, not each item's curve: item 0 alone would reach 4/7 immediately.
     np.testing.assert_allclose(deletion.curve[0], [0, 0.5, 0.75, 1])
     np.testing.assert_allclose(insertion.curve[0], [1, 0.25, 0.25, 0])
     assert (summary.num_items, summary.step, summary.timestep, summary.num_steps) == (2, 1, 411, 3)
@@ -101,12 +101,12 @@ def test_min_max_of_a_constant_curve_is_nan() -> None:
 
 
 def test_items_are_compared_with_their_own_unperturbed_image() -> None:
-    """Deletion's first point is it: features (0, 3), then (3, 7) is 5 away, and so on."""
+    """The first point of deletion is the unperturbed image: features (0, 3); (3, 7) is at distance 5, and so on."""
     curves = torch.tensor([[[0.0, 3], [3, 7], [6, 11]], [[0, 15], [0, 4], [0, 3]]])
     results = [from_features(curves), from_features(curves + 100)]
     for one in item_curves(results, "features"):
         np.testing.assert_allclose(one, [[0, 5, 10], [12, 1, 0]], rtol=1e-6)
-    # Standard deviations of two numbers are their difference over √2: 3/√2, 4/√2, 5/√2; 15/√2, 4/√2, 3/√2.
+    # The standard deviation of two numbers is their difference over √2: 3/√2, 4/√2, 5/√2; 15/√2, 4/√2, 3/√2.
     for one in item_curves(results, "frechet-single"):
         np.testing.assert_allclose(one, [[0, 25 + 0.5, 100 + 2], [144 + 72, 1 + 0.5, 0]], rtol=1e-5)
     errors = item_curves([from_errors([0, 1, 2], [3, 4, 0]), from_errors([0, 5, 6], [7, 8, 0])], "mse")
@@ -117,7 +117,7 @@ def test_items_are_compared_with_their_own_unperturbed_image() -> None:
 
 
 def clouds(n: int, d: int, seed: int = 0, points: int = 4) -> list[GameResult]:
-    """Features that move off in deletion and come back in insertion, as far as each item pleases."""
+    """Features that move away in deletion and return in insertion, by a random distance per item."""
     start, other, speed = randn(n, d, seed=seed), randn(n, d, seed=seed + 1), randn(n, 1, seed=seed + 2).abs() + 0.5
     moved = [start + (k / (points - 1)) ** speed * (0.7 * other - 0.4 * start + 1) for k in range(points)]
     return [from_features(torch.stack([torch.stack(one), torch.stack(one[::-1])])) for one in zip(*moved, strict=True)]
@@ -140,7 +140,7 @@ def test_sets_are_compared_at_every_point() -> None:
         assert score.raw.mean == pytest.approx(area, rel=1e-6)
         assert score.auc.mean == pytest.approx((area - curve.min()) / np.ptp(curve), rel=1e-6)
         np.testing.assert_allclose(score.curve[0], (curve - curve.min()) / np.ptp(curve), atol=1e-6)
-    # Sets are not what their items are one by one.
+    # The distance of sets differs from that of single items.
     single = summarise_games(run({"rise": results}), "frechet-single")
     assert single.methods["rise"]["deletion"].raw.mean > 1.2 * summary.methods["rise"]["deletion"].raw.mean
 
@@ -176,7 +176,7 @@ def test_intervals_are_half_as_wide_for_four_times_the_items(distance: str) -> N
 
 
 def test_the_interval_of_a_raw_area_is_that_of_a_mean() -> None:
-    """Raw areas are means over items: 1.96 standard errors either side, of 100 items."""
+    """Raw areas are means over items: the interval of 100 items is ±1.96 standard errors."""
     heights = np.random.default_rng(3).random(100) + 0.5
     results = [from_errors([0, height, 2 * height], [height, 0, 0]) for height in heights.tolist()]
     raw = summarise_games(run({"rise": results}), "mse").methods["rise"]["deletion"].raw
@@ -185,7 +185,7 @@ def test_the_interval_of_a_raw_area_is_that_of_a_mean() -> None:
     assert (raw.low, raw.high) == (
         pytest.approx(heights.mean() - error, abs=0.1 * error), pytest.approx(heights.mean() + error, abs=0.1 * error),
     )  # fmt: skip
-    # The curves differ by a factor alone, which min–max removes.
+    # The curves differ only by a factor, which min–max scaling removes.
     auc = summarise_games(run({"rise": results}), "mse").methods["rise"]["deletion"].auc
     assert auc.mean == pytest.approx(auc.low) == pytest.approx(auc.high) == pytest.approx(0.5)
 
@@ -202,13 +202,13 @@ def test_one_item_has_no_interval() -> None:
 
 
 def spread(shift: float, count: int = 20) -> list[GameResult]:
-    """Curves of very different items, of which `shift` moves the middle of every one."""
+    """Curves of very different items; `shift` moves the middle of each."""
     middles = np.random.default_rng(1).random(count)
     return [from_errors([0, middle + shift, 2], [2, middle + shift, 0]) for middle in middles.tolist()]
 
 
 def test_better_is_high_in_deletion_and_low_in_insertion() -> None:
-    """Every method has the same resamples: a small difference in every item is one in each of them."""
+    """All methods share their resamples, so a small difference in every item appears in each resample."""
     summary = summarise_games(
         run({"random": spread(0), "above": spread(0.02), "below": spread(-0.02), "same": spread(0)}), "mse"
     )
@@ -217,7 +217,7 @@ def test_better_is_high_in_deletion_and_low_in_insertion() -> None:
         for name, by in summary.methods.items()
     }
     assert shares == {"random": (None, None), "above": (1, 0), "below": (0, 1), "same": (0, 0)}
-    # Although their intervals lie over each other.
+    # This holds although their intervals overlap.
     random, above = (summary.methods[name]["deletion"].auc for name in ("random", "above"))
     assert above.low < random.mean < above.mean < random.high
     assert summary.methods["same"]["deletion"] == dataclasses.replace(
@@ -241,10 +241,10 @@ def test_items_that_one_method_lacks_are_excluded_for_all() -> None:
     worse = from_errors([0, float("nan"), 1], [1, 1, 0])
     overflown = from_features(torch.full((2, 3, 2), torch.inf))
     good, other = from_errors([0, 1, 1], [1, 0, 0]), from_errors([0, 0, 1], [1, 1, 0])
-    made = run({"rise": [good, UNRANKED, good, good, good], "cam": [other, other, worse, overflown, other]})
-    assert made.excluded() == {"rise": 1, "cam": 2}
-    assert made.valid_items() == [0, 4]
-    summary = summarise_games(made, "mse")
+    games_run = run({"rise": [good, UNRANKED, good, good, good], "cam": [other, other, worse, overflown, other]})
+    assert games_run.excluded() == {"rise": 1, "cam": 2}
+    assert games_run.valid_items() == [0, 4]
+    summary = summarise_games(games_run, "mse")
     assert summary.num_items == 2
     assert [by["deletion"].auc.mean for by in summary.methods.values()] == [0.75, 0.25]
     last = summary.table().splitlines()[-1]
@@ -273,7 +273,7 @@ def test_unknown_distances_and_too_few_items_are_refused() -> None:
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_constant_curves_are_refused(distance: str) -> None:
-    """Images that do not depend on the latent."""
+    """The images do not depend on the latent."""
     still = [from_features(randn(1, 1, 4, seed=seed).expand(2, 3, 4) + 1) for seed in range(12)]
     if distance == "mse":
         still = [from_errors([value, value, value], [1, 0, 0]) for value in randn(12).tolist()]
@@ -288,7 +288,7 @@ def test_constant_curves_are_refused(distance: str) -> None:
 
 # Tables --------------------------------------------------------------------------------------------------------------
 
-#: Tables 1 and 2 as they are printed: deletion, insertion.
+#: Tables 1 and 2 as printed: deletion, insertion.
 PRINTED = {
     "random": "0.6553, 0.6411", "lime": "0.5947, 0.6925", "rise": "0.8042, 0.5933", "cam": "0.7012, 0.5532",
     "rise-frechet": "0.6247, 0.6250", "rise-cosine": "0.6166, 0.5850", "rise-contrast": "0.6051, 0.7563",
@@ -303,7 +303,7 @@ def cells(summary: Faithfulness) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_a_table_has_the_papers_figures_beside_ours() -> None:
+def test_a_table_lists_the_papers_values_next_to_ours() -> None:
     results = {name: [from_errors([0, 2, 3, 4], [2, 0.5, 0.5, 0])] * 2 for name in PRINTED}
     summary = summarise_games(run(results), "mse")
     rows = cells(summary)
@@ -323,13 +323,13 @@ def test_a_table_has_the_papers_figures_beside_ours() -> None:
     ]
 
 
-def test_the_note_says_what_was_used() -> None:
-    made = run({"rise": clouds(11, 3), "random": clouds(11, 3, seed=9)}, preset="xdiffusion")
-    (note,) = [line for line in summarise_games(made).table().splitlines() if line[:1] not in ("|", "")]
+def test_the_note_lists_the_settings() -> None:
+    games_run = run({"rise": clouds(11, 3), "random": clouds(11, 3, seed=9)}, preset="xdiffusion")
+    (note,) = [line for line in summarise_games(games_run).table().splitlines() if line[:1] not in ("|", "")]
     assert note.startswith(
         "11 images, step 1 (t = 411) of 3 steps, distance frechet-set on features of three sums; preset xdiffusion. The"
     )
-    shares = cells(summarise_games(made))["rise"][2]
+    shares = cells(summarise_games(games_run))["rise"][2]
     deletion, insertion = (float(share.rstrip("%")) for share in shares.split(", "))
     assert 0 <= deletion <= 100
     assert 0 <= insertion <= 100

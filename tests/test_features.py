@@ -51,7 +51,7 @@ def pictures(n: int, height: int, width: int) -> Tensor:
 
 
 def write(folder: Path, model: Any, processor: str = "vit", **settings: Any) -> Path:
-    """A folder as save_pretrained makes it, of a random model and an image processor."""
+    """Write a folder like save_pretrained does, with a random model and an image processor."""
     with quiet():
         model.save_pretrained(folder)
     known = {"image_mean": MEAN, "image_std": STD, **PROCESSORS[processor], **settings}
@@ -63,7 +63,7 @@ def make(kind: str, config: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, kind)(config).eval()
-        for parameter in model.parameters():  # many of the biases would be zeros, and embeddings
+        for parameter in model.parameters():  # many biases and embeddings are zero by default
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -202,12 +202,12 @@ def test_loading_makes_no_network_request(vit: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), pictures(1, 8, 8)])
-def test_what_is_no_batch_of_images_is_refused(images: Tensor, vit: Path) -> None:
+def test_invalid_image_batches_are_refused(images: Tensor, vit: Path) -> None:
     with pytest.raises(ValueError, match=r"expected floats in \[0, 1\] of shape \[n, 3, height, width\]"):
         inspect.unwrap(vision.Extractor.__call__)(vision.load_features(vit), images)
 
 
-def test_what_is_no_feature_extractor_is_refused(tmp_path: Path) -> None:
+def test_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no feature extractor at '.*nowhere': expected the folder of a transformers"):
         vision.load_features(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"a folder without config\.json: expected a transformers vision model"):
@@ -270,12 +270,12 @@ def test_a_model_without_all_its_weights_is_refused(vit: Path) -> None:
 
 @pytest.mark.slow
 def test_the_games_are_played_with_any_extractor(vit: Path) -> None:
-    """The distances use its features, and its name is recorded."""
+    """The distances use the extractor's features, and its name is recorded."""
     engine, extract = Engine.from_pretrained("shapes", device="cpu"), vision.load_features(vit)
     jobs = [engine.job("a blue square on a gray background", num_steps=2, seed=seed) for seed in (0, 1)]
-    found = evaluate.play_games(engine.denoiser, engine.sample, jobs, [Random()], features=extract)
-    curves = found.results["random"][0].curves
+    outcome = evaluate.play_games(engine.denoiser, engine.sample, jobs, [Random()], features=extract)
+    curves = outcome.results["random"][0].curves
     assert curves is not None
     assert curves.features.shape == (2, 17, 16)
-    summary = evaluate.summarise_games(found, "features")
+    summary = evaluate.summarise_games(outcome, "features")
     assert summary.features == extract.name == "vit (pooler_output) tiny-vit"

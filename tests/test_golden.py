@@ -1,4 +1,4 @@
-"""The maps, errors, images and lists of the embedded model stay what they were when these values were recorded."""
+"""The maps, errors, images and lists of the embedded model equal the recorded values."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -33,7 +33,7 @@ def engine() -> Engine:
 
 
 def computed(i: int, sampling: str, steps: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the engine computes now, by the names of the golden file; of the methods with masks, `steps` alone."""
+    """The current values, by the names in the golden file; methods with masks compute `steps` only."""
     explainers: list[Explainer] = [Cam(), Relevance(), Attention(), Random(), Lime(num_samples=64)]
     explainers += [Rise.paper(**{"num_masks": 48} | kwargs, name=f"rise {name}") for name, kwargs in RISE.items()]
     job = engine().job(PROMPTS[i], num_steps=4, seed=7 + i, sampling=sampling)
@@ -60,7 +60,7 @@ def assert_same(name: str, ours: np.ndarray, golden: np.ndarray) -> None:
     if name.endswith("image"):
         assert np.abs(ours.astype(int) - golden.astype(int)).max() <= 1, name
         return
-    # Relative to what a map spans: a coverage map lies in a narrow band far from zero.
+    # Relative to the range of a map: a coverage map lies in a narrow band far from zero.
     both = np.isfinite(golden)
     np.testing.assert_array_equal(both, np.isfinite(ours), err_msg=name)
     scale = np.ptp(golden[both]) or np.abs(golden[both]).max()
@@ -79,7 +79,7 @@ def assert_same(name: str, ours: np.ndarray, golden: np.ndarray) -> None:
         *(pytest.param(i, name, [0, 1, 2, 3], marks=pytest.mark.soak) for i in (0, 1) for name in ("uniform", "early")),
     ],
 )
-def test_every_method_computes_what_it_computed(i: int, sampling: str, steps: list[int]) -> None:
+def test_every_method_matches_the_golden_values(i: int, sampling: str, steps: list[int]) -> None:
     golden = np.load(GOLDEN)
     ours = computed(i, sampling, steps)
     names = [key for key in golden.files if key.startswith(f"{i} {sampling} | ")]
@@ -90,7 +90,7 @@ def test_every_method_computes_what_it_computed(i: int, sampling: str, steps: li
 
 
 @pytest.mark.slow
-def test_the_released_code_computes_what_it_computed() -> None:
+def test_the_released_code_matches_the_golden_values() -> None:
     golden = np.load(GOLDEN)
     result = engine().explain(
         PROMPTS[0], [Rise.xdiffusion(num_masks=48), Cam.xdiffusion()], num_steps=4, seed=7, progress=False

@@ -1,4 +1,4 @@
-"""Which room may import which, read from the sources; and `kernels/` is never importable as `kernels`."""
+"""Which component may import which, read from the sources; and `kernels/` is never importable as `kernels`."""
 
 import ast
 import subprocess
@@ -11,10 +11,10 @@ import dfengine
 
 ROOT = Path(__file__).parent.parent
 
-#: The rooms of dfengine that each room may import, from the ground up. A room may always import itself.
+#: The components of dfengine that each component may import, from the ground up. A component may always import itself.
 MAY_IMPORT = {
-    room: set(rooms.split())
-    for room, rooms in {
+    component: set(components.split())
+    for component, components in {
         "tokens": "",
         "dfkernels": "",
         "dfkernels.fused": "dfkernels",
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     }.items()
 }
 
-#: The only rooms that may import each of these libraries.
+#: The only components that may import each of these libraries.
 ONLY = {
     "h5py": {"store"},
     "matplotlib": {"figures", "report"},
@@ -62,8 +62,8 @@ ONLY = {
 SOURCES = sorted([*(ROOT / "dfengine").rglob("*.py"), *(ROOT / "kernels/dfkernels").rglob("*.py")])
 
 
-def room_of(module: str) -> str:
-    """The room a module belongs to: `dfkernels`, `dfkernels.fused`, or the first name below `dfengine`."""
+def component_of(module: str) -> str:
+    """The component a module belongs to: `dfkernels`, `dfkernels.fused`, or the first name below `dfengine`."""
     package, _, rest = module.partition(".")
     inner = rest.partition(".")[0]
     if package == "dfkernels":
@@ -88,23 +88,23 @@ def imports_of(path: Path) -> set[str]:
     return modules
 
 
-#: (module, the module it imports) over all sources. The package itself re-exports what its rooms offer.
+#: (module, the module it imports) over all sources. The package itself re-exports what its components offer.
 IMPORTS = [
     (module_of(path), name) for path in SOURCES for name in sorted(imports_of(path)) if module_of(path) != "dfengine"
 ]
 
 
-def test_every_room_is_in_the_table() -> None:
-    rooms = {room_of(module_of(path)) for path in SOURCES} - {""}
-    assert rooms <= set(MAY_IMPORT), "a new room: add what it may import"
+def test_every_component_is_in_the_table() -> None:
+    components = {component_of(module_of(path)) for path in SOURCES} - {""}
+    assert components <= set(MAY_IMPORT), "a new component: add what it may import"
 
 
-def test_rooms_import_only_what_the_table_allows() -> None:
+def test_components_import_only_what_the_table_allows() -> None:
     assert [
         f"{module} imports {name}"
         for module, name in IMPORTS
         if name.partition(".")[0] in ("dfengine", "dfkernels")
-        and room_of(name) not in {room_of(module), *MAY_IMPORT[room_of(module)]}
+        and component_of(name) not in {component_of(module), *MAY_IMPORT[component_of(module)]}
         and name.removeprefix("dfengine.") not in dfengine.__all__
     ] == []
 
@@ -113,23 +113,23 @@ def test_each_library_has_its_importers() -> None:
     assert [
         f"{module} imports {name}"
         for module, name in IMPORTS
-        if (library := name.partition(".")[0]) in ONLY and room_of(module) not in ONLY[library]
+        if (library := name.partition(".")[0]) in ONLY and component_of(module) not in ONLY[library]
     ] == []
 
 
 def test_only_the_training_script_of_the_shapes_imports_diffusers() -> None:
     libraries = ("diffusers", "transformers")
     importers = {
-        module for module, name in IMPORTS if name.partition(".")[0] in libraries and room_of(module) == "shapes"
+        module for module, name in IMPORTS if name.partition(".")[0] in libraries and component_of(module) == "shapes"
     }
     assert importers == {"dfengine.shapes.train"}
 
 
 def test_the_table_has_no_cycle() -> None:
-    """Each room may import only rooms listed before it."""
-    rooms = list(MAY_IMPORT)
-    for i, room in enumerate(rooms):
-        assert MAY_IMPORT[room] <= set(rooms[:i]), f"{room} would import a room listed after it"
+    """Each component may import only components listed before it."""
+    components = list(MAY_IMPORT)
+    for i, component in enumerate(components):
+        assert MAY_IMPORT[component] <= set(components[:i]), f"{component} would import a component listed after it"
 
 
 def test_kernels_is_not_a_package() -> None:

@@ -71,7 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["torchvision", "fid"])
-def test_features_are_torchvisions(variant: str, files: dict[str, Path]) -> None:
+def test_features_equal_those_of_torchvision(variant: str, files: dict[str, Path]) -> None:
     extractor = vision.load_features(files[variant])
     label = {"torchvision": "torchvision", "fid": "FID"}[variant]
     assert extractor.name == f"inception-v3 ({label}) {files[variant].name}"
@@ -82,7 +82,7 @@ def test_features_are_torchvisions(variant: str, files: dict[str, Path]) -> None
     assert_close(torch.stack(statistics), torch.tensor(TORCHVISION[variant]), **NETWORK)
 
 
-def test_inception_has_the_parameters_that_torchvision_publishes() -> None:
+def test_inception_has_the_parameter_count_published_by_torchvision() -> None:
     with torch.device("meta"):
         network = inception.InceptionV3("torchvision")
     auxiliary = 768 * 128 + 2 * 128 + 128 * 768 * 25 + 2 * 768 + 768 * 1000 + 1000
@@ -113,7 +113,7 @@ def test_the_pools_by_hand() -> None:
     outputs = {
         name: (pool(corner)[0, 0, 0, 0], pool(alone)) for name, pool in inception.POOLS.items() if name != "reduction"
     }
-    # 1 − 2 − 3 + 8 = 4 over 9 or 4 places; a place alone among zeros, among nothing, and its maximum.
+    # 1 − 2 − 3 + 8 = 4 over 9 or 4 positions; a single position with zero padding, without padding, and its maximum.
     assert outputs == {"average with padding": (torch.tensor(4 / 9), -1 / 9), "average": (1, -1), "maximum": (8, -1)}
     assert inception.POOLS["reduction"](torch.arange(25.0).view(1, 1, 5, 5)).flatten().tolist() == [12, 14, 22, 24]
 

@@ -1,4 +1,4 @@
-"""Intervals of means: their coverage, Wilson's by hand, and what is left of them without values."""
+"""Intervals of means: their coverage, Wilson's interval by hand, and intervals without values."""
 
 import numpy as np
 import pytest

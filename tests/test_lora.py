@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from reduced import CLOSE, both_ways, pipeline_of, soak
+from reduced import CLOSE, engine_and_pipeline_latents, pipeline_of, soak
 from torch.testing import assert_close
 
 from dfengine.models import adapt, load
@@ -26,8 +26,8 @@ def test_a_loaded_lora_is_part_of_the_model(saved: Callable[[str], Path], name: 
 
     pipeline = pipeline_of(saved(name))
     pipeline.load_lora_weights(tmp_path)
-    ours, theirs = both_ways(adapt(pipeline), pipeline, PROMPT, {}, {})
+    ours, theirs = engine_and_pipeline_latents(adapt(pipeline), pipeline, PROMPT, {}, {})
     assert_close(ours, theirs, **CLOSE)
-    without, _ = both_ways(load(saved(name), device="cpu"), pipeline, PROMPT, {}, {})
+    without, _ = engine_and_pipeline_latents(load(saved(name), device="cpu"), pipeline, PROMPT, {}, {})
     assert (without - ours).abs().max() > 0.1
     assert not any(weight.requires_grad for weight in pipeline.unet.parameters())

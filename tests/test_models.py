@@ -39,7 +39,7 @@ T = torch.tensor([700, 20])
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Make every network request fail as it does without a network; returns the list of requests."""
+    """Make every network request fail as if offline; returns the list of requests."""
     requests: list[Any] = []
 
     def refuse(*target: Any, **_: Any) -> None:
@@ -211,7 +211,7 @@ def test_a_cached_hub_model_needs_no_network(
     offline: list[Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In the layout of the hub's cache: blobs apart, a snapshot per commit, the commit of each branch."""
+    """The layout of the hub's cache: separate blobs, a snapshot per commit, and the commit of each branch."""
     repository = tmp_path / "models--somebody--something"
     commit = "0123456789abcdef0123456789abcdef01234567"
     shutil.copytree(tiny_folder, repository / "snapshots" / commit)
@@ -242,7 +242,7 @@ def garble_index(folder: Path) -> None:
     (folder / "model_index.json").write_text("{")
 
 
-@pytest.mark.filterwarnings("ignore")  # the libraries' own, on the way to their errors
+@pytest.mark.filterwarnings("ignore")  # warnings of the libraries before their errors
 @pytest.mark.parametrize("damage", [remove_weights, cut_weights, remove_part, garble_index])
 def test_a_damaged_folder_is_one_clear_line(copy: Path, damage: Callable[[Path], None], offline: list[Any]) -> None:
     damage(copy)
@@ -305,8 +305,8 @@ def test_networks_are_called_as_diffusers_calls_them(tiny: Denoiser, tiny_folder
         assert_close(tiny.encode(images), encoded, rtol=1e-5, atol=1e-5)
 
 
-def test_another_samplers_configuration_is_read(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One that knows no clipping, and that diffusers corrects (to steps_offset = 1) with a warning."""
+def test_the_configuration_of_another_sampler_is_read(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A configuration without clipping, which diffusers corrects (to steps_offset = 1) with a warning."""
     DPMSolverMultistepScheduler(timestep_spacing="leading").save_pretrained(copy / "scheduler")
     index = json.loads((copy / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]

@@ -67,7 +67,7 @@ def start() -> Tensor:
 
 
 @pytest.mark.parametrize(("stage", "printed"), [("early", EARLY), ("latter", LATTER)])
-def test_exponential_lists_are_the_ones_printed(stage: str, printed: str) -> None:
+def test_exponential_lists_match_the_printed_ones(stage: str, printed: str) -> None:
     assert exponential_timesteps(30, 60.0, stage) == [int(t) for t in printed.split()]
 
 
@@ -140,18 +140,18 @@ def test_impossible_exponential_lists_are_refused(arguments: dict[str, Any], mes
 @pytest.mark.slow
 @pytest.mark.parametrize("total", [1000, 97])
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)])
-def test_uniform_lists_are_diffusers(spacing: str, offset: int, total: int) -> None:
+def test_uniform_lists_match_diffusers(spacing: str, offset: int, total: int) -> None:
     scheduler = DDIMScheduler(num_train_timesteps=total, timestep_spacing=spacing, steps_offset=offset)
     schedule = noise_schedule(scheduler)
     for num_steps in range(1, total + 1, 7):
         scheduler.set_timesteps(num_steps)
-        # numpy's arange sometimes gives one more than was asked for.
+        # numpy's arange sometimes gives one more than requested.
         theirs = scheduler.timesteps.tolist()[:num_steps]
         if theirs[0] < total:
             assert schedule.timesteps("uniform", num_steps) == theirs
 
 
-def test_uniform_lists_stay_inside_where_diffusers_leave() -> None:
+def test_uniform_lists_stay_in_range_where_diffusers_does_not() -> None:
     schedule = noise_schedule(DDIMScheduler(steps_offset=1))
     assert schedule.timesteps("uniform", 1000) == list(range(999, -1, -1))
 
@@ -194,7 +194,7 @@ def test_impossible_numbers_of_steps_are_refused(num_steps: int) -> None:
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("total", [1000, 333])
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "trained"])
-def test_alpha_bar_is_diffusers(kind: str, total: int, zero_snr: bool) -> None:
+def test_alpha_bar_matches_diffusers(kind: str, total: int, zero_snr: bool) -> None:
     options: dict[str, Any] = {"num_train_timesteps": total, "rescale_betas_zero_snr": zero_snr, "beta_end": 0.013}
     if kind == "trained":
         options["trained_betas"] = np.geomspace(1e-4, 0.03, total).tolist()
@@ -221,8 +221,8 @@ def test_unknown_configurations_are_refused(config: dict[str, Any], message: str
         NoiseSchedule.from_config(config)
 
 
-def test_a_sampler_that_does_not_clip_is_not_made_to() -> None:
-    """PNDM, Euler and DPM-Solver know no clip_sample; latents reach beyond ±1."""
+def test_samplers_without_clipping_do_not_clip() -> None:
+    """PNDM, Euler and DPM-Solver have no clip_sample, and their latents exceed ±1."""
     assert NoiseSchedule.from_config(PNDMScheduler().config).clip_range is None
     assert NoiseSchedule.from_config(DDIMScheduler().config).clip_range == 1
     assert NoiseSchedule.from_config(DDIMScheduler(clip_sample_range=2.5).config).clip_range == 2.5
@@ -242,7 +242,7 @@ def test_a_sampler_that_does_not_clip_is_not_made_to() -> None:
     ],
 )
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_steps_are_diffusers_ddim(prediction_type: str, limits: dict[str, Any], set_alpha_to_one: bool) -> None:
+def test_steps_match_diffusers_ddim(prediction_type: str, limits: dict[str, Any], set_alpha_to_one: bool) -> None:
     scheduler = DDIMScheduler(
         **(SD | limits), prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one, steps_offset=1
     )
@@ -253,7 +253,7 @@ def test_steps_are_diffusers_ddim(prediction_type: str, limits: dict[str, Any], 
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_steps_from_zero_signal_are_diffusers_ddim(prediction_type: str) -> None:
+def test_steps_from_zero_signal_match_diffusers_ddim(prediction_type: str) -> None:
     options = {"prediction_type": prediction_type, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = DDIMScheduler(**SD, **options)
     scheduler.set_timesteps(10)
@@ -270,7 +270,9 @@ def test_steps_from_zero_signal_are_diffusers_ddim(prediction_type: str) -> None
     "steps", [exponential_timesteps(12, 20.0, "early"), exponential_timesteps(12, 20.0, "latter"), [321, 5]]
 )
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
-def test_any_list_is_first_order_dpm_solver(steps: list[int], prediction_type: str, set_alpha_to_one: bool) -> None:
+def test_any_list_matches_first_order_dpm_solver(
+    steps: list[int], prediction_type: str, set_alpha_to_one: bool
+) -> None:
     peer = DPMSolverMultistepScheduler(
         **{k: v for k, v in SD.items() if k != "clip_sample"},
         prediction_type=prediction_type,
@@ -284,8 +286,8 @@ def test_any_list_is_first_order_dpm_solver(steps: list[int], prediction_type: s
     assert_close(follow(NoiseSchedule.from_config(config), start(), steps), follow_peer(peer, start(), steps), **STEPS)
 
 
-def test_diffusers_ddim_is_wrong_on_a_list_of_ones_own() -> None:
-    """The trap that the update avoids: it lands on t − T // n whatever comes next in the list."""
+def test_diffusers_ddim_is_wrong_for_a_custom_list() -> None:
+    """diffusers steps to t − T // n regardless of the next entry in the list, which our update avoids."""
     steps = exponential_timesteps(12, 20.0, "early")
     scheduler = DDIMScheduler(**SD)
     scheduler.set_timesteps(len(steps))
@@ -312,7 +314,7 @@ def test_x0_and_epsilon_compose_to_the_latent(prediction_type: str) -> None:
     assert_close(schedule.add_noise(x0, epsilon, t), x, rtol=1e-5, atol=1e-5)
 
 
-def test_add_noise_is_diffusers() -> None:
+def test_add_noise_matches_diffusers() -> None:
     x0, noise, t = start(), start().flip(0), torch.tensor([999, 17])
     ours = NoiseSchedule.from_config(SD).add_noise(x0, noise, t)
     assert_close(ours, DDIMScheduler(**SD).add_noise(x0, noise, t), **TABLE | {"atol": 1e-5})
@@ -320,7 +322,7 @@ def test_add_noise_is_diffusers() -> None:
 
 @pytest.mark.parametrize("stage", ["early", "latter"])
 @pytest.mark.parametrize("num_steps", [10, 30, 50])
-def test_a_schedule_is_called_by_its_name(stage: str, num_steps: int) -> None:
+def test_exponential_schedules_are_named(stage: str, num_steps: int) -> None:
     for gamma in (0, 30, 60, 300):
         assert schedule_name(exponential_timesteps(num_steps, gamma, stage)) == f"{stage}, γ = {gamma}"
     for spacing in ("leading", "trailing", "linspace"):
@@ -329,15 +331,15 @@ def test_a_schedule_is_called_by_its_name(stage: str, num_steps: int) -> None:
         assert schedule_name(scheduler.timesteps.tolist()) == "uniform"
 
 
-def test_a_gamma_that_others_share_is_not_told() -> None:
-    """Of a few steps several make the same list."""
+def test_an_ambiguous_gamma_is_not_named() -> None:
+    """With few steps, several values of γ give the same list."""
     steps = exponential_timesteps(5, 181, "early")
     assert exponential_timesteps(5, 180, "early") == steps
     assert schedule_name(steps) == "early"
     assert schedule_name(sorted([*range(1200), 3999], reverse=True)) == "t = 3999 … 0"
 
 
-def test_another_list_is_called_by_its_ends() -> None:
+def test_other_lists_are_named_by_their_ends() -> None:
     assert schedule_name([900, 500, 7]) == "t = 900 … 7"
     assert schedule_name(exponential_timesteps(30, 60.5)) == "t = 999 … 74"
     assert schedule_name([900, 500]) == "t = 900 … 500"

@@ -1,4 +1,4 @@
-"""Prompts from files of every known form, each a small one of the true shape, and what is said of malformed ones."""
+"""Prompts from files of every supported format, and the errors for malformed files."""
 
 import json
 from pathlib import Path
@@ -39,25 +39,25 @@ GENOME = [
 ]
 
 
-def written(path: Path, text: str | bytes) -> Path:
+def write_file(path: Path, text: str | bytes) -> Path:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
 def test_lines_of_text(tmp_path: Path) -> None:
-    file = written(tmp_path / "a.TXT", "# comment\r\na cat\r\n\r\n  a dog  \r\na cat\r\n")
+    file = write_file(tmp_path / "a.TXT", "# comment\r\na cat\r\n\r\n  a dog  \r\na cat\r\n")
     assert [prompt.text for prompt in read(file)] == ["a cat", "a dog", "a cat"]
     assert [prompt.text for prompt in read(file, 2)] == ["a cat", "a dog"]
 
 
 def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path: Path) -> None:
-    assert read(written(tmp_path / "a.txt", b"\xef\xbb\xbfein W\xc3\xbcrfel"))[0].text == "ein Würfel"
+    assert read(write_file(tmp_path / "a.txt", b"\xef\xbb\xbfein W\xc3\xbcrfel"))[0].text == "ein Würfel"
 
 
 def test_a_table_has_prompts_and_perhaps_their_concepts(tmp_path: Path) -> None:
     text = 'id,prompt,subject,relation,object\n1,"a cat, sitting on a mat",cat,sitting on,mat\n'
     text += "2,a dog,dog,,\n3,,a man,riding,a horse\n"
-    assert read(written(tmp_path / "a.csv", text)) == [
+    assert read(write_file(tmp_path / "a.csv", text)) == [
         Prompt("a cat, sitting on a mat", {"subject": "cat", "relation": "sitting on", "object": "mat"}),
         Prompt("a dog", {"subject": "dog"}),
         Prompt("a man riding a horse", {"subject": "a man", "relation": "riding", "object": "a horse"}),
@@ -66,12 +66,15 @@ def test_a_table_has_prompts_and_perhaps_their_concepts(tmp_path: Path) -> None:
 
 def test_json_lines(tmp_path: Path) -> None:
     text = '{"prompt": "a cat on a mat", "subject": "cat", "seed": 3}\n\n{"prompt": "a dog"}\n'
-    assert read(written(tmp_path / "a.jsonl", text)) == [Prompt("a cat on a mat", {"subject": "cat"}), Prompt("a dog")]
+    assert read(write_file(tmp_path / "a.jsonl", text)) == [
+        Prompt("a cat on a mat", {"subject": "cat"}),
+        Prompt("a dog"),
+    ]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_karpathys_split_gives_the_first_sentence_of_the_test_images(tmp_path: Path, indent: int | None) -> None:
-    file = written(tmp_path / "dataset_coco.json", json.dumps(COCO, indent=indent))
+    file = write_file(tmp_path / "dataset_coco.json", json.dumps(COCO, indent=indent))
     assert [prompt.text for prompt in read(file)] == ["A man on a horse.", "A cat on a mat", "A man on a horse."]
     assert len(read(file, 1)) == 1
 
@@ -81,9 +84,9 @@ def test_karpathys_split_gives_the_first_sentence_of_the_test_images(tmp_path: P
 def test_visual_genome_gives_each_relationship_once(
     tmp_path: Path, indent: int | None, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the file is cut into pieces while it is read."""
+    """The result does not depend on the chunks in which the file is read."""
     monkeypatch.setattr(prompts, "_CHUNK", piece)
-    file = written(tmp_path / "relationships.json", json.dumps(GENOME, indent=indent))
+    file = write_file(tmp_path / "relationships.json", json.dumps(GENOME, indent=indent))
     assert read(file) == [
         Prompt("shade on street", {"subject": "shade", "relation": "on", "object": "street"}),
         Prompt("car moving down the street", {"subject": "car", "relation": "moving down", "object": "the street"}),
@@ -92,15 +95,15 @@ def test_visual_genome_gives_each_relationship_once(
 
 
 def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
-    """What comes after the last prompt asked for may be anything."""
-    file = written(tmp_path / "relationships.json", json.dumps(GENOME[:1])[:-1] + ", broken")
+    """Anything may follow the last requested prompt."""
+    file = write_file(tmp_path / "relationships.json", json.dumps(GENOME[:1])[:-1] + ", broken")
     assert len(read(file, 2)) == 2
     with pytest.raises(ValueError, match="cannot be read"):
         read(file, 3)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("a.xml", "<a/>", "is not a file of prompts: expected .txt, .csv, .jsonl, .json"),
         ("a.txt", "\n# nothing\n", "has no prompts"),
@@ -135,18 +138,20 @@ def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
         ("a.json", "[]", "has no prompts"),
     ],
 )
-def test_malformed_files_are_one_line_with_the_place(tmp_path: Path, name: str, text: str | bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said) as raised:
-        read(written(tmp_path / name, text))
+def test_errors_for_malformed_files_are_one_line_with_the_position(
+    tmp_path: Path, name: str, text: str | bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        read(write_file(tmp_path / name, text))
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("path", "limit"), [("none.txt", None), (".", None)])
-def test_files_that_are_not_there(tmp_path: Path, path: str, limit: Any) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path, path: str, limit: Any) -> None:
     with pytest.raises(ValueError, match=r"cannot be read: No such file|is not a file of prompts"):
         read(tmp_path / path, limit)
 
 
-def test_no_prompts_are_not_possible(tmp_path: Path) -> None:
+def test_a_limit_of_zero_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="limit is 0: expected at least 1 prompt"):
-        read(written(tmp_path / "a.txt", "a cat"), 0)
+        read(write_file(tmp_path / "a.txt", "a cat"), 0)

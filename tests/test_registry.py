@@ -1,4 +1,4 @@
-"""What is derived from an explainer's declaration: its entry, options, presets, description and name in the package."""
+"""What an explainer's declaration defines: its entry, options, presets, description and name in the package."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -86,13 +86,13 @@ def test_settings_survive_json(entry) -> None:
     assert is_serializable(explainer)
 
 
-def test_a_function_is_described_by_its_name_and_must_be_given_again() -> None:
+def test_functions_are_described_by_name_and_must_be_supplied_again() -> None:
     rise = Rise(3, similarity=lambda a, b: a)
     assert not is_serializable(rise)
-    again = rebuild(json.loads(json.dumps(describe(rise))))
-    assert describe(again) == describe(rise)
+    restored = rebuild(json.loads(json.dumps(describe(rise))))
+    assert describe(restored) == describe(rise)
     with pytest.raises(ValueError, match="is not in the file"):
-        again.similarity(None, None)
+        restored.similarity(None, None)
 
 
 @dataclass(frozen=True)

@@ -380,9 +380,8 @@ def test_only_completed_steps_are_skipped(
 def test_float16_ranks_tokens_as_float32_does(shapes: Denoiser, paths: list[Trajectory]) -> None:
     half = embedded_model(dtype="float16")
     half_path = dataclasses.replace(paths[0], prompt=half.encode_prompts([CAPTIONS[0]]))
-    single, halved = (
-        next(Relevance().explain(model, [half_path])) for model, half_path in ((shapes, paths[0]), (half, half_path))
-    )
+    pairs = ((shapes, paths[0]), (half, half_path))
+    single, halved = (next(Relevance().explain(model, [path])) for model, path in pairs)
     assert spearmanr(single.relevance, halved.relevance).statistic > 0.95
     assert_close(halved.relevance, single.relevance, **HALF)
 

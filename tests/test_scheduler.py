@@ -20,7 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.configuration_utils import FrozenDict
-from reduced import both_ways, soak
+from reduced import engine_and_pipeline_latents, soak
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -73,25 +73,25 @@ def test_a_plain_pipeline_follows_the_engines_trajectory(pipeline: Any, stage: s
 @pytest.mark.slow
 def test_the_call_accepts_a_custom_list(pipeline: Any) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
-    wanted = [990, 700, 650, 30, 3]
-    (path,) = trajectories(engine.denoiser, [engine.job(CAPTION, seed=3, sampling=wanted, guidance=3.0)])
+    requested = [990, 700, 650, 30, 3]
+    (path,) = trajectories(engine.denoiser, [engine.job(CAPTION, seed=3, sampling=requested, guidance=3.0)])
     pipeline.scheduler = ExponentialDDIMScheduler.from_config(pipeline.scheduler.config)
-    latents_after, timesteps = run_pipeline(pipeline, latents=path.latents[:1], timesteps=wanted)
-    assert timesteps == wanted
+    latents_after, timesteps = run_pipeline(pipeline, latents=path.latents[:1], timesteps=requested)
+    assert timesteps == requested
     assert_close(torch.stack(latents_after[:-1]), path.latents[1:], **CLOSE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["early", "latter"])
-def test_image_to_image_goes_on_from_the_middle_of_the_list(pipeline: Any, stage: str) -> None:
-    """A given image is noised to the list's third entry and goes on from there, as the engine's own updates do."""
+def test_image_to_image_continues_from_the_middle_of_the_list(pipeline: Any, stage: str) -> None:
+    """A given image is noised to the third entry of the list and denoised from there, like the engine's updates."""
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser
     changer = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     changer.set_progress_bar_config(disable=True)
     changer.scheduler = ExponentialDDIMScheduler.from_config(pipeline.scheduler.config, stage=stage, gamma=10)
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    noise = torch.Generator().manual_seed(2)
-    latents_after, _ = run_pipeline(changer, image=image, num_inference_steps=8, strength=0.75, generator=noise)
+    generator = torch.Generator().manual_seed(2)
+    latents_after, _ = run_pipeline(changer, image=image, num_inference_steps=8, strength=0.75, generator=generator)
 
     steps = exponential_timesteps(8, 10, stage)[2:]
     assert len(latents_after) == len(steps)
@@ -99,10 +99,10 @@ def test_image_to_image_goes_on_from_the_middle_of_the_list(pipeline: Any, stage
     with torch.no_grad():
         posterior = denoiser.vae.encode(2 * image - 1).latent_dist  # type: ignore[attr-defined]
         clean = posterior.sample(generator) * denoiser.vae.config.scaling_factor  # type: ignore[attr-defined]
-        drawn = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
         schedule, prompts = denoiser.schedule, denoiser.encode_prompts([CAPTION])
         guided = GuidedDenoiser(denoiser, prompts, denoiser.encode_prompts([""]), "guided", torch.tensor([3.0]))
-        x = schedule.add_noise(clean, drawn, torch.tensor(steps[:1]))
+        x = schedule.add_noise(clean, noise, torch.tensor(steps[:1]))
         for ours, (t, following) in zip(latents_after, itertools.pairwise([*steps, -1]), strict=True):
             x = schedule.step(guided(x, torch.tensor([t]), torch.tensor([0])), torch.tensor([following]))
             assert_close(ours[None], x, **CLOSE)
@@ -111,36 +111,36 @@ def test_image_to_image_goes_on_from_the_middle_of_the_list(pipeline: Any, stage
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd21", soak("sdxl")])
 def test_with_other_parametrisations(saved: Callable[[str], Path], name: str) -> None:
-    """v-prediction, and two text encoders: the trajectory of plain uniform DDIM, and then of an early one."""
+    """v-prediction and two text encoders: the trajectory of plain uniform DDIM, then that of an early schedule."""
     from diffusers import DiffusionPipeline
 
     denoiser = load(saved(name), device="cpu")
     plain = DiffusionPipeline.from_pretrained(saved(name))
     plain.set_progress_bar_config(disable=True)
     plain.scheduler = ExponentialDDIMScheduler.from_config(plain.scheduler.config, stage="uniform")
-    ours, theirs = both_ways(denoiser, plain, "a horse", {}, {})
+    ours, theirs = engine_and_pipeline_latents(denoiser, plain, "a horse", {}, {})
     assert_close(ours, theirs, **CLOSE)
 
 
 @pytest.mark.slow
-def test_it_is_saved_and_loaded_with_its_pipeline(pipeline: Any, tmp_path: Path) -> None:
+def test_the_scheduler_is_saved_and_loaded_with_its_pipeline(pipeline: Any, tmp_path: Path) -> None:
     pipeline.scheduler = ExponentialDDIMScheduler.from_config(pipeline.scheduler.config, stage="latter", gamma=10)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    again = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    again.set_progress_bar_config(disable=True)
-    assert type(again.scheduler) is ExponentialDDIMScheduler
-    assert (again.scheduler.config.stage, again.scheduler.config.gamma) == ("latter", 10)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.scheduler) is ExponentialDDIMScheduler
+    assert (loaded.scheduler.config.stage, loaded.scheduler.config.gamma) == ("latter", 10)
     latents = start_noise(0, (4, 16, 16))[None]
-    a, b = (run_pipeline(one, latents=latents, num_inference_steps=4) for one in (pipeline, again))
+    a, b = (run_pipeline(one, latents=latents, num_inference_steps=4) for one in (pipeline, loaded))
     assert a[1] == b[1] == exponential_timesteps(4, 10, "latter")
     assert_close(a[0], b[0])
-    changer = AutoPipelineForImage2Image.from_pipe(again)
+    changer = AutoPipelineForImage2Image.from_pipe(loaded)
     assert type(changer.scheduler) is ExponentialDDIMScheduler
     # The engine reads such a folder, too.
     assert load(tmp_path / "pipeline", device="cpu").schedule.num_train_timesteps == 1000
 
 
-def test_it_comes_from_and_goes_back_to_other_schedulers(pipeline: Any) -> None:
+def test_the_scheduler_converts_from_and_to_other_schedulers(pipeline: Any) -> None:
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     for other in (DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler):
         scheduler = ExponentialDDIMScheduler.from_config(other(**config).config, stage="latter", gamma=3)
@@ -153,7 +153,7 @@ def test_it_comes_from_and_goes_back_to_other_schedulers(pipeline: Any) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clipped", [False, True])
-def test_steps_are_diffusers_where_its_stride_is_right(eta: float, clipped: bool) -> None:
+def test_steps_match_diffusers_where_its_stride_is_right(eta: float, clipped: bool) -> None:
     config = {"clip_sample": True, "clip_sample_range": 0.7, "timestep_spacing": "leading", "num_train_timesteps": 100}
     ours, theirs = ExponentialDDIMScheduler(stage="uniform", **config), DDIMScheduler(**config)
     for one in (ours, theirs):
@@ -178,7 +178,7 @@ def test_half_precision_stays_half_precision() -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "said"),
+    ("act", "message"),
     [
         (lambda: ExponentialDDIMScheduler(stage="middle"), "'middle' is not known"),
         (lambda: ExponentialDDIMScheduler(gamma=-1), "gamma -1 is not possible"),
@@ -189,8 +189,8 @@ def test_half_precision_stays_half_precision() -> None:
         (lambda: ExponentialDDIMScheduler().set_timesteps(5, timesteps=[9, 3]), "ambiguous"),
     ],
 )
-def test_invalid_settings_are_refused(act: Callable[[], Any], said: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=said):
+def test_invalid_settings_are_refused(act: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
         act()
 
 
@@ -216,7 +216,7 @@ def test_fractional_time_steps_are_stepped_like_any_others() -> None:
 
 
 def test_a_configuration_replaced_after_construction_applies() -> None:
-    """As pipelines replace the one of an outdated model."""
+    """Pipelines do this for the configuration of outdated models."""
     scheduler = ExponentialDDIMScheduler(clip_sample=True, stage="uniform")
     scheduler._internal_dict = FrozenDict({**scheduler.config, "clip_sample": False, "steps_offset": 1})
     scheduler.set_timesteps(4)
@@ -228,7 +228,7 @@ def test_a_configuration_replaced_after_construction_applies() -> None:
 # --- the schedules read from diffusers' schedulers -------------------------------------------------------------------
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-#: diffusers' own conversions under NumPy 2, in constructors and set_timesteps.
+#: Warnings of diffusers under NumPy 2, in constructors and set_timesteps.
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
@@ -261,7 +261,7 @@ def scheduler_of(name: str, **config: Any) -> Any:
     ],
 )
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 12])
-def test_uniform_is_the_list_that_the_scheduler_visits(name: str, config: dict[str, Any], num_steps: int) -> None:
+def test_uniform_lists_match_those_of_the_scheduler(name: str, config: dict[str, Any], num_steps: int) -> None:
     scheduler = scheduler_of(name, **config)
     schedule = noise_schedule(scheduler)
     scheduler.set_timesteps(num_steps)
@@ -292,7 +292,7 @@ def test_time_steps_that_a_scheduler_rounds_together_are_visited_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchLCM"])
-def test_dynamic_shifting_is_refused_for_the_uniform_list_alone(name: str) -> None:
+def test_dynamic_shifting_is_refused_only_for_the_uniform_list(name: str) -> None:
     schedule = noise_schedule(scheduler_of(name, use_dynamic_shifting=True))
     with pytest.raises(ValueError, match=f"{name}Scheduler depend on the image size .use_dynamic_shifting needs mu"):
         schedule.timesteps("uniform", 4)
@@ -326,7 +326,7 @@ def test_the_last_step_lands_on_the_configurations_final_value(config: dict[str,
 
 @NUMPY_2
 @pytest.mark.parametrize("num_steps", [5, 20])
-def test_noise_over_signal_is_the_schedulers_own_sigma_at_fractional_time_steps(num_steps: int) -> None:
+def test_noise_over_signal_equals_the_schedulers_sigma_at_fractional_time_steps(num_steps: int) -> None:
     scheduler = EulerDiscreteScheduler(**SD, use_karras_sigmas=True)
     schedule = noise_schedule(scheduler)
     scheduler.set_timesteps(num_steps)
@@ -350,7 +350,7 @@ def test_the_path_of_flow_matching_is_straight() -> None:
     assert schedule.num_train_timesteps == 1000
 
 
-def test_a_flow_prediction_is_read_exactly() -> None:
+def test_a_flow_prediction_is_converted_exactly() -> None:
     """n − x0 at (1 − σ)·x0 + σ·n, from pure noise to almost none, in numbers that float32 holds exactly."""
     schedule = noise_schedule(FlowMatchEulerDiscreteScheduler())
     clean, noise = torch.randint(-64, 64, (2, 4, 3, 2, 2), generator=torch.Generator().manual_seed(0)) / 16
@@ -360,7 +360,7 @@ def test_a_flow_prediction_is_read_exactly() -> None:
 
 
 @pytest.mark.parametrize("config", [{"shift": 3.0}, {"shift": 1.0}, {"shift": 1.5, "use_beta_sigmas": True}])
-def test_flow_steps_are_diffusers_euler(config: dict[str, Any]) -> None:
+def test_flow_steps_match_diffusers_euler(config: dict[str, Any]) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     schedule = noise_schedule(scheduler)
     steps = schedule.timesteps("uniform", 9)
@@ -390,7 +390,7 @@ def unet_times(pipeline: Any) -> list[float]:
 
 @pytest.mark.slow
 @NUMPY_2
-def test_a_karras_trajectory_is_the_pipelines(tiny_folder: Path) -> None:
+def test_a_karras_trajectory_matches_the_pipeline(tiny_folder: Path) -> None:
     """Euler's x at σ is ours divided by a; "leading" starts it from √(σ² + 1) times the same noise."""
     config = SD | {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1}
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, scheduler=EulerDiscreteScheduler(**config))

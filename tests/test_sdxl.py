@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
-from reduced import CLOSE, both_ways, pipeline_of
+from reduced import CLOSE, engine_and_pipeline_latents, pipeline_of
 from torch.testing import assert_close
 
 from dfengine.models import adapt
@@ -65,7 +65,7 @@ def test_the_pooled_text_is_read_where_the_text_ends(pipeline: Any) -> None:
 
 
 @pytest.mark.slow
-def test_sizes_are_the_images_own(pipeline: Any) -> None:
+def test_size_conditions_are_those_of_the_image(pipeline: Any) -> None:
     with torch.no_grad():
         sizes = adapted(pipeline, image_size=(64, 96)).encode_prompts(PROMPTS).tensors["time_ids"]
     assert sizes.tolist() == [[64, 96, 0, 0, 64, 96]] * 2
@@ -77,7 +77,7 @@ def test_empty_prompts_are_encoded_if_the_pipeline_says_so(pipeline: Any) -> Non
     denoiser = adapted(pipeline)
     with torch.no_grad():
         assert denoiser.encode_prompts([""]).tensors["text"].any()
-    ours, theirs = both_ways(denoiser, pipeline, PROMPTS[0], {}, {})
+    ours, theirs = engine_and_pipeline_latents(denoiser, pipeline, PROMPTS[0], {}, {})
     assert_close(ours, theirs, **CLOSE)
 
 
@@ -95,9 +95,9 @@ def test_img2img_and_inpaint_pipelines_are_the_same_model(pipeline: Any, kind: A
 def test_the_refiner_is_refused(pipeline: Any) -> None:
     refiner = kind_of(StableDiffusionXLImg2ImgPipeline, pipeline, requires_aesthetics_score=True)
     pipeline.text_encoder = pipeline.tokenizer = None
-    for given, lacking in ((refiner, "no plain size condition"), (pipeline, "no text_encoder and no tokenizer")):
-        with pytest.raises(ValueError, match=f"the pipeline has {lacking}: .*the refiner is not supported"):
-            adapt(given)
+    for candidate, missing in ((refiner, "no plain size condition"), (pipeline, "no text_encoder and no tokenizer")):
+        with pytest.raises(ValueError, match=f"the pipeline has {missing}: .*the refiner is not supported"):
+            adapt(candidate)
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_a_prompt_must_fit_both_tokenizers(pipeline: Any) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_codec_is_upcast_only_while_it_is_used(pipeline: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    """Latents that overflow a decoder in float16 are decoded as in float32; the pipeline keeps its dtype."""
+    """Latents that overflow a float16 decoder are decoded in float32; the pipeline keeps its dtype."""
     single = adapted(pipeline)
     x = 4 * torch.randn(2, *single.latent_shape, generator=torch.Generator().manual_seed(0))
     images = torch.rand(1, 3, *single.image_shape, generator=torch.Generator().manual_seed(1))

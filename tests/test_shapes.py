@@ -280,25 +280,25 @@ def test_two_captions_of_one_image_have_the_same_attributes() -> None:
 class Oracle(Judge):
     """Predicts given attributes."""
 
-    def __init__(self, seen: Tensor) -> None:
+    def __init__(self, attributes: Tensor) -> None:
         super().__init__()
-        self.seen = seen
+        self.attributes = attributes
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {
-            name: nn.functional.one_hot(self.seen[:, i].clamp(min=0), len(values)).float()
+            name: nn.functional.one_hot(self.attributes[:, i].clamp(min=0), len(values)).float()
             for i, (name, values) in enumerate(ATTRIBUTES.items())
         }
 
 
 def test_agreement_is_reported_per_attribute() -> None:
     scenes = scenes_of(8, 12)
-    seen = attribute_indices(scenes.captions)
+    attributes = attribute_indices(scenes.captions)
     images = render(scenes)[0]
-    assert Oracle(seen).agrees(images, scenes.captions).all()
+    assert Oracle(attributes).agrees(images, scenes.captions).all()
     two = next(i for i, caption in enumerate(scenes.captions) if caption.object)
-    seen[two, 3] = (seen[two, 3] + 1) % len(COLOURS)
-    wrong = ~Oracle(seen).agrees(images, scenes.captions)
+    attributes[two, 3] = (attributes[two, 3] + 1) % len(COLOURS)
+    wrong = ~Oracle(attributes).agrees(images, scenes.captions)
     assert wrong.nonzero().tolist() == [[two, 3]]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-from reduced import CLOSE, PROMPT, both_ways, pipeline_of, random_pipeline, reduced, soak
+from reduced import CLOSE, PROMPT, engine_and_pipeline_latents, pipeline_of, random_pipeline, reduced, soak
 from torch.testing import assert_close
 
 from dfengine import Engine, Rise
@@ -17,16 +17,16 @@ from dfengine.models.loading import quiet
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "negative"), [("sd15", ""), ("sd21", "blurry"), soak("sdxl", "")])
-def test_a_generation_is_diffusers_pipeline(saved: Callable[[str], Path], name: str, negative: str) -> None:
-    """diffusers' own call, by DDIM from the same noise; sd21 predicts v."""
+def test_a_generation_matches_the_diffusers_pipeline(saved: Callable[[str], Path], name: str, negative: str) -> None:
+    """A call of the pipeline with DDIM from the same noise; sd21 predicts v."""
     denoiser = load(saved(name), device="cpu")
     job, call = {"negative_prompt": negative}, {"negative_prompt": negative or None}
-    ours, theirs = both_ways(denoiser, pipeline_of(saved(name)), PROMPT, job, call)
+    ours, theirs = engine_and_pipeline_latents(denoiser, pipeline_of(saved(name)), PROMPT, job, call)
     assert_close(ours, theirs, **CLOSE)
 
 
 @pytest.mark.slow
-def test_zero_terminal_snr_is_diffusers_pipeline(tmp_path: Path) -> None:
+def test_zero_terminal_snr_matches_the_diffusers_pipeline(tmp_path: Path) -> None:
     """From pure noise at ᾱ = 0, where x0 = −v."""
     changes = {"scheduler": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
     with quiet():
@@ -34,7 +34,7 @@ def test_zero_terminal_snr_is_diffusers_pipeline(tmp_path: Path) -> None:
     denoiser = load(tmp_path / "pipeline", device="cpu")
     assert denoiser.schedule.timesteps("uniform", 4) == [999, 749, 499, 249]
     assert float(denoiser.schedule.alpha_bar[999]) == 0
-    ours, theirs = both_ways(denoiser, pipeline_of(tmp_path / "pipeline"), PROMPT, {}, {})
+    ours, theirs = engine_and_pipeline_latents(denoiser, pipeline_of(tmp_path / "pipeline"), PROMPT, {}, {})
     assert_close(ours, theirs, **CLOSE)
     maps = Engine(denoiser).explain(PROMPT, Rise(num_masks=4), num_steps=2).maps["rise"]
     assert torch.from_numpy(maps).isfinite().all()
@@ -58,11 +58,13 @@ def test_img2img_and_inpaint_pipelines_are_the_same_model(saved: Callable[[str],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", soak("sdxl")])
-def test_images_of_another_shape_are_diffusers_pipelines(saved: Callable[[str], Path], name: str) -> None:
+def test_images_of_another_shape_match_the_diffusers_pipeline(saved: Callable[[str], Path], name: str) -> None:
     denoiser = load(saved(name), device="cpu", image_size=(96, 64))
     assert (denoiser.latent_shape, denoiser.image_shape) == ((4, 12, 8), (96, 64))
     assert denoiser.name == f"{saved(name)} (96×64 pixels)"
-    ours, theirs = both_ways(denoiser, pipeline_of(saved(name)), PROMPT, {}, {"height": 96, "width": 64})
+    ours, theirs = engine_and_pipeline_latents(
+        denoiser, pipeline_of(saved(name)), PROMPT, {}, {"height": 96, "width": 64}
+    )
     assert_close(ours, theirs, **CLOSE)
 
 

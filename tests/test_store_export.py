@@ -94,7 +94,7 @@ def test_a_failed_overwrite_keeps_the_existing_group(folder, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_two_exports_to_one_name_are_kept_apart(folder, tmp_path):
+def test_exports_to_a_locked_name_are_refused(folder, tmp_path):
     with Lock(tmp_path / "run.zarr"):
         for overwrite in (False, True):
             with pytest.raises(store.Busy, match=r"run\.zarr is being written by another run"):

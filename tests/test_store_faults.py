@@ -1,4 +1,4 @@
-"""Whatever happens to the disk, the process or the file, marked values are complete and the error is one line."""
+"""After any fault of the disk, the process or the file, marked values are complete and the error is one line."""
 
 import contextlib
 import errno
@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
-    made = tmp_path_factory.mktemp("shim") / "shim.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", made, HERE / "store_shim.c", "-ldl"], check=True)
-    return made
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "store_shim.c", "-ldl"], check=True)
+    return library
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def path(tmp_path):
 
 @pytest.fixture
 def memory(tmp_path):
-    """A folder in memory where there is one: thousands of fsyncs take their time on a disk."""
+    """A folder in memory, if available: thousands of fsyncs are slow on a disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
         yield folder
 
 
 def count_writes(shim, memory, error, scenario, plan, stride):
-    """The number of writes that a run makes, of which each `stride`th has failed once, in a run of its own."""
+    """The number of writes of a run; every `stride`th of them has failed once, in a separate run."""
     command = [sys.executable, HERE / "store_faults.py", shim, memory, str(error), scenario, plan, str(stride)]
     environment = os.environ | {"LD_PRELOAD": str(shim)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
@@ -66,7 +66,7 @@ def test_a_fault_at_any_write(shim, memory, error, scenario, stride):
 @pytest.mark.slow
 @ERRORS
 def test_a_fault_at_some_writes_of_a_merge(shim, memory, error):
-    """Chunks are copied as they are: few writes, after which all of it is there."""
+    """Chunks are copied unchanged: there are few writes, after which the file is complete."""
     assert count_writes(shim, memory, error, "merge", "two", stride=13) > 20
 
 
@@ -82,7 +82,7 @@ def test_a_fault_at_any_write_of_larger_runs(shim, memory, error, scenario, plan
 
 @pytest.mark.slow
 def test_a_file_size_limit(tmp_path):
-    """The kernel's own refusal, EFBIG, midway; the process ends well and the file is readable."""
+    """The kernel refuses a write midway (EFBIG); the process exits cleanly and the file is readable."""
     code = """
 import resource, signal, sys
 sys.path.insert(0, "tests")
@@ -126,13 +126,13 @@ def test_an_error_of_the_thread_reaches_the_next_call(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["run.part.h5"]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 11, 12, 100, 0.5, -1])
-def test_a_truncated_file(path, kept):
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 11, 12, 100, 0.5, -1])
+def test_a_truncated_file(path, length):
     size = path.stat().st_size
-    os.truncate(path, int(size * kept) if 0 < kept < 1 else kept % size)
+    os.truncate(path, int(size * length) if 0 < length < 1 else length % size)
     with pytest.raises(store.StoreError, match=r"is truncated|is damaged|is not an HDF5 file") as message:
         store.open(path)
-    assert ("not an HDF5 file" in str(message.value)) == (kept in (0, 1, 7, 8, 9, 11)), message.value
+    assert ("not an HDF5 file" in str(message.value)) == (length in (0, 1, 7, 8, 9, 11)), message.value
 
 
 def test_a_damaged_value_is_reported_and_the_others_are_read(path):
@@ -212,7 +212,7 @@ def test_a_file_that_another_program_is_writing(path):
         ("folder.h5", "folder.h5 is a folder: name a file in it"),
     ],
 )
-def test_places_that_cannot_be_written(tmp_path, name, message):
+def test_unwritable_paths_are_refused(tmp_path, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "folder.h5").mkdir()
     with pytest.raises(store.StoreError, match=message):
@@ -225,7 +225,7 @@ def test_places_that_cannot_be_written(tmp_path, name, message):
     [(errno.EACCES, "permission denied: its folder must be writable"), (errno.EROFS, "read-only")],
 )
 def test_a_read_only_folder(tmp_path, monkeypatch, number, message):
-    """Said by a stand-in for the system: permissions do not bind the administrator that tests may run as."""
+    """The error is simulated, since permissions do not restrict root, which tests may run as."""
 
     def refuse(name, flags, *mode):
         raise OSError(number, os.strerror(number), name)
@@ -257,7 +257,7 @@ except store.StoreError as refused:
 
 
 def on_a_mount(folder: Path, mount: str) -> list[str]:
-    """What a run says on a file system of its own, which only its process sees."""
+    """The output of a run on a file system that is mounted for its process only."""
     folder.mkdir()
     inside = f'{mount} && exec "$0" -c "$1" "$2"'
     command = ["unshare", *([] if os.geteuid() == 0 else ["-Ur"]), "-m", "sh", "-ec", inside]
@@ -278,7 +278,7 @@ def test_a_small_disk_that_fills_up(tmp_path):
     part = tmp_path / "small/run.part.h5"
     assert refused == f"cannot write {part}: the disk is full: free some space and run the command again to resume"
     stored, planned = map(int, marks.split())
-    assert 0 < stored < planned, "some of it, all of that verified"
+    assert 0 < stored < planned, "only part of it, all of which is verified"
 
 
 def test_a_file_system_that_is_read_only(tmp_path):

@@ -52,7 +52,7 @@ def path(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_reads_as_one(path):
+def test_a_folder_is_read_as_one_run(path):
     with store.open(path) as run:
         assert isinstance(run, store.RunFolder)
         assert (len(run), run.finished) == (2, True)
@@ -66,7 +66,7 @@ def test_it_reads_as_one(path):
     assert sum(check(store.open(file)) for file in (path / "segments").iterdir()) == total(PLAN)
 
 
-def test_its_layout(path):
+def test_the_layout_of_a_folder(path):
     files = {str(file.relative_to(path)) for file in path.rglob("*")}
     assert files == {"run.json", "manifest.jsonl", "segments", "segments/u0.1.h5", "segments/u1.1.h5"}
     lines = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
@@ -100,11 +100,11 @@ def test_the_summary_counts_every_item_once(path):
 
 
 @pytest.mark.slow
-def test_to_xarray_is_that_of_one_file(path, tmp_path):
+def test_to_xarray_equals_that_of_one_file(path, tmp_path):
     with store.Writer.create(tmp_path / "one.h5", PLAN) as writer:
         fill(writer)
-    with store.open(path) as run, store.open(tmp_path / "one.h5") as one:
-        assert run.to_xarray().drop_attrs().identical(one.to_xarray().drop_attrs())
+    with store.open(path) as run, store.open(tmp_path / "one.h5") as single:
+        assert run.to_xarray().drop_attrs().identical(single.to_xarray().drop_attrs())
         complete(store.Folder(path), "u2", PLANS["wide"])
     with (
         store.open(path) as run,
@@ -132,7 +132,7 @@ def test_a_unit_continues_where_its_last_attempt_stopped(tmp_path):
         folder.segment("u", PLAN)
 
 
-def test_a_unit_that_closed_with_items_missing_can_be_begun_again(tmp_path):
+def test_a_unit_that_closed_with_items_missing_can_be_restarted(tmp_path):
     folder = store.Folder(tmp_path / "run")
     with folder.segment("u", PLAN) as writer:
         writer.trajectory(0, **trajectory(PLAN, 0))
@@ -146,7 +146,7 @@ def test_a_unit_that_closed_with_items_missing_can_be_begun_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_unit_continues_all_its_attempts(tmp_path):
-    """The first, stalled, got further than the second, which continued it; both are then removed."""
+    """The stalled first attempt got further than the second, which continued it; both are then removed."""
     folder = store.Folder(tmp_path / "run")
     stalled = folder.segment("u", PLAN)
     second = folder.segment("u", PLAN)
@@ -210,7 +210,7 @@ def test_a_missing_segment_is_reported(path):
         assert (len(run), run.finished, run.lost) == (1, False, ["u1.1.h5"])
 
 
-def test_the_summary_of_a_part_that_got_its_name(tmp_path):
+def test_the_summary_of_a_published_part(tmp_path):
     with store.Folder(tmp_path / "run").segment("u", FIRST) as writer:
         run = store.open(tmp_path / "run")
         assert run.summary()["items_finished"] == 0
@@ -263,16 +263,16 @@ def test_many_processes_write_one_folder(tmp_path):
         assert (len(run), len(run.segments), run.finished) == (2, 24, True), "two items, each computed twelve times"
 
 
-def test_a_folder_that_another_process_is_making(tmp_path, monkeypatch):
+def test_a_folder_that_another_process_is_creating(tmp_path, monkeypatch):
     """It creates run.json between the check for that file and the check for other entries."""
     exists, path = Path.exists, tmp_path / "run"
 
     def late(self):
-        found = exists(self)
-        if self.name == "run.json" and not found:
+        does_exist = exists(self)
+        if self.name == "run.json" and not does_exist:
             monkeypatch.undo()
             complete(store.Folder(path, run_id="first"), "u", FIRST)
-        return found
+        return does_exist
 
     monkeypatch.setattr(Path, "exists", late)
     assert store.Folder(path, run_id="second").run_id == "first"
@@ -290,7 +290,7 @@ def test_more_segments_than_files_may_be_open(path, monkeypatch):
         np.testing.assert_array_equal(lazy[0], step(FIRST, 0, 0, 0)["saliency"])
 
 
-def test_a_part_that_gets_its_final_name_is_still_read(tmp_path):
+def test_a_part_that_is_published_is_still_read(tmp_path):
     folder = store.Folder(tmp_path / "run")
     writer = folder.segment("u", FIRST)
     with store.open(tmp_path / "run") as run:
@@ -303,7 +303,7 @@ def test_a_part_that_gets_its_final_name_is_still_read(tmp_path):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("torn", ['{"file": "u1.1.h5", "un', "", "[]\n", '{"file": 3}\n', "\x00\x00\n", b"\xff\xfe\n"])
-def test_the_manifest_is_an_index_and_no_more(path, torn):
+def test_the_manifest_is_only_an_index(path, torn):
     """Torn by a kill, damaged or missing: the segments are still read, and the next line is intact."""
     (path / "manifest.jsonl").write_bytes(torn if isinstance(torn, bytes) else torn.encode())
     complete(store.Folder(path), "u2", dataclasses.replace(FIRST, items=(store.Item("k5", "a cat"),)))
@@ -338,7 +338,7 @@ def test_other_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("unit", ["", "a/b", "../u", "u\0"])
-def test_a_units_name_must_be_that_of_a_file(tmp_path, unit):
+def test_the_name_of_a_unit_must_be_a_file_name(tmp_path, unit):
     with pytest.raises(store.StoreError, match="cannot be the name of a unit"):
         store.Folder(tmp_path / "run").segment(unit, PLAN)
     assert os.listdir(tmp_path / "run/segments") == []

@@ -1,4 +1,4 @@
-"""Other tools open a file unaided: xarray and h5netcdf for real, NXdata viewers by the rules that they read."""
+"""Other tools open a file directly: xarray and h5netcdf are run, NXdata viewers are represented by their rules."""
 
 import json
 import subprocess
@@ -46,17 +46,17 @@ def test_xarray_names_the_axes(path, group):
 
 def test_xarray_selects_by_name(path):
     with xarray.open_dataset(path, group="/entry/maps", engine="h5netcdf") as maps:
-        found = maps["saliency"].sel({"item": 1, "method": "random", "step": 2})  # sel has a keyword "method"
-        np.testing.assert_array_equal(found.values, step(PLAN, 1, 1, 2)["saliency"])
+        saliency = maps["saliency"].sel({"item": 1, "method": "random", "step": 2})  # sel has a keyword "method"
+        np.testing.assert_array_equal(saliency.values, step(PLAN, 1, 1, 2)["saliency"])
 
 
 @pytest.mark.slow
-def test_the_whole_file_is_a_tree_of_datasets(path):
+def test_the_file_is_a_tree_of_datasets(path):
     with xarray.open_datatree(path, engine="h5netcdf") as tree:
         assert {f"/entry/{group}" for group in AXES} < set(tree.groups)
 
 
-def test_viewers_are_led_to_the_maps(path):
+def test_viewers_find_the_maps(path):
     with h5py.File(path) as h5:
         assert h5.attrs["NX_class"] == "NXroot"
         entry = h5[h5.attrs["default"]]
@@ -66,7 +66,7 @@ def test_viewers_are_led_to_the_maps(path):
 
 @pytest.mark.parametrize("group", AXES)
 def test_viewers_show_pictures_and_axes(path, group):
-    """h5web's rules: axes one an axis of the signal, numbers of its length or "."; auxiliary signals of its shape."""
+    """h5web: each dimension of the signal has an axis of its length or "."; auxiliary signals have its shape."""
     shown = {"images": "rgb-image", "scores": "spectrum", "curves": "spectrum", "schedule": "spectrum"}
     with h5py.File(path) as h5:
         data = h5["entry"][group]
@@ -113,15 +113,15 @@ with netCDF4.Dataset(sys.argv[1]) as file:
 
 
 def test_an_hdf5_1_14_reader_reads_it(path):
-    """netCDF4, with the HDF5 it brings, in a process without ours: compressed maps, strings and images."""
+    """netCDF4 with its bundled HDF5, in a process without ours: compressed maps, strings and images."""
     run = subprocess.run([sys.executable, "-c", HDF5_1_14, path], capture_output=True, text=True, check=True)
-    version, saliency, rest = run.stdout.splitlines()
+    version, saliency, texts = run.stdout.splitlines()
     assert version.startswith("1.14")
     names, method, values = saliency.split(" ", 2)
     assert (names, method) == (",".join(AXES["maps"]), "rise")
     np.testing.assert_array_equal(np.array(json.loads(values), np.float32), step(PLAN, 1, 1, 2)["saliency"])
     image = int(trajectory(PLAN, 1)["image"].sum(dtype=int))
-    assert rest == f"a red circle  ein Würfel blurry {image}"
+    assert texts == f"a red circle  ein Würfel blurry {image}"
 
 
 def test_to_xarray(path):
@@ -139,7 +139,7 @@ def test_to_xarray_without_xarray(path, monkeypatch):
         run.to_xarray()
 
 
-def test_the_documentation_lists_what_there_is():
+def test_the_documentation_lists_the_contents():
     text = (Path(__file__).parent.parent / "docs/format.md").read_text()
     rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| `" in line]
     assert rows == [[row.path, row.dtype, ", ".join(row.axis_names), row.marker, row.long_name] for row in schema.TABLE]

@@ -14,7 +14,7 @@ from dfengine import store
 from dfengine.store.run import merging
 
 
-def written(path, plan, **options):
+def write_run(path, plan, **options):
     with store.Writer.create(path, plan, **options) as writer:
         fill(writer)
     return path
@@ -24,39 +24,39 @@ def written(path, plan, **options):
 @pytest.mark.parametrize("compression", ["gzip", "none"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_merged_file_equals_one_written_directly(tmp_path, plan, compression):
-    """Also by number of chunks, whether or not the halves have equally many tokens and words."""
+    """The number of chunks is equal too, even if the halves differ in their numbers of tokens and words."""
     if len(plan.items) == 1:
         plan = dataclasses.replace(plan, items=(*plan.items, store.Item("k9", "a dog", tokens=("a", "dog"))))
-    halves = [written(tmp_path / f"{item}.h5", half(plan, item), compression=compression) for item in range(2)]
+    halves = [write_run(tmp_path / f"{item}.h5", half(plan, item), compression=compression) for item in range(2)]
     merged = store.merge(halves, tmp_path / "all.h5")
-    whole = written(tmp_path / "whole.h5", plan, compression=compression)
-    assert data(merged) == data(whole)
-    with store.open(merged) as run, h5py.File(merged) as one, h5py.File(whole) as other:
+    direct = write_run(tmp_path / "whole.h5", plan, compression=compression)
+    assert data(merged) == data(direct)
+    with store.open(merged) as run, h5py.File(merged) as merged_h5, h5py.File(direct) as direct_h5:
         assert check(run) == total(plan)
         assert run.finished
         assert run.plan == plan
         for path in run.layout:
-            assert one["entry"][path].id.get_num_chunks() == other["entry"][path].id.get_num_chunks(), path
-            assert one["entry"][path].compression == other["entry"][path].compression
+            assert merged_h5["entry"][path].id.get_num_chunks() == direct_h5["entry"][path].id.get_num_chunks(), path
+            assert merged_h5["entry"][path].compression == direct_h5["entry"][path].compression
     assert sorted(os.listdir(tmp_path)) == ["0.h5", "1.h5", "all.h5", "whole.h5"]
 
 
 @pytest.mark.slow
 def test_sources_are_recorded(tmp_path):
-    first = written(tmp_path / "a.h5", half(PLAN, 0), device="one", run_id="r1")
-    second = written(tmp_path / "b.h5", half(PLAN, 1), device="other", run_id="r2")
+    first = write_run(tmp_path / "a.h5", half(PLAN, 0), device="one", run_id="r1")
+    second = write_run(tmp_path / "b.h5", half(PLAN, 1), device="other", run_id="r2")
     with h5py.File(store.merge([first, second], tmp_path / "all.h5")) as h5:
         sources = json.loads(h5.attrs["merged_from"])
     assert [(source["file"], source["run_id"], source["environment"]["device"]) for source in sources] == [
         ("a.h5", "r1", "one"),
         ("b.h5", "r2", "other"),
     ]
-    with store.open(tmp_path / "all.h5") as unlike, store.open(first) as alone:
-        assert [item.environment for item in unlike] == [
+    with store.open(tmp_path / "all.h5") as differing, store.open(first) as single:
+        assert [item.environment for item in differing] == [
             {},
             {},
-        ]  # one of the two, unknown which
-        assert [item.environment["device"] for item in alone] == ["one"]
+        ]  # it is unknown which of the two
+        assert [item.environment["device"] for item in single] == ["one"]
 
 
 @pytest.mark.slow
@@ -65,13 +65,13 @@ def test_each_item_is_taken_once_and_finished_if_possible(tmp_path):
     writer.trajectory(1, **trajectory(PLAN, 1))
     writer.step(1, "rise", 1, **step(PLAN, 1, 0, 1))
     writer.close(publish=False)
-    first = written(tmp_path / "first.h5", half(PLAN, 0))
+    first = write_run(tmp_path / "first.h5", half(PLAN, 0))
     with store.open(store.merge([tmp_path / "cut.part.h5", first], tmp_path / "one.h5")) as run:
         assert [item.key for item in run] == ["k0", "k1"]
         assert [item.seconds for item in run] == pytest.approx([1.5, np.nan], nan_ok=True)
         assert check(run) == 2 + total(half(PLAN, 0)), "unfinished items stay unfinished"
         assert not run.finished
-    second = written(tmp_path / "second.h5", half(PLAN, 1))
+    second = write_run(tmp_path / "second.h5", half(PLAN, 1))
     paths = [tmp_path / "cut.part.h5", first, second, first]
     with store.open(store.merge(paths, tmp_path / "two.h5")) as run:
         assert [item.key for item in run] == ["k0", "k1"]
@@ -84,7 +84,7 @@ def test_a_run_folder_is_merged_with_its_segments_and_with_files(tmp_path):
     for unit, item in (("b", 0), ("a", 1)):
         with folder.segment(unit, half(PLAN, item)) as writer:
             fill(writer)
-    other = written(tmp_path / "more.h5", dataclasses.replace(PLAN, items=(store.Item("k5", "a cat"),)))
+    other = write_run(tmp_path / "more.h5", dataclasses.replace(PLAN, items=(store.Item("k5", "a cat"),)))
     with store.open(store.merge([tmp_path / "run", other], tmp_path / "all.h5")) as run:
         assert [item.key for item in run] == ["k1", "k0", "k5"]
         check(run)
@@ -111,23 +111,23 @@ def test_a_part_is_merged_as_it_was_when_it_was_read(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_chunks_with_other_filters_are_copied_by_value(tmp_path):
-    first = written(tmp_path / "a.h5", half(PLAN, 0), compression="gzip")
-    second = written(tmp_path / "b.h5", half(PLAN, 1), compression="none")
+    first = write_run(tmp_path / "a.h5", half(PLAN, 0), compression="gzip")
+    second = write_run(tmp_path / "b.h5", half(PLAN, 1), compression="none")
     for paths in ([first, second], [second, first]):
         with store.open(store.merge(paths, tmp_path / "all.h5", overwrite=True)) as run:
             assert check(run) == total(PLAN)
 
 
 def test_equal_keys_of_other_settings_are_refused(tmp_path):
-    first = written(tmp_path / "a.h5", PLAN)
-    other = written(tmp_path / "b.h5", dataclasses.replace(PLAN, previews=False, model="m" * 70 + "b"))
+    first = write_run(tmp_path / "a.h5", PLAN)
+    other = write_run(tmp_path / "b.h5", dataclasses.replace(PLAN, previews=False, model="m" * 70 + "b"))
     with pytest.raises(store.StoreError, match=r"other settings than .*a.h5: previews \(true, now false\); model"):
         store.merge([first, other], tmp_path / "all.h5")
 
 
 @pytest.mark.slow
 def test_merging_merged_files_records_all_sources(tmp_path):
-    files = [written(tmp_path / f"{item}.h5", half(PLAN, item)) for item in range(2)]
+    files = [write_run(tmp_path / f"{item}.h5", half(PLAN, item)) for item in range(2)]
     store.merge(files[:1], tmp_path / "one.h5")
     with store.open(store.merge([tmp_path / "one.h5", files[1]], tmp_path / "all.h5")) as run:
         assert [source["file"] for source in run.merged_from] == ["0.h5", "1.h5"]
@@ -135,9 +135,9 @@ def test_merging_merged_files_records_all_sources(tmp_path):
 
 @pytest.mark.slow
 def test_invalid_merges_are_refused(tmp_path):
-    first = written(tmp_path / "a.h5", half(PLAN, 0))
+    first = write_run(tmp_path / "a.h5", half(PLAN, 0))
     other = dataclasses.replace(half(PLAN, 1), num_steps=2, methods=(store.Method("rise", {"p": 1}, 7, True),))
-    second, out = written(tmp_path / "b.h5", other), tmp_path / "all.h5"
+    second, out = write_run(tmp_path / "b.h5", other), tmp_path / "all.h5"
     with pytest.raises(
         store.StoreError,
         match=r"b.h5 has other settings than .*a.h5: random \(removed\); methods.*merge files of equal settings",

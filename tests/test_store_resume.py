@@ -16,7 +16,7 @@ class Stopped(Exception):
 
 
 class Counting:
-    """A writer that counts its calls, and raises after so many."""
+    """A writer that counts its calls and raises after a given number."""
 
     def __init__(self, writer, stop=None, how=Stopped):
         self.writer, self.stop, self.how, self.calls = writer, stop, how, []
@@ -57,7 +57,7 @@ def data(path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run.h5"
     with store.Writer.create(path, PLAN) as writer:
         fill(writer)
@@ -72,7 +72,7 @@ def test_a_run_interrupted_before_the_first_result_leaves_no_file(tmp_path):
 @pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 9, 13, 14, 20])
-def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, whole, stop):
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, complete, stop):
     path = tmp_path / "run.h5"
     interrupt(path, stop)
     assert not path.exists()
@@ -84,13 +84,13 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, whole, stop):
         fill(counting)
     full = len(PLAN.items) * (1 + PLAN.num_steps * (len(PLAN.methods) + 2))
     assert len(counting.calls) == full - stop, "nothing is computed twice"
-    assert data(path) == whole
+    assert data(path) == complete
     assert marks >= stop
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.h5"]
 
 
 @pytest.mark.slow
-def test_twice_interrupted(tmp_path, whole):
+def test_a_run_interrupted_twice(tmp_path, complete):
     interrupt(tmp_path / "run.h5", 5)
     with pytest.raises(KeyboardInterrupt), store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
         fill(Counting(writer, 8, KeyboardInterrupt))
@@ -98,7 +98,7 @@ def test_twice_interrupted(tmp_path, whole):
         assert check(run) >= 13
     with store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
         fill(writer)
-    assert data(tmp_path / "run.h5") == whole
+    assert data(tmp_path / "run.h5") == complete
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_settings_are_the_same_whatever_their_order_and_sequence_type():
     assert mine.differences(SMALL) == ["settings.a ([1, 2], now unset)", "settings.b (1, now unset)"]
 
 
-def test_damaged_values_are_computed_again(tmp_path, whole):
+def test_damaged_values_are_computed_again(tmp_path, complete):
     path = tmp_path / "run.h5"
     interrupt(path, 20)
     part = tmp_path / "run.part.h5"
@@ -186,7 +186,7 @@ def test_damaged_values_are_computed_again(tmp_path, whole):
         assert writer.done[0, 0].tolist() == [True, False, True]
         assert np.isnan(writer.stored(0).seconds), "not finished any more"
         fill(writer)
-    assert data(path) == whole
+    assert data(path) == complete
 
 
 def test_a_part_is_kept_until_the_fresh_file_holds_it(tmp_path, monkeypatch):
@@ -204,9 +204,9 @@ def test_a_part_is_kept_until_the_fresh_file_holds_it(tmp_path, monkeypatch):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["before", "run.part.h5"]
 
 
-def test_resume_without_anything_to_resume(tmp_path, whole):
+def test_resume_without_anything_to_resume(tmp_path, complete):
     with store.Writer.resume(tmp_path / "run.h5", PLAN) as writer:
         assert not writer.done.any()
         fill(writer)
-    assert data(tmp_path / "run.h5") == whole
-    assert np.all([len(values) for values in whole.values()])
+    assert data(tmp_path / "run.h5") == complete
+    assert np.all([len(values) for values in complete.values()])

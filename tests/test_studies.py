@@ -1,4 +1,4 @@
-"""Studies end to end on the embedded model: their numbers against single explanations, their files, their refusals."""
+"""Studies end to end on the embedded model: their numbers against single explanations, their files and errors."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def engine() -> Engine:
 
 
 class Reports:
-    """Collects what a study reports: progress never goes back, and ends at the total."""
+    """Collects the progress of a study, which never decreases and ends at the total."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int]] = []
@@ -66,13 +66,13 @@ def test_games_have_tables_figures_and_a_cache(engine: Engine, tmp_path: Path) -
     assert list(summary.methods) == ["random", "rise", "rise-cosine", "theirs"]
     assert (summary.num_items, summary.step, summary.preset) == (2, 1, "default")
     assert len(list((tmp_path / "c").iterdir())) == 8
-    again = studies.games(engine, TWO, methods, cache=GameCache(tmp_path / "c"), **options)
-    assert again.summaries == study.summaries
+    cached = studies.games(engine, TWO, methods, cache=GameCache(tmp_path / "c"), **options)
+    assert cached.summaries == study.summaries
     assert len(list((tmp_path / "c").iterdir())) == 8
 
     jobs = [engine.job(text, seed=seed, num_steps=3) for seed, text in enumerate(TWO)]
-    alone = play_games(engine.denoiser, engine.sample, jobs, [Rise(6)])
-    expected = summarise_games(alone, "frechet-single").methods["rise"]["deletion"].auc.band
+    single = play_games(engine.denoiser, engine.sample, jobs, [Rise(6)])
+    expected = summarise_games(single, "frechet-single").methods["rise"]["deletion"].auc.band
     assert summary.methods["rise"]["deletion"].auc.band == pytest.approx(expected, rel=1e-4)
 
     assert study.labels == [f"{TWO[0]}, seed 0", f"{TWO[1]}, seed 1"]
@@ -115,7 +115,7 @@ def test_the_mean_squared_error_needs_no_extractor(engine: Engine, monkeypatch: 
 
 @dataclass(frozen=True)
 class UsesFeatures(Random):
-    """Needs an extractor, as DF-RISE's Fréchet similarity does."""
+    """Needs an extractor, like DF-RISE's Fréchet similarity."""
 
     def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
         assert denoiser.features is not None
@@ -159,7 +159,7 @@ def test_impossible_games_are_refused(engine: Engine, options: dict[str, Any], m
 
 @pytest.mark.slow
 def test_concepts_of_many_schedules_and_seeds(engine: Engine) -> None:
-    """The totals of single explanations, averaged; a sum over tokens with the preset of the released code."""
+    """Averages of the totals of single explanations; with the preset of the released code, sums over tokens."""
     prompts, reports = embedded_prompts(1), Reports()
     options: dict[str, Any] = {"num_steps": 2, "num_seeds": 2, "seed": 3}
     study = studies.concepts(engine, prompts, schedules=("uniform", "latter"), on_progress=reports, **options)
@@ -170,10 +170,10 @@ def test_concepts_of_many_schedules_and_seeds(engine: Engine) -> None:
         totals = []
         for seed in (3, 4):
             job = {"seed": seed, "num_steps": 2, "sampling": schedule}
-            alone = engine.explain(prompts[0].text, Relevance(), **job)  # type: ignore[arg-type]
-            assert alone.relevance is not None
-            assert alone.tokens is not None
-            totals.append(concept_relevance(alone.relevance, alone.tokens, prompts[0])["subject"].sum())
+            single = engine.explain(prompts[0].text, Relevance(), **job)  # type: ignore[arg-type]
+            assert single.relevance is not None
+            assert single.tokens is not None
+            totals.append(concept_relevance(single.relevance, single.tokens, prompts[0])["subject"].sum())
         assert summary.relevance[schedule]["subject"].mean == pytest.approx(np.mean(totals), rel=1e-3)
     assert study.table().startswith(f"“{prompts[0].text}”, shapes")
     assert list(study.figures()) == ["concepts"]
@@ -258,7 +258,7 @@ def test_json_has_null_for_numbers_that_are_not_finite() -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs `dfengine evaluate`: exit status, stdout and stderr."""
+    """Runs `dfengine evaluate` and returns its exit status, stdout and stderr."""
 
     def evaluate(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dfengine", "evaluate", *arguments])

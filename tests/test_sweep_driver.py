@@ -1,4 +1,4 @@
-"""The driver with simulated workers: whatever happens to them, every unit is done exactly once."""
+"""The driver with simulated workers: every unit is done exactly once, even if workers fail."""
 
 import inspect
 from collections import deque
@@ -139,17 +139,17 @@ def test_a_closed_unit_is_not_done_again_when_its_worker_exits(tmp_path):
 
 @pytest.fixture
 def polls(monkeypatch):
-    """Ten seconds pass with each poll of the workers."""
-    seen = []
+    """Each poll of the workers advances the clock by ten seconds."""
+    timeouts = []
     receive = FakePool.receive
 
     def poll(self, timeout):
-        seen.append(timeout)
+        timeouts.append(timeout)
         yield from receive(self, timeout)
 
     monkeypatch.setattr(FakePool, "receive", poll)
-    monkeypatch.setattr(driver_module.time, "monotonic", lambda: 10 * len(seen))
-    return seen
+    monkeypatch.setattr(driver_module.time, "monotonic", lambda: 10 * len(timeouts))
+    return timeouts
 
 
 def test_a_worker_that_reports_progress_does_not_stall(tmp_path, polls):

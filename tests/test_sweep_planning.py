@@ -155,13 +155,13 @@ def path(tmp_path):
 # Units ----------------------------------------------------------------------------------------------------------------
 
 
-def some(axis):
+def subsets(axis):
     return st.lists(st.sampled_from(AXES[axis]), min_size=1, max_size=3, unique_by=str)
 
 
 #: Sweeps are built in the tests: beartype, which checks types there, draws random numbers.
 axes = st.fixed_dictionaries(
-    {axis: some(axis) for axis in AXES} | {"unit_minutes": st.sampled_from([0.001, 1, 2, 5, 1000])}
+    {axis: subsets(axis) for axis in AXES} | {"unit_minutes": st.sampled_from([0.001, 1, 2, 5, 1000])}
 )
 
 
@@ -186,9 +186,9 @@ def test_units_contain_every_item_once(axes, seconds):
 def test_plans_round_trip(axes, data):
     result, _ = units_of(make_sweep(**axes))
     with tempfile.TemporaryDirectory() as folder:
-        whole = data.draw(st.integers(0, len(result)))
-        plan_units(Path(folder), result[:whole])
-        plan_units(Path(folder), result[whole:], spec="all of it")
+        count = data.draw(st.integers(0, len(result)))
+        plan_units(Path(folder), result[:count])
+        plan_units(Path(folder), result[count:], spec="all of it")
         assert list(planned_units(Path(folder))) == result
         assert planned_specs(Path(folder)) == {"all of it"}
 
@@ -465,22 +465,22 @@ def test_a_plan_truncated_anywhere_is_completed(path):
     sweep = make_sweep(prompts=SOME["prompts"], schedules=["early", [9, 4]], models=["x", "y"])
     plan_sweep(sweep, path)
     plan = path / "plan.jsonl"
-    whole = plan.read_bytes()
-    lines = list(itertools.accumulate(map(len, whole.splitlines(keepends=True))))
+    complete = plan.read_bytes()
+    lines = list(itertools.accumulate(map(len, complete.splitlines(keepends=True))))
     assert len(lines) > 3
-    cuts = {end + near for end in lines for near in (-2, -1, 0, 1)} | {whole.index("“".encode()) + 1}
-    for size in sorted(cut for cut in {*cuts, *range(0, len(whole), 29)} if cut < len(whole) - 1):
-        plan.write_bytes(whole[:size])
+    cuts = {end + near for end in lines for near in (-2, -1, 0, 1)} | {complete.index("“".encode()) + 1}
+    for size in sorted(cut for cut in {*cuts, *range(0, len(complete), 29)} if cut < len(complete) - 1):
+        plan.write_bytes(complete[:size])
         kept = sum(end - 1 <= size for end in lines)
         profiler = Profiler(sweep)
         result = prepare(sweep, path, profiler)
         assert profiler.profiled == ["x", "y"]
         assert items_in(result) == items_of(sweep), f"truncated after {size} bytes"
         assert len({unit.name for unit in result}) == len(result)
-        assert plan.read_bytes().startswith(whole[:size])
-        assert plan.read_bytes().splitlines()[:kept] == whole.splitlines()[:kept]
+        assert plan.read_bytes().startswith(complete[:size])
+        assert plan.read_bytes().splitlines()[:kept] == complete.splitlines()[:kept]
         assert prepare(sweep, path, no_profile) == result
-    plan.write_bytes(whole[:-1])
+    plan.write_bytes(complete[:-1])
     assert items_in(prepare(sweep, path, no_profile)) == items_of(sweep), "only the last line end is missing"
 
 
@@ -490,11 +490,11 @@ def test_a_truncated_growth_of_a_plan_is_completed(path):
     plan_sweep(small, path)
     size = (path / "plan.jsonl").stat().st_size
     plan_sweep(large, path)
-    whole = (path / "plan.jsonl").read_bytes()
-    for cut in range(size, len(whole) - 1, 50):
-        (path / "plan.jsonl").write_bytes(whole[:cut])
+    complete = (path / "plan.jsonl").read_bytes()
+    for cut in range(size, len(complete) - 1, 50):
+        (path / "plan.jsonl").write_bytes(complete[:cut])
         assert items_in(plan_sweep(large, path)) == items_of(large)
-        (path / "plan.jsonl").write_bytes(whole[:cut])
+        (path / "plan.jsonl").write_bytes(complete[:cut])
         assert items_in(prepare(small, path, no_profile)) <= items_of(large)
 
 
@@ -776,14 +776,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "failures").write_text("")
     with pytest.raises(store.StoreError, match=r"cannot write .*failures"):
         FailureLog(tmp_path, UNIT)
-    release_units(tmp_path, ["u"])  # whatever ends a run is not hidden by this
+    release_units(tmp_path, ["u"])  # does not raise, which would hide the error that ends a run
 
 
 # The failure log, read from disk by each process ----------------------------------------------------------------------
 
 
-def seen(folder):
-    """What a fresh process knows."""
+def read_states(folder):
+    """The state and the errors of each item, as a new process reads them."""
     return {one.item: (one.state, *one.errors) for one in failures(folder)}
 
 
@@ -802,22 +802,22 @@ def test_an_item_that_fails_twice_is_quarantined(tmp_path):
 
 def test_a_permanent_failure_quarantines_at_once(tmp_path):
     FailureLog(tmp_path, UNIT).failed([1], "no such word", for_good=True)
-    assert seen(tmp_path) == {1: ("quarantined", "no such word")}
+    assert read_states(tmp_path) == {1: ("quarantined", "no such word")}
 
 
 def test_items_that_fail_together_are_suspects_until_each_fails_alone(tmp_path):
     assert [one.state for one in FailureLog(tmp_path, UNIT).failed([0, 1, 3], "crash", for_good=True)] == [
         "suspect"
     ] * 3
-    assert seen(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("suspect",)}, "no item is blamed"
+    assert read_states(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("suspect",)}, "no item is blamed"
     FailureLog(tmp_path, UNIT).failed([3], "first")
     FailureLog(tmp_path, UNIT).failed([0, 3], "crash")
-    assert seen(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("failed", "first")}
+    assert read_states(tmp_path) == {0: ("suspect",), 1: ("suspect",), 3: ("failed", "first")}
     log = FailureLog(tmp_path, UNIT)
     assert (set(log.suspects), log.quarantined) == ({0, 1, 3}, set())
     log.failed([3], "second")
     log.failed([0], "no such word", for_good=True)
-    assert seen(tmp_path) == {
+    assert read_states(tmp_path) == {
         0: ("quarantined", "no such word"),
         1: ("suspect",),
         3: ("quarantined", "first", "second"),
@@ -861,7 +861,7 @@ def test_of_several_items_in_progress_the_unfinished_are_suspects(tmp_path, left
     FailureLog(tmp_path, UNIT).take([0, 1, 3])
     result = FailureLog(tmp_path, UNIT).recover(left)
     assert {one.item: one.state for one in result} == blamed
-    assert {item: state for item, (state, *_) in seen(tmp_path).items()} == blamed
+    assert {item: state for item, (state, *_) in read_states(tmp_path).items()} == blamed
     assert FailureLog(tmp_path, UNIT).recover([0, 1, 2, 3]) == []
 
 
@@ -900,7 +900,7 @@ def test_settling_keeps_only_quarantined_items(tmp_path):
     log.failed([2, 3], "who knows")
     log.failed([3], "for good", for_good=True)
     log.settle()
-    assert seen(tmp_path) == {0: ("retried", "for good"), 3: ("quarantined", "for good")}
+    assert read_states(tmp_path) == {0: ("retried", "for good"), 3: ("quarantined", "for good")}
     assert (log.quarantined, list(log.suspects)) == ({0, 3}, [])
 
 
@@ -920,7 +920,7 @@ def test_rescheduled_items_are_not_tried_here(tmp_path):
     log.failed([0], "for good", for_good=True)
     log.failed([1], "once")
     log.mark_rescheduled([0])
-    assert seen(tmp_path) == {0: ("retried", "for good"), 1: ("failed", "once")}
+    assert read_states(tmp_path) == {0: ("retried", "for good"), 1: ("failed", "once")}
     for known in (log, FailureLog(tmp_path, UNIT)):
         assert (known.quarantined, list(known.suspects)) == ({0}, [1])
 

@@ -1,4 +1,4 @@
-"""Sweeps in real processes: equal results for any number of workers, whatever happens to them."""
+"""Sweeps in real processes: equal results for any number of workers, even if they fail."""
 
 import json
 import os
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("processes")]
 
 @pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.soak)])
 def processes(request, monkeypatch):
-    """Workers and command lines are forks of this process, which has torch and the model's libraries; in soak, new."""
+    """Workers and command lines are forks of this process, which has imported torch, or new processes in soak."""
     if request.param == "forked":
         forking = SimpleNamespace(
             Popen=ForkedWorker, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
@@ -40,7 +40,7 @@ def processes(request, monkeypatch):
 
 
 class ForkedWorker(Fork):
-    """In place of the `Popen` that starts a worker."""
+    """Replaces the `Popen` that starts a worker."""
 
     def __init__(self, command, *, env, pass_fds, process_group, **_):
         def work():
@@ -96,7 +96,7 @@ ALONE = {}
 
 @pytest.fixture
 def expected(described, tmp_path_factory, processes):
-    """What one undisturbed worker computes, which is computed once."""
+    """The arrays computed by one undisturbed worker, once per module."""
     if processes not in ALONE:
         out = tmp_path_factory.mktemp("alone") / "run"
         events = run_sweep(described, out, 1)

@@ -299,7 +299,7 @@ models: [m, shapes, {model: m}]
         ("preset: released", "preset: preset 'released' is not known: expected one of default, paper, xdiffusion"),
         ("preset: papr", "preset: preset 'papr' is not known: did you mean 'paper'?"),
         ("explainers: [{rise: {preset: papr}}]", "explainers.0: preset 'papr' of rise is not known: did you mean 'pa"),
-        # What version 0.1 spelled otherwise.
+        # Former names of version 0.1.
         ("behaviour: xdiffusion", "behaviour has been replaced by presets: write preset: xdiffusion instead"),
         ("explainers: Rise", "explainers.0: explainer 'Rise' is now spelled 'rise'"),
         ("explainers: [ReleasedRise]", "explainers.0: explainer 'ReleasedRise' is now spelled 'xdiffusion-rise'"),
@@ -364,7 +364,7 @@ def test_functions_and_classes_of_this_process_are_refused():
             make_sweep(explainers=explainer)
 
 
-def test_the_preset_is_that_of_explainers_by_name_that_do_not_name_their_own(read_lines):
+def test_the_preset_applies_to_explainers_by_name_without_their_own(read_lines):
     explainers = "explainers: [{rise: {num_masks: 8}}, cam, {rise: {name: own, preset: default}}, {lime: }, random]"
     assert read_lines(f"preset: xdiffusion\n{explainers}").explainers == (
         Rise.xdiffusion(num_masks=8),
@@ -382,8 +382,8 @@ def test_the_preset_is_that_of_explainers_by_name_that_do_not_name_their_own(rea
         make_sweep(explainers=[Rise(8), "rise"], preset="xdiffusion")
 
 
-def test_defaults_are_those_of_python():
-    """Of a schedule those of `Engine.job`, of explainers their own (above)."""
+def test_defaults_match_those_of_the_python_api():
+    """Schedules have the defaults of `Engine.job`, explainers their own (above)."""
     defaults = {name: one.default for name, one in inspect.signature(Engine.job).parameters.items()}
     schedule = Schedule(sampling="early")
     assert (schedule.steps, schedule.gamma, schedule.guidance) == tuple(
@@ -418,14 +418,14 @@ EXPLAINERS = (
 
 
 @pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda one: type(one).__name__)
-def test_explainers_survive_the_way_to_a_worker(explainer):
+def test_explainers_survive_the_transfer_to_a_worker(explainer):
     sweep = make_sweep(explainers=explainer)
     assert json.loads(json.dumps(sweep.shared)) == sweep.shared
     (rebuilt,) = SharedSettings.from_json(json.loads(json.dumps(sweep.shared))).explainers
     assert (type(rebuilt), rebuilt) == (type(explainer), explainer)
 
 
-def test_shared_settings_survive_the_way_to_a_worker():
+def test_shared_settings_survive_the_transfer_to_a_worker():
     values = {"negative_prompt": "ugly “x”", "previews": True, "compression": "none", "mantissa_bits": 11}
     sweep = make_sweep(explainers=EXPLAINERS, prompts=["p", "q"], seeds=2, unit_minutes=3, **values)
     assert (
@@ -447,7 +447,7 @@ BASE = {
 }
 
 
-#: Each makes it another sweep.
+#: Each of these changes the sweep.
 CHANGES = [
     {"prompts": ["a cat"]},
     {"prompts": ["a cat", "a dog", "a cow"]},
@@ -484,7 +484,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changed", CHANGES)
-def test_a_change_changes_the_digest(changed):
+def test_any_change_changes_the_digest(changed):
     assert Sweep(**BASE | changed).digest != Sweep(**BASE).digest
 
 

@@ -1,4 +1,4 @@
-"""One unit of a sweep, run in this process: what is written, and what happens to items that fail."""
+"""One unit of a sweep, run in this process: the files it writes and the handling of items that fail."""
 
 import dataclasses
 import json
@@ -16,15 +16,15 @@ from dfengine.sweep.unit import explain_unit
 STEPS = 3
 
 
-def harmful(**errors):
-    """Random maps, but for prompts that there is an error for; it notes who was explained together."""
+def explainer_with_errors(**errors):
+    """Random maps, with errors for some prompts. Records which prompts are explained together."""
 
     class Harmful(Random):
-        seen = []  # noqa: RUF012  # no setting: what a file keeps of an explainer are its fields
+        explained = []  # noqa: RUF012  # not a dataclass field, and therefore not a setting stored in a file
 
         def explain(self, denoiser, trajectories, done=()):
             prompts = [one.job.prompt for one in trajectories]
-            self.seen.append(prompts)
+            self.explained.append(prompts)
             for name, error in errors.items():
                 if name.removeprefix("of_") in prompts:
                     raise error
@@ -109,7 +109,7 @@ def test_settings_reach_the_file(engine, folder):
 
 
 def test_an_invalid_item_is_quarantined_and_the_others_are_done(engine, folder):
-    explainer = harmful()
+    explainer = explainer_with_errors()
     records = run_unit(engine, shared(explainer, Rise(4)), folder, unit_of("1", "x", "2", "3"))
     failed = [one for record in records if isinstance(record, Failed) for one in record.failures]
     # First the group of two, then each alone.
@@ -121,7 +121,7 @@ def test_an_invalid_item_is_quarantined_and_the_others_are_done(engine, folder):
     assert (aside.item, aside.state, aside.described["prompt"]) == (1, "quarantined", "x")
     assert "could not convert string to float: 'x'" in aside.errors[0]
     # The second group ran before the suspects, which ran alone.
-    assert explainer.seen == [["2", "3"], ["1"]]
+    assert explainer.explained == [["2", "3"], ["1"]]
     with store.open(folder.path) as run:
         assert not run.finished
 
@@ -149,7 +149,7 @@ def test_an_item_that_is_refused_beforehand_is_not_in_the_file(engine, folder):
 
 @pytest.mark.slow
 def test_another_error_asks_for_a_new_process_and_quarantines_the_second_time(engine, folder):
-    explainer = harmful(of_3=RuntimeError("no such kernel"))
+    explainer = explainer_with_errors(of_3=RuntimeError("no such kernel"))
     common, unit = shared(explainer), unit_of("1", "2", "3", "4", "5")
     first = run_unit(engine, common, folder, unit)
     assert isinstance(first[-1], Failed)
@@ -164,7 +164,7 @@ def test_another_error_asks_for_a_new_process_and_quarantines_the_second_time(en
     assert [(one.item, one.state, one.errors) for one in third[-1].failures] == [(2, "quarantined", (message, message))]
     assert run_unit(engine, common, folder, unit)[-1] == Closed("u-00000")
     # Finished items are not explained again, and suspects run alone, after the others.
-    assert explainer.seen == [["1", "2"], ["3", "4"], ["5"], ["3"], ["4"], ["3"]]
+    assert explainer.explained == [["1", "2"], ["3", "4"], ["5"], ["3"], ["4"], ["3"]]
     with store.open(folder.path) as run:
         done = {item.prompt: bool(item.done["random"].all()) for item in run}
     assert done == {"1": True, "2": True, "3": False, "4": True, "5": True}
@@ -173,9 +173,9 @@ def test_another_error_asks_for_a_new_process_and_quarantines_the_second_time(en
 
 def test_success_at_the_second_attempt_clears_the_failure(engine, folder):
     unit = unit_of("1", "2")
-    assert run_unit(engine, shared(harmful(of_2=RuntimeError("once"))), folder, unit)[-1].needs_restart
+    assert run_unit(engine, shared(explainer_with_errors(of_2=RuntimeError("once"))), folder, unit)[-1].needs_restart
     assert (folder.path / "failures/u-00000.json").exists()
-    assert run_unit(engine, shared(harmful()), folder, unit)[-1] == Closed("u-00000")
+    assert run_unit(engine, shared(explainer_with_errors()), folder, unit)[-1] == Closed("u-00000")
     assert not list((folder.path / "failures").iterdir())
     with store.open(folder.path) as run:
         assert run.finished
@@ -184,7 +184,7 @@ def test_success_at_the_second_attempt_clears_the_failure(engine, folder):
 @pytest.mark.parametrize("error", [store.StoreError("the disk is full"), OSError(28, "No space left on device")])
 def test_a_full_disk_is_no_failure_of_an_item(engine, folder, error):
     with pytest.raises(type(error)):
-        run_unit(engine, shared(harmful(of_2=error)), folder, unit_of("1", "2"))
+        run_unit(engine, shared(explainer_with_errors(of_2=error)), folder, unit_of("1", "2"))
     assert not list((folder.path / "failures").iterdir())
 
 
@@ -211,15 +211,15 @@ def test_interrupted_work_resumes(engine, folder, monkeypatch):
     monkeypatch.setattr("dfengine.sweep.unit.PROGRESS_SECONDS", 0)
     common, unit = shared(Rise(6)), unit_of("1", "2", "3", "4", "5")
     records = explain_unit(engine, common, folder, unit)
-    made = 0
-    while made < 2 * STEPS + 1:  # one group, and a step of the second
-        made += next(records).maps
+    num_maps = 0
+    while num_maps < 2 * STEPS + 1:  # one group, and a step of the second
+        num_maps += next(records).maps
     records.close()
-    rest = run_unit(engine, common, folder, unit)
-    assert sum(record.maps for record in rest if isinstance(record, Progress)) == 5 * STEPS - made
-    whole = store.Folder(folder.path.with_name("whole"))
-    run_unit(engine, common, whole, unit)
-    expected, resumed = maps_by_item(whole), maps_by_item(folder)
+    remaining = run_unit(engine, common, folder, unit)
+    assert sum(record.maps for record in remaining if isinstance(record, Progress)) == 5 * STEPS - num_maps
+    uninterrupted = store.Folder(folder.path.with_name("whole"))
+    run_unit(engine, common, uninterrupted, unit)
+    expected, resumed = maps_by_item(uninterrupted), maps_by_item(folder)
     assert expected.keys() == resumed.keys()
     for key, saliency in expected.items():
         np.testing.assert_array_equal(resumed[key], saliency)
@@ -237,11 +237,11 @@ def test_a_crash_is_attributed_to_the_items_in_progress(engine, folder, monkeypa
             break
     records.close()
     (folder.path / "failures/.u-00000.json").write_text(json.dumps({"driver": "", "items": hand}))
-    rest = run_unit(engine, shared(Rise(4), Random()), folder, unit)
-    crashed = [one for record in rest if isinstance(record, Failed) for one in record.failures]
+    remaining = run_unit(engine, shared(Rise(4), Random()), folder, unit)
+    crashed = [one for record in remaining if isinstance(record, Failed) for one in record.failures]
     assert {one.item: one.state for one in crashed} == states
     assert all("its process crashed" in error for one in crashed for error in one.errors)
-    assert rest[-1] == Closed("u-00000")
+    assert remaining[-1] == Closed("u-00000")
     with store.open(folder.path) as run:
         assert run.finished
 
@@ -249,9 +249,9 @@ def test_a_crash_is_attributed_to_the_items_in_progress(engine, folder, monkeypa
 def test_a_quarantined_item_is_skipped(engine, folder):
     unit = unit_of("1", "2", "3")
     store.FailureLog(folder.path, unit).failed([1], "no", for_good=True)
-    explainer = harmful()
+    explainer = explainer_with_errors()
     assert run_unit(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
-    assert Counter(prompt for group in explainer.seen for prompt in group) == {"1": 1, "3": 1}
+    assert Counter(prompt for group in explainer.explained for prompt in group) == {"1": 1, "3": 1}
 
 
 def test_a_unit_held_by_another_writer_is_busy(engine, folder, monkeypatch):
@@ -284,15 +284,15 @@ def test_the_expected_work_decides_whether_to_compile(engine, folder, monkeypatc
 
 def test_a_closed_unit_is_not_run_again(engine, folder):
     """Another driver closed it, or a worker that died before reporting it."""
-    explainer, unit = harmful(), unit_of("1")
+    explainer, unit = explainer_with_errors(), unit_of("1")
     assert run_unit(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
     assert run_unit(engine, shared(explainer), folder, unit) == [Closed("u-00000")]
-    assert explainer.seen == [["1"]]
+    assert explainer.explained == [["1"]]
     assert len(list((folder.path / "segments").iterdir())) == 1
 
 
 def test_the_end_of_a_driver_is_no_failure_of_an_item(engine, folder):
-    """Such as a power cut, however often it happens."""
+    """Such as a power cut, even a repeated one."""
     unit = unit_of("1", "2")
     for driver in "abc":
         store.FailureLog(folder.path, unit, driver=driver).take([1])

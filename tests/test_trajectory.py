@@ -1,4 +1,4 @@
-"""The sampling loop, against diffusers' own pipeline and by the formulas."""
+"""The sampling loop, against the diffusers pipeline and the formulas."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from dfengine.diffusion.job import Job
 from dfengine.diffusion.path import exponential_timesteps
 from dfengine.diffusion.trajectory import Trajectory, check_image, start_noise, to_bytes, trajectories
 
-# float32 through a small network whose sums are made in another order, times 1/√ᾱ ≤ 15 at the first step.
+# float32 through a small network with sums in another order, times 1/√ᾱ ≤ 15 at the first step.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 LEADING = (751, 501, 251, 1)
 
@@ -42,8 +42,8 @@ def run_pipeline(folder: Path, prompt: str, *, seed: int, **options: Any) -> tup
     return latents, image.permute(1, 2, 0)
 
 
-def landing(denoiser: Denoiser, trajectory: Trajectory) -> Tensor:
-    """The latent that the last step lands on."""
+def final_latent(denoiser: Denoiser, trajectory: Trajectory) -> Tensor:
+    """The latent after the last step."""
     final = denoiser.schedule.final_alpha_bar
     return math.sqrt(final) * trajectory.x0[-1] + math.sqrt(1 - final) * trajectory.epsilon[-1]
 
@@ -56,18 +56,18 @@ def landing(denoiser: Denoiser, trajectory: Trajectory) -> Tensor:
             {"guidance": 3.0, "negative_prompt": CAPTIONS[1]},
             {"guidance_scale": 3.0, "negative_prompt": CAPTIONS[1]},
         ),
-        # diffusers guides above 1 only; at 1 it is the conditional forward alone.
+        # diffusers applies guidance only above 1; at 1 it runs the conditional forward only.
         ({"guidance": 1.0}, {"guidance_scale": 1.0}),
     ],
 )
-def test_a_generation_is_diffusers_pipeline(
+def test_a_generation_matches_the_diffusers_pipeline(
     tiny: Denoiser, tiny_folder: Path, ours: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
     assert tiny.schedule.timesteps("uniform", 4) == list(LEADING)
     latents, image = run_pipeline(tiny_folder, CAPTIONS[0], seed=5, **theirs)
     (trajectory,) = trajectories(tiny, [Job(CAPTIONS[0], LEADING, seed=5, **ours)])
     assert_close(trajectory.latents[0], start_noise(5, (4, 8, 8)), rtol=0, atol=0)
-    assert_close(torch.stack([*trajectory.latents[1:], landing(tiny, trajectory)]), torch.stack(latents), **CLOSE)
+    assert_close(torch.stack([*trajectory.latents[1:], final_latent(tiny, trajectory)]), torch.stack(latents), **CLOSE)
     # Half a level of rounding to bytes.
     assert_close(trajectory.image.float() / 255, image, rtol=0, atol=0.5 / 255 + 1e-4)
 
@@ -76,11 +76,11 @@ def test_a_generation_is_diffusers_pipeline(
 def test_guidance_zero_is_the_model_without_its_prompt(tiny: Denoiser, tiny_folder: Path) -> None:
     latents, _ = run_pipeline(tiny_folder, "", seed=5, guidance_scale=1.0)
     (trajectory,) = trajectories(tiny, [Job(CAPTIONS[0], LEADING, seed=5, guidance=0.0)])
-    assert_close(torch.stack([*trajectory.latents[1:], landing(tiny, trajectory)]), torch.stack(latents), **CLOSE)
+    assert_close(torch.stack([*trajectory.latents[1:], final_latent(tiny, trajectory)]), torch.stack(latents), **CLOSE)
 
 
 def jobs_of_every_kind() -> list[Job]:
-    """Other prompts, seeds, guidance, negatives, time-steps, and a given image."""
+    """Jobs with different prompts, seeds, guidance, negative prompts and time-steps, and one with a given image."""
     image = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     return [
         Job(CAPTIONS[0], LEADING, seed=1, guidance=3.0),
@@ -90,21 +90,21 @@ def jobs_of_every_kind() -> list[Job]:
 
 
 @pytest.mark.slow
-def test_a_batch_is_each_of_its_jobs_alone(tiny: Denoiser) -> None:
+def test_a_batch_equals_its_jobs_run_separately(tiny: Denoiser) -> None:
     jobs = jobs_of_every_kind()
     for job, together in zip(jobs, trajectories(tiny, jobs), strict=True):
-        (alone,) = trajectories(tiny, [job])
+        (single,) = trajectories(tiny, [job])
         assert together.job is job
-        assert_close(together.latents[0], alone.latents[0], rtol=0, atol=0)
+        assert_close(together.latents[0], single.latents[0], rtol=0, atol=0)
         for name in ("latents", "epsilon", "x0", "signal", "noise"):
-            assert_close(getattr(together, name), getattr(alone, name), **CLOSE)
-        assert_close(together.image.int(), alone.image.int(), rtol=0, atol=1)
+            assert_close(getattr(together, name), getattr(single, name), **CLOSE)
+        assert_close(together.image.int(), single.image.int(), rtol=0, atol=1)
         for name in ("prompt", "negative"):
             assert len(getattr(together, name)) == 1
-            assert_close(getattr(together, name).tensors["text"], getattr(alone, name).tensors["text"], **CLOSE)
+            assert_close(getattr(together, name).tensors["text"], getattr(single, name).tensors["text"], **CLOSE)
 
 
-def test_what_is_kept_is_the_ddim_recursion(tiny: Denoiser) -> None:
+def test_stored_latents_follow_the_ddim_recursion(tiny: Denoiser) -> None:
     """x_next = √ᾱ_next x0 + √(1 − ᾱ_next) ε and x = √ᾱ x0 + √(1 − ᾱ) ε, at the list's own entries."""
     for job, trajectory in zip(jobs_of_every_kind()[:2], trajectories(tiny, jobs_of_every_kind())[:2], strict=True):
         assert len(trajectory) == 4
@@ -114,7 +114,7 @@ def test_what_is_kept_is_the_ddim_recursion(tiny: Denoiser) -> None:
         assert_close(latents, table.sqrt() * x0 + (1 - table).sqrt() * epsilon, **CLOSE)
         for i, j in pairwise(range(4)):
             assert_close(latents[j], table[j].sqrt() * x0[i] + (1 - table[j]).sqrt() * epsilon[i], **CLOSE)
-        image = to_bytes(tiny.decode(landing(tiny, trajectory)[None]))[0]
+        image = to_bytes(tiny.decode(final_latent(tiny, trajectory)[None]))[0]
         assert_close(trajectory.image.int(), image.int(), rtol=0, atol=1)
 
 
@@ -132,14 +132,14 @@ def test_a_given_image_is_noised_to_each_step_with_the_same_noise(tiny: Denoiser
         assert_close(x, math.sqrt(level) * clean + math.sqrt(1 - level) * noise, **CLOSE)
 
 
-def test_start_noise_is_one_value_a_seed() -> None:
+def test_start_noise_is_determined_by_the_seed() -> None:
     assert_close(start_noise(7, (2, 3, 4)), start_noise(7, (2, 3, 4)), rtol=0, atol=0)
     assert not torch.equal(start_noise(7, (2, 3, 4)), start_noise(8, (2, 3, 4)))
-    # torch's CPU generator: should it ever change, stored seeds would mean other images.
+    # torch's CPU generator: if it ever changed, stored seeds would give other images.
     assert_close(start_noise(0, (1, 1, 3)), torch.tensor([[[1.5410, -0.2934, -2.1788]]]), rtol=0, atol=1e-4)
 
 
-def test_clipped_predictions_are_kept_as_the_step_used_them() -> None:
+def test_clipped_predictions_are_stored() -> None:
     denoiser = Analytic(lambda x, number: torch.zeros_like(x))
     denoiser.schedule = replace(denoiser.schedule, clip_range=0.5)
     (trajectory,) = trajectories(denoiser, [Job("1", (500, 20))])
@@ -189,7 +189,7 @@ def test_bytes_are_rounded_and_clamped() -> None:
     assert to_bytes(image)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 100]
 
 
-def test_steps_to_be_explained_are_of_the_list() -> None:
+def test_steps_to_explain_must_be_in_the_list() -> None:
     denoiser = Analytic(lambda x, number: x, shape=(1, 2, 2))
     path = denoiser.trajectory(torch.zeros(3, 1, 2, 2))
     assert list(path.steps) == [0, 1, 2]

@@ -134,11 +134,11 @@ def check_a_compiled_network(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_full_batches_with_one_prompt_run_compiled(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in for the compiler."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    """The compiler is replaced by a stand-in."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or function)
     check_a_compiled_network(tiny_folder)
-    assert [(one["dynamic"], one["fullgraph"]) for one in asked] == [(False, True)]
+    assert [(options["dynamic"], options["fullgraph"]) for options in calls] == [(False, True)]
 
 
 @pytest.mark.soak

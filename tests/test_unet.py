@@ -1,4 +1,4 @@
-"""The fast forward against diffusers' own, on the published topologies, and the cases it leaves to diffusers."""
+"""The fast forward against that of diffusers, on the published topologies, and the cases it leaves to diffusers."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ from dfengine.models.unet.forward import unsupported_reason
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 PROMPTS = [PROMPT, "an oil painting of a tree", ""]
 MODELS = ["shapes", "sd15", "sd21", "sdxl"]
-#: For what all of them share.
+#: For properties that all of them share.
 DIFFERENT = ["shapes", "sd15", soak("sd21"), soak("sdxl")]
 
 
@@ -35,7 +35,7 @@ DIFFERENT = ["shapes", "sd15", soak("sd21"), soak("sdxl")]
 def model(saved: Callable[[str], Path]) -> Callable[[str], Denoiser]:
     """A model of `MODELS` on the CPU: the embedded one, or a published topology at an eighth of its width.
 
-    The weights are loaded once: tests change only what is the denoiser's own.
+    The weights are loaded once: tests change only attributes of their copy of the denoiser.
     """
 
     @cache
@@ -63,7 +63,7 @@ def prompts_of(denoiser: Denoiser) -> Condition:
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_the_output_is_that_of_diffusers_own_forward(model: Callable[[str], Denoiser], name: str) -> None:
+def test_the_output_matches_the_forward_of_diffusers(model: Callable[[str], Denoiser], name: str) -> None:
     denoiser = model(name)
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     network = denoiser.with_prompts(condition)
@@ -122,11 +122,11 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     denoiser = embedded() if name == "shapes" else load(saved(name), device="cpu", image_size=(128, 128))
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     x = x.to(memory_format=torch.channels_last)
-    seen: list[bool] = []
+    is_channels_last: list[bool] = []
 
     def note(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
-        seen.append(output.is_contiguous(memory_format=torch.channels_last))
+        is_channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        is_channels_last.append(output.is_contiguous(memory_format=torch.channels_last))
 
     convolutions = [m for m in denoiser.unet.modules() if isinstance(m, torch.nn.Conv2d)]
     hooks = [module.register_forward_hook(note) for module in convolutions]
@@ -137,8 +137,8 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
     finally:
         for hook in hooks:
             hook.remove()
-    assert len(seen) == 2 * len(convolutions) > 20
-    assert all(seen)
+    assert len(is_channels_last) == 2 * len(convolutions) > 20
+    assert all(is_channels_last)
     assert copies.elements == []
     # Without hooks, upsampling is a single operation.
     network = denoiser.with_prompts(condition)
@@ -153,7 +153,7 @@ def test_activations_stay_channels_last_and_are_never_copied(saved: Callable[[st
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 10, 64])
 @pytest.mark.parametrize("name", MODELS)
-def test_two_prompts_a_latent(model: Callable[[str], Denoiser], name: str, size: int) -> None:
+def test_two_prompts_per_latent(model: Callable[[str], Denoiser], name: str, size: int) -> None:
     denoiser = model(name)
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     denoiser.batch_size = size
@@ -200,11 +200,11 @@ def test_a_hooked_layer_is_called(part: str) -> None:
     unet = untyped(denoiser).unet
     block = "up_blocks.1.attentions.1.transformer_blocks.0."
     module = unet.get_submodule("up_blocks.0.upsamplers.0.conv" if part == "upsampler" else block + part)
-    plain, seen = denoiser.with_prompts(condition)(x, t, 0), []
-    hook = module.register_forward_hook(lambda *_: seen.append(1))
+    plain, calls = denoiser.with_prompts(condition)(x, t, 0), []
+    hook = module.register_forward_hook(lambda *_: calls.append(1))
     assert unsupported_reason(unet) is None
     assert_close(denoiser.with_prompts(condition)(x, t, 0), plain, **CLOSE)
-    assert len(seen) == 1
+    assert len(calls) == 1
     hook.remove()
     # A patched forward is called, too.
     original = module.forward

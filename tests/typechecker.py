@@ -1,8 +1,8 @@
-"""What checks annotations, shapes included, while the tests run: an int will do where a float is asked for.
+"""Checks annotations, including shapes, while the tests run. An int is accepted as a float.
 
-jaxtyping's decorator checks every argument twice and compiles its checks where a function is defined. So it gets those
-functions alone that have arrays, whose shapes must agree with each other; the others get beartype's, which is far
-cheaper; a function within a function, defined again at each call, gets neither.
+jaxtyping's decorator checks every argument twice and compiles its checks when a function is defined. It is therefore
+applied only to functions with arrays, whose shapes must agree with each other. Other functions get the decorator of
+beartype, which is far cheaper, and nested functions, which are defined again at each call, get neither.
 """
 
 import inspect
@@ -18,7 +18,7 @@ _with_shapes = jaxtyping.jaxtyped
 
 
 def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Stands in for jaxtyping's own of this name, which is what its import hook puts before every definition."""
+    """Replaces jaxtyping's function of this name, with which its import hook decorates every definition."""
 
     def decorate(decorated: Any) -> Any:
         if not inspect.isfunction(decorated):  # a class, whose fields are checked; a method of another kind
