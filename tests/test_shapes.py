@@ -219,15 +219,15 @@ def test_a_twentieth_is_held_out_and_never_trained_on() -> None:
 def test_every_value_occurs_and_shapes_differ() -> None:
     captions = scenes_of(6, 3000).captions
     assert all(caption.subject != caption.object for caption in captions)
-    for drawn, values in (
+    for counts, values in (
         (Counter(caption.subject[0] for caption in captions), COLOURS),
         (Counter(caption.subject[1] for caption in captions), KINDS),
         (Counter(caption.background for caption in captions), BACKGROUNDS),
         (Counter(caption.relation for caption in captions if caption.relation), RELATIONS),
     ):
-        assert drawn.keys() == set(values)
+        assert counts.keys() == set(values)
         # Uniform up to chance and the held-out captions.
-        assert max(drawn.values()) < 1.35 * min(drawn.values())
+        assert max(counts.values()) < 1.35 * min(counts.values())
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------

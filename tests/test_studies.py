@@ -96,8 +96,8 @@ def test_the_preset_holds_for_methods_and_games(engine: Engine) -> None:
     options: dict[str, Any] = {"num_steps": 2, "num_masks": 6, "distance": "frechet-single"}
     default = studies.games(engine, TWO[:1], ["rise"], **options)
     released = studies.games(engine, TWO[:1], ["rise"], preset="xdiffusion", **options)
-    given = studies.games(engine, TWO[:1], [XDiffusionRise(6)], preset="xdiffusion", **options)
-    assert released.summaries == given.summaries
+    explicit = studies.games(engine, TWO[:1], [XDiffusionRise(6)], preset="xdiffusion", **options)
+    assert released.summaries == explicit.summaries
     assert released.summaries[0].preset == "xdiffusion"
     raw = [one.summaries[0].methods["rise"]["deletion"].raw for one in (default, released)]
     assert raw[0] != raw[1]

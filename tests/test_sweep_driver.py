@@ -31,7 +31,7 @@ class FakePool:
     def __init__(self, responses=()):
         self.responses = deque(responses)
         self.waiting = {}
-        self.asked, self.started, self.ended, self.closed = [], [], [], 0
+        self.requests, self.started, self.ended, self.closed = [], [], [], 0
 
     def start(self, worker):
         assert worker not in self.waiting
@@ -41,7 +41,7 @@ class FakePool:
     def send(self, worker, request):
         assert isinstance(request, ExplainRequest)
         assert not self.waiting[worker], "only a ready worker is sent a request"
-        self.asked.append((worker, request.unit.name, request.times))
+        self.requests.append((worker, request.unit.name, request.times))
         name = request.unit.name
         response = self.responses.popleft() if self.responses else "done"
         self.waiting[worker] = deque(
@@ -87,7 +87,7 @@ def test_all_units_are_done_once(tmp_path, workers):
     pool = FakePool()
     records = drive(pool, tmp_path, 5, workers)
     assert closed(records) == ["u0", "u1", "u2", "u3", "u4"]
-    assert sorted(name for _, name, _ in pool.asked) == ["u0", "u1", "u2", "u3", "u4"]
+    assert sorted(name for _, name, _ in pool.requests) == ["u0", "u1", "u2", "u3", "u4"]
     assert pool.started == list(range(workers))
     assert sorted(pool.ended) == list(range(workers))
     assert pool.closed == 1
@@ -105,7 +105,7 @@ def test_a_request_contains_the_expected_number_of_units(tmp_path):
     pool = FakePool()
     drive(pool, tmp_path, 7, workers=2)
     # The unit itself and half of the remaining six, five, …, rounded up.
-    assert [times for _, _, times in pool.asked] == [4, 4, 3, 3, 2, 2, 1]
+    assert [times for _, _, times in pool.requests] == [4, 4, 3, 3, 2, 2, 1]
 
 
 @pytest.mark.parametrize("death", ["exits", "exits later"])
@@ -113,7 +113,7 @@ def test_the_unit_of_an_exited_worker_runs_again_first(tmp_path, death):
     pool = FakePool([death])
     records = drive(pool, tmp_path, 3, workers=1)
     assert closed(records) == ["u0", "u1", "u2"]
-    assert [name for _, name, _ in pool.asked] == ["u0", "u0", "u1", "u2"]
+    assert [name for _, name, _ in pool.requests] == ["u0", "u0", "u1", "u2"]
     assert pool.started == [0, 0]
     assert sum(isinstance(record, WorkerExited) for _, record in records) == 1
 
@@ -121,7 +121,7 @@ def test_the_unit_of_an_exited_worker_runs_again_first(tmp_path, death):
 def test_a_unit_that_needs_a_restart_gets_a_new_process_last(tmp_path):
     pool = FakePool(["restart"])
     assert closed(drive(pool, tmp_path, 3, workers=1)) == ["u0", "u1", "u2"]
-    assert [name for _, name, _ in pool.asked] == ["u0", "u1", "u2", "u0"]
+    assert [name for _, name, _ in pool.requests] == ["u0", "u1", "u2", "u0"]
     assert pool.started == [0, 0]
     assert pool.ended == [0, 0]
 
@@ -134,7 +134,7 @@ def test_the_last_unit_gets_a_worker_after_the_others_exited(tmp_path):
 def test_a_closed_unit_is_not_done_again_when_its_worker_exits(tmp_path):
     pool = FakePool(["done, then exits"])
     assert closed(drive(pool, tmp_path, 2, workers=1)) == ["u0", "u1"]
-    assert [name for _, name, _ in pool.asked] == ["u0", "u1"]
+    assert [name for _, name, _ in pool.requests] == ["u0", "u1"]
 
 
 @pytest.fixture
@@ -175,14 +175,14 @@ def test_a_stalled_worker_is_replaced_and_its_unit_runs_again(tmp_path, polls):
     assert len(polls) == 2 + 6 + 7
     assert closed(records) == ["u0", "u1"]
     assert pool.ended == [0, 0]
-    assert [name for _, name, _ in pool.asked] == ["u0", "u0", "u1"]
+    assert [name for _, name, _ in pool.requests] == ["u0", "u0", "u1"]
     assert sum(isinstance(record, WorkerExited) for _, record in records) == 1
 
 
 def test_a_busy_unit_is_left_to_its_run_after_some_offers(tmp_path):
     pool = FakePool(["busy"])
     assert closed(drive(pool, tmp_path, 3, workers=1)) == ["u0", "u1", "u2"], "the other run may have ended meanwhile"
-    assert [name for _, name, _ in pool.asked] == ["u0", "u1", "u2", "u0"]
+    assert [name for _, name, _ in pool.requests] == ["u0", "u1", "u2", "u0"]
     pool = FakePool(["done", "done", *["busy"] * 100])
     assert closed(drive(pool, tmp_path, 3, workers=1)) == ["u0", "u1"]
 

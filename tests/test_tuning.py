@@ -46,13 +46,13 @@ def test_memory_limits_the_batch_unless_its_size_is_given(monkeypatch: pytest.Mo
     cost = tune(denoiser)
     assert cost.bytes == 1000
     assert denoiser.batch_size == 8
-    given = Analytic(lambda x_t, _: x_t, batch_size=64)
-    tune(given, keep_batch_size=True)
-    assert given.batch_size == 64
+    fixed = Analytic(lambda x_t, _: x_t, batch_size=64)
+    tune(fixed, keep_batch_size=True)
+    assert fixed.batch_size == 64
     # A given size that does not fit is halved while it is measured.
-    given.answer = lambda x_t, _: x_t if len(x_t) <= 20 else _no_memory()
-    tune(given, keep_batch_size=True)
-    assert given.batch_size == 16
+    fixed.answer = lambda x_t, _: x_t if len(x_t) <= 20 else _no_memory()
+    tune(fixed, keep_batch_size=True)
+    assert fixed.batch_size == 16
 
 
 def _no_memory() -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_two_prompts_per_latent(model: Callable[[str], Denoiser], name: str, siz
             assert_close(output, denoiser.predict(x, t, condition[row]), **CLOSE)
     if name != "sdxl" and size % 2 == 0:
         assert max(count for _, count in counts) <= size
-    into, out = (sum(n for seen, n in counts if seen is module) for module in counts_of(denoiser))
+    into, out = (sum(n for called, n in counts if called is module) for module in counts_of(denoiser))
     assert out == 4 * len(x)
     # SDXL's added condition of the prompt enters at the first layer; an odd batch cannot be halved.
     assert into == (4 if name == "sdxl" or size % 2 else 2) * len(x)
