@@ -88,7 +88,7 @@ class Fork:
 
 
 def _become(function: Callable[[], object], output: list[int], keep: set[int]) -> None:
-    """Run the function as a process of its own would and exit."""
+    """Run the function as in a separate process and exit."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

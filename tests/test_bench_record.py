@@ -85,7 +85,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
         "constraints.txt",
     ],
 )
-def test_nothing_is_recorded_where_a_source_is_changed_or_new(
+def test_nothing_is_recorded_if_a_source_is_changed_or_new(
     checkout: Path, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkout / source).parent.mkdir(exist_ok=True)
@@ -184,7 +184,7 @@ def test_without_recording_nothing_is_written(checkout: Path) -> None:
     assert git(checkout, "status", "--porcelain") == before
 
 
-def test_a_table_without_rows_says_so(checkout: Path) -> None:
+def test_a_table_without_rows_is_marked(checkout: Path) -> None:
     record.write("rates", [])
     record.regenerate("rates", TABLES)
     assert record.NOT_MEASURED in (checkout / "kernels/README.md").read_text()

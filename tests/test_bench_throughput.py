@@ -113,14 +113,14 @@ def test_the_plain_implementations_do_not_use_the_engine() -> None:
         assert not re.search(r"^\s*(import|from) dfengine", source, re.MULTILINE)
 
 
-def test_no_throughput_is_reported_where_the_maps_disagree() -> None:
+def test_no_throughput_is_reported_if_the_maps_disagree() -> None:
     throughput.check({"guided": 0.99995, "conditional": 1.0}, torch.float32)
     with pytest.raises(SystemExit, match=r"rank correlation of the conditional maps .* is 0.9990, expected at least"):
         throughput.check({"guided": 1.0, "conditional": 0.999}, torch.float32)
 
 
 @pytest.mark.slow
-def test_no_default_is_compared_where_the_maps_or_the_truth_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_default_is_compared_if_the_maps_or_the_truth_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = evaluate.scenes(2)
     defaults.check_areas(rendered)
     monkeypatch.setattr(defaults, "localisation_scores", lambda saliency, area: {"auroc": 0.9})
@@ -133,7 +133,7 @@ def test_no_default_is_compared_where_the_maps_or_the_truth_are_wrong(monkeypatc
 
 
 @pytest.mark.slow
-def test_no_profile_is_reported_where_its_batches_or_its_speed_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_profile_is_reported_if_its_batches_or_its_speed_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu", batch_size=16)
     monkeypatch.setattr(profiles, "NUM_CHECK_MASKS", 16)
     profiles.check(engine, "a red circle", SimpleNamespace(model="shapes", share_of_ceiling=0.5))

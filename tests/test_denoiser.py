@@ -56,7 +56,7 @@ def test_each_latent_is_explained_under_the_prompt_of_its_row(
 
 
 @pytest.mark.parametrize(("scale", "like"), [(0.0, "unconditional"), (1.0, "conditional")])
-def test_guidance_of_zero_and_one_are_the_other_targets(scale: float, like: str) -> None:
+def test_guidance_of_zero_and_one_equals_the_other_targets(scale: float, like: str) -> None:
     denoiser, x = network(prediction_type="v_prediction"), latents(4)
     ours, other = guided(denoiser, "guided", (scale,) * 3)(x, T, ROWS), guided(denoiser, like)(x, T, ROWS)
     assert_close(ours.epsilon, other.epsilon, rtol=0, atol=2e-5)
@@ -82,7 +82,7 @@ def test_unknown_target_is_refused() -> None:
 
 @pytest.mark.parametrize("target", ["conditional", "unconditional", "guided"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_predictions_are_read_with_the_networks_own_input(prediction_type: str, target: str) -> None:
+def test_predictions_are_converted_with_the_input_of_the_network(prediction_type: str, target: str) -> None:
     """For a masked latent R ⊙ M: ε and x0 by the definitions of the parametrisations, one pixel at a time."""
     denoiser = network(prediction_type=prediction_type)
     masked = latents(4) * (latents(4).flip(0)[:, :1] > 0)
@@ -132,13 +132,13 @@ def test_calling_a_denoiser_returns_epsilon() -> None:
     )
 
 
-def test_half_precision_outputs_are_read_in_float32() -> None:
+def test_half_precision_outputs_are_converted_in_float32() -> None:
     schedule = NoiseSchedule.from_config({})
     prediction = schedule.to_x0_and_eps(latents(4).half(), latents(4).half(), T)
     assert prediction.x0.dtype == prediction.epsilon.dtype == torch.float32
 
 
-def test_conditions_are_picked_and_joined_by_rows() -> None:
+def test_conditions_are_indexed_and_concatenated_by_row() -> None:
     first, second = (Condition({"text": torch.arange(n, n + 3)[:, None], "pooled": torch.ones(3)}) for n in (0, 10))
     both = Condition.cat([first[torch.tensor([2, 0])], second[1:]])
     assert len(both) == 4

@@ -1,4 +1,4 @@
-"""Every example in the documents runs, every command parses, and every name, link and table is that of the code.
+"""Every example in the documents runs, every command parses, and every name, link and table matches the code.
 
 Examples run with fewer steps and masks; the tests supply what a reader would (a pipeline, a file, another tool's maps).
 `python tests/test_docs.py` rewrites the table of explainers in docs/methods.md.
@@ -342,7 +342,7 @@ def test_code_references_of_methods_resolve():
 def explainers_table():
     """The explainers of this package with their settings and defaults, in Markdown."""
     lines = ["| `-e` | in Python | explains | settings |", "|---|---|---|---|"]
-    # Sorted, since the order of registration is that of imports; the presets of others come last.
+    # Sorted, since the order of registration depends on imports; explainers of presets come last.
     for _, entry in sorted(
         registry.entries().items(), key=lambda named: (named[0].startswith("xdiffusion-"), named[0])
     ):
@@ -362,7 +362,7 @@ def methods_with_explainers():
     return before + begin + explainers_table() + end + after
 
 
-def test_table_of_explainers_is_that_of_the_registry():
+def test_table_of_explainers_matches_the_registry():
     """To rewrite it: python tests/test_docs.py."""
     table = explainers_table()
     assert table.count("\n") == 2 + 9

@@ -27,7 +27,7 @@ def test_the_folder_is_small_and_readable() -> None:
 
 
 @pytest.mark.slow
-def test_plain_diffusers_makes_the_same_image(engine: Engine) -> None:
+def test_plain_diffusers_generates_the_same_image(engine: Engine) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     (ours,) = trajectories(engine.denoiser, [engine.job(CAPTION, seed=5, num_steps=10)])
@@ -52,7 +52,7 @@ def test_images_match_captions_held_out_of_training(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_the_judge_reads_rendered_scenes() -> None:
+def test_the_judge_recognises_rendered_scenes() -> None:
     scenes = sample_scenes(300, torch.Generator().manual_seed(98), held_out=True)
     agrees = Judge.load().agrees(render(scenes)[0], scenes.captions)
     assert agrees.all(1).float().mean() > 0.97

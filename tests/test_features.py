@@ -136,7 +136,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_are_the_models_output(name: str, tmp_path: Path) -> None:
+def test_features_equal_the_output_of_the_model(name: str, tmp_path: Path) -> None:
     kind, output = name.split()
     model = MODELS[name]()
     extractor = vision.load_features(write(tmp_path / "tiny", model))
@@ -182,7 +182,7 @@ def test_hidden_states_on_a_grid_are_averaged_over_it(tmp_path: Path) -> None:
     assert_close(extractor(images), by_hand, **NETWORK)
 
 
-def test_features_are_float32_without_a_gradient_whatever_the_dtype(vit: Path) -> None:
+def test_features_are_float32_without_a_gradient_for_any_dtype(vit: Path) -> None:
     images = (pictures(2, 37, 53) / 255).requires_grad_()
     single, half = vision.load_features(vit), vision.load_features(str(vit), dtype=torch.bfloat16)
     assert next(half.network.args[0].parameters()).dtype == torch.bfloat16

@@ -250,7 +250,7 @@ def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None
     assert samples.get_suptitle() == "“a red cat”  ·  shapes"
 
 
-def test_the_axis_of_time_steps_reaches_a_later_one_than_999() -> None:
+def test_the_time_step_axis_extends_beyond_999() -> None:
     longer, *others = sweep(seeds=(0,))
     longer = dataclasses.replace(longer, timesteps=np.array([1200, 900, 600, 300, 0]))
     (group,) = schedules.groups([longer, *others])

@@ -1,4 +1,4 @@
-"""Which component may import which, read from the sources; and `kernels/` is never importable as `kernels`."""
+"""Imports between components, read from the sources; and `kernels/` is never importable as `kernels`."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import dfengine
 
 ROOT = Path(__file__).parent.parent
 
-#: The components of dfengine that each component may import, from the ground up. A component may always import itself.
+#: The components that each component of dfengine may import, from the bottom up. Each may always import itself.
 MAY_IMPORT = {
     component: set(components.split())
     for component, components in {

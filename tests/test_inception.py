@@ -16,10 +16,10 @@ from torch.testing import assert_close
 from dfengine.models import features as vision
 from dfengine.models import inception
 
-#: The same network twice, in float32 and in another order.
+#: The same network in float32, with sums in another order.
 NETWORK = {"rtol": 1e-5, "atol": 1e-5}
 
-#: What torchvision 0.29.1's inception_v3 makes of `scene` with `numbers` for weights, in float64: features 0, 1000 and
+#: The output of torchvision 0.29.1's inception_v3 for `scene` with the weights `numbers`, in float64: features 0, 1000,
 #: 2047, mean and standard deviation. For "fid" its pools are exchanged, and the image resized, as pytorch-fid does it.
 TORCHVISION = {
     "torchvision": [51.334700, 0.843064, 0.783174, 19.180301, 27.006818],

@@ -1,4 +1,4 @@
-"""A LoRA that the caller loaded into a pipeline is explained with it."""
+"""Explanations of a pipeline include a LoRA that the caller loaded into it."""
 
 from collections.abc import Callable
 from pathlib import Path

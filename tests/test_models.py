@@ -80,7 +80,7 @@ def test_a_folder_is_read_without_network(tiny_folder: Path, offline: list[Any])
     assert not denoiser.unet.training
 
 
-def test_the_callers_own_pipeline_is_the_same_model(tiny: Denoiser, tiny_folder: Path) -> None:
+def test_a_pipeline_of_the_caller_is_the_same_model(tiny: Denoiser, tiny_folder: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
     denoiser = adapt(pipeline, batch_size=3)
     assert denoiser.batch_size == 3
@@ -108,7 +108,7 @@ def test_dtype_is_the_requested_one(tiny: Denoiser, tiny_folder: Path, dtype: An
 
 
 @pytest.mark.slow
-def test_variant_chooses_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: Path) -> None:
+def test_variant_selects_the_files(tiny_folder: Path, tiny: Denoiser, tmp_path: Path) -> None:
     half = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float16)
     half.save_pretrained(tmp_path / "half", variant="fp16")
     denoiser = load(tmp_path / "half", device="cpu", dtype="float32", variant="fp16")
@@ -187,14 +187,14 @@ def test_a_file_or_a_folder_of_something_else_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_hub_id_without_network_is_one_clear_line(offline: list[Any]) -> None:
+def test_a_hub_id_without_network_is_a_one_line_error(offline: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"model 'nobody/nothing' could not be loaded: .*not known") as caught:
         load("nobody/nothing", device="cpu")
     assert "\n" not in str(caught.value)
     assert offline != []
 
 
-def test_an_unresponsive_hub_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_hub_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_out(*_: Any, **__: Any) -> None:
         raise TimeoutError("timed out")
 
@@ -244,7 +244,7 @@ def garble_index(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # warnings of the libraries before their errors
 @pytest.mark.parametrize("damage", [remove_weights, cut_weights, remove_part, garble_index])
-def test_a_damaged_folder_is_one_clear_line(copy: Path, damage: Callable[[Path], None], offline: list[Any]) -> None:
+def test_a_damaged_folder_is_a_one_line_error(copy: Path, damage: Callable[[Path], None], offline: list[Any]) -> None:
     damage(copy)
     with pytest.raises(ValueError, match=r"copy' could not be loaded: .") as caught:
         load(copy, device="cpu")
@@ -272,7 +272,7 @@ def test_unavailable_devices_are_refused(device: str, tiny_folder: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_devices_and_dtypes_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
     for there, device, dtype in ((True, "cuda", torch.float16), (False, "cpu", torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
@@ -337,7 +337,7 @@ def test_prompts_of_known_words_are_accepted(tiny: Denoiser) -> None:
 
 
 @pytest.mark.parametrize("extra", [["star"], ["star", "on", "a", "pink", "ring"]])
-def test_a_prompt_too_long_says_what_is_cut(tiny: Denoiser, extra: list[str]) -> None:
+def test_a_prompt_too_long_names_the_words_beyond_the_limit(tiny: Denoiser, extra: list[str]) -> None:
     # 16 tokens, two of which begin and end the text.
     fits = "a red circle above a blue square on a gray background a red circle"
     assert len(fits.split()) == 14

@@ -29,7 +29,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 
 def python(code: str, *arguments: Path, cwd: Path, flags: tuple[str, ...] = (), **environment: str) -> list[str]:
-    """The lines that a new interpreter prints, started in a folder, with nothing from our own PYTHONPATH."""
+    """The lines printed by a new interpreter, started in a folder, without our PYTHONPATH."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, *flags, "-c", code, *map(str, arguments)]
     run = subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
@@ -118,7 +118,7 @@ def test_an_editable_install_is_imported_from_any_folder(clone: Path, tmp_path: 
         assert kernels == "None"
 
 
-def test_this_environments_install_is_imported_beside_a_folder_of_its_name(tmp_path: Path) -> None:
+def test_the_install_of_this_environment_takes_precedence_over_a_folder_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "dfengine/dfengine").mkdir(parents=True)
     (origin,) = python("import dfengine; print(dfengine.__file__)", cwd=tmp_path)
     assert Path(origin).name == "__init__.py"

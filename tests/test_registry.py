@@ -107,7 +107,7 @@ class Ones(Explainer):
         yield from ()
 
 
-def test_registering_makes_a_name_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_adds_a_name_to_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from dfengine.explain import registry
 
     monkeypatch.setattr(registry, "_entries", dict(entries()))

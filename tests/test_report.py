@@ -137,7 +137,7 @@ def test_images_up_to_256_pixels_are_stored_losslessly(tmp_path: Path, size: tup
         assert difference.max() == 0 if form == "PNG" else 0 < difference.mean() < 3
 
 
-def test_lines_are_concepts(tmp_path: Path) -> None:
+def test_lines_are_the_relevance_of_concepts(tmp_path: Path) -> None:
     result = interrupted(make_result())
     assert result.relevance is not None
     result.relevance[2, 1] = np.inf  # leaves this step without min–max scaled values

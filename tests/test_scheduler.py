@@ -110,7 +110,7 @@ def test_image_to_image_continues_from_the_middle_of_the_list(pipeline: Any, sta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd21", soak("sdxl")])
-def test_with_other_parametrisations(saved: Callable[[str], Path], name: str) -> None:
+def test_other_parametrisations(saved: Callable[[str], Path], name: str) -> None:
     """v-prediction and two text encoders: the trajectory of plain uniform DDIM, then that of an early schedule."""
     from diffusers import DiffusionPipeline
 
@@ -318,7 +318,7 @@ def test_other_processes_are_refused_by_name(name: str, config: dict[str, Any], 
 
 @NUMPY_2
 @pytest.mark.parametrize(("config", "final"), [({}, 1.0), ({"final_sigmas_type": "sigma_min"}, 1 - 0.00085)])
-def test_the_last_step_lands_on_the_configurations_final_value(config: dict[str, Any], final: float) -> None:
+def test_the_last_step_ends_at_the_configured_final_value(config: dict[str, Any], final: float) -> None:
     schedule = noise_schedule(DPMSolverMultistepScheduler(**SD, **config))
     a, b = schedule.coefficients(torch.tensor([-1]))
     assert (a.item(), b.item()) == pytest.approx((final**0.5, (1 - final) ** 0.5), abs=1e-6)
@@ -398,7 +398,7 @@ def test_a_karras_trajectory_matches_the_pipeline(tiny_folder: Path) -> None:
     engine = Engine(pipeline)
     job = engine.job(CAPTION, seed=3, num_steps=6, guidance=3.0)
     (cached,) = trajectories(engine.denoiser, [job])
-    times = unet_times(pipeline)  # the hook makes diffusers' own forward run
+    times = unet_times(pipeline)  # the hook forces the forward of diffusers
     (trajectory,) = trajectories(engine.denoiser, [job])
     assert_close(trajectory.latents, cached.latents, **CLOSE)
     ours = sorted(set(times), reverse=True)

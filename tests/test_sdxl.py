@@ -36,7 +36,7 @@ def kind_of(kind: Any, pipeline: Any, **options: Any) -> Any:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_conditions_are_those_of_the_pipeline(pipeline: Any) -> None:
+def test_conditions_match_those_of_the_pipeline(pipeline: Any) -> None:
     """Texts and pooled texts of prompts, of empty prompts and of a blank."""
     denoiser = adapted(pipeline)
     got, blank, empty = (denoiser.encode_prompts(prompts).tensors for prompts in (PROMPTS, [" "] * 2, [""] * 2))
@@ -54,7 +54,7 @@ def test_conditions_are_those_of_the_pipeline(pipeline: Any) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_pooled_text_is_read_where_the_text_ends(pipeline: Any) -> None:
+def test_the_pooled_text_is_read_at_the_end_of_the_text(pipeline: Any) -> None:
     denoiser = adapted(pipeline)
     tokens = pipeline.tokenizer_2(PROMPTS, padding="max_length", return_tensors="pt").input_ids
     states = pipeline.text_encoder_2(tokens).last_hidden_state
@@ -72,7 +72,7 @@ def test_size_conditions_are_those_of_the_image(pipeline: Any) -> None:
 
 
 @pytest.mark.slow
-def test_empty_prompts_are_encoded_if_the_pipeline_says_so(pipeline: Any) -> None:
+def test_empty_prompts_are_encoded_if_the_pipeline_is_configured_so(pipeline: Any) -> None:
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     denoiser = adapted(pipeline)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_the_codec_is_upcast_only_while_it_is_used(pipeline: Any, capfd: pytest.
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_latents_are_normalised_as_the_codec_says(pipeline: Any) -> None:
+def test_latents_are_normalised_as_configured_by_the_codec(pipeline: Any) -> None:
     mean, std = [0.5, -1.0, 2.0, 0.0], [1.0, 2.0, 0.5, 3.0]
     plain = adapted(pipeline)
     x = torch.randn(1, *plain.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -84,7 +84,7 @@ def test_a_model_that_is_not_square_needs_no_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_size_is_part_of_the_models_name() -> None:
+def test_the_size_is_part_of_the_name_of_the_model() -> None:
     """It distinguishes files and items."""
     denoiser = Engine.from_pretrained("shapes", device="cpu", image_size=(64, 96)).denoiser
     assert (denoiser.name, denoiser.latent_shape[1:]) == ("shapes (64×96 pixels)", (16, 24))

@@ -112,7 +112,7 @@ def test_attempts_are_counted_for_items_that_were_not_finished(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_or_interrupted_file_is_not_lost_by_mistake(tmp_path):
+def test_finished_and_interrupted_files_are_protected(tmp_path):
     path = tmp_path / "run.h5"
     interrupt(path, 5)
     with pytest.raises(store.StoreError, match=r"run.part.h5 holds an interrupted run: resume it, or .*--overwrite"):
@@ -165,7 +165,7 @@ def test_settings_that_differ_late_are_other_settings(tmp_path, values):
         store.Writer.resume(tmp_path / "run.h5", dataclasses.replace(SMALL, settings={"values": late}))
 
 
-def test_settings_are_the_same_whatever_their_order_and_sequence_type():
+def test_settings_are_equal_regardless_of_order_and_sequence_type():
     mine = store.Plan(**vars(SMALL) | {"settings": {"a": (1, 2), "b": 1}})
     assert mine.differences(store.Plan(**vars(SMALL) | {"settings": {"b": 1, "a": [1, 2]}})) == []
     assert mine.differences(SMALL) == ["settings.a ([1, 2], now unset)", "settings.b (1, now unset)"]

@@ -31,7 +31,7 @@ def open_zarr(path: Path) -> xarray.Dataset:
 
 
 def with_key(path: Path, key: str) -> Path:
-    """The file with another key of its item, as of another seed."""
+    """The file with another key for its item, as if it had another seed."""
     with h5py.File(path, "r+") as h5:
         plan = json.loads(h5.attrs["plan"])
         plan["items"][0]["key"] = key
@@ -40,7 +40,7 @@ def with_key(path: Path, key: str) -> Path:
     return path
 
 
-def test_the_schedule_is_that_of_alpha_bar(path: Path) -> None:
+def test_the_schedule_is_computed_from_alpha_bar(path: Path) -> None:
     with h5py.File(path) as h5:
         alpha_bar, timesteps = h5["entry/schedule/alpha_bar"][0], h5["entry/schedule/timestep"][0]
     with store.open(path) as run:
@@ -52,7 +52,7 @@ def test_the_schedule_is_that_of_alpha_bar(path: Path) -> None:
         assert item.timesteps.tolist() == timesteps.tolist() == [501, 1]
 
 
-def test_everything_else_is_read_as_it_was(path: Path) -> None:
+def test_all_other_data_are_read_unchanged(path: Path) -> None:
     with h5py.File(path) as h5, dfengine.open(path) as run:
         entry, item = h5["entry"], run[0]
         assert run.finished
@@ -97,7 +97,7 @@ def test_labels_of_other_explainers(method: store.Method, expected: tuple[str, s
     assert upgraded.settings.get("masks") == method.settings.get("masks")
 
 
-def test_it_is_exported(path: Path, tmp_path: Path) -> None:
+def test_files_are_exported(path: Path, tmp_path: Path) -> None:
     with store.open(path) as run, open_zarr(store.export_zarr(path, tmp_path / "run.zarr")) as exported:
         np.testing.assert_array_equal(exported.signal[0], run[0].signal)
         np.testing.assert_array_equal(exported.noise[0], run[0].noise)

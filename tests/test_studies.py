@@ -318,7 +318,7 @@ def test_other_studies_on_the_command_line(
         (["truth", "--prompt", "a cat"], "in the embedded world alone"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     run: Callable[..., tuple[int, str, str]],
     options: list[str],
     message: str,

@@ -21,9 +21,9 @@ def units(count):
 
 
 class FakePool:
-    """Workers that respond to requests, in their order, as `responses` says, and after that by doing the units.
+    """Workers that answer requests with `responses`, in order, and afterwards by doing the units.
 
-    A response that ends in neither WorkerReady nor WorkerExited is that of a worker that hangs.
+    A response that ends in neither WorkerReady nor WorkerExited comes from a worker that hangs.
     """
 
     workers = 9
@@ -219,7 +219,7 @@ def test_closing_releases_assigned_units(tmp_path):
 @given(
     st.lists(st.sampled_from(["done", "exits later", "restart"]), max_size=30), st.integers(1, 4), st.integers(1, 12)
 )
-def test_every_unit_is_done_once_whatever_happens_to_workers(tmp_path_factory, responses, workers, count):
+def test_every_unit_is_done_once_even_if_workers_fail(tmp_path_factory, responses, workers, count):
     pool = FakePool(responses)
     records = drive(pool, tmp_path_factory.getbasetemp(), count, workers)
     assert closed(records) == sorted(f"u{number}" for number in range(count))

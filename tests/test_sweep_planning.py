@@ -1,4 +1,4 @@
-"""The plan of a sweep, which only grows, also under concurrency and kills; and the record of failures."""
+"""The plan of a sweep, which only grows, even under concurrency and kills, and the failure log."""
 
 import dataclasses
 import itertools
@@ -91,7 +91,7 @@ def make_sweep(**keys):
 
 
 class Profiler:
-    """Gives every model the same profile, with `forwards` a schedule of `seconds` each, and records the models."""
+    """Returns the same profile for every model, with `seconds` per forward, and records the models."""
 
     def __init__(self, sweep, seconds=1.0, forwards=60):
         self.profiled = []
@@ -131,7 +131,7 @@ def items_of(sweep):
 
 
 def items_in(units):
-    """The items of units, each as often as they contain it."""
+    """The items of units, with repetitions."""
     return Counter(to_text(unit.model, unit.describe(item)) for unit in units for item in range(len(unit)))
 
 
@@ -219,21 +219,21 @@ def test_a_plan_grows_by_new_items(first, more):
         (640, 60, 0.5, [1] * 640),
         (10, 60, 1.5, [1] * 10),  # a 32nd is less than an item
         (64, 60, 5, [2] * 32),  # a 32nd is less than five minutes
-        (63, 60, 60, [1] * 63),  # with two in each there were 32, but of 62 no more than 31
+        (63, 60, 60, [1] * 63),  # two in each would give 32 units, but only 31 for 62 items
         (66, 60, 60, [2] * 33),
         (8, 1, 5, [8]),  # a 32nd is less than ten seconds
         (100, 1, 5, [10] * 10),
         (105, 1, 5, [10] * 10 + [5]),
         (640, 1, 5, [20] * 32),
-        (100, 1, 0.05, [3] * 33 + [1]),  # three seconds are asked for
+        (100, 1, 0.05, [3] * 33 + [1]),  # three seconds are requested
         (3, 10_000, 5, [1] * 3),  # an item is longer than five minutes
         (1000, 0.001, 5, [256, 256, 256, 232]),
         (1000, 0, 5, [256, 256, 256, 232]),
-        (25_600, 1, 60, [256] * 100),  # a 32nd are 800 items
+        (25_600, 1, 60, [256] * 100),  # a 32nd is 800 items
     ],
 )
 def test_units_take_some_minutes(items, seconds, minutes, sizes):
-    """An item of 20 forwards."""
+    """Each item takes 20 forwards."""
     for axes in ({"seeds": items}, {"prompts": list(map(str, range(items)))}):
         result, profiles = units_of(
             sweep := make_sweep(**axes, unit_minutes=minutes), seconds=seconds / 20, forwards=20
@@ -243,7 +243,7 @@ def test_units_take_some_minutes(items, seconds, minutes, sizes):
 
 
 def test_the_time_of_an_item_is_the_mean_over_schedules_of_its_length():
-    """2 s and 4 s: 600 s in all, a 32nd are 18.75 s, 6 items of 3 s; and by themselves 20 items of 1 s."""
+    """2 s and 4 s: 600 s in total, of which a 32nd is 18.75 s, or 6 items of 3 s; separately 20 items of 1 s."""
     schedules = [{"steps": 5}, {"steps": 9}, {"sampling": "early", "steps": 5}]
     result, _ = units_of(
         make_sweep(prompts=list(map(str, range(100))), schedules=schedules), seconds=0.5, forwards=[4, 2, 8]
@@ -265,7 +265,7 @@ def test_units_take_equally_long_on_every_model():
 
 
 def test_the_items_of_a_prompt_are_together():
-    """Model by model and shape by shape; the prompt's schedules, and of each the seeds."""
+    """They are ordered by model and shape, then by prompt, schedule and seed."""
     sweep = make_sweep(
         prompts=["a", "b"],
         seeds=[7, 8],
@@ -308,7 +308,7 @@ def test_units_are_named_after_their_models(path, models, names):
 
 
 def test_a_sweep_is_planned_once(path):
-    """The second time, nothing is measured or written."""
+    """Planning again measures and writes nothing."""
     sweep, profiler = make_sweep(**SOME), Profiler(make_sweep(**SOME))
     first = prepare(sweep, path, profiler)
     assert profiler.profiled == ["one/x.y", "one/x.y"], "each model once"
@@ -345,7 +345,7 @@ def test_growing_an_axis_adds_exactly_its_items(path, axis):
 
 
 def test_new_items_get_new_units(path):
-    """Their numbers continue, model by model."""
+    """The numbering continues for each model."""
     sweep = make_sweep(seeds=3, models=["m", "n"])
     prepare(sweep, path, Profiler(sweep, seconds=10, forwards=1))
     assert [unit.name for unit in planned_units(path)] == [
@@ -377,7 +377,7 @@ def test_new_items_get_new_units(path):
     ],
 )
 def test_a_sweep_does_not_shrink(path, axis, message):
-    """Even where it grows elsewhere."""
+    """This holds even if the sweep grows along another axis."""
     plan_sweep(make_sweep(**SOME), path)
     before = snapshot(path)
     for smaller in (SOME | {axis: AXES[axis][:1]}, AXES | {axis: [AXES[axis][0], *AXES[axis][2:]]}):
@@ -461,7 +461,7 @@ def test_compatibility_is_checked_against_the_plan(path):
 
 @pytest.mark.slow
 def test_a_plan_truncated_anywhere_is_completed(path):
-    """In the middle of a line or of a character, or before the line that marks it as complete."""
+    """It may end within a line, within a character, or before the line that marks it as complete."""
     sweep = make_sweep(prompts=SOME["prompts"], schedules=["early", [9, 4]], models=["x", "y"])
     plan_sweep(sweep, path)
     plan = path / "plan.jsonl"
@@ -500,7 +500,7 @@ def test_a_truncated_growth_of_a_plan_is_completed(path):
 
 @pytest.mark.slow
 def test_several_processes_plan_once(path):
-    """All have measured the models before the first plans; then all plan retries of a quarantined item."""
+    """All measure the models before the first one plans; then all plan retries of a quarantined item."""
     run = subprocess.run([sys.executable, "-c", PLAN_AT_ONCE, path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     *first, again = planned_units(path)
@@ -514,7 +514,7 @@ def test_several_processes_plan_once(path):
 
 
 def test_planning_after_another_process(path):
-    """Another process plans between the measuring and the planning of this one."""
+    """Another process plans after this one has measured and before it plans."""
     small, large = make_sweep(**SOME), make_sweep(**SOME | {"seeds": AXES["seeds"]})
 
     def late(model):
@@ -527,7 +527,7 @@ def test_planning_after_another_process(path):
 
 
 def test_another_sweep_that_was_planned_meanwhile_is_refused(path):
-    """Another process has made the folder, of another sweep, while this one measured."""
+    """Another process created the folder for another sweep while this one measured."""
 
     def late(model):
         plan_sweep(make_sweep(**SOME), path)
@@ -546,7 +546,7 @@ def test_another_sweep_that_was_planned_meanwhile_is_refused(path):
 
 
 def test_the_cost_of_a_sweep(path):
-    """Six items a model and schedule.
+    """Six items per model and schedule.
 
     Of 5 and 10 s on the first: two and one of them are 10 s, in 3 and 6 units. Of 20 and 40 s on the second: 6 and 6.
     Seconds: 6 (5 + 10 + 20 + 40) = 450, on two workers 225.
@@ -570,7 +570,7 @@ def test_the_cost_of_a_sweep(path):
 
 @pytest.fixture
 def five(path):
-    """A sweep with units of 5 items and 1; of the first, two items are quarantined, one failed, two are suspects."""
+    """A sweep with units of 5 and 1 items. In the first, two items are quarantined, one failed, two are suspects."""
     sweep = make_sweep(prompts=["a", "b", "c"], seeds=2, schedules=[{"steps": 4}])
     prepare(sweep, path, Profiler(sweep, seconds=2, forwards=1))
     first, _ = planned_units(path)
@@ -664,7 +664,7 @@ def test_later_failures_get_their_own_retry(path, five):
 
 @pytest.mark.parametrize("step", ["plan_units", "mark_rescheduled"])
 def test_a_kill_loses_no_retries(path, five, monkeypatch, step):
-    """Before the new unit is planned, or before its items are marked, which are then planned twice."""
+    """The kill happens before the new unit is planned, or before its items are marked, which are then planned twice."""
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -768,7 +768,7 @@ def test_any_prompt_fits_in_one_line(text):
         assert list(planned_units(Path(folder))) == [unit, unit]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     with pytest.raises(store.StoreError, match=r"cannot write .*plan.jsonl: the folder does not exist"):
         plan_units(tmp_path / "none", [UNIT])
     with pytest.raises(store.StoreError, match=r"cannot write .*failures: the folder does not exist"):
@@ -857,7 +857,7 @@ def test_a_crash_is_blamed_on_a_single_item_in_progress(tmp_path):
         ([], {}),
     ],
 )
-def test_of_several_items_in_progress_the_unfinished_are_suspects(tmp_path, left, blamed):
+def test_unfinished_items_in_progress_are_suspects(tmp_path, left, blamed):
     FailureLog(tmp_path, UNIT).take([0, 1, 3])
     result = FailureLog(tmp_path, UNIT).recover(left)
     assert {one.item: one.state for one in result} == blamed

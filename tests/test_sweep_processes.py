@@ -111,7 +111,7 @@ def expected(described, tmp_path_factory, processes):
     return ALONE[processes]
 
 
-def test_a_finished_sweep_does_nothing_again(described, expected, tmp_path, monkeypatch):
+def test_a_finished_sweep_is_not_run_again(described, expected, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run_sweep(described, out, 2)
     monkeypatch.setattr(process_pool.ProcessPool, "start", lambda *_: pytest.fail("no worker is needed"))
@@ -207,7 +207,7 @@ def test_ray_computes_the_same(described, expected, tmp_path, monkeypatch, failu
     assert_same(read_arrays(tmp_path / "run"), expected)
 
 
-def test_shards_together_do_all_of_it(described, expected, tmp_path):
+def test_shards_complete_the_sweep_together(described, expected, tmp_path):
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
     both = [start(["worker", spec, "-o", str(out), "--shard", f"{part}/2", "--threads", "1"]) for part in (1, 2)]
     outputs = [process.communicate(timeout=300) for process in both]
@@ -235,7 +235,7 @@ def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "end", [signal.SIGINT, *(pytest.param(end, marks=pytest.mark.soak) for end in (signal.SIGTERM, signal.SIGKILL))]
 )
-def test_the_same_command_resumes_whatever_ended_it(described, expected, tmp_path, monkeypatch, end):
+def test_the_same_command_resumes_after_any_interruption(described, expected, tmp_path, monkeypatch, end):
     hung = tmp_path / "hung"
     poison(monkeypatch, {POISONED: f"once:hang:{hung}"})
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
@@ -260,7 +260,7 @@ def test_the_same_command_resumes_whatever_ended_it(described, expected, tmp_pat
     assert_same(read_arrays(out), expected)
 
 
-def test_mistakes_are_one_line_before_anything_starts(described, tmp_path):
+def test_errors_are_one_line_before_anything_starts(described, tmp_path):
     spec = spec_file(described, tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")
@@ -312,7 +312,7 @@ def spec_file(described, folder):
 
 
 def start(arguments):
-    """A command line whose workers, and itself, are the fixture's processes."""
+    """A command line that, like its workers, runs in a process of the fixture."""
     if process_pool.subprocess is not subprocess:
         return dfengine_fork(*arguments)
     command = [sys.executable, "-m", "dfengine", *arguments]

@@ -166,7 +166,7 @@ def test_settings_of_the_top_level_are_defaults_of_the_schedules():
 
 
 @pytest.mark.parametrize("sampling", ["uniform", (9, 4)])
-def test_gamma_is_0_where_it_is_not_used(sampling):
+def test_gamma_is_0_if_it_is_not_used(sampling):
     """So that equal schedules are equal."""
     assert Schedule(sampling=sampling, gamma=3) == Schedule(sampling=sampling)
     assert Schedule(sampling=sampling).gamma == 0
@@ -318,7 +318,7 @@ models: [m, shapes, {model: m}]
         ("preset: xdiffusion\ngamma: 0\nschedules: early", "schedule 'early' has gamma 0, which in the released code "),
     ],
 )
-def test_a_mistake_is_one_line_with_its_place(read_lines, tmp_path, text, message):
+def test_errors_are_one_line_with_their_position(read_lines, tmp_path, text, message):
     (tmp_path / "prompts.txt").write_text("one\n")
     with pytest.raises(ValueError, match=r"sweep\.yaml") as refused:
         read_lines(text)
@@ -345,7 +345,7 @@ def test_a_mistake_is_one_line_with_its_place(read_lines, tmp_path, text, messag
         (None, "cannot be read: No such file or directory"),
     ],
 )
-def test_a_file_that_is_not_a_sweep_is_one_line(tmp_path, text, message):
+def test_a_file_that_is_not_a_sweep_is_a_one_line_error(tmp_path, text, message):
     if text is not None:
         (tmp_path / "sweep.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=r"sweep\.yaml") as refused:

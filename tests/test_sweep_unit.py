@@ -46,7 +46,7 @@ def unit_of(*prompts, seeds=(0,), schedules=("uniform",), **settings):
 
 @pytest.fixture
 def engine():
-    """Groups of two; prompts are numbers, and others are a ValueError."""
+    """An engine with groups of two. Prompts are numbers; others raise ValueError."""
     return Engine(Analytic(lambda x, number: 0.1 * x * number[:, None, None, None], batch_size=4), batch_size=4)
 
 
@@ -182,7 +182,7 @@ def test_success_at_the_second_attempt_clears_the_failure(engine, folder):
 
 
 @pytest.mark.parametrize("error", [store.StoreError("the disk is full"), OSError(28, "No space left on device")])
-def test_a_full_disk_is_no_failure_of_an_item(engine, folder, error):
+def test_a_full_disk_is_not_a_failure_of_an_item(engine, folder, error):
     with pytest.raises(type(error)):
         run_unit(engine, shared(explainer_with_errors(of_2=error)), folder, unit_of("1", "2"))
     assert not list((folder.path / "failures").iterdir())
@@ -291,7 +291,7 @@ def test_a_closed_unit_is_not_run_again(engine, folder):
     assert len(list((folder.path / "segments").iterdir())) == 1
 
 
-def test_the_end_of_a_driver_is_no_failure_of_an_item(engine, folder):
+def test_the_end_of_a_driver_is_not_a_failure_of_an_item(engine, folder):
     """Such as a power cut, even a repeated one."""
     unit = unit_of("1", "2")
     for driver in "abc":

@@ -13,7 +13,7 @@ def texts(prompt: str, spans: list[tuple[int, int]]) -> list[str]:
     return [prompt[start:stop] for start, stop in spans]
 
 
-def test_words_are_what_a_reader_would_count() -> None:
+def test_words_are_those_a_reader_would_count() -> None:
     assert texts(PROMPT, word_spans(PROMPT)) == [
         "A", "red", "circle", "above", "a", "red", "square", "l'été", "art-deco", "3.5",
     ]  # fmt: skip

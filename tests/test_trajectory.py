@@ -73,7 +73,7 @@ def test_a_generation_matches_the_diffusers_pipeline(
 
 
 @pytest.mark.slow
-def test_guidance_zero_is_the_model_without_its_prompt(tiny: Denoiser, tiny_folder: Path) -> None:
+def test_guidance_zero_ignores_the_prompt(tiny: Denoiser, tiny_folder: Path) -> None:
     latents, _ = run_pipeline(tiny_folder, "", seed=5, guidance_scale=1.0)
     (trajectory,) = trajectories(tiny, [Job(CAPTIONS[0], LEADING, seed=5, guidance=0.0)])
     assert_close(torch.stack([*trajectory.latents[1:], final_latent(tiny, trajectory)]), torch.stack(latents), **CLOSE)

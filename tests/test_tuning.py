@@ -189,7 +189,7 @@ def test_sampling_out_of_memory_continues_with_smaller_groups() -> None:
 
 
 def test_masks_of_a_repeated_batch_are_counted_once() -> None:
-    """Wherever memory runs out, in the network or after it, no mask is added twice."""
+    """No mask is added twice, whether memory runs out in the network or after it."""
     forwards = [0]
 
     def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

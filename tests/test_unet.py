@@ -77,7 +77,7 @@ def test_the_output_matches_the_forward_of_diffusers(model: Callable[[str], Deno
 @torch.no_grad()
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_latents_of_one_prompt_share_its_keys_and_values(model: Callable[[str], Denoiser], name: str) -> None:
-    """The batch folded into the queries is the same attention, whatever else is in the batch."""
+    """Folding the batch into the queries gives the same attention, for any batch."""
     denoiser = model(name)
     (x, t), condition = batch(denoiser), prompts_of(denoiser)
     network = denoiser.with_prompts(condition)
