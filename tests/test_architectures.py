@@ -40,7 +40,7 @@ PUBLISHED: dict[str, tuple[dict[str, float], float, int]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["sd15", "sd21", soak("sdxl")])
 def test_an_architecture_is_the_published_one(name: str) -> None:
     parameters, gigaflop, side = PUBLISHED[name]
     meta = torch.device("meta")

@@ -14,13 +14,14 @@ import throughput
 import torch
 import waterfall
 from plain import Plain
+from reduced import soak
 
 from dfengine import Engine, Rise, evaluate
 from dfengine.diffusion.trajectory import trajectories
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["guided", "conditional"])
+@pytest.mark.parametrize("target", ["guided", soak("conditional")])
 def test_the_plain_loop_computes_the_engines_maps(target: str) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu", batch_size=16)
     job = engine.job("a green star on a white background", num_steps=3, seed=2)

@@ -137,7 +137,7 @@ def test_layers_are_listed_for_people_and_programs(refused: Callable[..., str]) 
     assert "no layer is called 'mid'" in refused("layers", "mid")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sanity_is_checked_and_its_outcome_is_the_exit_status() -> None:
     run = dfengine_command("evaluate", "sanity", "--limit", "1", "--num-masks", "2", "--json")
     (found,) = json.loads(run.stdout)

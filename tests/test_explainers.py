@@ -20,8 +20,8 @@ ALL: list[Explainer] = [Rise(6), Cam(), Relevance(), Attention()]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
+def engine(tiny_folder: Path) -> Engine:
+    return Engine.from_pretrained(tiny_folder, device="cpu", batch_size=8)
 
 
 def same(a: Explanation, b: Explanation) -> None:
@@ -55,7 +55,7 @@ def test_all_stream_into_the_same_file(engine: Engine, tmp_path: Path) -> None:
         np.testing.assert_array_equal(item.heatmap("circle", 1), result.heatmap("circle", 1))
         layer = "mid_block.attentions.0"
         np.testing.assert_array_equal(item.heatmap("cam", 1, layer), result.heatmap("cam", 1, layer))
-    assert result.heatmap("cam", 0).shape == (64, 64)
+    assert result.heatmap("cam", 0).shape == (16, 16)
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_other_explainers_than_a_run_was_begun_with_are_one_short_line(engine: E
 
 @pytest.mark.slow
 def test_an_image_without_a_prompt_has_no_words(engine: Engine, tmp_path: Path) -> None:
-    picture = np.full((64, 64, 3), 200, np.uint8)
+    picture = np.full((16, 16, 3), 200, np.uint8)
     result = engine.explain("", [Relevance(), Attention()], image=picture, num_steps=1, out=tmp_path / "run.h5")
     assert result.tokens is not None
     assert (result.tokens.own, result.words, result.word_maps) == ([], (), None)

@@ -507,9 +507,9 @@ def test_texts_are_inside_apart_and_readable_in_a_column(form: Callable[..., Fig
 
 
 @pytest.mark.slow
-def test_memory_and_file_draw_the_same(tmp_path: Path) -> None:
+def test_memory_and_file_draw_the_same(tiny_folder: Path, tmp_path: Path) -> None:
     explainers = [Rise(4), Cam(), Relevance(), Attention()]
-    engine = Engine.from_pretrained("shapes", device="cpu")
+    engine = Engine.from_pretrained(tiny_folder, device="cpu")
     made = engine.explain("a red circle on a gray background", explainers, num_steps=3, out=tmp_path / "run.h5")
     with dfengine.open(tmp_path / "run.h5") as run:
         for method in ("rise", "cam", "relevance", "attention"):

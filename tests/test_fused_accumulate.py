@@ -93,7 +93,7 @@ def test_add_equals_the_estimators(kind: str, score: str, h: int, w: int) -> Non
     assert_close(per_mask(ours), per_mask(theirs), **tolerance("add" if kind == "gaussian" else "add_rise_fused"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("dtype", "layout", "c", "h", "w"),
     [
@@ -152,7 +152,7 @@ def test_more_rows_than_entries(score: str) -> None:
 # Order, splits and padding -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @PROPERTY
 @given(
     st.permutations(range(len(ROWS))),

@@ -99,7 +99,7 @@ def test_the_links_of_the_tutorial_lead_somewhere() -> None:
     assert all((TUTORIAL.parent / link).exists() for link in links)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_parts_are_imported_when_they_are_asked_for() -> None:
     script = (
         "import sys, dfengine; print({'torch', 'matplotlib', 'h5py'} & {*sys.modules}, 'figures' in dir(dfengine), "

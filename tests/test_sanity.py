@@ -118,7 +118,7 @@ def test_relevance_that_is_filed_under_the_wrong_word_is_found_out(
     assert any(failure.startswith("a word's relevance does not decrease") for failure in outcome.failures)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Cam.explain
 
@@ -131,7 +131,7 @@ def test_maps_that_say_nothing_are_found_out(embedded: Denoiser, monkeypatch: py
     assert any(failure.startswith("cam hardly changes") for failure in outcome.failures)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_relevance_that_says_the_opposite_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sanity._prediction_change
     monkeypatch.setattr(sanity, "_prediction_change", lambda *given: -real(*given))
@@ -145,7 +145,7 @@ def test_captions_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
         captions(1_000_000)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_attention_beside_the_subject_is_found_out(embedded: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Attention.explain
 

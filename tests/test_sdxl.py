@@ -71,7 +71,7 @@ def test_sizes_are_the_images_own(pipeline: Any) -> None:
     assert sizes.tolist() == [[64, 96, 0, 0, 64, 96]] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_empty_prompts_are_encoded_if_the_pipeline_says_so(pipeline: Any) -> None:
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     denoiser = adapted(pipeline)

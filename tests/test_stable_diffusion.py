@@ -25,7 +25,7 @@ def test_a_generation_is_diffusers_pipeline(saved: Callable[[str], Path], name: 
     assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_zero_terminal_snr_is_diffusers_pipeline(tmp_path: Path) -> None:
     """From pure noise at ᾱ = 0, where x0 = −v."""
     changes = {"scheduler": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}

@@ -54,6 +54,7 @@ STRIDES = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mar
 ERRORS = pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @STRIDES
 @ERRORS

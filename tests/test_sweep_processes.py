@@ -157,6 +157,7 @@ def test_a_poisoned_item_is_quarantined_and_retried_on_request(described, expect
     assert_same(read_arrays(out), expected)
 
 
+@pytest.mark.soak
 def test_a_hanging_worker_is_replaced(described, expected, tmp_path, monkeypatch, processes):
     poison(monkeypatch, {POISONED: f"once:hang:{tmp_path / 'hung'}"})
     out = tmp_path / "run"
