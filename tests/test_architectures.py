@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from reduced import CLOSE, PROMPT, random_pipeline, reduced, soak
+from marks import soak
+from reduced import CLOSE, PROMPT, random_pipeline, reduced
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 

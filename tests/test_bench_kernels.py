@@ -8,7 +8,7 @@ from pathlib import Path
 import kernels_measured
 import pytest
 import torch
-from reduced import soak
+from marks import soak
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent

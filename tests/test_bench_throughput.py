@@ -13,8 +13,8 @@ import pytest
 import throughput
 import torch
 import waterfall
+from marks import soak
 from plain import Plain
-from reduced import soak
 
 from dfengine import Engine, Rise, evaluate
 from dfengine.diffusion.trajectory import trajectories

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reduced import soak
+from marks import soak
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, store

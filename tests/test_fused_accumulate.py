@@ -12,6 +12,7 @@ from dfkernels.fused.similarity import prepare
 from fused import DEVICE, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import soak
 from tolerance import tolerance
 from torch.testing import assert_close
 
@@ -60,7 +61,13 @@ def per_mask(sums: estimators.Sums) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize(
-    ("similarity", "kind"), [*((s, "gaussian") for s in reference.SIMILARITIES), ("structure", "rise")]
+    ("similarity", "kind"),
+    [
+        ("structure", "gaussian"),
+        ("ssim", "rise"),
+        *(soak(s, "gaussian") for s in reference.SIMILARITIES if s != "structure"),
+        soak("structure", "rise"),
+    ],
 )
 def test_accumulate_equals_the_estimators(score: str, similarity: str, kind: str) -> None:
     outputs, references = random_outputs(2, 5, 3)

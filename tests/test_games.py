@@ -265,7 +265,7 @@ def test_a_batch_that_does_not_fit_the_extractor_is_halved() -> None:
     assert_curves(found[6], peer(denoiser, paths[6], saliency[6]))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_points_of_the_embedded_model_by_diffusers_own_scheduler() -> None:
     """Its steps are `leading`, of which DDIMScheduler is right; the second item is curves at the last."""
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import Analytic
-from reduced import soak
+from marks import soak
 from scipy.spatial.distance import cosine
 from skimage.segmentation import quickshift
 from test_dfkernels_masks import random_uint32_scalar

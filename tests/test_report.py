@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import soak
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from reduced import soak
 from scipy.ndimage import map_coordinates
 from store_example import PLAN, fill, trajectory
 from test_cli import refused as refused  # a fixture

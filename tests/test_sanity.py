@@ -46,7 +46,7 @@ def found(embedded: Denoiser) -> Sanity:
     return check(embedded, jobs(12), Rise(8), Cam(), Relevance(), Attention())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_embedded_model_passes(found: Sanity) -> None:
     assert found.passed, found.failures
     assert list(found.randomised) == ["rise", "cam", "relevance", "attention"]
@@ -59,7 +59,7 @@ def test_the_embedded_model_passes(found: Sanity) -> None:
     assert found.subject_auroc.low > 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_weights_are_as_they_were(embedded: Denoiser, found: Sanity) -> None:
     fresh = Engine.from_pretrained("shapes", device="cpu").denoiser
     ours, theirs = (one.unet.state_dict() for one in (embedded, fresh))  # type: ignore[attr-defined]

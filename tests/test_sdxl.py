@@ -111,7 +111,7 @@ def test_a_prompt_must_fit_both_tokenizers(pipeline: Any) -> None:
         denoiser.encode_prompts(["of " * 8 + "of"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @torch.no_grad()
 def test_the_codec_is_upcast_only_while_it_is_used(pipeline: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Latents that overflow a decoder in float16 are decoded as in float32; the pipeline keeps its dtype."""

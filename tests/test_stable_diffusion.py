@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-from reduced import CLOSE, PROMPT, both_ways, pipeline_of, random_pipeline, reduced, soak
+from marks import soak
+from reduced import CLOSE, PROMPT, both_ways, pipeline_of, random_pipeline, reduced
 from torch.testing import assert_close
 
 from dfengine import Engine, Rise
