@@ -71,6 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     for first, *others in grids.values():
         covered = _values(first)
+        others = [case for case in others if not case.get_closest_marker("soak")]
         while others:
             case = max(others, key=lambda other: len(_values(other) - covered))
             case.add_marker("slow" if _values(case) - covered else "soak")

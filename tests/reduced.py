@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
@@ -31,11 +30,6 @@ _WIDTHS = {
     "sample_size",
     "vocab_size",
 }
-
-
-def soak(*values: Any) -> Any:
-    """A test case for `make soak` only."""
-    return pytest.param(*values, marks=pytest.mark.soak)
 
 
 def reduced(name: str, folder: Path, changes: dict[str, dict[str, Any]] | None = None) -> Path:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from analytic import Analytic
 from diffusers.models.attention_processor import SlicedAttnProcessor
-from reduced import PROMPT, soak
+from marks import soak
+from reduced import PROMPT
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import kernels_measured
 import pytest
 import torch
+from marks import soak
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +17,9 @@ CASES = list(kernels_measured.cases(5, 4, 7, 13))
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize(
+    "case", [soak(case) if "local" in case.name else case for case in CASES], ids=[case.name for case in CASES]
+)
 def test_every_case_runs_and_passes_its_check(case: kernels_measured.Case) -> None:
     inputs = case.inputs()
     ours, theirs = (kernels_measured.result(run, inputs) for run in (case.fused(), case.operation))

@@ -13,6 +13,7 @@ import pytest
 import throughput
 import torch
 import waterfall
+from marks import soak
 from plain import Plain
 
 from dfengine import Engine, Rise, evaluate
@@ -20,7 +21,7 @@ from dfengine.diffusion.trajectory import trajectories
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["guided", "conditional"])
+@pytest.mark.parametrize("target", ["guided", soak("conditional")])
 def test_the_plain_loop_computes_the_engines_maps(target: str) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu", batch_size=16)
     job = engine.job("a green star on a white background", num_steps=3, seed=2)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from analytic import Analytic
 from diffusers.models.attention_processor import XFormersAttnProcessor
-from reduced import PROMPT, soak
+from marks import soak
+from reduced import PROMPT
 from scipy import stats
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -221,7 +222,7 @@ def test_the_unconditional_prediction_is_that_of_the_negative_prompt(tiny: Denoi
     assert not torch.allclose(unconditional[COMBINED], maps_of(tiny, Cam(), [path])[0, 0][COMBINED])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_float16_keeps_small_gradients() -> None:
     """Maps in float16 match those in float32 up to half precision, even if the scale is far too large."""
     half_engine = Engine.from_pretrained("shapes", device="cpu", dtype="float16")

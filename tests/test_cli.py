@@ -137,7 +137,7 @@ def test_layers_are_listed_as_text_and_as_json(error_line: Callable[..., str]) -
     assert "no layer is called 'mid'" in error_line("layers", "mid")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_exit_status_of_sanity_is_its_outcome() -> None:
     run = dfengine_command("evaluate", "sanity", "--limit", "1", "--num-masks", "2", "--json")
     (outcome,) = json.loads(run.stdout)

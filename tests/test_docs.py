@@ -170,7 +170,7 @@ def test_another_tool_sees_the_same_image(pipeline):
     assert abs(difference).max() <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_maps_of_another_tool_are_scored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, example = blocks("docs/comparison.md", "python")

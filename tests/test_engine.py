@@ -21,8 +21,8 @@ CAPTION = "a red circle above a blue square on a gray background"
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
+def engine(tiny_folder: Path) -> Engine:
+    return Engine.from_pretrained(tiny_folder, device="cpu", batch_size=8)
 
 
 @pytest.mark.slow
@@ -32,7 +32,7 @@ def test_stored_results_equal_returned_ones(engine: Engine, tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
     with dfengine.open(tmp_path / "run.h5") as run:
         (item,) = run
-        assert (item.prompt, item.seed, item.model) == (CAPTION, 4, "shapes")
+        assert (item.prompt, item.seed, item.model) == (CAPTION, 4, engine.denoiser.name)
         np.testing.assert_array_equal(item.image, result.image)
         np.testing.assert_array_equal(item.timesteps, result.timesteps)
         np.testing.assert_array_equal(item.latents, result.latents)
@@ -45,9 +45,9 @@ def test_stored_results_equal_returned_ones(engine: Engine, tmp_path: Path) -> N
             np.testing.assert_array_equal(item.heatmap(name, 2), result.heatmap(name, 2))
             assert item.done[name].all()
         assert run.plan.methods[0].settings == describe(explainers[0])
-    assert result.maps["rise"].shape == (3, 16, 16)
+    assert result.maps["rise"].shape == (3, 8, 8)
     assert result.previews is not None
-    assert result.previews.shape == (3, 64, 64, 3)
+    assert result.previews.shape == (3, 16, 16, 3)
     assert np.isfinite(result.maps["rise"]).all()
 
 
@@ -57,7 +57,7 @@ def test_a_result_is_reproduced_from_its_file(engine: Engine, tmp_path: Path) ->
         Rise(6, keep_probability=0.3, mask_kind="rise", grid=4, window=7),
         Rise(4, estimator="contrast", name="other"),
     ]
-    picture = np.full((64, 64, 3), 200, np.uint8)
+    picture = np.full((16, 16, 3), 200, np.uint8)
     settings = {"num_steps": 2, "seed": 5, "guidance": 3.5, "negative_prompt": "a blue square on a gray background"}
     for image in (None, picture):
         first = engine.explain(CAPTION, rises, **settings, image=image, out=tmp_path / "run.h5", overwrite=True)
@@ -132,8 +132,9 @@ def test_exponential_and_explicit_time_steps(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_a_given_image_replaces_the_generation(engine: Engine) -> None:
-    generated = engine.explain(CAPTION, Rise(2), num_steps=20, seed=1)
+def test_a_given_image_replaces_the_generation() -> None:
+    engine = Engine.from_pretrained("shapes", device="cpu")
+    generated = engine.explain(CAPTION, Rise(2), num_steps=8, seed=1)
     result = engine.explain(CAPTION, Rise(2), image=generated.image, num_steps=3)
     np.testing.assert_array_equal(result.image, generated.image)
     # The last step has hardly any noise, so the latent decodes to the image.
@@ -162,7 +163,7 @@ def test_integer_and_float_guidance_give_the_same_job(engine: Engine) -> None:
     with_int, with_float = (Engine(engine.denoiser.pipeline, guidance=scale) for scale in (2, 2.0))  # type: ignore[attr-defined]
     jobs = [one.job(CAPTION, num_steps=2) for one in (with_int, with_float)]
     assert item_key(with_int.denoiser, jobs[0], {}) == item_key(with_float.denoiser, jobs[1], {})
-    assert with_int.explain(CAPTION, Rise(4, target="guided"), num_steps=1).maps["rise"].shape == (1, 16, 16)
+    assert with_int.explain(CAPTION, Rise(4, target="guided"), num_steps=1).maps["rise"].shape == (1, 8, 8)
 
 
 def test_a_custom_denoiser_is_explained() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reduced import soak
+from marks import soak
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, store
@@ -20,8 +20,8 @@ ALL: list[Explainer] = [Rise(6), Cam(), Relevance(), Attention()]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
+def engine(tiny_folder: Path) -> Engine:
+    return Engine.from_pretrained(tiny_folder, device="cpu", batch_size=8)
 
 
 def assert_equal(a: Explanation, b: Explanation) -> None:
@@ -55,7 +55,7 @@ def test_all_explainers_write_to_one_file(engine: Engine, tmp_path: Path) -> Non
         np.testing.assert_array_equal(item.heatmap("circle", 1), result.heatmap("circle", 1))
         layer = "mid_block.attentions.0"
         np.testing.assert_array_equal(item.heatmap("cam", 1, layer), result.heatmap("cam", 1, layer))
-    assert result.heatmap("cam", 0).shape == (64, 64)
+    assert result.heatmap("cam", 0).shape == (16, 16)
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_resuming_with_other_explainers_is_a_short_error(engine: Engine, tmp_pat
 
 @pytest.mark.slow
 def test_an_image_without_a_prompt_has_no_words(engine: Engine, tmp_path: Path) -> None:
-    picture = np.full((64, 64, 3), 200, np.uint8)
+    picture = np.full((16, 16, 3), 200, np.uint8)
     result = engine.explain("", [Relevance(), Attention()], image=picture, num_steps=1, out=tmp_path / "run.h5")
     assert result.tokens is not None
     assert (result.tokens.own, result.words, result.word_maps) == ([], (), None)

@@ -512,9 +512,9 @@ def test_texts_fit_do_not_overlap_and_are_readable_in_a_column(
 
 
 @pytest.mark.slow
-def test_results_in_memory_and_from_a_file_are_drawn_identically(tmp_path: Path) -> None:
+def test_results_in_memory_and_from_a_file_are_drawn_identically(tiny_folder: Path, tmp_path: Path) -> None:
     explainers = [Rise(4), Cam(), Relevance(), Attention()]
-    engine = Engine.from_pretrained("shapes", device="cpu")
+    engine = Engine.from_pretrained(tiny_folder, device="cpu")
     result = engine.explain("a red circle on a gray background", explainers, num_steps=3, out=tmp_path / "run.h5")
     with dfengine.open(tmp_path / "run.h5") as run:
         for method in ("rise", "cam", "relevance", "attention"):

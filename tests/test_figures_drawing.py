@@ -501,7 +501,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("default:drawing the first 1 of 2:UserWarning")
 def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")

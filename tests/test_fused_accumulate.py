@@ -12,6 +12,7 @@ from dfkernels.fused.similarity import prepare
 from fused import DEVICE, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import soak
 from tolerance import tolerance
 from torch.testing import assert_close
 
@@ -60,7 +61,13 @@ def per_mask(sums: estimators.Sums) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize(
-    ("similarity", "kind"), [*((s, "gaussian") for s in reference.SIMILARITIES), ("structure", "rise")]
+    ("similarity", "kind"),
+    [
+        ("structure", "gaussian"),
+        ("ssim", "rise"),
+        *(soak(s, "gaussian") for s in reference.SIMILARITIES if s != "structure"),
+        soak("structure", "rise"),
+    ],
 )
 def test_accumulate_equals_the_estimators(score: str, similarity: str, kind: str) -> None:
     outputs, references = random_outputs(2, 5, 3)
@@ -93,7 +100,7 @@ def test_add_equals_the_estimators(kind: str, score: str, h: int, w: int) -> Non
     assert_close(per_mask(ours), per_mask(theirs), **tolerance("add" if kind == "gaussian" else "add_rise_fused"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("dtype", "layout", "c", "h", "w"),
     [
@@ -152,7 +159,7 @@ def test_more_rows_than_entries(score: str) -> None:
 # Order, splits and padding -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @PROPERTY
 @given(
     st.permutations(range(len(ROWS))),

@@ -5,6 +5,7 @@ import torch
 from dfkernels import reference
 from dfkernels.fused import similarity as fused
 from fused import DEVICE, ODD_SHAPES, poisoned
+from marks import soak
 from tolerance import tolerance
 from torch.testing import assert_close
 
@@ -52,7 +53,7 @@ def test_any_number_of_channels(score: str, c: int) -> None:
     assert_equals_reference(*images(1, c, 3, 5), "structure", score, window=3)
 
 
-@pytest.mark.parametrize("score", ["global", pytest.param("local", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("score", ["global", soak("local")])
 def test_a_large_image(score: str) -> None:
     assert_equals_reference(*images(1, 1, 128, 128), "luminance", score, window=1)
 
@@ -121,7 +122,7 @@ def test_an_offset_costs_structure_no_precision(score: str) -> None:
     assert_close(shifted.double(), exact, **tolerance("similarity_offset"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", reference.SIMILARITIES)
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_identical_and_zero_inputs(kind: str, score: str) -> None:
@@ -144,7 +145,7 @@ def test_flat_regions_have_no_negative_variance(score: str) -> None:
                 assert fused.similarity(x, y, kind, score, window=5).isfinite().all()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", reference.SIMILARITIES)
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_nan_stays_in_its_entry(kind: str, score: str) -> None:

@@ -269,7 +269,7 @@ def test_a_batch_that_does_not_fit_the_extractor_is_halved() -> None:
     assert_curves(results[6], play_literally(denoiser, paths[6], saliency[6]))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_points_of_the_embedded_model_match_the_scheduler_of_diffusers() -> None:
     """The steps have `leading` spacing, as in DDIMScheduler; the second item is played at its last step."""
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import soak
 from scipy.stats import spearmanr
 
 from dfengine import Attention, Cam, Engine, Lime, Random, Relevance, Rise
@@ -76,7 +77,7 @@ def assert_same(name: str, ours: np.ndarray, golden: np.ndarray) -> None:
     ("i", "sampling", "steps"),
     [
         (0, "early", [2]),
-        *(pytest.param(i, name, [0, 1, 2, 3], marks=pytest.mark.soak) for i in (0, 1) for name in ("uniform", "early")),
+        *(soak(i, name, [0, 1, 2, 3]) for i in (0, 1) for name in ("uniform", "early")),
     ],
 )
 def test_every_method_matches_the_golden_values(i: int, sampling: str, steps: list[int]) -> None:

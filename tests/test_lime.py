@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import Analytic
+from marks import soak
 from scipy.spatial.distance import cosine
 from skimage.segmentation import quickshift
 from test_dfkernels_masks import random_uint32_scalar
@@ -259,7 +260,11 @@ def explain_all(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "items", "max_batch"),
-    [(1, [0, 1, 2], 99), (7, [0, 1, 2], 99), (1000, [0, 1, 2], 1000), (16, [2, 0, 1], 5), (16, [1], 99)],
+    [
+        (7, [0, 1, 2], 99),
+        (16, [2, 0, 1], 5),
+        *(soak(*case) for case in [(1, [0, 1, 2], 99), (1000, [0, 1, 2], 1000), (16, [1], 99)]),
+    ],
 )
 def test_maps_do_not_depend_on_the_batch(batch_size: int, items: list[int], max_batch: int) -> None:
     expected = explain_all(16, [0, 1, 2])
@@ -327,8 +332,8 @@ def test_settings_are_plain_numbers_and_survive_a_round_trip() -> None:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained("shapes", device="cpu", batch_size=8)
+def engine(tiny_folder: Path) -> Engine:
+    return Engine.from_pretrained(tiny_folder, device="cpu", batch_size=8)
 
 
 @pytest.mark.slow

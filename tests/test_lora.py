@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
+from marks import soak
 from peft import LoraConfig, get_peft_model_state_dict
-from reduced import CLOSE, engine_and_pipeline_latents, pipeline_of, soak
+from reduced import CLOSE, engine_and_pipeline_latents, pipeline_of
 from torch.testing import assert_close
 
 from dfengine.models import adapt, load

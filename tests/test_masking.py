@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from analytic import Analytic
-from reduced import reduced, soak
+from marks import soak
+from reduced import reduced
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Condition

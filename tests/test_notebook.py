@@ -99,7 +99,7 @@ def test_links_in_the_tutorial_exist() -> None:
     assert all((TUTORIAL.parent / link).exists() for link in links)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_submodules_are_imported_lazily() -> None:
     script = (
         "import sys, dfengine; print({'torch', 'matplotlib', 'h5py'} & {*sys.modules}, 'figures' in dir(dfengine), "

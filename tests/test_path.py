@@ -137,6 +137,7 @@ def test_impossible_exponential_lists_are_refused(arguments: dict[str, Any], mes
 # --- lists of a schedule ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("total", [1000, 97])
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)])

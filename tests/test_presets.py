@@ -13,8 +13,8 @@ PROMPT = "a red circle above a blue square on a gray background"
 
 
 @pytest.mark.slow
-def test_a_file_keeps_what_a_preset_computed(tmp_path: Path) -> None:
-    engine = Engine.from_pretrained("shapes", device="cpu")
+def test_a_file_keeps_what_a_preset_computed(tiny_folder: Path, tmp_path: Path) -> None:
+    engine = Engine.from_pretrained(tiny_folder, device="cpu")
     out = tmp_path / "run.h5"
     released = [Rise.xdiffusion(num_masks=4), Cam.xdiffusion(), Lime.xdiffusion(num_samples=4)]
     result = engine.explain(PROMPT, released, num_steps=2, out=out)

@@ -174,7 +174,7 @@ def test_the_prediction_covers_the_complete_job(measured: Profile) -> None:
     assert job["bytes"] == values + 3 * (5 * (3 * 8 + 1) + 8 + 8 + 3 * 4 + 1)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_guidance_costs_two_forwards_minus_the_shared_part(engine: Engine, measured: Profile) -> None:
     guided = profile(engine, Rise(64, target="guided"), engine.job("a red circle", num_steps=2), seconds=0.2)
     pixels, width = 256, 48

@@ -14,7 +14,8 @@ from conftest import CAPTIONS
 from hypothesis import example, given
 from hypothesis import strategies as st
 from literal_relevance import AttentionLayer, Grid, literal_relevance
-from reduced import PROMPT, soak
+from marks import soak
+from reduced import PROMPT
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.testing import assert_close

@@ -46,7 +46,7 @@ def outcome(embedded_model: Denoiser) -> Sanity:
     return check(embedded_model, make_jobs(12), Rise(8), Cam(), Relevance(), Attention())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_embedded_model_passes(outcome: Sanity) -> None:
     assert outcome.passed, outcome.failures
     assert list(outcome.randomised) == ["rise", "cam", "relevance", "attention"]
@@ -59,7 +59,7 @@ def test_the_embedded_model_passes(outcome: Sanity) -> None:
     assert outcome.subject_auroc.low > 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_weights_are_restored(embedded_model: Denoiser, outcome: Sanity) -> None:
     fresh = Engine.from_pretrained("shapes", device="cpu").denoiser
     ours, theirs = (one.unet.state_dict() for one in (embedded_model, fresh))  # type: ignore[attr-defined]
@@ -120,7 +120,7 @@ def test_relevance_assigned_to_the_wrong_word_is_detected(
     assert any(failure.startswith("a word's relevance does not decrease") for failure in outcome.failures)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_empty_maps_are_detected(embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Cam.explain
 
@@ -133,7 +133,7 @@ def test_empty_maps_are_detected(embedded_model: Denoiser, monkeypatch: pytest.M
     assert any(failure.startswith("cam hardly changes") for failure in outcome.failures)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_inverted_relevance_is_detected(embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     original = sanity._prediction_change
     monkeypatch.setattr(sanity, "_prediction_change", lambda *args: -original(*args))
@@ -147,7 +147,7 @@ def test_requesting_too_many_captions_is_an_error(monkeypatch: pytest.MonkeyPatc
         captions(1_000_000)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_attention_away_from_the_subject_is_detected(embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Attention.explain
 

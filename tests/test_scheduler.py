@@ -20,7 +20,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.configuration_utils import FrozenDict
-from reduced import engine_and_pipeline_latents, soak
+from marks import soak
+from reduced import engine_and_pipeline_latents
 from torch import Tensor
 from torch.testing import assert_close
 

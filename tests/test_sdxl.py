@@ -71,7 +71,7 @@ def test_size_conditions_are_those_of_the_image(pipeline: Any) -> None:
     assert sizes.tolist() == [[64, 96, 0, 0, 64, 96]] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_empty_prompts_are_encoded_if_the_pipeline_is_configured_so(pipeline: Any) -> None:
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     denoiser = adapted(pipeline)
@@ -111,7 +111,7 @@ def test_a_prompt_must_fit_both_tokenizers(pipeline: Any) -> None:
         denoiser.encode_prompts(["of " * 8 + "of"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @torch.no_grad()
 def test_the_codec_is_upcast_only_while_it_is_used(pipeline: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Latents that overflow a float16 decoder are decoded in float32; the pipeline keeps its dtype."""

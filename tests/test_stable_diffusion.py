@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-from reduced import CLOSE, PROMPT, engine_and_pipeline_latents, pipeline_of, random_pipeline, reduced, soak
+from marks import soak
+from reduced import CLOSE, PROMPT, engine_and_pipeline_latents, pipeline_of, random_pipeline, reduced
 from torch.testing import assert_close
 
 from dfengine import Engine, Rise
@@ -25,7 +26,7 @@ def test_a_generation_matches_the_diffusers_pipeline(saved: Callable[[str], Path
     assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_zero_terminal_snr_matches_the_diffusers_pipeline(tmp_path: Path) -> None:
     """From pure noise at ᾱ = 0, where x0 = −v."""
     changes = {"scheduler": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}

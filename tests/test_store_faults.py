@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from marks import soak
 from store_example import SMALL, check, fill, step, total
 
 from dfengine import store
@@ -50,10 +51,11 @@ def count_writes(shim, memory, error, scenario, plan, stride):
 
 
 #: Every fifth write; in soak every one.
-STRIDES = pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.soak)])
+STRIDES = pytest.mark.parametrize("stride", [5, soak(1)])
 ERRORS = pytest.mark.parametrize("error", [0, errno.ENOSPC], ids=["kill", "disk full"])
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @STRIDES
 @ERRORS

@@ -270,7 +270,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return evaluate
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_games_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     np.save(tmp_path / "theirs.npy", np.random.default_rng(0).random((2, 16, 16)))
     out = tmp_path / "games"

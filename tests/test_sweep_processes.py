@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import Fork, dfengine_fork
+from marks import soak
 from poison import sitecustomize
 
 from dfengine import Random, Rise, store, sweep
@@ -27,7 +28,7 @@ ITEMS = len(PROMPTS) * 2
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("processes")]
 
 
-@pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.soak)])
+@pytest.fixture(params=["forked", soak("new")])
 def processes(request, monkeypatch):
     """Workers and command lines are forks of this process, which has imported torch, or new processes in soak."""
     if request.param == "forked":
@@ -120,7 +121,7 @@ def test_a_finished_sweep_is_not_run_again(described, expected, tmp_path, monkey
     assert_same(read_arrays(out), expected)
 
 
-@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 3))])
+@pytest.mark.parametrize("workers", [2, *(soak(n) for n in (1, 3))])
 def test_a_killed_worker_changes_nothing(described, expected, tmp_path, monkeypatch, workers):
     poison(monkeypatch, {POISONED: f"once:kill:{tmp_path / 'killed'}"})
     out = tmp_path / "run"
@@ -157,6 +158,7 @@ def test_a_poisoned_item_is_quarantined_and_retried_on_request(described, expect
     assert_same(read_arrays(out), expected)
 
 
+@pytest.mark.soak
 def test_a_hanging_worker_is_replaced(described, expected, tmp_path, monkeypatch, processes):
     poison(monkeypatch, {POISONED: f"once:hang:{tmp_path / 'hung'}"})
     out = tmp_path / "run"
@@ -167,6 +169,7 @@ def test_a_hanging_worker_is_replaced(described, expected, tmp_path, monkeypatch
     assert_same(read_arrays(out), expected)
 
 
+@pytest.mark.soak
 def test_an_error_gets_a_new_process_and_an_invalid_item_does_not(described, tmp_path, monkeypatch):
     poison(monkeypatch, {PROMPTS[0]: "raise", POISONED: "value"})
     out = tmp_path / "run"
@@ -232,9 +235,7 @@ def test_json_lines_and_the_exit_status(described, tmp_path, monkeypatch):
     assert "poisoned on purpose" in errors
 
 
-@pytest.mark.parametrize(
-    "end", [signal.SIGINT, *(pytest.param(end, marks=pytest.mark.soak) for end in (signal.SIGTERM, signal.SIGKILL))]
-)
+@pytest.mark.parametrize("end", [signal.SIGINT, *(soak(end) for end in (signal.SIGTERM, signal.SIGKILL))])
 def test_the_same_command_resumes_after_any_interruption(described, expected, tmp_path, monkeypatch, end):
     hung = tmp_path / "hung"
     poison(monkeypatch, {POISONED: f"once:hang:{hung}"})

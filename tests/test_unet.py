@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
-from reduced import PROMPT, pipeline_of, reduced, soak
+from marks import soak
+from reduced import PROMPT, pipeline_of, reduced
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode

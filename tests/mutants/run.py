@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("-n", "--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     mutants = read_mutants(options.files)
-    os.environ["OMP_NUM_THREADS"], sys.dont_write_bytecode = "1", True
+    os.environ["OMP_NUM_THREADS"], os.environ["JAXTYPING_DISABLE"], sys.dont_write_bytecode = "1", "1", True
     import torch
 
     if not torch.cuda.is_available():
