@@ -834,10 +834,10 @@ def test_an_address_restores_the_view_and_invalid_parts_are_ignored(visit: Visit
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, tiny_folder: Path) -> Path:
-    """A small run of the tiny model."""
+def run(folder: Path) -> Path:
+    """A small run of the embedded model."""
     explainers = [Rise(num_masks=8), Cam(), Relevance(), Attention()]
-    engine = Engine.from_pretrained(tiny_folder, device="cpu", batch_size=8)
+    engine = Engine.from_pretrained("shapes", device="cpu", batch_size=8)
     engine.explain(CAPTION, explainers, num_steps=4, out=folder / "run.h5")
     return folder / "run.h5"
 
