@@ -146,7 +146,7 @@ def test_skipped_steps_example(few_steps):
     assert list(run(example.replace("step % 10", "step % 2"))["maps"]) == [0, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_preset_example(few_steps):
     (example,) = blocks("docs/xdiffusion.md", "python")
     settings = []

@@ -41,9 +41,9 @@ def test_plain_diffusers_generates_the_same_image(engine: Engine) -> None:
     assert (ours.image.float() / 255 - torch.from_numpy(theirs)).abs().max() < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_images_match_captions_held_out_of_training(engine: Engine) -> None:
-    captions = sample_scenes(12, torch.Generator().manual_seed(99), held_out=True).captions
+    captions = sample_scenes(24, torch.Generator().manual_seed(99), held_out=True).captions
     jobs = [engine.job(str(caption), seed=seed, num_steps=20) for seed, caption in enumerate(captions)]
     images = torch.cat([torch.stack([path.image for path in trajectories(engine.denoiser, jobs)])])
     right = Judge.load().agrees(images.permute(0, 3, 1, 2) / 255, captions).all(1)

@@ -221,7 +221,7 @@ def test_settings_survive_json() -> None:
         assert rebuild(describe(explainer)) == explainer
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_both_tokenizers_of_sdxl_agree(saved: Callable[[str], Path]) -> None:
     """They pad with different tokens, but a prompt's own tokens are the same and cover it completely."""
     denoiser = load(saved("sdxl"), device="cpu")

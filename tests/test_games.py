@@ -714,7 +714,7 @@ def test_tables_have_the_papers_methods() -> None:
     assert GAMES == ("deletion", "insertion")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_embedded_model_plays_with_its_own_features() -> None:
     """The games use the map of the explained step."""
     engine = Engine.from_pretrained("shapes", device="cpu")

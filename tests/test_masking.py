@@ -59,7 +59,7 @@ def masking_of(rise: Rise, folder: Path, name: str) -> RiseForwards:
     ("name", "rise"),
     [
         soak("sd15", Rise(4)),
-        ("sd15", Rise(4, score="global", estimator="sum", mask_kind="rise")),
+        soak("sd15", Rise(4, score="global", estimator="sum", mask_kind="rise")),
         ("sd15", Rise(4, target="guided")),
         soak("sd21", Rise(4, target="guided", similarity="cosine")),
         soak("sdxl", Rise(4)),

@@ -1158,7 +1158,7 @@ def test_a_page_in_a_srcdoc_frame(visit: Visit, single: Path) -> None:
     page.wait_for_timeout(500)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_address_updates_are_rate_limited(visit: Visit, single: Path) -> None:
     page = visit(single)
     count = page.evaluate("""async () => {

@@ -106,7 +106,7 @@ def test_maps_that_do_not_depend_on_the_model_are_detected(
     assert outcome.table().splitlines()[-1].startswith("FAILED")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_relevance_assigned_to_the_wrong_word_is_detected(
     embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:

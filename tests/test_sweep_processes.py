@@ -135,6 +135,7 @@ def test_a_killed_worker_changes_nothing(described, expected, tmp_path, monkeypa
     assert_same(read_arrays(out), expected)
 
 
+@pytest.mark.soak
 def test_a_poisoned_item_is_quarantined_and_retried_on_request(described, expected, tmp_path, monkeypatch):
     poison(monkeypatch, {POISONED: "kill"})
     out = tmp_path / "run"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from analytic import Analytic
+from marks import soak
 from reduced import PROMPT
 from scipy import ndimage
 from tolerance import tolerance
@@ -318,7 +319,7 @@ def cam_literally(denoiser: Denoiser, path: Trajectory, step: int, skipped: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("shapes", 21), ("sd15", 43)])
+@pytest.mark.parametrize(("name", "count"), [("shapes", 21), soak("sd15", 43)])
 def test_all_layers_except_the_attention_of_the_mid_block(saved: Callable[[str], Path], name: str, count: int) -> None:
     """Every layer of two steps of two prompts in batches, against one sample with its own graph at a time."""
     denoiser = Engine.from_pretrained("shapes", device="cpu").denoiser if name == "shapes" else load(saved(name))
