@@ -43,7 +43,7 @@ STAGES = ("plan", "plan again", "grow", "segments", "resume", "open", "read")
 def sweep_of(items: int, explainers: list[Any], steps: int, minutes: float) -> sweep.Sweep:
     return sweep.Sweep(
         prompts=tuple(evaluate.captions(items)),
-        schedules=[{"steps": steps}],
+        schedules=[{"num_steps": steps}],
         explainers=explainers,
         unit_minutes=minutes,
     )

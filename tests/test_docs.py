@@ -196,7 +196,7 @@ def test_sweeps_in_their_document(tmp_path):
     first, presets = (sweep.read(tmp_path / f"{number}.yaml") for number in range(len(examples)))
     assert first.explainers == (Rise(num_masks=200), Cam(), Relevance())
     assert (len(first.prompts), first.seeds, len(first.schedules)) == (2, (0, 1), 3)
-    assert {schedule.steps for schedule in first.schedules} == {10}
+    assert {schedule.num_steps for schedule in first.schedules} == {10}
     assert presets.explainers == (Rise(num_masks=200), XDiffusionRise(num_masks=200, name="rise-released"))
 
 
@@ -216,13 +216,13 @@ def test_sweep_in_python(monkeypatch):
     monkeypatch.setattr(sweep, "outcome", lambda folder: sweep.Outcome(items=4, units_left=0, quarantined=()))
     exec(example, {})
     ((spec, folder),) = calls
-    assert ([schedule.steps for schedule in spec.schedules], folder) == ([30, 10], "run")
+    assert ([schedule.num_steps for schedule in spec.schedules], folder) == ([30, 10], "run")
 
 
 def test_every_key_of_a_sweep_is_documented():
     table = (DOCS / "sweeps.md").read_text()
     keys = {key for row in re.findall(r"^\| (`.*?`) \|", table, re.M) for key in re.findall(r"`(\w+)`", row)}
-    assert keys == {*sweep.Sweep.model_fields, "steps", "gamma", "guidance"}
+    assert keys == {*sweep.Sweep.model_fields, "num_steps", "steps", "gamma", "guidance"}
     assert all(f"{name}:" in table for name in sweep.ModelSpec.model_fields)
     assert all(f"{name}: …" in table for name in sweep.Schedule.model_fields)
 

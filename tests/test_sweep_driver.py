@@ -16,7 +16,7 @@ from dfengine.sweep.worker import ExplainRequest
 
 
 def units(count):
-    how = ({"sampling": "uniform", "steps": 1, "gamma": 0.0, "guidance": None},)
+    how = ({"sampling": "uniform", "num_steps": 1, "gamma": 0.0, "guidance": None},)
     return [store.Unit(f"u{number}", {}, how, ("a",), ((0, 0, number),)) for number in range(count)]
 
 

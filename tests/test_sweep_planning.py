@@ -35,7 +35,12 @@ ROOT = Path(__file__).parent.parent
 AXES = {
     "prompts": ["a cat", "a dog\n“barks”", "a \x85 cow"],
     "seeds": [3, 0, 2**63 - 1],
-    "schedules": [{"steps": 5}, {"sampling": "early", "steps": 5, "guidance": 2}, {"sampling": [9, 4]}, {"steps": 2}],
+    "schedules": [
+        {"num_steps": 5},
+        {"sampling": "early", "num_steps": 5, "guidance": 2},
+        {"sampling": [9, 4]},
+        {"num_steps": 2},
+    ],
     "models": ["one/x.y", {"model": "one/x.y", "dtype": "float16"}, "two/x.y", "three"],
 }
 LEAST = {axis: values[:1] for axis, values in AXES.items()}
@@ -96,7 +101,7 @@ class Profiler:
     def __init__(self, sweep, seconds=1.0, forwards=60):
         self.profiled = []
         counts = forwards if isinstance(forwards, list) else [forwards] * len(sweep.schedules)
-        costs = [ItemCost(how.steps, number, 1000) for how, number in zip(sweep.schedules, counts, strict=True)]
+        costs = [ItemCost(how.num_steps, number, 1000) for how, number in zip(sweep.schedules, counts, strict=True)]
         self.profile = ModelProfile("cpu", seconds, tuple(costs))
 
     def __call__(self, model):
@@ -173,7 +178,7 @@ def test_units_contain_every_item_once(axes, seconds):
     assert len({unit.name for unit in result}) == len(result)
     for unit in result:
         assert 1 <= len(unit) <= 256
-        assert len({how["steps"] for how in unit.schedules}) == 1, "one file has one number of steps"
+        assert len({how["num_steps"] for how in unit.schedules}) == 1, "one file has one number of steps"
         assert {prompt for prompt, _, _ in unit.items} == set(range(len(unit.prompts))), "what it needs, and no more"
         assert {how for _, how, _ in unit.items} == set(range(len(unit.schedules)))
         assert len(set(unit.prompts)) == len(unit.prompts)
@@ -244,11 +249,11 @@ def test_units_take_some_minutes(items, seconds, minutes, sizes):
 
 def test_the_time_of_an_item_is_the_mean_over_schedules_of_its_length():
     """2 s and 4 s: 600 s in total, of which a 32nd is 18.75 s, or 6 items of 3 s; separately 20 items of 1 s."""
-    schedules = [{"steps": 5}, {"steps": 9}, {"sampling": "early", "steps": 5}]
+    schedules = [{"num_steps": 5}, {"num_steps": 9}, {"sampling": "early", "num_steps": 5}]
     result, _ = units_of(
         make_sweep(prompts=list(map(str, range(100))), schedules=schedules), seconds=0.5, forwards=[4, 2, 8]
     )
-    of_five = [len(unit) for unit in result if unit.schedules[0]["steps"] == 5]
+    of_five = [len(unit) for unit in result if unit.schedules[0]["num_steps"] == 5]
     assert of_five == [6] * 33 + [2]
     assert [len(unit) for unit in result[len(of_five) :]] == [10] * 10
     assert {how["sampling"] for how in result[0].schedules} == {"uniform", "early"}
@@ -270,7 +275,7 @@ def test_the_items_of_a_prompt_are_together():
         prompts=["a", "b"],
         seeds=[7, 8],
         models=["m", "n"],
-        schedules=[{"steps": 4}, [3, 2], {"sampling": "early", "steps": 4}],
+        schedules=[{"num_steps": 4}, [3, 2], {"sampling": "early", "num_steps": 4}],
     )
     result, _ = units_of(sweep, seconds=1, forwards=2)
     assert [unit.name for unit in result] == ["m-00000", "m-00001", "m-00002", "n-00000", "n-00001", "n-00002"]
@@ -280,7 +285,7 @@ def test_the_items_of_a_prompt_are_together():
     assert result[1].describe(0) == {
         "prompt": "b",
         "seed": 8,
-        "schedule": {"sampling": "uniform", "steps": 4, "gamma": 0.0, "guidance": None},
+        "schedule": {"sampling": "uniform", "num_steps": 4, "gamma": 0.0, "guidance": None},
     }
     assert [result[2].describe(item)["schedule"]["sampling"] for item in range(4)] == [[3, 2]] * 4
     assert dict(result[0].model) == ModelSpec(model="m").model_dump()
@@ -369,7 +374,7 @@ def test_new_items_get_new_units(path):
     [
         ("prompts", 'has the prompt "a dog\\n“barks”", which the sweep no longer has'),
         ("seeds", "has the seed 0, which the sweep no longer has"),
-        ("schedules", 'has the schedule {"sampling": "early", "steps": 5, "gamma": 60.0, "guidance": 2.0}, which'),
+        ("schedules", 'has the schedule {"sampling": "early", "num_steps": 5, "gamma": 60.0, "guidance": 2.0}, which'),
         (
             "models",
             'has the model {"model": "one/x.y", "dtype": "float16", "variant": null, "revision": null, "ra…, which',
@@ -551,7 +556,7 @@ def test_the_cost_of_a_sweep(path):
     Of 5 and 10 s on the first: two and one of them are 10 s, in 3 and 6 units. Of 20 and 40 s on the second: 6 and 6.
     Seconds: 6 (5 + 10 + 20 + 40) = 450, on two workers 225.
     """
-    sweep = make_sweep(prompts=["a", "b"], seeds=3, models=["m", "n"], schedules=[{"steps": 5}, {"steps": 8}])
+    sweep = make_sweep(prompts=["a", "b"], seeds=3, models=["m", "n"], schedules=[{"num_steps": 5}, {"num_steps": 8}])
     profiles = {
         sweep.models[0]: ModelProfile("gpu", 0.5, (ItemCost(5, 10, 100), ItemCost(8, 20, 200))),
         sweep.models[1]: ModelProfile("cpu", 2.0, (ItemCost(5, 10, 100), ItemCost(8, 20, 300))),
@@ -571,7 +576,7 @@ def test_the_cost_of_a_sweep(path):
 @pytest.fixture
 def five(path):
     """A sweep with units of 5 and 1 items. In the first, two items are quarantined, one failed, two are suspects."""
-    sweep = make_sweep(prompts=["a", "b", "c"], seeds=2, schedules=[{"steps": 4}])
+    sweep = make_sweep(prompts=["a", "b", "c"], seeds=2, schedules=[{"num_steps": 4}])
     prepare(sweep, path, Profiler(sweep, seconds=2, forwards=1))
     first, _ = planned_units(path)
     assert [len(unit) for unit in planned_units(path)] == [5, 1]
@@ -616,7 +621,7 @@ def test_retries_are_retried(path, five):
         == {
             "prompt": "a",
             "seed": 1,
-            "schedule": {"sampling": "uniform", "steps": 4, "gamma": 0.0, "guidance": None},
+            "schedule": {"sampling": "uniform", "num_steps": 4, "gamma": 0.0, "guidance": None},
         }
     )
     assert states(path)[again.name, 1] == "retried"
@@ -627,12 +632,12 @@ def test_retries_are_retried(path, five):
 
 def test_retries_add_no_items_to_the_sweep(path, five):
     *_, again = prepare(five, path, no_profile, retry_failed=True)
-    larger = make_sweep(prompts=["a", "b", "c", "d"], seeds=2, schedules=[{"steps": 4}])
+    larger = make_sweep(prompts=["a", "b", "c", "d"], seeds=2, schedules=[{"num_steps": 4}])
     result = plan_sweep(larger, path)
     assert items_in(unit for unit in result if not unit.retry_of) == items_of(larger)
     assert [unit.name for unit in result if unit.retry_of] == [again.name]
     with pytest.raises(ValueError, match="has the prompt"):
-        plan_sweep(make_sweep(prompts=["a"], seeds=2, schedules=[{"steps": 4}]), path)
+        plan_sweep(make_sweep(prompts=["a"], seeds=2, schedules=[{"num_steps": 4}]), path)
 
 
 def test_several_units_are_retried(path, five):
@@ -647,7 +652,7 @@ def test_several_units_are_retried(path, five):
 
 
 def test_growing_and_retrying_together(path, five):
-    larger = make_sweep(prompts=["a", "b", "c", "d"], seeds=2, schedules=[{"steps": 4}])
+    larger = make_sweep(prompts=["a", "b", "c", "d"], seeds=2, schedules=[{"num_steps": 4}])
     result = plan_sweep(larger, path, retry_failed=True)
     assert items_in(unit for unit in result if not unit.retry_of) == items_of(larger)
     assert [len(unit) for unit in result if unit.retry_of] == [2]
@@ -717,9 +722,9 @@ def test_nothing_remains_without_a_plan(tmp_path):
 
 # The plan's lines -----------------------------------------------------------------------------------------------------
 
-HOW = Schedule(steps=4).model_dump(mode="json")
+HOW = Schedule(num_steps=4).model_dump(mode="json")
 UNIT = Unit(
-    "u", {"model": "m"}, (HOW, HOW | {"steps": 5}), ("a", "b"), ((1, 0, 9), (0, 1, 7), (1, 1, 2**63 - 1), (0, 0, 0))
+    "u", {"model": "m"}, (HOW, HOW | {"num_steps": 5}), ("a", "b"), ((1, 0, 9), (0, 1, 7), (1, 1, 2**63 - 1), (0, 0, 0))
 )
 
 
@@ -728,13 +733,13 @@ def test_the_line_of_a_unit(tmp_path):
     assert json.loads((tmp_path / "plan.jsonl").read_text()) == {
         "name": "u",
         "model": {"model": "m"},
-        "schedules": [HOW, HOW | {"steps": 5}],
+        "schedules": [HOW, HOW | {"num_steps": 5}],
         "prompts": ["a", "b"],
         "items": [[1, 0, 9], [0, 1, 7], [1, 1, 2**63 - 1], [0, 0, 0]],
         "retry_of": "",
     }
     assert list(planned_units(tmp_path)) == [UNIT]
-    assert UNIT.describe(1) == {"prompt": "a", "seed": 7, "schedule": HOW | {"steps": 5}}
+    assert UNIT.describe(1) == {"prompt": "a", "seed": 7, "schedule": HOW | {"num_steps": 5}}
     assert len(UNIT) == 4
 
 

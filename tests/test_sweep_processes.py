@@ -60,7 +60,7 @@ def described(tiny_folder):
     return sweep.Sweep(
         prompts=PROMPTS,
         seeds=(0, 1),
-        schedules=[{"sampling": "latter", "steps": 2}],
+        schedules=[{"sampling": "latter", "num_steps": 2}],
         models=str(tiny_folder),
         explainers=[Rise(6), Random()],
         unit_minutes=1e-9,
@@ -305,7 +305,7 @@ def poison(monkeypatch, actions):
 
 
 def spec_file(described, folder):
-    source = {"prompts": list(PROMPTS), "seeds": 2, "steps": 2, "schedules": "latter", "unit_minutes": 1e-9}
+    source = {"prompts": list(PROMPTS), "seeds": 2, "num_steps": 2, "schedules": "latter", "unit_minutes": 1e-9}
     explainers = [{"rise": {"num_masks": 6}}, "random"]
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(source | {"models": described.models[0].model, "explainers": explainers}))

@@ -15,13 +15,13 @@ prompts:
   - a red circle
   - a blue square, and “this”
 seeds: [7, 3]
-steps: 20
+num_steps: 20
 gamma: 50
 guidance: 2.5
 schedules:
   - uniform
   - early
-  - {sampling: latter, steps: 10, gamma: 8, guidance: 1}
+  - {sampling: latter, num_steps: 10, gamma: 8, guidance: 1}
   - [900, 500, 100]
 models:
   - shapes
@@ -61,10 +61,10 @@ def test_every_key(read_lines):
     assert sweep.prompts == ("a red circle", "a blue square, and “this”")
     assert sweep.seeds == (7, 3)
     assert sweep.schedules == (
-        Schedule(sampling="uniform", steps=20, gamma=0, guidance=2.5),
-        Schedule(sampling="early", steps=20, gamma=50, guidance=2.5),
-        Schedule(sampling="latter", steps=10, gamma=8, guidance=1),
-        Schedule(sampling=(900, 500, 100), steps=3, gamma=0, guidance=2.5),
+        Schedule(sampling="uniform", num_steps=20, gamma=0, guidance=2.5),
+        Schedule(sampling="early", num_steps=20, gamma=50, guidance=2.5),
+        Schedule(sampling="latter", num_steps=10, gamma=8, guidance=1),
+        Schedule(sampling=(900, 500, 100), num_steps=3, gamma=0, guidance=2.5),
     )
     other = {"dtype": "float16", "variant": "fp16", "revision": "main", "random_weights": True, "image_size": (64, 32)}
     assert sweep.models == (ModelSpec(model="shapes"), ModelSpec(model="other/one", **other))
@@ -77,7 +77,7 @@ def test_only_prompts_and_explainers_are_required(read_lines):
     sweep = read_lines("prompts: a cat\nexplainers: rise")
     assert (sweep.prompts, sweep.seeds, sweep.explainers) == (("a cat",), (0,), (Rise(),))
     assert [one.model_dump() for one in sweep.schedules] == [
-        {"sampling": "uniform", "steps": 30, "gamma": 0.0, "guidance": None}
+        {"sampling": "uniform", "num_steps": 30, "gamma": 0.0, "guidance": None}
     ]
     assert [one.model_dump() for one in sweep.models] == [
         {"model": "shapes", "dtype": None, "variant": None, "revision": None}
@@ -105,13 +105,14 @@ def test_only_prompts_and_explainers_are_required(read_lines):
         ("seeds: {first: 40}", (40,)),
         (f"seeds: [{2**63 - 1}]", (2**63 - 1,)),
         ("schedules: early", (Schedule(sampling="early"),)),
-        ("schedules: {sampling: early}", (Schedule(sampling="early", steps=30, gamma=60),)),
-        ("schedules: {steps: 7}", (Schedule(sampling="uniform", steps=7),)),
+        ("schedules: {sampling: early}", (Schedule(sampling="early", num_steps=30, gamma=60),)),
+        ("schedules: {num_steps: 7}", (Schedule(sampling="uniform", num_steps=7),)),
+        ("schedules: {steps: 7}", (Schedule(sampling="uniform", num_steps=7),)),
         ("schedules: [early, {sampling: latter}]", (Schedule(sampling="early"), Schedule(sampling="latter"))),
-        ("schedules: [[9, 4]]", (Schedule(sampling=(9, 4), steps=2),)),
-        ("schedules: {sampling: [9, 4]}", (Schedule(sampling=(9, 4), steps=2),)),
-        ("schedules: [9.5, 4]", (Schedule(sampling=(9.5, 4), steps=2),)),
-        ("schedules: [[9], [9, 4]]", (Schedule(sampling=(9,), steps=1), Schedule(sampling=(9, 4), steps=2))),
+        ("schedules: [[9, 4]]", (Schedule(sampling=(9, 4), num_steps=2),)),
+        ("schedules: {sampling: [9, 4]}", (Schedule(sampling=(9, 4), num_steps=2),)),
+        ("schedules: [9.5, 4]", (Schedule(sampling=(9.5, 4), num_steps=2),)),
+        ("schedules: [[9], [9, 4]]", (Schedule(sampling=(9,), num_steps=1), Schedule(sampling=(9, 4), num_steps=2))),
         ("models: a/b", (ModelSpec(model="a/b"),)),
         ("models: {model: a/b, dtype: bfloat16}", (ModelSpec(model="a/b", dtype="bfloat16"),)),
         ("models: [a/b, {model: c}]", (ModelSpec(model="a/b"), ModelSpec(model="c"))),
@@ -151,15 +152,20 @@ def test_a_file_of_prompts_is_relative_to_the_sweep(tmp_path, monkeypatch):
 
 def test_settings_of_the_top_level_are_defaults_of_the_schedules():
     sweep = make_sweep(
-        steps=5, gamma=7, guidance=2, schedules=["early", {"sampling": "latter", "steps": 6, "gamma": 8, "guidance": 3}]
+        num_steps=5,
+        gamma=7,
+        guidance=2,
+        schedules=["early", {"sampling": "latter", "num_steps": 6, "gamma": 8, "guidance": 3}],
     )
     assert sweep.schedules == (
-        Schedule(sampling="early", steps=5, gamma=7, guidance=2),
-        Schedule(sampling="latter", steps=6, gamma=8, guidance=3),
+        Schedule(sampling="early", num_steps=5, gamma=7, guidance=2),
+        Schedule(sampling="latter", num_steps=6, gamma=8, guidance=3),
     )
-    assert make_sweep(steps=5).schedules == (Schedule(steps=5),)
+    assert make_sweep(num_steps=5).schedules == make_sweep(steps=5).schedules == (Schedule(num_steps=5),)
+    short = make_sweep(steps=5, schedules=["early", {"sampling": "early", "steps": 6}])
+    assert [schedule.num_steps for schedule in short.schedules] == [5, 6]
     assert make_sweep(gamma=5, schedules="latter").schedules == (Schedule(sampling="latter", gamma=5),)
-    assert make_sweep(guidance=0, schedules={"steps": 4}).schedules == (Schedule(steps=4, guidance=0),)
+    assert make_sweep(guidance=0, schedules={"num_steps": 4}).schedules == (Schedule(num_steps=4, guidance=0),)
     assert make_sweep(guidance=2, schedules={"guidance": None}).schedules == (Schedule(),), (
         "an explicit null is the model's own"
     )
@@ -173,15 +179,15 @@ def test_gamma_is_0_if_it_is_not_used(sampling):
     assert [Schedule(sampling=stage).gamma for stage in ("early", "latter")] == [60, 60]
 
 
-@pytest.mark.parametrize("steps", [{}, {"steps": 30}, {"steps": 2}])
+@pytest.mark.parametrize("steps", [{}, {"num_steps": 30}, {"num_steps": 2}])
 def test_a_list_of_time_steps_determines_their_number(steps):
-    assert Schedule(sampling=[9, 4, 2], **steps).steps == 3
+    assert Schedule(sampling=[9, 4, 2], **steps).num_steps == 3
     assert make_sweep(schedules=[[9, 4, 2]], **steps).schedules == (Schedule(sampling=(9, 4, 2)),)
-    assert make_sweep(schedules={"sampling": [9, 4, 2]}, **steps).schedules[0].steps == 3
+    assert make_sweep(schedules={"sampling": [9, 4, 2]}, **steps).schedules[0].num_steps == 3
 
 
 def test_values_may_be_objects_in_python():
-    schedules, models = (Schedule(sampling="early"), Schedule(steps=3)), (ModelSpec(model="a/b"),)
+    schedules, models = (Schedule(sampling="early"), Schedule(num_steps=3)), (ModelSpec(model="a/b"),)
     explainers = (Rise(4), Cam(layers=("up*",)))
     sweep = make_sweep(prompts=("a", "b"), seeds=range(2), schedules=schedules, models=models, explainers=explainers)
     assert (sweep.prompts, sweep.seeds) == (("a", "b"), (0, 1))
@@ -194,8 +200,8 @@ def test_duplicates_are_removed_in_order(read_lines):
     sweep = read_lines("""
 prompts: [b, a, b]
 seeds: [2, 1, 2, 1]
-steps: 4
-schedules: [uniform, early, {sampling: uniform, gamma: 9}, {steps: 4}, [9, 4], {sampling: [9, 4], steps: 7}]
+num_steps: 4
+schedules: [uniform, early, {sampling: uniform, gamma: 9}, {num_steps: 4}, [9, 4], {sampling: [9, 4], num_steps: 7}]
 models: [m, shapes, {model: m}]
 """)
     assert (sweep.prompts, sweep.seeds) == (("b", "a"), (2, 1))
@@ -218,12 +224,12 @@ models: [m, shapes, {model: m}]
         ("compresion: none", "compresion is not known: did you mean 'compression'?"),
         ("mantisa_bits: 3", "mantisa_bits is not known: did you mean 'mantissa_bits'?"),
         ("unit_minute: 3", "unit_minute is not known: did you mean 'unit_minutes'?"),
-        ("step: 3", "step is not known: did you mean 'steps'?"),
+        ("step: 3", "step is not known: did you mean 'num_steps'?"),
         ("gama: 3", "gama is not known: did you mean 'gamma'?"),
         ("guidence: 3", "guidence is not known: did you mean 'guidance'?"),
         ("schedules: {sampeling: early}", "schedules.0.sampeling is not known: did you mean 'sampling'?"),
-        ("schedules: [early, {step: 3}]", "schedules.1.step is not known: did you mean 'steps'?"),
-        ("schedules: {zzz: 3}", "schedules.0.zzz is not known: expected one of sampling, steps, gamma, guidance"),
+        ("schedules: [early, {step: 3}]", "schedules.1.step is not known: did you mean 'num_steps'?"),
+        ("schedules: {zzz: 3}", "schedules.0.zzz is not known: expected one of sampling, num_steps, gamma, guidance"),
         ("models: [a, {model: b, dtyp: float16}]", "models.1.dtyp is not known: did you mean 'dtype'?"),
         ("models: {imagesize: [3, 3]}", "models.0.imagesize is not known: did you mean 'image_size'?"),
         ("prompts: {fil: a.txt}", "prompts: 'fil' is not known: did you mean 'file'?"),
@@ -254,10 +260,12 @@ models: [m, shapes, {model: m}]
         ("seeds: [1.5]", "seeds.0: "),
         ("seeds: {first: x}", "seeds: "),
         ("seeds: three", "seeds: "),
-        ("steps: 0", "schedules.0.steps: "),
-        ("schedules: [early, {steps: -1}]", "schedules.1.steps: "),
+        ("steps: 0", "schedules.0.num_steps: "),
+        ("schedules: [early, {num_steps: -1}]", "schedules.1.num_steps: "),
         ("schedules: []", "schedules: "),
-        ("schedules: [[]]", "schedules.0.steps: "),
+        ("schedules: [[]]", "schedules.0.num_steps: "),
+        ("steps: 3\nnum_steps: 3", "steps is another name of num_steps: give one of them"),
+        ("schedules: {steps: 3, num_steps: 4}", "steps is another name of num_steps: give one of them"),
         ("schedules: [early, 5]", "schedules.1.sampling: 5 is not known: expected one of uniform, early, latter"),
         ("schedules: [[9, .inf]]", "schedules.0.sampling: [9, inf] is not known"),
         ("schedules: {sampling: [true]}", "schedules.0.sampling: [True] is not known"),
@@ -335,7 +343,7 @@ def test_errors_are_one_line_with_their_position(read_lines, tmp_path, text, mes
         ("explainers: rise", "prompts is missing"),
         ("seeds: 3", "prompts is missing; explainers is missing"),
         ("prompts: a\nexplainers: [{rise: {num_masks: x}}]\nsteps: 0", "num_masks: "),
-        ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "schedules.0.steps: "),
+        ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "schedules.0.num_steps: "),
         ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "; models.0.bar is not known"),
         ("prompts: a\nexplainers: rise\nsteps: 0\nfoo: 3\nmodels: {bar: 3}", "; foo is not known: expected one of "),
         ("- prompts", "is not a sweep: expected keys, at least prompts and explainers"),
@@ -386,7 +394,7 @@ def test_defaults_match_those_of_the_python_api():
     """Schedules have the defaults of `Engine.job`, explainers their own (above)."""
     defaults = {name: one.default for name, one in inspect.signature(Engine.job).parameters.items()}
     schedule = Schedule(sampling="early")
-    assert (schedule.steps, schedule.gamma, schedule.guidance) == tuple(
+    assert (schedule.num_steps, schedule.gamma, schedule.guidance) == tuple(
         defaults[name] for name in ("num_steps", "gamma", "guidance")
     )
     assert Schedule().sampling == defaults["sampling"]
@@ -459,7 +467,7 @@ CHANGES = [
     {"schedules": ["uniform", "latter"]},
     {"schedules": [[9, 4], "early"]},
     {"schedules": [[9, 5], "early"]},
-    {"steps": 31},
+    {"num_steps": 31},
     {"gamma": 61},
     {"guidance": 7},
     {"models": ["other"]},
@@ -501,9 +509,9 @@ def test_no_two_changes_have_the_same_digest():
         {"prompts": ("a cat", "a dog", "a cat")},
         {"seeds": 2},
         {"seeds": {"count": 2}},
-        {"schedules": [{"steps": 30}, Schedule(sampling="early")]},
+        {"schedules": [{"num_steps": 30}, Schedule(sampling="early")]},
         {"schedules": [{"gamma": 5}, {"sampling": "early", "gamma": 60}]},
-        {"steps": 30, "gamma": 60},
+        {"num_steps": 30, "gamma": 60},
         {"models": ModelSpec(model="shapes", random_weights=False)},
         {"explainers": [{"rise": {"num_masks": 8}}, "cam"]},
         {"negative_prompt": ""},
@@ -517,7 +525,7 @@ def test_equal_sweeps_have_equal_digests(same):
 
 def test_a_sweep_is_immutable():
     sweep = make_sweep()
-    for one, name in ((sweep, "prompts"), (sweep.schedules[0], "steps"), (sweep.models[0], "model")):
+    for one, name in ((sweep, "prompts"), (sweep.schedules[0], "num_steps"), (sweep.models[0], "model")):
         with pytest.raises(ValueError, match="frozen"):
             setattr(one, name, "x")
     assert {sweep.schedules: 1, sweep.models: 2} == {(Schedule(),): 1, (ModelSpec(),): 2}, "they are keys"
@@ -525,9 +533,9 @@ def test_a_sweep_is_immutable():
 
 def test_bare_numbers_are_the_time_steps_of_one_schedule(read_lines):
     sweep = read_lines("prompts: a cat\nexplainers: rise\nschedules: [901, 401, 1]\nguidance: 3")
-    assert sweep.schedules == (Schedule(sampling=(901, 401, 1), steps=3, gamma=0, guidance=3),)
+    assert sweep.schedules == (Schedule(sampling=(901, 401, 1), num_steps=3, gamma=0, guidance=3),)
 
 
 def test_schedule_objects_are_kept():
-    both = make_sweep(schedules=[Schedule(sampling="early"), "early"], steps=5, gamma=7)
-    assert both.schedules == (Schedule(sampling="early"), Schedule(sampling="early", steps=5, gamma=7))
+    both = make_sweep(schedules=[Schedule(sampling="early"), "early"], num_steps=5, gamma=7)
+    assert both.schedules == (Schedule(sampling="early"), Schedule(sampling="early", num_steps=5, gamma=7))

@@ -39,7 +39,7 @@ def shared(*explainers, **changed):
 
 
 def unit_of(*prompts, seeds=(0,), schedules=("uniform",), **settings):
-    how = tuple(Schedule(sampling=one, steps=STEPS, **settings).model_dump(mode="json") for one in schedules)
+    how = tuple(Schedule(sampling=one, num_steps=STEPS, **settings).model_dump(mode="json") for one in schedules)
     items = [(p, h, s) for p in range(len(prompts)) for h in range(len(how)) for s in seeds]
     return store.Unit("u-00000", {"model": "analytic"}, how, prompts, tuple(items))
 

@@ -77,7 +77,7 @@ def test_a_missing_file_or_an_impossible_interval_is_rejected(tmp_path):
 def folder(tmp_path):
     """A run with a finished unit, one that was started twice, one not started, and one with a quarantined item."""
     run_folder = store.Folder(tmp_path / "run")
-    schedules = ({"sampling": "uniform", "steps": 3, "gamma": 0.0, "guidance": None},)
+    schedules = ({"sampling": "uniform", "num_steps": 3, "gamma": 0.0, "guidance": None},)
     units = [store.Unit(f"u{number}", {}, schedules, ("a",), ((0, 0, number),)) for number in range(4)]
     store.plan_units(run_folder.path, units)
     with run_folder.segment("u0", half(PLAN, 1)) as writer:

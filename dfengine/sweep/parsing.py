@@ -31,6 +31,13 @@ def parse_schedules(value: Any) -> Any:
     return [schedules] if schedules and all(map(_is_number, schedules)) else schedules
 
 
+def rename_steps(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that may call `num_steps` by its short name `steps`, under their full names."""
+    if {"steps", "num_steps"} <= set(given):
+        raise ValueError("steps is another name of num_steps: give one of them")
+    return {"num_steps" if name == "steps" else name: value for name, value in given.items()}
+
+
 def parse_sampling(value: Any) -> str | tuple[float, ...]:
     """The name of a stage, or time-steps: whole numbers as int, so that 9 and 9.0 make one schedule."""
     if isinstance(value, str) and value in STAGES:

@@ -163,13 +163,13 @@ def _by_num_steps(sweep: Sweep) -> list[list[Schedule]]:
     """Schedules grouped by their number of steps, which a file has one of."""
     groups: dict[int, list[Schedule]] = {}
     for schedule in sweep.schedules:
-        groups.setdefault(schedule.steps, []).append(schedule)
+        groups.setdefault(schedule.num_steps, []).append(schedule)
     return list(groups.values())
 
 
 def _unit_size(sweep: Sweep, profile: ModelProfile, schedules: list[Schedule]) -> int:
     """The number of items of these schedules that take about the sweep's `unit_minutes`."""
-    costs = [cost for cost in profile.costs if cost.num_steps == schedules[0].steps]
+    costs = [cost for cost in profile.costs if cost.num_steps == schedules[0].num_steps]
     item_seconds = profile.seconds * sum(cost.forwards for cost in costs) / len(costs)
     share = item_seconds * len(sweep.prompts) * len(sweep.seeds) * len(schedules) / MIN_UNITS
     unit_seconds = min(60 * sweep.unit_minutes, max(share, MIN_UNIT_SECONDS))

@@ -79,7 +79,7 @@ def run(
         if parts > 1:
             own = {unit.name for number, unit in enumerate(store.planned_units(out)) if number % parts == part - 1}
             units = [unit for unit in units if unit.name in own]
-        steps = [len(unit) * unit.schedules[0]["steps"] for unit in units]
+        steps = [len(unit) * unit.schedules[0]["num_steps"] for unit in units]
         workers = min(pool.workers, len(units))
         yield 0, SweepStarted(sum(map(len, units)), sum(steps) * len(sweep.explainers), len(units), workers)
         yield from Driver(pool, out, units, workers=workers, stall=resources.stall, driver=driver).run()

@@ -30,6 +30,7 @@ from dfengine.sweep.parsing import (
     parse_sampling,
     parse_schedules,
     parse_seeds,
+    rename_steps,
     suggestion,
 )
 
@@ -43,7 +44,7 @@ class Schedule(_Settings):
 
     sampling: Annotated[Any, BeforeValidator(parse_sampling)] = "uniform"
     """as for `Engine.job`: "uniform", "early", "latter" or a list of time-steps"""
-    steps: Annotated[int, Field(ge=1)] = 30
+    num_steps: Annotated[int, Field(ge=1)] = 30
     gamma: Annotated[float, Field(allow_inf_nan=False)] = 60.0
     """shift of early and latter sampling; 0 for the others, which do not use it"""
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -53,11 +54,10 @@ class Schedule(_Settings):
     @classmethod
     def _canonicalize(cls, given: Any) -> Any:
         """Accept a bare sampling, and give equal schedules equal settings."""
-        if not isinstance(given, Mapping):
-            given = {"sampling": given}
+        given = rename_steps(given) if isinstance(given, Mapping) else {"sampling": given}
         sampling = given.get("sampling", "uniform")
         if isinstance(sampling, list | tuple):
-            given = {**given, "steps": len(sampling)}
+            given = {**given, "num_steps": len(sampling)}
         return given if sampling in ("early", "latter") else {**given, "gamma": 0.0}
 
 
@@ -112,17 +112,20 @@ class Sweep(_Settings):
     @model_validator(mode="before")
     @classmethod
     def _distribute(cls, given: Any) -> Any:
-        """Give steps, gamma and guidance of the top level to every schedule that does not set them."""
+        """Give num_steps, gamma and guidance of the top level to every schedule that does not set them."""
         if "behaviour" in given:
             raise ValueError(
                 f"behaviour has been replaced by presets: write preset: {given['behaviour']} instead, or give an "
                 "explainer its own, as in - rise: {preset: xdiffusion}"
             )
-        shared = {name: given[name] for name in ("steps", "gamma", "guidance") if name in given}
+        given = rename_steps(given)
+        shared = {name: given[name] for name in ("num_steps", "gamma", "guidance") if name in given}
         if not shared:
             return given
         schedules = [
-            one if isinstance(one, Schedule) else {**shared, **(one if isinstance(one, Mapping) else {"sampling": one})}
+            one
+            if isinstance(one, Schedule)
+            else {**shared, **(rename_steps(one) if isinstance(one, Mapping) else {"sampling": one})}
             for one in parse_schedules(given.get("schedules", "uniform"))
         ]
         return {name: value for name, value in given.items() if name not in shared} | {"schedules": schedules}
@@ -216,7 +219,7 @@ def _error_message(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         sections: dict[str, type[BaseModel]] = {"schedules": Schedule, "models": ModelSpec}
         section = sections.get(keys[0], Sweep) if len(keys) > 1 else Sweep
-        known = [*section.model_fields, *(("steps", "gamma", "guidance") if section is Sweep else ())]
+        known = [*section.model_fields, *(("num_steps", "gamma", "guidance") if section is Sweep else ())]
         return f"{place} is not known{suggestion(keys[-1], known)}"
     if error["type"] == "missing":
         return f"{place} is missing"

@@ -37,7 +37,7 @@ def make_job(engine: Engine, shared: SharedSettings, prompt: str, schedule: Sche
         prompt,
         negative_prompt=shared.negative_prompt,
         seed=seed,
-        num_steps=schedule.steps,
+        num_steps=schedule.num_steps,
         sampling=schedule.sampling,
         gamma=schedule.gamma,
         guidance=schedule.guidance,
