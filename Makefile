@@ -7,7 +7,7 @@ WORKERS ?= auto
 
 DEMO_PROMPT := a red circle above a blue square on a gray background
 
-.PHONY: FORCE demo quick test soak mutants lint types setup setup-dev clean kernels bench studies \
+.PHONY: FORCE demo quick test pytest soak mutants lint types setup setup-dev clean kernels bench studies \
   gpu gpu-tests gpu-kernels gpu-shapes gpu-sd15 gpu-sd21 gpu-sdxl gpu-waterfall gpu-explainers gpu-games gpu-estimators
 
 demo: $(VENV)/.ready
@@ -24,7 +24,11 @@ demo: $(VENV)/.ready
 # fixtures, so each worker takes one stretch of them until another has none left.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test: $(VENV)/.dev-ready lint types
+# mypy has one core for a minute, in which the tests start.
+test: $(VENV)/.dev-ready lint
+	@$(MAKE) --no-print-directory -j2 types pytest
+
+pytest: $(VENV)/.dev-ready
 	$(PYTEST)
 
 # Under a minute: one case of most branches, for while you work; annotations are not checked.
