@@ -219,7 +219,10 @@ def test_the_unconditional_prediction_is_that_of_the_negative_prompt(tiny: Denoi
     swapped = Trajectory(**{**vars(path), "prompt": path.negative, "negative": path.prompt})
     unconditional = maps_of(tiny, Cam(target="unconditional"), [path])[0, 0]
     assert_close(unconditional, maps_of(tiny, Cam(), [swapped])[0, 0])
-    assert not torch.allclose(unconditional[COMBINED], maps_of(tiny, Cam(), [path])[0, 0][COMBINED])
+    conditional = maps_of(tiny, Cam(), [path])[0, 0]
+    assert not torch.allclose(unconditional[COMBINED], conditional[COMBINED])
+    other_negative = Trajectory(**{**vars(path), "negative": path.prompt})
+    assert_close(conditional, maps_of(tiny, Cam(), [other_negative])[0, 0])
 
 
 @pytest.mark.soak

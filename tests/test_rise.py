@@ -196,6 +196,22 @@ def test_early_stop_saves_masks_once_the_map_has_converged(pattern: torch.Tensor
     assert_close(first.saliency, exact.saliency)
 
 
+def test_early_stop_is_at_the_first_check_whose_mean_error_is_small_enough() -> None:
+    denoiser = Analytic(lambda x_t, _: x_t + x_t.roll(1, 2) * x_t.roll(2, 3), batch_size=64)
+    latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+    def explained(rise: Rise) -> tuple[int, float]:
+        """The number of masks, and the mean error as a share of the map's range."""
+        (step_map,) = rise.explain(denoiser, [denoiser.trajectory(latents)])
+        spread = step_map.saliency.max() - step_map.saliency.min()
+        return int(step_map.scores.isfinite().sum()), float(step_map.error.mean() / spread)
+
+    count, share = explained(Rise(1000, stop_at_error=0.05))
+    assert share < 0.05
+    _, earlier_share = explained(Rise(count - 64))
+    assert earlier_share >= 0.05
+
+
 def test_early_stop_draws_all_masks_without_convergence() -> None:
     step_map = explain_one(Analytic(lambda x_t, _: torch.ones_like(x_t)), Rise(130, stop_at_error=1e-9))
     assert step_map.scores.isfinite().all()

@@ -266,7 +266,7 @@ def exponential_timesteps(
         steps[i] = min(steps[i], steps[i - 1] - 1)
     for i in reversed(range(num_steps)):
         below = steps[i + 1] + 1 if i + 1 < num_steps else 0
-        steps[i] = max(steps[i], below, num_steps - 1 - i)
+        steps[i] = max(steps[i], below)
     return steps
 
 
