@@ -852,6 +852,12 @@ def test_a_crash_is_blamed_on_a_single_item_in_progress(tmp_path):
     assert (result.state, len(result.errors)) == ("quarantined", 2)
 
 
+def test_a_crash_is_not_blamed_on_an_item_if_the_driver_is_gone_too(tmp_path):
+    FailureLog(tmp_path, UNIT, driver="first").take([3])
+    (result,) = FailureLog(tmp_path, UNIT, driver="second").recover([1, 2, 3])
+    assert (result.item, result.state, result.errors) == (3, "suspect", ())
+
+
 @pytest.mark.parametrize(
     ("left", "blamed"),
     [

@@ -11,10 +11,11 @@ import pytest
 import torch
 from analytic import Analytic
 from conftest import CAPTIONS
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
+from dfengine import Engine
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.path import exponential_timesteps
@@ -116,6 +117,16 @@ def test_stored_latents_follow_the_ddim_recursion(tiny: Denoiser) -> None:
             assert_close(latents[j], table[j].sqrt() * x0[i] + (1 - table[j]).sqrt() * epsilon[i], **CLOSE)
         image = to_bytes(tiny.decode(final_latent(tiny, trajectory)[None]))[0]
         assert_close(trajectory.image.int(), image.int(), rtol=0, atol=1)
+
+
+def test_the_last_step_leads_to_the_final_noise_level_and_not_to_time_step_0(tiny_folder: Path) -> None:
+    """The noise of time-step 0 is large here, and that after the last step is zero."""
+    scheduler = DDIMScheduler(beta_start=0.3, beta_end=0.4, clip_sample=False, steps_offset=1)
+    engine = Engine(StableDiffusionPipeline.from_pretrained(tiny_folder, scheduler=scheduler))
+    (trajectory,) = trajectories(engine.denoiser, [engine.job(CAPTIONS[0], sampling=[4, 2, 0])])
+    assert engine.denoiser.schedule.final_alpha_bar == 1
+    image = to_bytes(engine.denoiser.decode(final_latent(engine.denoiser, trajectory)[None]))[0]
+    assert_close(trajectory.image.int(), image.int(), rtol=0, atol=1)
 
 
 def test_a_given_image_is_noised_to_each_step_with_the_same_noise(tiny: Denoiser) -> None:
