@@ -20,7 +20,7 @@ from dfengine import Engine, Rise, evaluate
 from dfengine.diffusion.trajectory import trajectories
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("target", ["guided", soak("conditional")])
 def test_the_plain_loop_computes_the_engines_maps(target: str) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu", batch_size=16)

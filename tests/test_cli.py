@@ -95,7 +95,7 @@ def test_figures_writes_a_picture(run_file: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_several_explainers_share_a_file_and_are_drawn(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     flags = [part for name in ("cam", "relevance", "attention", "cam") for part in ("--explainer", name)]

@@ -159,7 +159,7 @@ def test_embedded_prompts_have_all_roles() -> None:
     assert all(list(prompt.concepts) == [*ROLES] for prompt in prompts)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_batched_relevance_equals_that_of_single_explanations() -> None:
     """Prompts and schedules in batches against one `Engine.explain` call each."""
     engine, prompts = Engine.from_pretrained("shapes", device="cpu"), embedded_prompts(2)
@@ -196,7 +196,7 @@ def test_figure_11_has_one_panel_per_schedule_and_bars_of_the_sums() -> None:
     assert [bar.get_height() for bar in axes[2].patches] == [1.0] * 4
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sample_shows_schedules_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red star on a black background\n")
     out, folder = tmp_path / "s.png", tmp_path / "images"

@@ -268,7 +268,7 @@ def test_a_model_without_all_its_weights_is_refused(vit: Path) -> None:
         vision.load_features(vit)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_games_are_played_with_any_extractor(vit: Path) -> None:
     """The distances use the extractor's features, and its name is recorded."""
     engine, extract = Engine.from_pretrained("shapes", device="cpu"), vision.load_features(vit)

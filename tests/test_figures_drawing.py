@@ -227,7 +227,7 @@ def line_extents(schedule: Axes) -> list[list[float]]:
     return [line.get_xdata().tolist() for line in schedule.lines if line.get_marker() != "|"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_images_of_one_prompt_under_several_schedules_are_side_by_side() -> None:
     results = sweep()
     plots = draw_all(results)

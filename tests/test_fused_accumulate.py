@@ -222,7 +222,7 @@ def test_nan_scores_stay_in_their_row(score: str) -> None:
     assert sums.count.tolist() == [6, 0, 2, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_non_contiguous_sums_and_strided_or_int32_vectors() -> None:
     scores, theirs = random_scores("local", 5, 3), random_sums(5, 3)
     estimators.add(theirs, scores, *COUNTERS)

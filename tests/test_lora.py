@@ -16,7 +16,7 @@ from dfengine.models import adapt, load
 PROMPT = "a photo of a cat"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["sd15", soak("sdxl")])
 def test_a_loaded_lora_is_part_of_the_model(saved: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     donor = pipeline_of(saved(name))

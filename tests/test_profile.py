@@ -206,7 +206,7 @@ def test_suggestions(engine: Engine) -> None:
     assert first == "the UNet falls back to diffusers' own forward: mid_block has a hook"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_prints_json_and_writes_a_trace(tmp_path: Path) -> None:
     quick = ["--num-steps", "2", "--num-masks", "8", "--seconds", "0.1", "--batch-size", "8", "--no-compile"]
     run = dfengine_command("profile", *quick, "--device", "cpu", "--json", "--trace", str(tmp_path / "trace.json"))

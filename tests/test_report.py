@@ -564,7 +564,7 @@ def test_the_chart_and_the_strip_select_the_step(visit: Visit, single: Path) -> 
     page.wait_for_url("**#step=2")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_keys_select_the_step_unless_a_control_handles_them(visit: Visit, single: Path) -> None:
     page = visit(single, "#step=2")
     for key, step in (("ArrowRight", 3), ("ArrowLeft", 2), ("Home", 0), ("ArrowLeft", 0), ("End", 5)):
@@ -861,7 +861,7 @@ TITLES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_python_code_returns_the_displayed_map(
     visit: Visit, run: Path, run_report: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1115,7 +1115,7 @@ def test_the_layout_is_the_same_at_every_step(visit: Visit, double: Path) -> Non
         assert layout == layouts[0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_actions_before_images_are_decoded_are_no_error(visit: Visit, double: Path, browser: Browser) -> None:
     page = visit(double)
     page.evaluate("""() => {

@@ -34,7 +34,7 @@ def kind_of(kind: Any, pipeline: Any, **options: Any) -> Any:
         return kind(**pipeline.components, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @torch.no_grad()
 def test_conditions_match_those_of_the_pipeline(pipeline: Any) -> None:
     """Texts and pooled texts of prompts, of empty prompts and of a blank."""

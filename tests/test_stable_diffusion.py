@@ -69,7 +69,7 @@ def test_images_of_another_shape_match_the_diffusers_pipeline(saved: Callable[[s
     assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_model_that_is_not_square_needs_no_size(tmp_path: Path) -> None:
     folder = reduced("sd15", tmp_path, {"unet": {"sample_size": [8, 12]}})
     denoiser = load(folder, device="cpu", random_weights=True)

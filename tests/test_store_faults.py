@@ -65,7 +65,7 @@ def test_a_fault_at_any_write(shim, memory, error, scenario, stride):
     assert writes > 4 * total(SMALL), "a value, its index, a marker: several writes a mark"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @ERRORS
 def test_a_fault_at_some_writes_of_a_merge(shim, memory, error):
     """Chunks are copied unchanged: there are few writes, after which the file is complete."""

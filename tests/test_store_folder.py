@@ -251,7 +251,7 @@ def test_other_settings_for_a_unit_are_refused(tmp_path):
     assert os.listdir(tmp_path / "run/segments") == ["u.1.part.h5"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_many_processes_write_one_folder(tmp_path):
     folder, here = tmp_path / "run", Path(__file__).parent.parent
     command = [sys.executable, "-c", WRITE, folder]

@@ -91,7 +91,7 @@ def test_several_steps_have_figures_each(engine: Engine) -> None:
     assert study.table().count("| random |") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_preset_holds_for_methods_and_games(engine: Engine) -> None:
     options: dict[str, Any] = {"num_steps": 2, "num_masks": 6, "distance": "frechet-single"}
     default = studies.games(engine, TWO[:1], ["rise"], **options)

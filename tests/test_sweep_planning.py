@@ -503,7 +503,7 @@ def test_a_truncated_growth_of_a_plan_is_completed(path):
         assert items_in(prepare(small, path, no_profile)) <= items_of(large)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_several_processes_plan_once(path):
     """All measure the models before the first one plans; then all plan retries of a quarantined item."""
     run = subprocess.run([sys.executable, "-c", PLAN_AT_ONCE, path], cwd=ROOT, capture_output=True, text=True)

@@ -122,6 +122,7 @@ def test_a_finished_sweep_is_not_run_again(described, expected, tmp_path, monkey
     assert_same(read_arrays(out), expected)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("workers", [2, *(soak(n) for n in (1, 3))])
 def test_a_killed_worker_changes_nothing(described, expected, tmp_path, monkeypatch, workers):
     poison(monkeypatch, {POISONED: f"once:kill:{tmp_path / 'killed'}"})
@@ -212,6 +213,7 @@ def test_ray_computes_the_same(described, expected, tmp_path, monkeypatch, failu
     assert_same(read_arrays(tmp_path / "run"), expected)
 
 
+@pytest.mark.soak
 def test_shards_complete_the_sweep_together(described, expected, tmp_path):
     spec, out = spec_file(described, tmp_path), tmp_path / "run"
     both = [start(["worker", spec, "-o", str(out), "--shard", f"{part}/2", "--threads", "1"]) for part in (1, 2)]

@@ -272,7 +272,7 @@ def test_the_allocator_is_left_alone_if_configured_by_the_user(monkeypatch: pyte
     assert called == ["libc.so.6"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_freed_memory_is_kept() -> None:
     """In a separate process: large blocks come from the heap, which does not shrink."""
     script = """
