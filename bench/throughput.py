@@ -133,10 +133,10 @@ def count_flops(engine: Engine, plain: dict[str, Plain], trajectory: Trajectory)
     """(name of a configuration, target) → FLOPs per mask."""
     denoiser = engine.denoiser
     latent = torch.zeros(1, *denoiser.latent_shape, device=denoiser.device)
-    timesteps, scale = (torch.tensor([value], device=denoiser.device) for value in (5, trajectory.job.guidance))
+    timesteps = torch.tensor([5], device=denoiser.device)
     flops = {}
     for target, loop in plain.items():
-        guided = GuidedDenoiser(denoiser, trajectory.prompt, trajectory.negative, target, scale)
+        guided = GuidedDenoiser(denoiser, trajectory.prompt, trajectory.negative, target, [trajectory.job.guidance])
         forwards = {
             "dfengine": partial(guided.epsilon, latent, timesteps, 0),
             "plain loop": partial(loop.predict, latent),

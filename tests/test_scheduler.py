@@ -102,7 +102,7 @@ def test_image_to_image_continues_from_the_middle_of_the_list(pipeline: Any, sta
         clean = posterior.sample(generator) * denoiser.vae.config.scaling_factor  # type: ignore[attr-defined]
         noise = torch.randn(clean.shape, generator=generator)
         schedule, prompts = denoiser.schedule, denoiser.encode_prompts([CAPTION])
-        guided = GuidedDenoiser(denoiser, prompts, denoiser.encode_prompts([""]), "guided", torch.tensor([3.0]))
+        guided = GuidedDenoiser(denoiser, prompts, denoiser.encode_prompts([""]), "guided", [3.0])
         x = schedule.add_noise(clean, noise, torch.tensor(steps[:1]))
         for ours, (t, following) in zip(latents_after, itertools.pairwise([*steps, -1]), strict=True):
             x = schedule.step(guided(x, torch.tensor([t]), torch.tensor([0])), torch.tensor([following]))

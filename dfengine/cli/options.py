@@ -71,7 +71,9 @@ NumSteps = Annotated[int, typer.Option("--num-steps", "--steps", "--num-inferenc
 Seed = Annotated[int, typer.Option(help="seed of the start noise and the masks")]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", "--guidance-scale", help="guidance scale; the model's own by default"),
+    typer.Option(
+        "--guidance", "--guidance-scale", help="guidance scale; 1 or less: the prompt alone; the model's own by default"
+    ),
 ]
 NegativePrompt = Annotated[str, typer.Option(help="what the image should not show")]
 Preset = Annotated[

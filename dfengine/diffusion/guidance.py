@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -19,16 +21,21 @@ class GuidedDenoiser:
     unconditional  f(x | negative prompt): one forward
     guided         f(x | negative) + scale (f(x | prompt) − f(x | negative)): two forwards
 
+    As in diffusers, a scale of 1 or less means the prompt alone: then guided is conditional, in one forward.
+
     `rows` is the condition of each latent, [n], or one number if they share it, which costs less.
     """
 
     def __init__(
-        self, denoiser: Denoiser, prompts: Condition, negatives: Condition, target: str, scale: Float[Tensor, " rows"]
+        self, denoiser: Denoiser, prompts: Condition, negatives: Condition, target: str, scale: Sequence[float]
     ) -> None:
         """`scale` is w of each condition. Raises ValueError for an unknown target."""
         if target not in TARGETS:
             raise ValueError(f"target {target!r} is not known: expected one of {', '.join(TARGETS)}")
-        self.denoiser, self.schedule, self.target, self.scale = denoiser, denoiser.schedule, target, scale
+        if target == "guided" and max(scale) <= 1:
+            target = "conditional"
+        self.denoiser, self.schedule, self.target = denoiser, denoiser.schedule, target
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=denoiser.device)
         self._count = len(prompts)
         conditions = {"conditional": prompts, "unconditional": negatives}
         self._network = denoiser.with_prompts(conditions.get(target) or Condition.cat([negatives, prompts]))
@@ -52,4 +59,5 @@ class GuidedDenoiser:
             return self._network(x_t, timesteps, rows)
         both = (rows, rows + self._count) if isinstance(rows, int) else torch.stack([rows, rows + self._count])
         unconditional, conditional = (output.float() for output in self._network.both(x_t, timesteps, both))
-        return unconditional + self.scale[rows].reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        scale = self.scale[rows].reshape(-1, 1, 1, 1)
+        return torch.where(scale > 1, unconditional + scale * (conditional - unconditional), conditional)

@@ -22,11 +22,18 @@ class Job:
     """of the start noise and, with the prompt, of the masks"""
     negative_prompt: str = ""
     guidance: float = 7.5
+    """the scale; 1 or less means the prompt alone, in one forward instead of two, as in diffusers"""
     image: UInt8[Tensor, "H W 3"] | None = None
     """a given image: it is encoded and noised to each step instead of being generated"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an empty prompt without an image, a negative seed, or a guidance that is not finite."""
+        """Raises ValueError for a prompt that is no text, an empty one without an image, a negative seed, or a guidance
+        that is not finite."""
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                what = name.replace("_", " ")
+                raise ValueError(f"the {what} is of type {type(text).__name__}: a job has one, of type str")
         if not self.prompt.strip() and self.image is None:
             raise ValueError("the prompt is empty: say what the image should show")
         if not 0 <= self.seed < 2**63:

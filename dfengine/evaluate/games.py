@@ -116,7 +116,7 @@ class _GameBatch:
             Condition.cat([trajectory.prompt for trajectory in trajectories]),
             Condition.cat([trajectory.negative for trajectory in trajectories]),
             "guided",
-            torch.tensor([job.guidance for job in jobs], device=device),
+            [job.guidance for job in jobs],
         )
         start, fill = torch.stack([latents, blurred], 1), torch.stack([torch.zeros_like(latents), latents], 1)
         self.start, self.fill = (one.repeat(num_maps, 1, 1, 1, 1).flatten(0, 1) for one in (start, fill))
