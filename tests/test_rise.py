@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import warnings
+from typing import Any
 
 import dfkernels
+import numpy as np
 import pytest
 import torch
 from analytic import Analytic, patch_mean, switch
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from dfengine.diffusion.path import NoiseSchedule
 from dfengine.explain import Rise, StepMap
 
 PIXEL = (2, 3)
@@ -201,15 +204,35 @@ def test_early_stop_is_at_the_first_check_whose_mean_error_is_small_enough() -> 
     latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
 
     def explained(rise: Rise) -> tuple[int, float]:
-        """The number of masks, and the mean error as a share of the map's range."""
+        """The number of masks, and the mean error as a share of the standard deviation of the map's signal."""
         (step_map,) = rise.explain(denoiser, [denoiser.trajectory(latents)])
-        spread = step_map.saliency.max() - step_map.saliency.min()
-        return int(step_map.scores.isfinite().sum()), float(step_map.error.mean() / spread)
+        signal = np.sqrt(np.var(step_map.saliency.numpy(), ddof=1) - np.mean(step_map.error.numpy() ** 2))
+        return int(step_map.scores.isfinite().sum()), float(step_map.error.mean() / signal)
 
-    count, share = explained(Rise(1000, stop_at_error=0.05))
-    assert share < 0.05
+    count, share = explained(Rise(2000, stop_at_error=0.1))
+    assert share < 0.1
     _, earlier_share = explained(Rise(count - 64))
-    assert earlier_share >= 0.05
+    assert earlier_share >= 0.1
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "contrast"}, {"score": "global"}, {}])
+def test_no_early_stop_accepts_pure_noise(settings: dict[str, Any]) -> None:
+    """Scores that do not depend on the mask: whatever the map shows, it is noise."""
+
+    def noise(a: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        local = settings.get("score") != "global"
+        return torch.randn(len(a), *(SHAPE if local else ()), generator=generator)
+
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        rise = Rise(640, similarity=noise, stop_at_error=1.0, **settings)
+        assert explain_one(Analytic(lambda x_t, _: x_t), rise).scores.isfinite().all()
+
+
+def test_no_early_stop_of_a_ridge_has_fewer_masks_than_twice_the_pixels(pattern: torch.Tensor) -> None:
+    step_map = explain_one(Analytic(switch(PIXEL, pattern)), Rise(512, score="global", stop_at_error=0.5))
+    height, width = SHAPE
+    assert 2 * height * width <= int(step_map.scores.isfinite().sum()) < 512
 
 
 def test_early_stop_draws_all_masks_without_convergence() -> None:
@@ -234,6 +257,7 @@ def test_standard_error_matches_the_spread_over_masks() -> None:
 
 def test_frechet_needs_an_extractor_and_prefers_similar_images(pattern: torch.Tensor) -> None:
     denoiser = Analytic(switch(PIXEL, pattern))
+    denoiser.schedule = dataclasses.replace(denoiser.schedule, prediction_type="sample")
     rise = Rise(200, similarity="frechet", score="global", estimator="contrast")
     with pytest.raises(ValueError, match="no extractor"):
         explain_one(denoiser, rise)
@@ -243,6 +267,18 @@ def test_frechet_needs_an_extractor_and_prefers_similar_images(pattern: torch.Te
     assert divmod(int(step_map.saliency.argmax()), SHAPE[1]) == PIXEL
     assert step_map.scores.max() == 0
     assert step_map.scores.min() < 0
+
+
+def test_frechet_is_finite_where_nothing_is_left_of_the_image(pattern: torch.Tensor) -> None:
+    """At zero terminal SNR a = 0: ε says nothing about x0, but v does, x0 = −v."""
+    denoiser = Analytic(switch(PIXEL, pattern))
+    config = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    denoiser.schedule = NoiseSchedule.from_config(config)
+    denoiser.features = lambda images: images.flatten(1)
+    path = denoiser.trajectory(torch.rand(1, 2, *SHAPE) + 0.1)
+    path = dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=(999,)))
+    (step_map,) = Rise(200, similarity="frechet", score="global", estimator="contrast").explain(denoiser, [path])
+    assert divmod(int(step_map.saliency.argmax()), SHAPE[1]) == PIXEL
 
 
 def test_frechet_equals_the_formula_by_hand() -> None:
@@ -257,7 +293,7 @@ def test_frechet_equals_the_formula_by_hand() -> None:
     alpha_bar = float(denoiser.schedule.alpha_bar[0])
 
     def decoded(latent: torch.Tensor) -> torch.Tensor:
-        x0 = (latents[0, 0] - (1 - alpha_bar) ** 0.5 * 0.1 * latent) / alpha_bar**0.5
+        x0 = (1 - (1 - alpha_bar) ** 0.5 * 0.1) * latent / alpha_bar**0.5  # of the network's own input
         return x0.clamp(0, 1).flatten()
 
     a, b = decoded(latents[0, 0] * mask), decoded(latents[0, 0])

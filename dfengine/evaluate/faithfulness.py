@@ -19,7 +19,7 @@ from dfengine.evaluate.distances import (
     frechet_set,
 )
 from dfengine.evaluate.games import GAMES
-from dfengine.evaluate.intervals import NUM_RESAMPLES, Interval
+from dfengine.evaluate.intervals import NUM_RESAMPLES, Interval, widening
 from dfengine.evaluate.methods import PAPER
 from dfengine.evaluate.playing import GamesRun
 
@@ -110,7 +110,7 @@ def summarise_games(run: GamesRun, distance: str = "frechet-set", *, resamples: 
                 game: GameScore(
                     auc=_interval(areas[name][:, g], len(items)),
                     raw=_interval(_area(samples[:, g]), len(items)),
-                    curve=_band(min_max(samples[:, g])),
+                    curve=_band(min_max(samples[:, g]), len(items)),
                     better_than_random=_share_better(areas, name, g),
                 )
                 for g, game in enumerate(GAMES)
@@ -173,13 +173,22 @@ def _checked_areas(curves: Float[ndarray, "samples games points"], name: str) ->
 
 def _interval(samples: Float[ndarray, " samples"], count: int) -> Interval:
     """The value of all items, which is first, with the 95 % interval of the resamples."""
-    low, high = np.nanpercentile(samples[1:], [2.5, 97.5]) if len(samples) > 1 else samples[[0, 0]]
-    return Interval(float(samples[0]), float(low), float(high), count)
+    value, low, high = _bounds(samples, count)
+    return Interval(float(value), float(low), float(high), count)
 
 
-def _band(curves: Float[ndarray, "samples points"]) -> Band:
-    low, high = np.nanpercentile(curves[1:], [2.5, 97.5], axis=0) if len(curves) > 1 else curves[[0, 0]]
-    return curves[0].tolist(), low.tolist(), high.tolist()
+def _band(curves: Float[ndarray, "samples points"], count: int) -> Band:
+    value, low, high = _bounds(curves, count)
+    return value.tolist(), low.tolist(), high.tolist()
+
+
+def _bounds(samples: Float[ndarray, "samples *shape"], count: int) -> tuple[Any, Any, Any]:
+    """The first sample, and the percentiles of the others; of few items as wide as Student's t makes them."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    low, high = np.nanpercentile(samples[1:], [2.5, 97.5], axis=0)
+    factor = widening(count)
+    return samples[0], samples[0] + factor * (low - samples[0]), samples[0] + factor * (high - samples[0])
 
 
 def _share_better(areas: Mapping[str, Float[ndarray, "samples games"]], name: str, game: int) -> float | None:

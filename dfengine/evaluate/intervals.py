@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
 #: Resamples of a bootstrap.
 NUM_RESAMPLES = 2000
+#: With fewer items the bootstrap's intervals are too narrow (of 2 items they miss half of the means), and Student's t
+#: takes its place.
+MIN_BOOTSTRAP_ITEMS = 12
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class Interval:
         return f"{mean} [{low}, {high}]" if self.count > 1 else mean
 
 
-def bootstrap_interval(values: Sequence[float]) -> Interval:
-    """The mean of the finite values with its bias-corrected (BCa) bootstrap interval; NaN if no value is finite.
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of the finite values with its interval, NaN if no value is finite.
 
-    The interval of a single value, or of equal values, has no width.
+    The bootstrap's, bias-corrected (BCa), or Student's t of fewer than `MIN_BOOTSTRAP_ITEMS` values. The interval of a
+    single value, or of equal values, has no width.
     """
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if not len(finite):
@@ -48,18 +52,29 @@ def bootstrap_interval(values: Sequence[float]) -> Interval:
     mean = float(finite.mean())
     if np.ptp(finite) == 0:
         return Interval(mean, mean, mean, len(finite))
+    if len(finite) < MIN_BOOTSTRAP_ITEMS:
+        low, high = stats.t.interval(0.95, len(finite) - 1, loc=mean, scale=stats.sem(finite))
+        return Interval(mean, float(low), float(high), len(finite))
     rng = np.random.default_rng(0)
     bounds = stats.bootstrap((finite,), np.mean, n_resamples=NUM_RESAMPLES, rng=rng).confidence_interval
     return Interval(mean, float(bounds.low), float(bounds.high), len(finite))
 
 
 def proportion_interval(values: Sequence[float]) -> Interval:
-    """The mean of the finite values, each in [0, 1]: Wilson's interval if all are 0 or 1, otherwise the bootstrap's.
+    """The mean of the finite values, each in [0, 1]: Wilson's interval if all are 0 or 1, otherwise `mean_interval`.
 
-    Wilson's interval has a width even if all values are equal.
+    Wilson's interval has a width even if all values are equal. No interval leaves [0, 1].
     """
     finite = [value for value in values if np.isfinite(value)]
     if not finite or not set(finite) <= {0.0, 1.0}:
-        return bootstrap_interval(finite)
+        mean = mean_interval(finite)
+        return replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0)) if finite else mean
     bounds = stats.binomtest(int(sum(finite)), len(finite)).proportion_ci(method="wilson")
     return Interval(float(np.mean(finite)), float(bounds.low), float(bounds.high), len(finite))
+
+
+def widening(count: int) -> float:
+    """What a percentile bootstrap's interval of few items has to be multiplied with to be as wide as Student's t."""
+    if not 1 < count < MIN_BOOTSTRAP_ITEMS:
+        return 1.0
+    return float(stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975) * (count / (count - 1)) ** 0.5)

@@ -101,12 +101,13 @@ def play_games(
     cache = GameCache() if cache is None else cache
     make_key = _KeyMaker(
         denoiser,
+        denoiser.fingerprint(),
         {"step": step, "features": extractor, "dtype": str(getattr(extract, "dtype", None)), "preset": preset},
         is_named=features is None or hasattr(features, "name"),
     )
     keys = {name: [make_key(job, one, item) for item, job in enumerate(jobs)] for name, one in methods.items()}
     missing = [item for item in range(len(jobs)) if any(cache.get(of[item]) is None for of in keys.values())]
-    with torch.no_grad():
+    with torch.no_grad(), denoiser.exclusive():
         for job in {(jobs[item].prompt, jobs[item].negative_prompt): jobs[item] for item in missing}.values():
             for negative in (False, True):
                 denoiser.condition([job], negative=negative)  # raises ValueError if the model cannot encode it
@@ -181,7 +182,8 @@ def _play_group(
         if isinstance(method, Tensor):
             maps[name] = method
         else:
-            by_item = {one.item: one.saliency for one in method.explain(denoiser, trajectories)}
+            with denoiser.exclusive():
+                by_item = {one.item: one.saliency for one in method.explain(denoiser, trajectories)}
             maps[name] = torch.stack([by_item[item] for item in range(len(trajectories))])
     is_ranked = {name: [ranks_pixels(one, positive=xdiffusion) for one in of] for name, of in maps.items()}
     # A map that does not rank its pixels is replaced, to keep batches full, and its curves are dropped.
@@ -191,7 +193,8 @@ def _play_group(
         name: torch.stack([one if ok else substitute for one, ok in zip(of, is_ranked[name], strict=True)])
         for name, of in maps.items()
     }
-    curves = play(denoiser, trajectories, playable, extract, xdiffusion=xdiffusion)
+    with denoiser.exclusive():
+        curves = play(denoiser, trajectories, playable, extract, xdiffusion=xdiffusion)
     return {
         name: [
             GameResult(one, curve if ok else None)
@@ -212,6 +215,7 @@ class _KeyMaker:
     """Keys of results: by the method that makes a map or, of another tool's map, by its values."""
 
     denoiser: Denoiser
+    weights: str
     settings: Mapping[str, Any]
     """those of the games"""
     is_named: bool
@@ -226,5 +230,5 @@ class _KeyMaker:
         else:
             described = describe(method)
         is_identified = self.is_named and (isinstance(method, Tensor) or is_serializable(method))
-        key = item_key(self.denoiser, job, described)
+        key = item_key(self.denoiser, self.weights, job, described)
         return GameCache.key(item=key, **self.settings, call=None if is_identified else self.call)

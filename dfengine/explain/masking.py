@@ -65,7 +65,7 @@ class MaskedForwards(ABC):
             Condition.cat([trajectory.prompt for trajectory in trajectories]),
             Condition.cat([trajectory.negative for trajectory in trajectories]),
             target,
-            torch.tensor([job.guidance for job in jobs], device=device),
+            [job.guidance for job in jobs],
         )
         self.shape = denoiser.latent_shape[1:]
         # Both have a spare last row, which padded entries (row −1) write to: no branch, and no synchronisation.
@@ -97,8 +97,7 @@ class MaskedForwards(ABC):
 
     def compute_references(self, rows: Int[Tensor, " n"], _: range) -> None:
         """f(R) of some rows, which every masked output is compared with."""
-        real = rows.clamp(min=0)
-        self.references[rows] = self.explained.epsilon(self.latents[real], self.timesteps[real], self.items[real])
+        self.references[rows] = self.predict(self.latents[rows.clamp(min=0)], rows, None)
 
     def start(self) -> None:
         """Compute the references of all rows."""
@@ -220,6 +219,15 @@ class RiseForwards(MaskedForwards):
         }
         self.sums = dfkernels.Sums.zeros(len(self.rows), self.shape, denoiser.device)
 
+    def predict(
+        self, masked: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], item: int | None
+    ) -> Float[Tensor, "n c h w"]:
+        """ε, or for the Fréchet similarity the clean latents x0, whose images it compares."""
+        if self.rise.similarity != "frechet":
+            return super().predict(masked, rows, item)
+        real = rows.clamp(min=0)
+        return self.explained(masked, self.timesteps[real], self.items[real] if item is None else item).x0
+
     def mask(self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
         return dfkernels.apply_masks(self.latents, self.seeds, self.steps, rows, indices, **self.masks)
 
@@ -271,17 +279,12 @@ class RiseForwards(MaskedForwards):
         return scores
 
     def _frechet(self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """−(‖f₁ − f₂‖² + (s₁ − s₂)²) of features of the images decoded from the x0 that two outputs imply.
-
-        Both x0 are computed at the unmasked R, so that the images differ by the outputs alone.
-        """
+        """−(‖f₁ − f₂‖² + (s₁ − s₂)²) of features of the images decoded from two x0."""
         extract = self.denoiser.features
         assert extract is not None
 
-        def features(epsilon: Tensor) -> Tensor:
-            a, b = self.denoiser.schedule.coefficients(self.timesteps[rows])
-            x0 = self.denoiser.schedule.threshold_x0((self.latents[rows] - b * epsilon) / a)
-            return extract(self.denoiser.decode(x0)).float()
+        def features(x0: Tensor) -> Tensor:
+            return extract(self.denoiser.decode(self.denoiser.schedule.threshold_x0(x0))).float()
 
         masked, reference = features(outputs), features(self.references[rows])
         return -((masked - reference).square().sum(1) + (masked.std(1) - reference.std(1)).square())
@@ -296,14 +299,16 @@ class RiseForwards(MaskedForwards):
         return saliency[0], error[0]
 
     def converged(self, rows: Sequence[int], num_masks: int) -> set[int]:
-        """The rows whose mean standard error is below `stop_at_error` times their map's range."""
-        if not rows:
+        """The rows whose mean standard error is below `stop_at_error` times the standard deviation of their signal.
+
+        The signal's variance is the map's, less what its errors add. A ridge of fewer masks than twice the pixels is
+        still far from the map of many, whatever its errors.
+        """
+        height, width = self.shape
+        if not rows or (self.rise.resolved_estimator == "ridge" and num_masks < 2 * height * width):
             return set()
-        shares = []
-        for row in rows:
-            saliency, error = self.estimate(row, num_masks)
-            shares.append(error.mean() / (saliency.max() - saliency.min()))
-        below = torch.stack(shares) < torch.tensor(self.stop_at_error)
+        estimates = [self.estimate(row, num_masks) for row in rows]
+        below = torch.stack([relative_error(*one) for one in estimates]) < self.stop_at_error
         return {row for row, is_below in zip(rows, below.tolist(), strict=True) if is_below}
 
     def to_step_map(self, row: int, tensors: Sequence[Tensor], scores: Float[Tensor, " masks"]) -> StepMap:
@@ -311,3 +316,9 @@ class RiseForwards(MaskedForwards):
         if not saliency.isfinite().all():
             warnings.warn("a map is not finite: the similarity returned NaN or infinite scores", stacklevel=2)
         return StepMap(item, step, self.name, saliency=saliency.float(), error=error.float(), scores=scores)
+
+
+def relative_error(saliency: Float[Tensor, "h w"], error: Float[Tensor, "h w"]) -> Float[Tensor, ""]:
+    """The mean standard error as a share of the signal's standard deviation: ∞ where a map is nothing but noise."""
+    signal = (saliency.var() - error.square().mean()).clamp(min=0).sqrt()
+    return error.mean() / signal

@@ -54,7 +54,7 @@ class Rise(Explainer):
     sigma: float = option(1.5, "standard deviation of that window in latent pixels")
     target: str = option("conditional", "prediction to explain: conditional, guided or unconditional")
     stop_at_error: float | None = option(
-        None, "end a step once its mean standard error is this share of the map's range"
+        None, "end a step once its mean standard error is this share of the signal's standard deviation, at most 1"
     )
     name: str = option("rise", "name that the maps are stored under")
 
@@ -73,8 +73,10 @@ class Rise(Explainer):
             raise ValueError(f"window {self.window} has no middle pixel: expected an odd number")
         if not self.sigma > 0:
             raise ValueError(f"sigma {self.sigma} is not possible: expected more than 0")
-        if self.stop_at_error is not None and not self.stop_at_error > 0:
-            raise ValueError(f"stop_at_error {self.stop_at_error} is not possible: expected more than 0")
+        if self.stop_at_error is not None and not 0 < self.stop_at_error <= 1:
+            raise ValueError(
+                f"stop_at_error {self.stop_at_error} is outside (0, 1]: beyond 1 a map may be nothing but noise"
+            )
         self._check_choice("mask_kind", dfkernels.MASK_KINDS)
         self._check_choice("score", dfkernels.SCORES)
         self._check_choice("target", TARGETS)

@@ -24,8 +24,6 @@ CHUNK_PIXELS = 2**22
 CHUNK_SUMS = 2**15
 #: X = M − p in chunks, each with the slice of masks it contains.
 DesignMatrix = Iterator[tuple[slice, Float64[Tensor, "k hw"]]]
-#: β, diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹], ‖y − Xβ‖² and tr (I − H)².
-Solution = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,8 @@ def ridge(
         error² = σ̂² diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹],   σ̂² = ‖y − Xβ‖² / tr (I − H)²,   H = X (XᵀX + κ)⁻¹ Xᵀ
 
     β(λ) estimates how much keeping λ adds to the score. Solved in float64: an h·w × h·w system for N ≥ h·w scores, else
-    the equivalent N × N one. The error of a single score is ∞. Raises ValueError without scores or for a penalty ≤ 0.
+    the equivalent N × N one, whose errors are ∞: with fewer masks than pixels the penalty, not the scores, decides how
+    far β is from its mean over many masks. Raises ValueError without scores or for a penalty ≤ 0.
     """
     check_ridge(scores, penalty)
     y = scores.double() - scores.double().mean()
@@ -210,18 +209,11 @@ def ridge(
             # A mask of either kind has mean p at every pixel.
             yield part, sample(first + start, part.stop - start).flatten(1).double() - keep_probability
 
-    solve = _primal if len(y) >= shape[0] * shape[1] else _dual
-    return map_and_error(solve(design_matrix(), y, penalty), len(y), shape)
-
-
-def map_and_error(
-    solution: Solution, n: int, shape: tuple[int, int]
-) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """The map and error that `ridge` returns, from a solution for n scores."""
-    beta, variance_factor, residual, degrees_of_freedom = solution
-    error = (residual.clamp(min=0) / degrees_of_freedom * variance_factor.clamp(min=0)).sqrt()
-    if n < 2:
-        error = torch.full_like(error, torch.inf)
+    if len(y) < shape[0] * shape[1]:
+        beta = _dual(design_matrix(), y, penalty)
+        error = torch.full_like(beta, torch.inf)
+    else:
+        beta, error = _primal(design_matrix(), y, penalty)
     return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
 
 
@@ -232,7 +224,9 @@ def check_ridge(scores: Tensor, penalty: float) -> None:
         raise ValueError("got no scores: ridge needs the score of at least one mask (2·h·w for a good map)")
 
 
-def _primal(design_matrix: DesignMatrix, y: Float64[Tensor, " n"], penalty: float) -> Solution:
+def _primal(
+    design_matrix: DesignMatrix, y: Float64[Tensor, " n"], penalty: float
+) -> tuple[Float64[Tensor, " hw"], Float64[Tensor, " hw"]]:
     gram = projected = y.new_zeros(())
     for part, x in design_matrix:
         gram, projected = gram + x.T @ x, projected + x.T @ y[part]
@@ -241,8 +235,8 @@ def _primal(design_matrix: DesignMatrix, y: Float64[Tensor, " n"], penalty: floa
 
 def solve_normal_equations(
     gram: Float64[Tensor, "hw hw"], projected: Float64[Tensor, " hw"], y: Float64[Tensor, " n"], penalty: float
-) -> Solution:
-    """The solution from XᵀX (overwritten) and Xᵀy.
+) -> tuple[Float64[Tensor, " hw"], Float64[Tensor, " hw"]]:
+    """β and its error from XᵀX (overwritten) and Xᵀy.
 
     With A = (XᵀX + κ)⁻¹: β = A Xᵀy, A XᵀX A = A − κA², ‖y − Xβ‖² = yᵀy − βᵀXᵀy − κβᵀβ,
     tr (I − H)² = N − h·w + κ² tr A².
@@ -252,20 +246,14 @@ def solve_normal_equations(
     variance_factor = inverse.diagonal() - penalty * inverse.square().sum(1)
     residual = y @ y - beta @ projected - penalty * beta @ beta
     degrees_of_freedom = len(y) - len(beta) + penalty**2 * inverse.square().sum()
-    return beta, variance_factor, residual, degrees_of_freedom
+    error = (residual.clamp(min=0) / degrees_of_freedom * variance_factor.clamp(min=0)).sqrt()
+    return beta, error if len(y) > 1 else torch.full_like(error, torch.inf)
 
 
-def _dual(design_matrix: DesignMatrix, y: Float64[Tensor, " n"], penalty: float) -> Solution:
-    """With A = (XXᵀ + κ)⁻¹: β = XᵀA y, (XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹ = XᵀA²X, y − Xβ = κA y, tr (I − H)² = κ² tr A²."""
+def _dual(design_matrix: DesignMatrix, y: Float64[Tensor, " n"], penalty: float) -> Float64[Tensor, " hw"]:
+    """β = Xᵀ (XXᵀ + κ)⁻¹ y."""
     x = torch.cat([part for _, part in design_matrix])
-    inverse = _inverse(x @ x.T, penalty)
-    weights = inverse @ y
-    return (
-        x.T @ weights,
-        (inverse @ x).square().sum(0),
-        (penalty * weights).square().sum(),
-        penalty**2 * inverse.square().sum(),
-    )
+    return x.T @ (_inverse(x @ x.T, penalty) @ y)
 
 
 def _inverse(gram: Float64[Tensor, "k k"], penalty: float) -> Float64[Tensor, "k k"]:

@@ -33,7 +33,8 @@ def ridge(
     estimators.check_ridge(scores, penalty)
     y = scores.double() - scores.double().mean()
     gram, projected = normal_equations(y, seed, step, shape, keep_probability, first)
-    return estimators.map_and_error(estimators.solve_normal_equations(gram, projected, y, penalty), len(y), shape)
+    beta, error = estimators.solve_normal_equations(gram, projected, y, penalty)
+    return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
 
 
 def normal_equations(
