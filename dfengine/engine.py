@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from dfengine.diffusion.trajectory import Trajectory, check_image
 from dfengine.display import Result
 from dfengine.events import Event, Finished, Generated
 from dfengine.explain import Explainer, Rise, is_serializable
+from dfengine.explain.registry import make
 from dfengine.plan import Plan, plan
 from dfengine.recorder import Recorder
 from dfengine.runtime import tuning
@@ -34,6 +35,11 @@ from dfengine.runtime.grouping import sample_groups
 from dfengine.shapes.judge import Judge
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: One or several explainers, each with its settings or by its name ("rise") with its defaults.
+Explainers = Explainer | str | Sequence[Explainer | str]
 
 #: The guidance scale if neither the caller nor the model names one.
 GUIDANCE = 7.5
@@ -63,7 +69,8 @@ class Engine:
         is how many masked latents one forward has, by default what keeps the device busy and fits; `attention` "auto",
         "sdpa", "cudnn" or "xformers"; `compile` whether to use `torch.compile`, by default if the job is long enough.
         The network runs with the weights that the pipeline has when a job starts (LoRAs included). On a CPU glibc is
-        told to keep freed memory (`tuning.disable_malloc_trim`), unless a MALLOC_… variable is set.
+        told to keep freed memory (`tuning.disable_malloc_trim`), unless a MALLOC_… variable is set. Threads may share an
+        engine, and take turns with its network.
         Raises ValueError for a size or backend that the model cannot work with.
         """
         if batch_size is not None and batch_size < 1:
@@ -131,7 +138,7 @@ class Engine:
         prompt: str = "",
         *,
         image: ArrayLike | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         num_steps: int = 30,
         sampling: str | Iterable[float | SupportsIndex] = "uniform",
@@ -151,17 +158,20 @@ class Engine:
             prompt=prompt,
             timesteps=tuple(self.denoiser.schedule.timesteps(sampling, operator.index(num_steps), gamma)),
             seed=operator.index(seed),
-            negative_prompt=negative_prompt,
+            negative_prompt=negative_prompt or "",
             guidance=self.guidance if guidance is None else float(guidance),
             image=pixels,
         )
 
-    def plan(self, jobs: Sequence[Job], explainers: Explainer | Sequence[Explainer]) -> Plan:
+    def plan(self, jobs: Sequence[Job], explainers: Explainers) -> Plan:
         """Work out what explaining the jobs will produce; nothing is computed.
 
         Raises ValueError for what the model or one of the prompts lacks, and for explainers that share a name.
         """
-        several = list(explainers) if isinstance(explainers, Sequence) else [explainers]
+        given = [explainers] if isinstance(explainers, str | Explainer) else list(explainers)
+        several = [make(one) if isinstance(one, str) else one for one in given]
+        if strangers := [one for one in several if not isinstance(one, Explainer)]:
+            raise ValueError(f"{strangers[0]!r} is no explainer: give one such as Rise(), or its name, such as 'rise'")
         names = [explainer.name for explainer in several]
         if not several:
             raise ValueError("there is no explainer: give at least one, such as Rise()")
@@ -169,9 +179,10 @@ class Engine:
             raise ValueError(
                 f"explainers share a name ({', '.join(names)}): give each its own, as in Rise(name='rise-global')"
             )
-        return plan(self.denoiser, jobs, several)
+        with self.denoiser.exclusive():
+            return plan(self.denoiser, jobs, several)
 
-    def stream(self, jobs: Sequence[Job], explainers: Explainer | Sequence[Explainer]) -> Iterator[Event]:
+    def stream(self, jobs: Sequence[Job], explainers: Explainers) -> Iterator[Event]:
         """Explain many images and yield each result as soon as it is ready.
 
         Jobs are sampled in groups of neighbours with equally many steps, and masks of a group share their batches. For
@@ -193,20 +204,30 @@ class Engine:
         `restored` has trajectories by item, `done` the (item, explainer's name, step) of every map that exists.
         """
         self.prepare(plan, done=done)
-        for started, group in sample_groups(self.denoiser, [planned.job for planned in plan.jobs], restored):
-            yield from self._explain_group(group, plan.explainers, done, started)
+        groups = sample_groups(self.denoiser, [planned.job for planned in plan.jobs], restored)
+        for started, group in self._one_at_a_time(groups):
+            yield from self._one_at_a_time(self._explain_group(group, plan.explainers, done, started))
 
     def sample(self, jobs: Sequence[Job]) -> Iterator[Trajectory]:
         """Generate many images without explaining them, in the jobs' order."""
-        for _, group in sample_groups(self.denoiser, jobs, {}):
+        for _, group in self._one_at_a_time(sample_groups(self.denoiser, jobs, {})):
             yield from group.values()
+
+    def _one_at_a_time(self, values: Iterator[T]) -> Iterator[T]:
+        """The same values; while each is computed, no other thread uses the network."""
+        while True:
+            with self.denoiser.exclusive():
+                try:
+                    value = next(values)
+                except StopIteration:
+                    return
+            yield value
 
     def prepare(self, plan: Plan, *, done: Collection[tuple[int, str, int]] = (), times: int = 1) -> None:
         """Set up the network for a plan, as `run` does by itself: find the batch that fits, compile if that pays.
 
         `times` is how many plans of this size are expected. Raises ValueError if compiling was asked for and fails.
         """
-        cost = self.forward_cost()
         computed = Counter((item, name) for item, name, _ in done)
         num_forwards = times * sum(
             explainer.num_forwards(len(planned.job.timesteps) - computed[item, explainer.name])
@@ -214,13 +235,18 @@ class Engine:
             for explainer in plan.explainers
         )
         targets = {getattr(explainer, "target", "conditional") for explainer in plan.explainers}
-        tuning.maybe_compile(self.denoiser, num_forwards, cost, enabled=self._compile, targets=targets)
+        if not any(planned.job.guidance > 1 for planned in plan.jobs):
+            targets = {"conditional" if target == "guided" else target for target in targets}
+        with self.denoiser.exclusive():
+            cost = self.forward_cost()
+            tuning.maybe_compile(self.denoiser, num_forwards, cost, enabled=self._compile, targets=targets)
 
     def forward_cost(self) -> tuning.ForwardCost:
         """What a forward of the network costs here, measured once; the batch size is then what fits into memory."""
-        if self._forward_cost is None:
-            self._forward_cost = tuning.tune(self.denoiser, keep_batch_size=self._is_batch_size_given)
-        return self._forward_cost
+        with self.denoiser.exclusive():
+            if self._forward_cost is None:
+                self._forward_cost = tuning.tune(self.denoiser, keep_batch_size=self._is_batch_size_given)
+            return self._forward_cost
 
     def _explain_group(
         self,
@@ -245,10 +271,10 @@ class Engine:
     def explain(
         self,
         prompt: str = "",
-        explainers: Explainer | Sequence[Explainer] = Rise(),  # noqa: B008  # settings are frozen
+        explainers: Explainers = Rise(),  # noqa: B008  # settings are frozen
         *,
         image: ArrayLike | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         num_steps: int = 30,
         sampling: str | Iterable[float | SupportsIndex] = "uniform",
@@ -264,6 +290,7 @@ class Engine:
     ) -> Result:
         """Generate an image (or take the given one) and explain every step of it.
 
+        Explainers are given with their settings, as in `Rise(num_masks=256)`, or by name, as in "rise".
         With `out`, maps are written to that HDF5 file as they are computed: `.part.h5` until it is complete. Running an
         interrupted call again continues the file without computing anything twice (except with a similarity function of
         your own, since the file only knows its name). `previews` keeps the image predicted at each step; `compression`
@@ -283,7 +310,10 @@ class Engine:
             guidance=guidance,
         )
         plan = self.plan([job], explainers)
-        with torch.no_grad():  # a prompt that does not fit is refused before a file is created
+        with (
+            torch.no_grad(),
+            self.denoiser.exclusive(),
+        ):  # a prompt that does not fit is refused before a file is created
             self.denoiser.condition([job])
             self.denoiser.condition([job], negative=True)
         file: AbstractContextManager[store.Writer | None] = nullcontext()

@@ -67,10 +67,11 @@ class Plan:
     def file_plan(self, denoiser: Denoiser, *, previews: bool, mantissa_bits: int = 23) -> store.Plan:
         """What a file of the run will hold. Jobs must have equally many steps."""
         first, settings = self.jobs[0], {one.name: describe(one) for one in self.explainers}
+        weights = denoiser.fingerprint()
         return store.Plan(
             items=tuple(
                 store.Item(
-                    item_key(denoiser, planned.job, settings),
+                    item_key(denoiser, weights, planned.job, settings),
                     planned.job.prompt,
                     planned.job.negative_prompt,
                     planned.job.seed,
@@ -100,7 +101,7 @@ class Plan:
             previews=previews,
             model=denoiser.name,
             mantissa_bits=mantissa_bits,
-            settings={"dtype": str(denoiser.dtype).removeprefix("torch.")},
+            settings={"dtype": str(denoiser.dtype).removeprefix("torch."), "weights": weights},
         )
 
 
@@ -125,14 +126,18 @@ def _outputs(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> d
     return outputs
 
 
-def item_key(denoiser: Denoiser, job: Job, settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical description of an item: equal keys are equal work."""
+def item_key(denoiser: Denoiser, weights: str, job: Job, settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical description of an item: equal keys are equal work.
+
+    `weights` is `denoiser.fingerprint()`, which a plan of many items takes once.
+    """
     description = {
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
         "seed": job.seed,
         **job.settings,
         "model": denoiser.name,
+        "weights": weights,
         "dtype": str(denoiser.dtype),
         "explainers": settings,
         "schema": store.FORMAT_VERSION,

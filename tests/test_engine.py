@@ -162,7 +162,7 @@ def test_a_custom_pipeline_is_wrapped(engine: Engine) -> None:
 def test_integer_and_float_guidance_give_the_same_job(engine: Engine) -> None:
     with_int, with_float = (Engine(engine.denoiser.pipeline, guidance=scale) for scale in (2, 2.0))  # type: ignore[attr-defined]
     jobs = [one.job(CAPTION, num_steps=2) for one in (with_int, with_float)]
-    assert item_key(with_int.denoiser, jobs[0], {}) == item_key(with_float.denoiser, jobs[1], {})
+    assert item_key(with_int.denoiser, "", jobs[0], {}) == item_key(with_float.denoiser, "", jobs[1], {})
     assert with_int.explain(CAPTION, Rise(4, target="guided"), num_steps=1).maps["rise"].shape == (1, 8, 8)
 
 
@@ -283,16 +283,17 @@ def test_the_key_of_an_item_depends_on_all_its_inputs(engine: Engine) -> None:
     model, half, other = (copy.copy(engine.denoiser) for _ in range(3))
     half.dtype, other.name = torch.float16, "other"
     keys = {
-        item_key(model, job, settings),
-        item_key(other, job, settings),
-        item_key(half, job, settings),
-        item_key(model, dataclasses.replace(job, seed=1), settings),
-        item_key(model, dataclasses.replace(job, prompt="a red circle"), settings),
-        item_key(model, dataclasses.replace(job, negative_prompt="a red circle"), settings),
-        item_key(model, dataclasses.replace(job, guidance=4.0), settings),
-        item_key(model, dataclasses.replace(job, timesteps=(3, 2)), settings),
-        item_key(model, dataclasses.replace(job, image=torch.zeros(2, 2, 3, dtype=torch.uint8)), settings),
-        item_key(model, job, {"rise": describe(Rise(6))}),
+        item_key(model, "", job, settings),
+        item_key(other, "", job, settings),
+        item_key(half, "", job, settings),
+        item_key(model, "other weights", job, settings),
+        item_key(model, "", dataclasses.replace(job, seed=1), settings),
+        item_key(model, "", dataclasses.replace(job, prompt="a red circle"), settings),
+        item_key(model, "", dataclasses.replace(job, negative_prompt="a red circle"), settings),
+        item_key(model, "", dataclasses.replace(job, guidance=4.0), settings),
+        item_key(model, "", dataclasses.replace(job, timesteps=(3, 2)), settings),
+        item_key(model, "", dataclasses.replace(job, image=torch.zeros(2, 2, 3, dtype=torch.uint8)), settings),
+        item_key(model, "", job, {"rise": describe(Rise(6))}),
     }
-    assert len(keys) == 10
-    assert item_key(model, engine.job(CAPTION), {"rise": describe(Rise(5))}) in keys
+    assert len(keys) == 11
+    assert item_key(model, "", engine.job(CAPTION), {"rise": describe(Rise(5))}) in keys

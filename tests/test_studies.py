@@ -247,9 +247,9 @@ def test_sanity_reports_what_it_checks(engine: Engine) -> None:
 
 
 def test_json_has_null_for_numbers_that_are_not_finite() -> None:
-    from dfengine.evaluate.intervals import bootstrap_interval
+    from dfengine.evaluate.intervals import mean_interval
 
-    (nothing,) = json.loads(studies.Study([bootstrap_interval([])]).to_json())
+    (nothing,) = json.loads(studies.Study([mean_interval([])]).to_json())
     assert nothing == {"mean": None, "low": None, "high": None, "count": 0}
 
 

@@ -7,16 +7,20 @@ neither the sampler nor the explainers ask what kind of model they have.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from threading import Lock, RLock
+from typing import Any, Protocol, TypeVar, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from dfengine.diffusion.fingerprint import fingerprint
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.path import NoiseSchedule
 from dfengine.tokens import Tokens
@@ -29,6 +33,9 @@ Features = Callable[[Tensor], Tensor]
 AttentionHook = Callable[[Tensor, tuple[int, int]], Tensor]
 
 C = TypeVar("C")
+
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_creation = Lock()
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Condition:
 class Denoiser(ABC):
     """A denoising network with its path, its conditioning and its image codec.
 
-    Networks are not trained here: adapters hold them in evaluation mode without parameter gradients.
+    Networks are not trained here: they run in evaluation mode, without gradients of weights (`exclusive`).
     """
 
     name: str
@@ -115,9 +122,42 @@ class Denoiser(ABC):
         """The network with its conditions fixed, which many latents are going to share."""
         return PromptedDenoiser(self, condition)
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that results depend on, by name; by default those among its own attributes."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
+
+    def fingerprint(self) -> str:
+        """Identifies the weights and the path as they are now: another LoRA or scheduler changes it."""
+        return hashlib.sha256(f"{fingerprint(self.networks)} {self.schedule.fingerprint()}".encode()).hexdigest()[:16]
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While inside, no other thread uses the network, which is evaluated in torch's default settings.
+
+        Explainers hook modules, so that threads have to take turns; denoisers of the same network share the lock. The
+        caller's training mode, gradients of weights, autocast and default dtype are what they were on leaving.
+        """
+        networks = list(self.networks.values())
+        with _creation:
+            lock = _locks.setdefault(networks[0] if networks else self, RLock())
+        with lock, ExitStack() as state:
+            if torch.get_default_dtype() != torch.float32:
+                state.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(torch.float32)
+            for device in {"cpu", self.device.type}:
+                if torch.is_autocast_enabled(device):
+                    state.enter_context(torch.autocast(device, enabled=False))
+            for network in networks:
+                state.enter_context(_evaluation(network))
+            yield
+
     def differentiable(self) -> AbstractContextManager[None]:
         """While inside, `torch.func` can differentiate `predict`."""
         return nullcontext()
+
+    def require_gradients(self, purpose: str) -> None:
+        """Raises ValueError, which names the purpose, if the network cannot be differentiated as it is at present."""
 
     def use_attention(self, backend: str) -> None:
         """Compute attention by a backend. Raises ValueError if there is no choice, or not this one."""
@@ -126,6 +166,24 @@ class Denoiser(ABC):
     def performance_warnings(self) -> list[str]:
         """Fast paths that this network does not take and why, a line each."""
         return []
+
+
+@contextmanager
+def _evaluation(network: nn.Module) -> Iterator[None]:
+    """While inside, a network is in evaluation mode and its weights have no gradients."""
+    training = [module for module in network.modules() if module.training]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class PromptedDenoiser:

@@ -12,6 +12,7 @@ list only.)
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,6 +97,12 @@ class NoiseSchedule:
         """The straight path of flow matching, x_t = (1 − σ)·x0 + σ·n with σ = t/T, ending at σ = 0."""
         return cls(None, prediction_type=_prediction_type(prediction_type), num_flow_timesteps=num_train_timesteps)
 
+    def fingerprint(self) -> str:
+        """Identifies the path and how predictions on it are read."""
+        table = b"" if self.alpha_bar is None else self.alpha_bar.float().cpu().numpy().tobytes()
+        settings = (self.final_alpha_bar, self.prediction_type, self.clip_range, self.thresholding)
+        return hashlib.sha256(table + f"{settings} {self.num_train_timesteps}".encode()).hexdigest()[:16]
+
     def coefficients(
         self, timesteps: Shaped[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n 1 1 1"], Float[Tensor, "n 1 1 1"]]:
@@ -158,6 +165,12 @@ class NoiseSchedule:
         for t in steps:
             if not 0 <= t <= last:
                 raise ValueError(f"time-step {t:g} is outside [0, {last}]: steps index the training schedule")
+        is_blind = self.alpha_bar is not None and self.prediction_type == "epsilon" and self.alpha_bar[-1] <= 0
+        if is_blind and steps[0] == last:
+            raise ValueError(
+                f"at time-step {last} nothing is left of the image (zero terminal SNR), so that a prediction of ε says "
+                f"nothing about it: start below, or use a scheduler without rescale_betas_zero_snr"
+            )
         for earlier, later in itertools.pairwise(steps):
             if later >= earlier:
                 raise ValueError(f"time-steps must decrease strictly, but {later:g} follows {earlier:g}")

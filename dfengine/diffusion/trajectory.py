@@ -71,8 +71,7 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
         raise ValueError("jobs sampled together must have equally many steps")
     schedule, device = denoiser.schedule, denoiser.device
     prompts, negatives = denoiser.condition(jobs), denoiser.condition(jobs, negative=True)
-    scale = torch.tensor([job.guidance for job in jobs], dtype=torch.float32, device=device)
-    guided = GuidedDenoiser(denoiser, prompts, negatives, "guided", scale)
+    guided = GuidedDenoiser(denoiser, prompts, negatives, "guided", [job.guidance for job in jobs])
     rows = torch.arange(len(jobs), device=device)
     timesteps = torch.tensor([job.timesteps for job in jobs], device=device)
     following = torch.cat([timesteps[:, 1:], torch.full_like(timesteps[:, :1], END)], dim=1)
@@ -87,12 +86,9 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
         latents.append(x)
         predictions.append(guided(x, t, rows))
         x = schedule.step(predictions[-1], t_next)
-    for job, final in zip(jobs, x, strict=True):
+    for i, (job, final) in enumerate(zip(jobs, x, strict=True)):
         if not final.isfinite().all():
-            raise ValueError(
-                f"the generation of {job.prompt!r} runs out of range with guidance {job.guidance}: "
-                "choose a smaller one, or float32"
-            )
+            raise ValueError(_out_of_range(job, [step.epsilon[i] for step in predictions]))
     images = to_bytes(denoiser.decode(x))
 
     return [
@@ -132,6 +128,20 @@ def restore(
         image=image,
         prompt=denoiser.condition([job]),
         negative=denoiser.condition([job], negative=True),
+    )
+
+
+def _out_of_range(job: Job, epsilon: Sequence[Tensor]) -> str:
+    """Why a generation is not finite: the network's first prediction is not, or guidance multiplies later ones."""
+    step = next((step for step, one in enumerate(epsilon) if not one.isfinite().all()), len(epsilon))
+    if step == 0:
+        return (
+            f"the network's prediction for {job.prompt!r} is not finite at its first step, t = {job.timesteps[0]:g}: "
+            "its weights are damaged, or overflow in this dtype; try float32"
+        )
+    return (
+        f"the generation of {job.prompt!r} runs out of range with guidance {job.guidance}: choose a smaller one, or "
+        "float32"
     )
 
 

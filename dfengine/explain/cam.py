@@ -73,7 +73,8 @@ class Cam(Explainer):
         return 2 * num_steps
 
     def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """The selected layers. Raises ValueError for a pattern that matches none."""
+        """The selected layers. Raises ValueError for a pattern that matches none, or a network without gradients."""
+        denoiser.require_gradients("DF-CAM")
         return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.select_layers(denoiser).items()})
 
     def select_layers(self, denoiser: Denoiser) -> dict[str, Layer]:
@@ -140,7 +141,17 @@ def feature_gradients(
         for name, layer in layers.items()
     }
     with denoiser.differentiable():
-        return torch.func.grad(loss, has_aux=True)(deltas)
+        try:
+            return torch.func.grad(loss, has_aux=True)(deltas)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):  # quantised layers that torch.func cannot transform
+                raise
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = {name: delta.clone().requires_grad_() for name, delta in deltas.items()}
+            target, features = loss(leaves)
+            gradients = torch.autograd.grad(target, [*leaves.values()])
+    detached = {name: feature.detach() for name, feature in features.items()}
+    return dict(zip(leaves, gradients, strict=True)), detached
 
 
 def weighted_map(alphas: Float[Tensor, "n k"], features: Float[Tensor, "n k u v"]) -> Float[Tensor, "n u v"]:

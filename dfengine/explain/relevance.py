@@ -45,7 +45,8 @@ class Relevance(Explainer):
         return 2 * num_steps
 
     def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """The prompt's tokens. Raises ValueError if the model's attention is not accessible."""
+        """The prompt's tokens. Raises ValueError if the model's attention or its gradients are not accessible."""
+        denoiser.require_gradients("relevance")
         attentive = require(denoiser, HasAttention, "relevance")
         attentive.require_attention()
         if self.text_attention:

@@ -180,7 +180,8 @@ class XDiffusionCam(Explainer):
         return 4 * num_steps
 
     def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """The layers. Raises ValueError if the model has none."""
+        """The layers. Raises ValueError if the model has none, or no gradients."""
+        denoiser.require_gradients("DF-CAM")
         return OutputSpec(layers={name: layer.shape[1:] for name, layer in self.select_layers(denoiser).items()})
 
     def select_layers(self, denoiser: Denoiser) -> dict[str, Layer]:
@@ -194,7 +195,7 @@ class XDiffusionCam(Explainer):
     ) -> Iterator[StepMap]:
         layers = self.select_layers(denoiser)
         negatives = Condition.cat([path.negative for path in trajectories])
-        guidance = torch.tensor([path.job.guidance for path in trajectories], device=denoiser.device)
+        guidance = torch.tensor([max(path.job.guidance, 1.0) for path in trajectories], device=denoiser.device)
 
         def maps(steps: Steps) -> dict[str, Tensor]:
             halves = Condition.cat([negatives[steps.items], steps.condition])

@@ -43,9 +43,10 @@ def build(folder: Path, *, device: torch.device, dtype: torch.dtype, seed: int =
     pool = torch.randn(_POOL, generator=generator).to(device).repeat(2)
     components: dict[str, Any] = {}
     for name, value in index.items():
+        if name.startswith("_"):
+            continue
         if not isinstance(value, list):
-            if not name.startswith("_"):
-                components[name] = value  # a setting of the pipeline
+            components[name] = value  # a setting of the pipeline
         elif name.startswith("text_encoder"):
             components[name] = _text_encoder(value[1], folder / name, pool, dtype)
         elif name.startswith("tokenizer"):
@@ -58,7 +59,8 @@ def build(folder: Path, *, device: torch.device, dtype: torch.dtype, seed: int =
             components[name] = _random(network.from_config, _read(folder / name / "config.json"), pool, dtype)
         else:  # safety checkers and image encoders are not part of the denoiser
             components[name] = None
-    return getattr(diffusers, index["_class_name"])(**components)
+    name = index["_class_name"]  # of a custom pipeline [module, class]
+    return getattr(diffusers, name if isinstance(name, str) else name[-1])(**components)
 
 
 def _read(path: Path) -> dict[str, Any]:

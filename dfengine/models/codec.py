@@ -36,10 +36,12 @@ class Codec:
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
-        """The mode of the latents of images in [0, 1], float32."""
+        """The latents of images in [0, 1], float32: their distribution's mode where the codec has one."""
         with self._in_working_dtype() as vae:
             parts = (2 * images - 1).to(vae.dtype).split(self._batch_size)
-            latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts]).float()
+            encoded = [vae.encode(part) for part in parts]
+            modes = [one.latent_dist.mode() if hasattr(one, "latent_dist") else one.latents for one in encoded]
+            latents = torch.cat(modes).float()
             mean, std = self._latent_statistics(latents)
             return (latents - mean) / std * vae.config.scaling_factor
 

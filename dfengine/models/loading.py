@@ -57,9 +57,25 @@ def load(
                 raise ValueError(f"random weights have no variant or revision: leave {variant or revision!r} out")
             pipeline, name = _build(model, device, dtype), f"{model} (random weights)"
         else:
-            pipeline = _from_pretrained(locate(model), dtype=dtype, variant=variant, revision=revision).to(device)
+            pipeline = _from_pretrained(locate(model), dtype=dtype, variant=variant, revision=revision)
+            _check_complete(pipeline, model)
+            pipeline.to(device)
             name = f"{model}{f'@{revision}' if revision else ''}{f' ({variant})' if variant else ''}"
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval().requires_grad_(False)
         return adapt(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention=attention)
+
+
+def _check_complete(pipeline: Any, model: str | Path) -> None:
+    """Raise ValueError if a file of weights lacks some: diffusers leaves them without data."""
+    for part, network in pipeline.components.items():
+        if isinstance(network, torch.nn.Module):
+            if missing := [name for name, value in network.state_dict().items() if value.is_meta]:
+                others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise ValueError(
+                    f"model {str(model)!r} could not be loaded: its {part} lacks the weights {missing[0]}{others}"
+                )
 
 
 def _build(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -113,9 +129,17 @@ def _local_first(read: Any, source: str, *args: Any, **options: Any) -> Any:
 
 
 def _class_name(index: Path) -> str:
-    """The pipeline class that a model_index.json names; for a custom pipeline it holds [module, class]."""
-    name = json.loads(index.read_text())["_class_name"]
-    return name if isinstance(name, str) else name[-1]
+    """The pipeline class that a model_index.json names; for a custom pipeline it holds [module, class].
+
+    Raises ValueError if it names none.
+    """
+    contents = json.loads(index.read_text())
+    name = contents.get("_class_name") if isinstance(contents, dict) else None
+    if isinstance(name, list) and name:
+        name = name[-1]
+    if not isinstance(name, str):
+        raise ValueError(f"its {index.name} names no pipeline class (_class_name)")
+    return name
 
 
 @contextlib.contextmanager

@@ -111,5 +111,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer is torch's own without hooks, so that its weights determine its output."""
-    return type(module) in (nn.Linear, nn.Conv2d) and not (is_hooked(module) or has_patched_forward(module))
+    """Whether a layer is torch's own, with plain weights and no hooks, so that its weights determine its output."""
+    if type(module) not in (nn.Linear, nn.Conv2d) or is_hooked(module) or has_patched_forward(module):
+        return False
+    return type(module.weight) in (Tensor, nn.Parameter)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfengine.diffusion.denoiser import AttentionHook, Condition, Denoiser, Layer, PromptedDenoiser
 from dfengine.models.attention import attention_backend, hooked_attention
@@ -21,13 +21,22 @@ from dfengine.models.scheduler import noise_schedule
 from dfengine.models.tokenizers import check_prompt, tokens_of
 from dfengine.models.unet.cached import CachedUNet
 from dfengine.models.unet.forward import TextInput, feature_grids, forward, unsupported_reason
-from dfengine.models.unet.hooks import attention_output_hook, layers_of
+from dfengine.models.unet.hooks import (
+    as_written,
+    attention_output_hook,
+    gradient_obstacle,
+    layers_of,
+    unusual_weights,
+    unwrap,
+)
 from dfengine.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
 #: Latent pixels in one forward by default: enough to keep a GPU busy, few enough for a CPU's cache.
 _PIXELS_IN_BATCH = {"cuda": 64 * 64 * 64, "cpu": 16 * 16 * 128}
+#: Latent pixels a side, and tokens of a prompt, at most: what is beyond comes of a damaged configuration.
+_MAX_SIDE, _MAX_TOKENS = 4096, 2**20
 #: Compiler options by device: with a single shape, searching for the fastest kernels pays off on a GPU.
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -63,20 +72,25 @@ class StableDiffusion(Denoiser):
         image_size: tuple[int, int] | None = None,
         attention_backend: str = "auto",
     ) -> None:
+        _check_parts(pipeline, ("unet", "vae", "scheduler", *self.text_encoders, *self.tokenizers))
         self.pipeline = pipeline
-        self.unet, self.vae = pipeline.unet, pipeline.vae
-        _check_unet(pipeline)
-        for network in (self.unet, self.vae, *(getattr(pipeline, part) for part in self.text_encoders)):
-            network.eval().requires_grad_(False)
-        self.unet.to(memory_format=torch.channels_last)
-        self.vae.to(memory_format=torch.channels_last)
+        self.unet, self.vae = unwrap(pipeline.unet), unwrap(pipeline.vae)
+        _check_unet(self.unet, self.vae)
+        for network in (self.unet, self.vae):
+            if unusual_weights(network) is None:
+                network.to(memory_format=torch.channels_last)
         self.schedule = noise_schedule(pipeline.scheduler)
-        height, width = _latent_size(pipeline, image_size)
+        own = _own_size(self.unet)
+        size = own if image_size is None else _latent_size(pipeline.vae_scale_factor, image_size)
+        if size is None:
+            raise ValueError("the UNet does not tell its size (sample_size is null): give image_size, (height, width)")
+        height, width = size
         self.latent_shape = (self.unet.config.in_channels, height, width)
         self.image_shape = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
-        is_default_size = (height, width) == _latent_size(pipeline)
+        is_default_size = (height, width) == own
         self.name = name if is_default_size else f"{name} ({_format_size(self.image_shape)} pixels)"
-        self.device, self.dtype = self.unet.device, self.unet.dtype
+        # Of an offloaded UNet the pipeline knows the device; with a wrapped one it does not know its own.
+        self.device, self.dtype = getattr(pipeline, "_execution_device", self.unet.device), self.unet.dtype
         pixels = _PIXELS_IN_BATCH.get(self.device.type, _PIXELS_IN_BATCH["cpu"])
         self.batch_size = batch_size or max(1, pixels // (height * width))
         self.use_attention(attention_backend)
@@ -85,6 +99,11 @@ class StableDiffusion(Denoiser):
         self._compiled_size = 0
         self._logged_reason: str | None = None
         self._layers: dict[str, Layer] | None = None
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        encoders = {part: getattr(self.pipeline, part) for part in self.text_encoders}
+        return {"unet": self.unet, "vae": self.vae, **encoders}
 
     def predict(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], condition: Condition
@@ -141,7 +160,8 @@ class StableDiffusion(Denoiser):
         replaced = {name: AttnProcessor2_0() for name, one in before.items() if isinstance(one, XFormersAttnProcessor)}
         self.unet.set_attn_processor({**before, **replaced})
         try:
-            yield
+            with as_written(self.unet):
+                yield
         finally:
             self.unet.set_attn_processor(before)
 
@@ -160,11 +180,19 @@ class StableDiffusion(Denoiser):
         text[:, places] = 0
         return Condition({**condition.tensors, "text": text})
 
+    def require_gradients(self, purpose: str) -> None:
+        if reason := gradient_obstacle(self.unet):
+            raise ValueError(
+                f"{purpose} needs gradients, which {self.name} does not give: {reason}; load it otherwise, or use an "
+                "explainer that only needs predictions, such as rise"
+            )
+
     def require_attention(self) -> None:
         if reason := unsupported_reason(self.unet):
             raise ValueError(
-                f"the attention of {self.name} cannot be seen: {reason}; undo that (unet.eval(), "
-                "unet.disable_freeu(), unet.set_default_attn_processor(), removing the hook) or load the UNet again"
+                f"the attention of {self.name} cannot be seen: {reason}; undo that (unet.disable_freeu(), "
+                "unet.set_default_attn_processor(), removing the hook, loading without offloading or casting) or load "
+                "the UNet again"
             )
 
     def with_attention_hook(
@@ -181,7 +209,7 @@ class StableDiffusion(Denoiser):
                 f"{self.name} has {len(self.text_encoders)} text encoders, and relevance passes through one only: "
                 "leave text_attention out"
             )
-        encoder = self.pipeline.text_encoder
+        encoder = unwrap(self.pipeline.text_encoder)
         modules = [module for name, module in encoder.named_modules() if name.endswith("self_attn")]
         before = encoder.config._attn_implementation
         encoder.set_attn_implementation("eager")  # the other implementations do not return probabilities
@@ -241,9 +269,24 @@ def _cudnn_benchmark(is_on: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _check_unet(pipeline: Any) -> None:
+def _check_parts(pipeline: Any, parts: Sequence[str]) -> None:
+    """Raise ValueError for a pipeline without one of its parts, or with a network that tells nothing of itself."""
+    if missing := [part for part in parts if getattr(pipeline, part, None) is None]:
+        raise ValueError(f"the pipeline has no {' and no '.join(missing)}: load it with all of its parts")
+    for part in ("unet", "vae"):
+        network = unwrap(getattr(pipeline, part))
+        if not hasattr(network, "config"):
+            raise ValueError(
+                f"the {part} is a {type(network).__name__}: give the pipeline diffusers' own model, untraced"
+            )
+    for part in parts:
+        if getattr(getattr(pipeline, part), "model_max_length", 0) > _MAX_TOKENS:
+            raise ValueError(f"the {part} does not tell how many tokens it takes: its folder is missing or incomplete")
+
+
+def _check_unet(unet: Any, vae: Any) -> None:
     """Raise ValueError for a UNet with more inputs than a latent, a time-step and a prompt."""
-    config, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
+    config, channels = unet.config, vae.config.latent_channels
     if config.in_channels != channels:
         raise ValueError(
             f"the UNet takes {config.in_channels} channels but latents have {channels}: UNets for inpainting or "
@@ -256,19 +299,29 @@ def _check_unet(pipeline: Any) -> None:
         )
 
 
-def _latent_size(pipeline: Any, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(height, width) of latents. Raises ValueError for an image size, in pixels, that no latent has."""
-    if image_size is None:
-        size = pipeline.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-    factor = pipeline.vae_scale_factor
-    if any(side < factor or side % factor for side in image_size):
+def _own_size(unet: Any) -> tuple[int, int] | None:
+    """(height, width) of the latents that a UNet was trained for, None if it does not tell.
+
+    Raises ValueError for a size that no latent has.
+    """
+    size = unet.config.sample_size
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if size is None:
+        return None
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in sides):
+        raise ValueError(f"the UNet's sample_size is {size!r}: expected one or two whole numbers up to {_MAX_SIDE}")
+    return sides[0], sides[1]
+
+
+def _latent_size(factor: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the latents of an image size in pixels. Raises ValueError for one that no latent has."""
+    sides = tuple(map(operator.index, image_size))
+    if len(sides) != 2 or any(side % factor or not factor <= side <= factor * _MAX_SIDE for side in sides):
         raise ValueError(
-            f"images of {_format_size(image_size)} pixels are not possible: expected height × width in multiples of "
-            f"{factor}"
+            f"images of {_format_size(sides)} pixels are not possible: expected height × width in multiples of "
+            f"{factor} up to {factor * _MAX_SIDE}"
         )
-    height, width = map(operator.index, image_size)
-    return height // factor, width // factor
+    return sides[0] // factor, sides[1] // factor
 
 
 def _format_size(sides: Sequence[int]) -> str:
