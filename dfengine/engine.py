@@ -69,8 +69,8 @@ class Engine:
         is how many masked latents one forward has, by default what keeps the device busy and fits; `attention` "auto",
         "sdpa", "cudnn" or "xformers"; `compile` whether to use `torch.compile`, by default if the job is long enough.
         The network runs with the weights that the pipeline has when a job starts (LoRAs included). On a CPU glibc is
-        told to keep freed memory (`tuning.disable_malloc_trim`), unless a MALLOC_… variable is set. Threads may share an
-        engine, and take turns with its network.
+        told to keep freed memory (`tuning.disable_malloc_trim`), unless a MALLOC_… variable is set. Threads may share
+        an engine, and take turns with its network.
         Raises ValueError for a size or backend that the model cannot work with.
         """
         if batch_size is not None and batch_size < 1:
@@ -138,7 +138,7 @@ class Engine:
         prompt: str = "",
         *,
         image: ArrayLike | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | None = "",
         seed: int = 0,
         num_steps: int = 30,
         sampling: str | Iterable[float | SupportsIndex] = "uniform",
@@ -274,7 +274,7 @@ class Engine:
         explainers: Explainers = Rise(),  # noqa: B008  # settings are frozen
         *,
         image: ArrayLike | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | None = "",
         seed: int = 0,
         num_steps: int = 30,
         sampling: str | Iterable[float | SupportsIndex] = "uniform",

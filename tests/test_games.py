@@ -123,7 +123,7 @@ def next_image(denoiser: Analytic, path: Trajectory, x: np.ndarray) -> torch.Ten
     unconditional, conditional = (
         answer(latent, part.tensors["number"]).double() for part in (path.negative, path.prompt)
     )
-    epsilon = unconditional + job.guidance * (conditional - unconditional)
+    epsilon = unconditional + max(job.guidance, 1) * (conditional - unconditional)
     alpha_bar, alpha_bar_next = (ALPHA_BAR[(*job.timesteps, -1)[place]] for place in (step, step + 1))
     x0 = (latent.double() - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
     return denoiser.decode((alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * epsilon).float())
@@ -302,7 +302,7 @@ def test_points_of_the_embedded_model_match_the_scheduler_of_diffusers() -> None
                 unconditional, conditional = (
                     denoiser.predict(latent, timestep, texts[text]) for text in ("", job.prompt)
                 )
-                epsilon = unconditional + job.guidance * (conditional - unconditional)
+                epsilon = unconditional + max(job.guidance, 1) * (conditional - unconditional)
                 next_latent = scheduler.step(epsilon, timesteps[step], latent).prev_sample
                 expected = denoiser.features(denoiser.decode(next_latent))[0]
                 np.testing.assert_allclose(curves.features[game, point], expected, rtol=2e-3, atol=2e-3)

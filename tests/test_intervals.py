@@ -44,6 +44,10 @@ def test_a_proportion_of_one_has_an_interval_too() -> None:
     assert proportion_interval([]).count == 0
 
 
+def test_an_interval_stays_within_its_limits() -> None:
+    assert mean_interval([0.25, 0.5, 0.75], (0.1, 0.8)) == Interval(0.5, 0.1, 0.8, 3)
+
+
 def test_intervals_are_formatted_like_numbers() -> None:
     assert str(Interval(0.5, 0.25, 0.75, 3)) == "0.50 [0.25, 0.75]"
     assert f"{Interval(0.5, 0.25, 0.75, 3):.1f}" == "0.5 [0.2, 0.8]"

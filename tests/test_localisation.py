@@ -126,7 +126,8 @@ def test_means_are_over_images_and_then_over_steps() -> None:
     assert {summary.count for summaries in steps.values() for summary in summaries} == {3}
     # Each image's own mean: 0.5, 0.75, 0.25.
     assert overall["auroc"].mean == pytest.approx(0.5)
-    assert 0.25 <= overall["auroc"].low < 0.5 < overall["auroc"].high <= 0.75
+    # Student's t of three values, 0.5 ± 0.62, within what an AUROC can be.
+    assert (overall["auroc"].low, overall["auroc"].high) == (0, 1)
     assert overall["pointing"].mean == pytest.approx(1 / 3)
     # Wilson's interval of 0 out of 3 ends at z² / (3 + z²); it is not the bootstrap's.
     assert steps["pointing"][1].low == 0

@@ -137,7 +137,7 @@ def rise_literally(denoiser: Analytic, path: Trajectory, step: int, num_masks: i
 
     def guided(x: Tensor) -> Tensor:
         unconditional, conditional = (answer(x[None], torch.tensor([number]))[0] for number in (0.0, 1.0))
-        return unconditional + path.job.guidance * (conditional - unconditional)
+        return unconditional + max(path.job.guidance, 1) * (conditional - unconditional)
 
     latent = path.latents[step].double()
     reference = ddim(denoiser, latent, guided(latent), step)

@@ -156,7 +156,7 @@ class Denoiser(ABC):
         """While inside, `torch.func` can differentiate `predict`."""
         return nullcontext()
 
-    def require_gradients(self, purpose: str) -> None:
+    def require_gradients(self, purpose: str) -> None:  # noqa: B027  # most networks have them
         """Raises ValueError, which names the purpose, if the network cannot be differentiated as it is at present."""
 
     def use_attention(self, backend: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from dfengine.evaluate.intervals import Interval, mean_interval, proportion_interval
+from dfengine.evaluate.intervals import SHARES, Interval, mean_interval, proportion_interval
 from dfengine.evaluate.truth import ConceptJudge
 from dfengine.explain import StepMap
 from dfengine.prompts import ROLES, Prompt
@@ -155,7 +155,7 @@ def _summarise(
         right={s: {role: over_prompts(s, is_right(role), proportion_interval) for role in roles} for s in schedules}
         if is_judged
         else {},
-        agreement={role: mean_interval(list(_agreement(records, role))) for role in roles} if is_judged else {},
+        agreement={role: mean_interval(list(_agreement(records, role)), SHARES) for role in roles} if is_judged else {},
         lines={s: {role: mean_line(s, role) for role in roles} for s in schedules},
         timesteps={schedule: list(steps) for schedule, steps in timesteps.items()},
         num_prompts=len(prompts),

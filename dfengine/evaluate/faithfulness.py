@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def summarise_games(run: GamesRun, distance: str = "frechet-set", *, resamples: 
         methods={
             name: {
                 game: GameScore(
-                    auc=_interval(areas[name][:, g], len(items)),
+                    auc=_interval(areas[name][:, g], len(items), 1),
                     raw=_interval(_area(samples[:, g]), len(items)),
                     curve=_band(min_max(samples[:, g]), len(items)),
                     better_than_random=_share_better(areas, name, g),
@@ -171,24 +172,27 @@ def _checked_areas(curves: Float[ndarray, "samples games points"], name: str) ->
     return areas
 
 
-def _interval(samples: Float[ndarray, " samples"], count: int) -> Interval:
-    """The value of all items, which is first, with the 95 % interval of the resamples."""
-    value, low, high = _bounds(samples, count)
+def _interval(samples: Float[ndarray, " samples"], count: int, largest: float = np.inf) -> Interval:
+    """The value of all items, which is first, with the 95 % interval of the resamples, in [0, largest]."""
+    value, low, high = _bounds(samples, count, (0, largest))
     return Interval(float(value), float(low), float(high), count)
 
 
 def _band(curves: Float[ndarray, "samples points"], count: int) -> Band:
-    value, low, high = _bounds(curves, count)
+    value, low, high = _bounds(curves, count, (0, 1))
     return value.tolist(), low.tolist(), high.tolist()
 
 
-def _bounds(samples: Float[ndarray, "samples *shape"], count: int) -> tuple[Any, Any, Any]:
-    """The first sample, and the percentiles of the others; of few items as wide as Student's t makes them."""
+def _bounds(samples: ndarray, count: int, limits: tuple[float, float]) -> tuple[Any, Any, Any]:
+    """The first of the samples, along axis 0, and percentiles of the others; of few items as wide as Student's t.
+
+    The percentiles stay within the limits.
+    """
     if len(samples) == 1:
         return samples[0], samples[0], samples[0]
     low, high = np.nanpercentile(samples[1:], [2.5, 97.5], axis=0)
-    factor = widening(count)
-    return samples[0], samples[0] + factor * (low - samples[0]), samples[0] + factor * (high - samples[0])
+    value, factor = samples[0], widening(count)
+    return value, *(np.clip(value + factor * (bound - value), *limits) for bound in (low, high))
 
 
 def _share_better(areas: Mapping[str, Float[ndarray, "samples games"]], name: str, game: int) -> float | None:

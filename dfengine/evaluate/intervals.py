@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -40,11 +40,15 @@ class Interval:
         return f"{mean} [{low}, {high}]" if self.count > 1 else mean
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+#: What shares, areas and AUROC cannot leave, and what correlations cannot.
+SHARES, CORRELATIONS = (0.0, 1.0), (-1.0, 1.0)
+
+
+def mean_interval(values: Sequence[float], limits: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
     """The mean of the finite values with its interval, NaN if no value is finite.
 
-    The bootstrap's, bias-corrected (BCa), or Student's t of fewer than `MIN_BOOTSTRAP_ITEMS` values. The interval of a
-    single value, or of equal values, has no width.
+    The bootstrap's, bias-corrected (BCa), or Student's t of fewer than `MIN_BOOTSTRAP_ITEMS` values, within the limits.
+    The interval of a single value, or of equal values, has no width.
     """
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if not len(finite):
@@ -53,8 +57,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if np.ptp(finite) == 0:
         return Interval(mean, mean, mean, len(finite))
     if len(finite) < MIN_BOOTSTRAP_ITEMS:
-        low, high = stats.t.interval(0.95, len(finite) - 1, loc=mean, scale=stats.sem(finite))
-        return Interval(mean, float(low), float(high), len(finite))
+        bounds = stats.t.interval(0.95, len(finite) - 1, loc=mean, scale=stats.sem(finite))
+        return Interval(mean, *np.clip(bounds, *limits).tolist(), len(finite))
     rng = np.random.default_rng(0)
     bounds = stats.bootstrap((finite,), np.mean, n_resamples=NUM_RESAMPLES, rng=rng).confidence_interval
     return Interval(mean, float(bounds.low), float(bounds.high), len(finite))
@@ -63,12 +67,11 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def proportion_interval(values: Sequence[float]) -> Interval:
     """The mean of the finite values, each in [0, 1]: Wilson's interval if all are 0 or 1, otherwise `mean_interval`.
 
-    Wilson's interval has a width even if all values are equal. No interval leaves [0, 1].
+    Wilson's interval has a width even if all values are equal.
     """
     finite = [value for value in values if np.isfinite(value)]
     if not finite or not set(finite) <= {0.0, 1.0}:
-        mean = mean_interval(finite)
-        return replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0)) if finite else mean
+        return mean_interval(finite, SHARES)
     bounds = stats.binomtest(int(sum(finite)), len(finite)).proportion_ci(method="wilson")
     return Interval(float(np.mean(finite)), float(bounds.low), float(bounds.high), len(finite))
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 
-from dfengine.evaluate.intervals import Interval, mean_interval, proportion_interval
+from dfengine.evaluate.intervals import SHARES, Interval, mean_interval, proportion_interval
 from dfengine.evaluate.truth import Areas, auroc, pointing_hit, to_areas, top_k_iou
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
@@ -112,12 +112,13 @@ def measure_localisation(
         return np.array(rows).reshape(-1, len(timesteps))
 
     def at_each_step(method: str, target: str, score: str) -> list[Interval]:
-        interval = proportion_interval if score == "pointing" else mean_interval
-        return [interval(column.tolist()) for column in values(method, target, score).T]
+        columns = values(method, target, score).T.tolist()
+        return [proportion_interval(one) if score == "pointing" else mean_interval(one, SHARES) for one in columns]
 
     def over_steps(method: str, target: str, score: str) -> Interval:
         rows = values(method, target, score)
-        return mean_interval([float(row[np.isfinite(row)].mean()) for row in rows if np.isfinite(row).any()])
+        means = [float(row[np.isfinite(row)].mean()) for row in rows if np.isfinite(row).any()]
+        return mean_interval(means, SHARES)
 
     def tabulate(cell: Callable[[str, str, str], Any]) -> dict[str, Any]:
         return {m: {t: {score: cell(m, t, score) for score in SCORES} for t in TARGETS} for m in scores}

@@ -16,7 +16,7 @@ from scipy import stats
 from dfengine.diffusion.denoiser import Condition, Denoiser, HasLayers, HasTokens, Layer, require
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory, trajectories
-from dfengine.evaluate.intervals import Interval, mean_interval, proportion_interval
+from dfengine.evaluate.intervals import CORRELATIONS, SHARES, Interval, mean_interval, proportion_interval
 from dfengine.evaluate.truth import ConceptJudge, auroc
 from dfengine.explain import Attention, Explainer, Relevance
 from dfengine.result import heatmap
@@ -100,7 +100,7 @@ def run_sanity_checks(
         randomised,
         mean_interval(kept),
         proportion_interval([float(share < 1) for share in kept]),
-        mean_interval(correlations),
+        mean_interval(correlations, CORRELATIONS),
         subject_auroc,
         num_excluded,
         [],
@@ -155,7 +155,7 @@ def _randomise(
             for explainer in explainers:
                 pairs = zip(own[explainer.name], _maps(explainer, denoiser, sampled), strict=True)
                 correlations = [_mean_rank_correlation(*pair) for pair in pairs]
-                agreement[explainer.name][stage] = mean_interval(correlations)
+                agreement[explainer.name][stage] = mean_interval(correlations, CORRELATIONS)
     return agreement
 
 
@@ -273,7 +273,7 @@ def _subject_auroc(denoiser: Denoiser, sampled: Sequence[Trajectory]) -> tuple[I
         maps = [step.word_maps[0].numpy() for step in steps if step.word_maps is not None]
         heat = [heatmap(one, denoiser.image_shape) for one in maps]
         scores.append(float(np.mean([auroc(one, areas["subject"]) for one in heat])))
-    mean = mean_interval(scores)
+    mean = mean_interval(scores, SHARES)
     return mean if mean.count else None, len(sampled) - len(scores)
 
 

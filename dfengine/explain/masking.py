@@ -308,7 +308,7 @@ class RiseForwards(MaskedForwards):
         if not rows or (self.rise.resolved_estimator == "ridge" and num_masks < 2 * height * width):
             return set()
         estimates = [self.estimate(row, num_masks) for row in rows]
-        below = torch.stack([relative_error(*one) for one in estimates]) < self.stop_at_error
+        below = torch.stack([relative_error(*one) for one in estimates]) < torch.tensor(self.stop_at_error)
         return {row for row, is_below in zip(rows, below.tolist(), strict=True) if is_below}
 
     def to_step_map(self, row: int, tensors: Sequence[Tensor], scores: Float[Tensor, " masks"]) -> StepMap:

@@ -70,12 +70,12 @@ def load(
 def _check_complete(pipeline: Any, model: str | Path) -> None:
     """Raise ValueError if a file of weights lacks some: diffusers leaves them without data."""
     for part, network in pipeline.components.items():
-        if isinstance(network, torch.nn.Module):
-            if missing := [name for name, value in network.state_dict().items() if value.is_meta]:
-                others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise ValueError(
-                    f"model {str(model)!r} could not be loaded: its {part} lacks the weights {missing[0]}{others}"
-                )
+        state = network.state_dict() if isinstance(network, torch.nn.Module) else {}
+        if missing := [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]:
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(
+                f"model {str(model)!r} could not be loaded: its {part} lacks the weights {missing[0]}{others}"
+            )
 
 
 def _build(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -102,7 +102,8 @@ def _build(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
 def _from_pretrained(source: str, *, dtype: torch.dtype, variant: str | None, revision: str | None) -> Any:
     """The pipeline of a folder or hub id. Raises ValueError for whatever goes wrong.
 
-    Its class is checked against the adapters before any weights are read or downloaded.
+    Its class, and what the adapter can tell from the parts' configurations, are checked before any weights are read or
+    downloaded.
     """
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
@@ -112,9 +113,25 @@ def _from_pretrained(source: str, *, dtype: torch.dtype, variant: str | None, re
         is_folder = Path(source).is_dir()
         index = Path(source) / _INDEX if is_folder else _local_first(hf_hub_download, source, _INDEX, revision=revision)
         class_name = _class_name(Path(index))
-    adapter_of(class_name)
+    adapter = adapter_of(class_name)
+    if hasattr(adapter, "check_configurations"):
+        adapter.check_configurations(_configurations(source, Path(index), revision))
     with in_one_line(failure):
         return _local_first(DiffusionPipeline.from_pretrained, source, dtype=dtype, variant=variant, revision=revision)
+
+
+def _configurations(source: str, index: Path, revision: str | None) -> dict[str, Any]:
+    """The configurations of a pipeline's networks by part, and its scheduler: all that can be read without weights."""
+    import diffusers
+
+    found: dict[str, Any] = {}
+    for part, kind in json.loads(index.read_text()).items():
+        cls = getattr(diffusers, str(kind[1]), None) if isinstance(kind, list) and kind[0] == "diffusers" else None
+        if cls is not None:
+            with contextlib.suppress(Exception):  # what is missing or damaged is reported by loading it
+                config = _local_first(cls.load_config, source, subfolder=part, revision=revision)
+                found[part] = cls.from_config(config) if part == "scheduler" else config
+    return found
 
 
 def _local_first(read: Any, source: str, *args: Any, **options: Any) -> Any:

@@ -31,7 +31,8 @@ def adapter(*pipeline_classes: str) -> Callable[[Adapter], Adapter]:
 
     It is called with the pipeline and, by name, `name` (recorded with results), `batch_size` and `image_size` ((height,
     width) in pixels), both None for the model's own, and `attention_backend`; it raises ValueError for what it cannot
-    do.
+    do. A class method `check_configurations` may do so before weights are read: it is called with the configurations
+    (mappings) of the parts by name, and the scheduler.
     """
 
     def register(cls: Adapter) -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import warnings
 from collections.abc import Sequence
@@ -35,24 +36,34 @@ __all__ = ["ExponentialDDIMScheduler", "SchedulerMixin", "noise_schedule"]
 def noise_schedule(scheduler: Any) -> NoiseSchedule:
     """The path of a pipeline's scheduler, whose `uniform` list is the time-steps that the scheduler itself visits.
 
-    Logs a message if the scheduler's sampler is replaced by the deterministic first-order step. Raises ValueError for a
-    scheduler that is neither a discrete diffusion with betas nor flow matching: its process is a different one.
+    Logs a message if the scheduler's sampler is replaced by the deterministic first-order step. Raises ValueError as
+    `path_of` does.
+    """
+    config, name, schedule = scheduler.config, type(scheduler).__name__, path_of(scheduler)
+    if name not in _FIRST_ORDER or config.get("stochastic_sampling"):
+        log.info("the sampler %s is replaced by deterministic first-order steps on its own list of time-steps", name)
+    return dataclasses.replace(schedule, uniform=lambda num_steps: _visited(scheduler, schedule, num_steps))
+
+
+def path_of(scheduler: Any) -> NoiseSchedule:
+    """The path alone, without the scheduler's list.
+
+    Raises ValueError for a scheduler that is neither a discrete diffusion with betas nor flow matching: its process is
+    a different one.
     """
     config, name = scheduler.config, type(scheduler).__name__
     is_flow = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
     if name.startswith("FlowMatch") or is_flow:
-        schedule = NoiseSchedule.flow(config.get("num_train_timesteps", 1000))
-    elif "beta_schedule" in config and config.get("timestep_type", "discrete") == "discrete":
-        schedule = _diffusion(scheduler)
-    else:
-        kind = f"{name} (continuous time)" if "beta_schedule" in config else name
-        raise ValueError(
-            f"the scheduler {kind} is not supported: it describes neither a discrete diffusion with betas nor flow "
-            "matching; use a model with a DDIM, DPM-Solver, Euler or flow-matching scheduler"
-        )
-    if name not in _FIRST_ORDER or config.get("stochastic_sampling"):
-        log.info("the sampler %s is replaced by deterministic first-order steps on its own list of time-steps", name)
-    return dataclasses.replace(schedule, uniform=lambda num_steps: _visited(scheduler, schedule, num_steps))
+        return NoiseSchedule.flow(config.get("num_train_timesteps", 1000))
+    # The class counts: `from_config` keeps entries of another class's configuration.
+    has_betas = "beta_schedule" in inspect.signature(type(scheduler)).parameters
+    if has_betas and config.get("timestep_type", "discrete") == "discrete":
+        return _diffusion(scheduler)
+    kind = f"{name} (continuous time)" if has_betas else name
+    raise ValueError(
+        f"the scheduler {kind} is not supported: it describes neither a discrete diffusion with betas nor flow "
+        "matching; use a model with a DDIM, DPM-Solver, Euler or flow-matching scheduler"
+    )
 
 
 def _diffusion(scheduler: Any) -> NoiseSchedule:

@@ -237,7 +237,7 @@ def test_a_network_that_does_not_tell_its_size_needs_an_image_size(tiny_folder: 
 def test_a_damaged_size_is_refused(tiny_folder: Path, size: Any) -> None:
     pipeline = load(tiny_folder)
     pipeline.unet.register_to_config(sample_size=size)
-    with pytest.raises(ValueError, match="sample_size is .*: expected one or two whole numbers"):
+    with pytest.raises(ValueError, match=r"sample_size is .*: expected one or two whole numbers"):
         Engine(pipeline)
 
 

@@ -127,7 +127,13 @@ def test_a_pipeline_in_training_stays_in_training(pipeline: Any) -> None:
 def test_a_failure_restores_the_training_mode(pipeline: Any) -> None:
     engine = Engine(pipeline)
     pipeline.unet.train()
-    with pytest.raises(ZeroDivisionError), engine.denoiser.exclusive():
-        assert not pipeline.unet.training
-        raise ZeroDivisionError
-    assert pipeline.unet.training
+    seen: list[bool] = []
+
+    def fail() -> None:
+        with engine.denoiser.exclusive():
+            seen.append(pipeline.unet.training)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (seen, pipeline.unet.training) == ([False], True)

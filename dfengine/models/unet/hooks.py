@@ -39,7 +39,7 @@ def unusual_weights(network: nn.Module) -> str | None:
     """
     for name, module in network.named_modules():
         if hasattr(module, "_diffusers_hook"):
-            return f"diffusers' hooks cast or move the weights of {name or 'it'} ({', '.join(module._diffusers_hook.hooks)})"
+            return f"diffusers' hooks ({', '.join(module._diffusers_hook.hooks)}) cast or move its weights"
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves the weights of {name or 'it'} between devices"
     for name, value in network.state_dict(keep_vars=True).items():
@@ -58,12 +58,12 @@ def gradient_obstacle(network: nn.Module) -> str | None:
     """
     for name, module in network.named_modules():
         if hasattr(module, "_diffusers_hook"):
-            return f"diffusers' hooks cast or move its weights ({', '.join(module._diffusers_hook.hooks)})"
-        for value in vars(module).get("_parameters", {}).values():
-            kind = type(value)
-            if value is not None and kind not in (Tensor, nn.Parameter):
-                if not kind.__module__.startswith(_DIFFERENTIABLE) or getattr(value, "act_quant_kwargs", None):
-                    return f"the weights of {name} are quantised ({kind.__name__})"
+            return f"diffusers' hooks ({', '.join(module._diffusers_hook.hooks)}) cast or move its weights"
+        for weight in module.parameters(recurse=False):
+            kind, rounds_inputs = type(weight), getattr(weight, "act_quant_kwargs", None)
+            is_known = kind in (Tensor, nn.Parameter) or kind.__module__.startswith(_DIFFERENTIABLE)
+            if rounds_inputs or not is_known:
+                return f"the weights of {name} are quantised ({kind.__name__})"
         if type(module).__module__.startswith("torch.ao."):
             return f"{name} is quantised ({type(module).__module__}.{type(module).__name__})"
     return None

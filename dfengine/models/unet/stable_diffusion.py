@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from dfengine.diffusion.denoiser import AttentionHook, Condition, Denoiser, Laye
 from dfengine.models.attention import attention_backend, hooked_attention
 from dfengine.models.codec import Codec
 from dfengine.models.registry import adapter
-from dfengine.models.scheduler import noise_schedule
+from dfengine.models.scheduler import noise_schedule, path_of
 from dfengine.models.tokenizers import check_prompt, tokens_of
 from dfengine.models.unet.cached import CachedUNet
 from dfengine.models.unet.forward import TextInput, feature_grids, forward, unsupported_reason
@@ -75,7 +75,7 @@ class StableDiffusion(Denoiser):
         _check_parts(pipeline, ("unet", "vae", "scheduler", *self.text_encoders, *self.tokenizers))
         self.pipeline = pipeline
         self.unet, self.vae = unwrap(pipeline.unet), unwrap(pipeline.vae)
-        _check_unet(self.unet, self.vae)
+        _check_unet(self.unet.config, self.vae.config)
         for network in (self.unet, self.vae):
             if unusual_weights(network) is None:
                 network.to(memory_format=torch.channels_last)
@@ -99,6 +99,14 @@ class StableDiffusion(Denoiser):
         self._compiled_size = 0
         self._logged_reason: str | None = None
         self._layers: dict[str, Layer] | None = None
+
+    @classmethod
+    def check_configurations(cls, parts: Mapping[str, Any]) -> None:
+        """Raise ValueError for a scheduler or UNet that is not supported, as far as the parts are known."""
+        if "scheduler" in parts:
+            path_of(parts["scheduler"])
+        if "unet" in parts and "vae" in parts:
+            _check_unet(parts["unet"], parts["vae"])
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -284,15 +292,15 @@ def _check_parts(pipeline: Any, parts: Sequence[str]) -> None:
             raise ValueError(f"the {part} does not tell how many tokens it takes: its folder is missing or incomplete")
 
 
-def _check_unet(unet: Any, vae: Any) -> None:
-    """Raise ValueError for a UNet with more inputs than a latent, a time-step and a prompt."""
-    config, channels = unet.config, vae.config.latent_channels
-    if config.in_channels != channels:
+def _check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Raise ValueError for the configuration of a UNet with more inputs than a latent, a time-step and a prompt."""
+    channels = vae.get("latent_channels", 4)
+    if unet.get("in_channels", 4) != channels:
         raise ValueError(
-            f"the UNet takes {config.in_channels} channels but latents have {channels}: UNets for inpainting or "
+            f"the UNet takes {unet['in_channels']} channels but latents have {channels}: UNets for inpainting or "
             "editing are not supported; use the text-to-image model"
         )
-    if config.get("time_cond_proj_dim") is not None:
+    if unet.get("time_cond_proj_dim") is not None:
         raise ValueError(
             "the UNet is conditioned on the guidance scale (a latent consistency model), which is not supported; use "
             "the model it was distilled from"
