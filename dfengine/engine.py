@@ -215,8 +215,9 @@ class Engine:
 
     def _one_at_a_time(self, values: Iterator[T]) -> Iterator[T]:
         """The same values; while each is computed, no other thread uses the network."""
+        turn = self.denoiser.turns()
         while True:
-            with self.denoiser.exclusive():
+            with turn():
                 try:
                     value = next(values)
                 except StopIteration:

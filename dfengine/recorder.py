@@ -128,7 +128,7 @@ class _ItemRecorder:
             epsilon=trajectory.epsilon.cpu().numpy(),
         )
         if self._previews and trajectory.x0 is not None:
-            with torch.no_grad(), self._denoiser.exclusive():
+            with self._denoiser.exclusive():
                 result = dataclasses.replace(result, previews=to_bytes(self._denoiser.decode(trajectory.x0)).numpy())
         self.result = result
         if self._writer is not None and self.restored is None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock, RLock
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -64,7 +65,7 @@ class Condition:
 class Denoiser(ABC):
     """A denoising network with its path, its conditioning and its image codec.
 
-    Networks are not trained here: they run in evaluation mode, without gradients of weights (`exclusive`).
+    Networks are not trained here: they run in evaluation mode (`exclusive`), without gradients of weights (`frozen`).
     """
 
     name: str
@@ -131,26 +132,33 @@ class Denoiser(ABC):
         """Identifies the weights and the path as they are now: another LoRA or scheduler changes it."""
         return hashlib.sha256(f"{fingerprint(self.networks)} {self.schedule.fingerprint()}".encode()).hexdigest()[:16]
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """While inside, no other thread uses the network, which is evaluated in torch's default settings.
 
         Explainers hook modules, so that threads have to take turns; denoisers of the same network share the lock. The
-        caller's training mode, gradients of weights, autocast and default dtype are what they were on leaving.
+        caller's training mode, autocast and default dtype are what they were on leaving.
         """
+        return self.turns()()
+
+    def turns(self) -> Callable[[], AbstractContextManager[None]]:
+        """`exclusive`, to be entered many times: the network's modules, which are thousands, are listed only once."""
         networks = list(self.networks.values())
         with _creation:
             lock = _locks.setdefault(networks[0] if networks else self, RLock())
-        with lock, ExitStack() as state:
-            if torch.get_default_dtype() != torch.float32:
-                state.callback(torch.set_default_dtype, torch.get_default_dtype())
-                torch.set_default_dtype(torch.float32)
-            for device in {"cpu", self.device.type}:
-                if torch.is_autocast_enabled(device):
-                    state.enter_context(torch.autocast(device, enabled=False))
-            for network in networks:
-                state.enter_context(_evaluation(network))
+        modules = [module for network in networks for module in network.modules()]
+        return partial(_turn, lock, modules, {"cpu", self.device.type})
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While inside, weights have no gradients, for which a forward would keep its activations."""
+        trained = [one for network in self.networks.values() for one in network.parameters() if one.requires_grad]
+        try:
+            for weight in trained:
+                weight.requires_grad_(False)
             yield
+        finally:
+            for weight in trained:
+                weight.requires_grad_(True)
 
     def differentiable(self) -> AbstractContextManager[None]:
         """While inside, `torch.func` can differentiate `predict`."""
@@ -169,21 +177,20 @@ class Denoiser(ABC):
 
 
 @contextmanager
-def _evaluation(network: nn.Module) -> Iterator[None]:
-    """While inside, a network is in evaluation mode and its weights have no gradients."""
-    training = [module for module in network.modules() if module.training]
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in trained:
-            parameter.requires_grad_(False)
+def _turn(lock: AbstractContextManager[Any], modules: Sequence[nn.Module], devices: Iterable[str]) -> Iterator[None]:
+    """While inside: the lock, evaluation mode, no gradients, no autocast, float32 by default."""
+    with lock, torch.no_grad(), ExitStack() as state:
+        if torch.get_default_dtype() != torch.float32:
+            state.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                state.enter_context(torch.autocast(device, enabled=False))
+        for module in modules:
+            if module.training:
+                state.callback(setattr, module, "training", True)
+                module.training = False
         yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class PromptedDenoiser:

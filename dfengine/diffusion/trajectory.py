@@ -88,7 +88,7 @@ def trajectories(denoiser: Denoiser, jobs: Sequence[Job]) -> list[Trajectory]:
         x = schedule.step(predictions[-1], t_next)
     for i, (job, final) in enumerate(zip(jobs, x, strict=True)):
         if not final.isfinite().all():
-            raise ValueError(_out_of_range(job, [step.epsilon[i] for step in predictions]))
+            raise ValueError(_out_of_range(denoiser, job, latents[0][i : i + 1], prompts[i : i + 1]))
     images = to_bytes(denoiser.decode(x))
 
     return [
@@ -131,10 +131,10 @@ def restore(
     )
 
 
-def _out_of_range(job: Job, epsilon: Sequence[Tensor]) -> str:
-    """Why a generation is not finite: the network's first prediction is not, or guidance multiplies later ones."""
-    step = next((step for step, one in enumerate(epsilon) if not one.isfinite().all()), len(epsilon))
-    if step == 0:
+def _out_of_range(denoiser: Denoiser, job: Job, start: Float[Tensor, "1 c h w"], prompt: Condition) -> str:
+    """Why a generation is not finite: the network's own first prediction is not, or guidance multiplied it too far."""
+    first = torch.tensor(job.timesteps[:1], device=start.device)
+    if not denoiser(start, first, prompt).isfinite().all():
         return (
             f"the network's prediction for {job.prompt!r} is not finite at its first step, t = {job.timesteps[0]:g}: "
             "its weights are damaged, or overflow in this dtype; try float32"

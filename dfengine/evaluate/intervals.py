@@ -57,8 +57,9 @@ def mean_interval(values: Sequence[float], limits: tuple[float, float] = (-np.in
     if np.ptp(finite) == 0:
         return Interval(mean, mean, mean, len(finite))
     if len(finite) < MIN_BOOTSTRAP_ITEMS:
-        bounds = stats.t.interval(0.95, len(finite) - 1, loc=mean, scale=stats.sem(finite))
-        return Interval(mean, *np.clip(bounds, *limits).tolist(), len(finite))
+        interval = stats.t.interval(0.95, len(finite) - 1, loc=mean, scale=stats.sem(finite))
+        low, high = np.clip(interval, *limits).tolist()
+        return Interval(mean, low, high, len(finite))
     rng = np.random.default_rng(0)
     bounds = stats.bootstrap((finite,), np.mean, n_resamples=NUM_RESAMPLES, rng=rng).confidence_interval
     return Interval(mean, float(bounds.low), float(bounds.high), len(finite))

@@ -107,7 +107,7 @@ def play_games(
     )
     keys = {name: [make_key(job, one, item) for item, job in enumerate(jobs)] for name, one in methods.items()}
     missing = [item for item in range(len(jobs)) if any(cache.get(of[item]) is None for of in keys.values())]
-    with torch.no_grad(), denoiser.exclusive():
+    with denoiser.exclusive():
         for job in {(jobs[item].prompt, jobs[item].negative_prompt): jobs[item] for item in missing}.values():
             for negative in (False, True):
                 denoiser.condition([job], negative=negative)  # raises ValueError if the model cannot encode it

@@ -140,7 +140,7 @@ def feature_gradients(
         name: torch.zeros(len(latents), *layer.shape, dtype=denoiser.dtype, device=denoiser.device)
         for name, layer in layers.items()
     }
-    with denoiser.differentiable():
+    with denoiser.differentiable(), denoiser.frozen():
         try:
             return torch.func.grad(loss, has_aux=True)(deltas)
         except RuntimeError as error:

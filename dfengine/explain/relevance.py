@@ -86,7 +86,7 @@ class Relevance(Explainer):
         def attentions(scale: float) -> AttentionTrace:
             trace = AttentionTrace(scale)
             # A caller may be in inference mode, whose tensors cannot be differentiated: copies can.
-            with torch.inference_mode(False), torch.enable_grad():
+            with denoiser.frozen(), torch.inference_mode(False), torch.enable_grad():
                 x = steps.latents.clone().requires_grad_()
                 condition = Condition({name: value[steps.items].clone() for name, value in conditions.tensors.items()})
                 if self.text_attention:
