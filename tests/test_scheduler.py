@@ -148,6 +148,7 @@ def test_the_scheduler_converts_from_and_to_other_schedulers(pipeline: Any) -> N
         assert_close(scheduler.alphas_cumprod, other(**config).alphas_cumprod)
         assert other.from_config(scheduler.config).config.beta_end == 0.012
     assert ExponentialDDIMScheduler.from_config(PNDMScheduler(**config).config).config.clip_sample is False
+    assert ExponentialDDIMScheduler.from_config(DDIMScheduler(**config).config).config.clip_sample is True  # by default
     clipping = DDIMScheduler(clip_sample=True, **config).config
     assert ExponentialDDIMScheduler.from_config(clipping).config.clip_sample is True
 

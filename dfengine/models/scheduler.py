@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,6 +171,16 @@ class ExponentialDDIMScheduler(DDIMScheduler):
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         self._schedule.timesteps(stage, 1, gamma)  # raises ValueError for an invalid stage or gamma
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers' own, but all values of another scheduler count, also those that it had by default.
+
+        diffusers would replace its defaults, such as DDIM's `clip_sample=True`, by those of this class.
+        """
+        if isinstance(config, Mapping):
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
     def _schedule(self) -> NoiseSchedule:
