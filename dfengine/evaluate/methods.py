@@ -55,8 +55,9 @@ def make_methods(
             continue
         entry = registry.entries().get("rise" if method in VARIATIONS else method)
         if entry is None:
-            known = ", ".join([*registry.entries(), *VARIATIONS])
-            raise ValueError(f"method {method!r} is not known: expected one of {known}")
+            known = [*registry.entries(), *VARIATIONS]
+            hint = registry.suggestion(method, known)
+            raise ValueError(f"method {method!r} is not known: expected one of {', '.join(known)}{hint}")
         options = {option.name for option in entry.options}
         settings = {name: count for name, count in given.items() if name in options} | VARIATIONS.get(method, {})
         explainer: Any = registry.make(entry.name, preset=preset, **settings)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+import types
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,6 +73,16 @@ class Explainer(ABC):
     `explain.registry.register` makes one available by name.
     """
 
+    def __post_init__(self) -> None:
+        """Make every setting a plain value of its declared type, if it is from NumPy too; subclasses call this first.
+
+        Raises ValueError for a value of another type, a number that is not finite, and an empty name.
+        """
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _plain(name, getattr(self, name), hint))
+        if not self.name.strip() or not self.name.isprintable():
+            raise ValueError(f"name {self.name!r} is not possible: expected text that can be printed")
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -86,3 +101,52 @@ class Explainer(ABC):
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
         """Stream the maps of every trajectory's steps, except the (item, step) pairs in `done`."""
+
+
+#: How the types of settings are called in messages.
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "text",
+    Sequence: "a list of texts",
+    Callable: "a function",
+    type(None): "None",
+}
+
+
+@cache
+def _hints(explainer: type[Explainer]) -> dict[str, Any]:
+    """The declared type of every setting."""
+    hints = typing.get_type_hints(explainer)
+    return {name: hints[name] for name in explainer.__dataclass_fields__}
+
+
+def _plain(name: str, value: Any, hint: Any) -> Any:
+    """A setting as a plain value of one of its types, a sequence as a tuple."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if is_union else (hint,)
+    is_scalar = not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
+    is_bool = str(getattr(value, "dtype", type(value).__name__)).endswith("bool")
+    for kind in kinds:
+        if kind is type(None) and value is None:
+            return None
+        if kind is bool and is_bool and is_scalar:
+            return bool(value)
+        if kind is str and isinstance(value, str):
+            return str(value)
+        if kind in (int, float) and is_scalar and not is_bool:
+            try:
+                number = operator.index(value) if kind is int else float(value)
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if kind is int or np.isfinite(number):
+                return number
+        if typing.get_origin(kind) is Sequence and not isinstance(value, bytes | Mapping):
+            members = [value] if isinstance(value, str) else list(value) if np.iterable(value) else [None]
+            if all(isinstance(member, str) for member in members):
+                return tuple(map(str, members))
+        if typing.get_origin(kind) is Callable and callable(value):
+            return value
+    expected = " or ".join(_WORDS.get(typing.get_origin(kind) or kind, "another type") for kind in kinds)
+    raise ValueError(f"{name} {value!r} is not possible: expected {expected}")

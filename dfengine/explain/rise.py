@@ -6,7 +6,6 @@ those predictions are to the unmasked one when the pixel is kept.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,9 +59,8 @@ class Rise(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that are out of range or exclude each other."""
-        # Plain numbers, so that settings from NumPy compare, store and print like any other.
-        object.__setattr__(self, "num_masks", checked_num_masks(self.num_masks))
-        object.__setattr__(self, "keep_probability", float(self.keep_probability))
+        super().__post_init__()
+        check_num_masks(self.num_masks)
         if not 2**-32 <= self.keep_probability <= 1 - 2**-32:
             raise ValueError(
                 f"keep_probability {self.keep_probability} is outside (0, 1): a mask keeps some pixels and hides some"
@@ -140,12 +138,10 @@ class Rise(Explainer):
             )
 
 
-def checked_num_masks(num_masks: int, what: str = "masks") -> int:
-    """A number of masks as a plain int. Raises ValueError if it is below 1 or more than can be stored."""
-    num_masks = operator.index(num_masks)
+def check_num_masks(num_masks: int, what: str = "masks") -> None:
+    """Raise ValueError for a number of masks below 1, or more than can be stored."""
     if not 1 <= num_masks <= _MAX_MASKS:
         raise ValueError(f"{num_masks} {what} are not possible: expected at least 1 and at most {_MAX_MASKS}")
-    return num_masks
 
 
 def num_forwards(num_steps: int, num_masks: int, target: str) -> int:

@@ -57,7 +57,10 @@ def load(
                 raise ValueError(f"random weights have no variant or revision: leave {variant or revision!r} out")
             pipeline, name = _build(model, device, dtype), f"{model} (random weights)"
         else:
-            pipeline = _from_pretrained(locate(model), dtype=dtype, variant=variant, revision=revision).to(device)
+            source = locate(model)
+            if revision and Path(source).is_dir():
+                raise ValueError(f"a folder has no revision: leave {revision!r} out")
+            pipeline = _from_pretrained(source, dtype=dtype, variant=variant, revision=revision).to(device)
             name = f"{model}{f'@{revision}' if revision else ''}{f' ({variant})' if variant else ''}"
         return adapt(pipeline, name=name, batch_size=batch_size, image_size=image_size, attention=attention)
 
@@ -185,6 +188,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {str(device)!r} is not known: expected cpu, cuda, cuda:0 … or mps") from None
+    try:
         torch.zeros(1, device=picked).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
