@@ -20,7 +20,9 @@ from numpy.typing import ArrayLike
 from dfengine.display.progress import bar  # before diffusers, which has tqdm warn if a notebook lacks ipywidgets
 
 # isort: split
+import dfengine.checks as checks
 from dfengine import models, shapes, store
+from dfengine.arguments import check_arguments
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory, check_image
@@ -66,6 +68,9 @@ class Engine:
         told to keep freed memory (`tuning.disable_malloc_trim`), unless a MALLOC_… variable is set.
         Raises ValueError for a size or backend that the model cannot work with.
         """
+        check_arguments(
+            guidance=guidance, image_size=image_size, attention=attention, compile=compile, batch_size=batch_size
+        )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch size {batch_size} is not possible: expected at least 1")
         if isinstance(pipeline, Denoiser) and image_size not in (None, pipeline.image_shape):
@@ -109,6 +114,8 @@ class Engine:
         other parameters are those of `Engine` itself. Raises ValueError for a model, device, dtype or size that is not
         available.
         """
+        check_arguments(image_size=image_size, attention=attention, compile=compile, batch_size=batch_size)
+        check_arguments(model=model, dtype=dtype, variant=variant, revision=revision, random_weights=random_weights)
         is_embedded = str(model) == "shapes" and not random_weights
         denoiser = models.load(
             shapes.FOLDER if is_embedded else model,
@@ -144,6 +151,10 @@ class Engine:
         a list of time-steps. `image` (uint8 [H, W, 3]) stands in for a generation. Raises ValueError for values out of
         range.
         """
+        num_steps, seed = checks.whole_number("num_steps", num_steps), checks.whole_number("seed", seed)
+        check_arguments(guidance=guidance)
+        if image is not None and np.asarray(image).dtype.kind not in "uifb":
+            raise checks.mistake("image", image, "an array, uint8 [H, W, 3]")
         pixels = None if image is None else torch.from_numpy(np.array(image))
         if pixels is not None:
             check_image(self.denoiser, pixels)
@@ -272,6 +283,8 @@ class Engine:
 
         Raises ValueError for impossible input, before anything is computed or written.
         """
+        check_arguments(previews=previews, overwrite=overwrite, compression=compression, mantissa_bits=mantissa_bits)
+        check_arguments(out=out, on_event=on_event, progress=progress)
         job = self.job(
             prompt,
             image=image,

@@ -15,15 +15,17 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     component: set(components.split())
     for component, components in {
+        "arguments": "checks models store",
+        "checks": "",
         "tokens": "",
         "dfkernels": "",
         "dfkernels.fused": "dfkernels",
-        "diffusion": "tokens",
+        "diffusion": "checks tokens",
         "prompts": "tokens",
         "result": "tokens",
-        "models": "diffusion tokens",
+        "models": "checks diffusion tokens",
         "runtime": "diffusion",
-        "explain": "dfkernels diffusion result runtime tokens",
+        "explain": "checks dfkernels diffusion result runtime tokens",
         "store": "result tokens",
         "figures": "diffusion explain result store tokens",
         "report": "diffusion explain figures result store tokens",
@@ -32,9 +34,9 @@ MAY_IMPORT = {
         "events": "diffusion explain",
         "plan": "diffusion explain store tokens",
         "recorder": "diffusion display events explain plan result store",
-        "engine": "diffusion display events explain models plan recorder runtime shapes store",
-        "evaluate": "dfkernels diffusion explain plan prompts result runtime shapes tokens",
-        "studies": "diffusion engine evaluate explain figures models prompts result shapes",
+        "engine": "arguments checks diffusion display events explain models plan recorder runtime shapes store",
+        "evaluate": "checks dfkernels diffusion explain plan prompts result runtime shapes tokens",
+        "studies": "checks diffusion engine evaluate explain figures models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",
         "sweep": "diffusion engine events explain plan prompts recorder runtime store",
         "cli": "diffusion engine evaluate events explain figures models profile prompts report result runtime store "

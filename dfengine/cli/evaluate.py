@@ -158,7 +158,7 @@ def sanity(
 
 def concepts(
     request: Request,
-    seeds: Annotated[int, options.integer(help="images for each prompt and schedule", low=1)] = 1,
+    seeds: Annotated[int, options.integer(help="images for each prompt and schedule", low=1, high=10000)] = 1,
     num_steps: options.NumSteps = 30,
     gamma: Annotated[float, options.real(help="shift of early and latter sampling", low=0)] = 60,
 ) -> None:

@@ -28,17 +28,18 @@ def path_option(*flags: str, help: str, panel: str | None = None) -> Any:
     return typer.Option(*flags, help=help, parser=path, metavar="PATH", rich_help_panel=panel)
 
 
-def integer(*flags: str, help: str, low: int | None = None, high: int | None = None, panel: str | None = None) -> Any:
+def integer(*flags: str, help: str, low: int = -(2**31), high: int = 2**31 - 1, panel: str | None = None) -> Any:
     """An option that is a whole number, from `low` to `high`."""
+
+    bounds = f"from {low} to {high}" if high < 2**31 - 1 else f"of at least {low}" if low > -(2**31) else ""
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
-            number = None
-        if number is None or (low is not None and number < low) or (high is not None and number > high):
-            bounds = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
-            raise typer.BadParameter(f"{text!r} is not possible: expected a whole number{bounds}")
+            number = low - 1
+        if not low <= number <= high:
+            raise typer.BadParameter(f"{text!r} is not possible: expected {f'a whole number {bounds}'.strip()}")
         return number
 
     return typer.Option(*flags, help=help, parser=parse, metavar="INTEGER", rich_help_panel=panel)
@@ -79,7 +80,7 @@ def _height_and_width(size: str) -> tuple[int, int]:
 
 def _count_or_auto(size: str) -> int | None:
     """A batch size, None for "auto"."""
-    if size != "auto" and not (size.isdecimal() and int(size)):
+    if size != "auto" and not (size.isdecimal() and 0 < int(size) < 2**31):
         raise typer.BadParameter(f"{size!r} is not understood: expected a number of at least 1, or auto")
     return None if size == "auto" else int(size)
 
@@ -115,7 +116,7 @@ Device = Annotated[
     typer.Option(help="cpu, cuda, cuda:1 …; a GPU by default if there is one", rich_help_panel=_DEVICE),
 ]
 Dtype = Annotated[
-    Literal["float16", "bfloat16", "float32"] | None,
+    Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(help="of the weights; float16 on a GPU by default", rich_help_panel=_DEVICE),
 ]
 BatchSize = Annotated[

@@ -21,7 +21,7 @@ def sample(
         int | None, options.integer(help=f"prompts of the file, at most; {_MOST_PROMPTS} by default", low=1)
     ] = None,
     seeds: Annotated[
-        int, options.integer(help="images a prompt and schedule, with --seed and the seeds after it", low=1)
+        int, options.integer(help="images a prompt and schedule, with --seed and the seeds after it", low=1, high=1000)
     ] = 1,
     seed: options.Seed = 0,
     num_steps: options.NumSteps = 30,

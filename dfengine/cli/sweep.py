@@ -28,7 +28,7 @@ Device = Annotated[
     typer.Option(help="a GPU by default if there is one; GPUs are distributed among the workers"),
 ]
 Threads = Annotated[
-    int | None, options.integer(help="threads of each worker on a CPU; by default all cores divided", low=1)
+    int | None, options.integer(help="threads of each worker on a CPU; by default all cores divided", low=1, high=4096)
 ]
 Stall = Annotated[float, options.real(help="minutes without progress after which a worker is killed", above=0)]
 
@@ -38,7 +38,7 @@ def sweep(
     out: Out,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate the cost")] = False,
     workers: Annotated[
-        int | None, options.integer(help="number of workers; by default one for each GPU, or one", low=1)
+        int | None, options.integer(help="number of workers; by default one for each GPU, or one", low=1, high=4096)
     ] = None,
     ray_address: Annotated[
         str | None,

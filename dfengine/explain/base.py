@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -11,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+import dfengine.checks as checks
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
@@ -103,18 +102,6 @@ class Explainer(ABC):
         """Stream the maps of every trajectory's steps, except the (item, step) pairs in `done`."""
 
 
-#: How the types of settings are called in messages.
-_WORDS = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "True or False",
-    str: "text",
-    Sequence: "a list of texts",
-    Callable: "a function",
-    type(None): "None",
-}
-
-
 @cache
 def _hints(explainer: type[Explainer]) -> dict[str, Any]:
     """The declared type of every setting."""
@@ -122,31 +109,24 @@ def _hints(explainer: type[Explainer]) -> dict[str, Any]:
     return {name: hints[name] for name in explainer.__dataclass_fields__}
 
 
+_SCALARS: dict[Any, Callable[[str, Any], Any]] = {
+    int: checks.whole_number,
+    float: checks.finite_number,
+    bool: checks.switch,
+    str: checks.text,
+}
+
+
 def _plain(name: str, value: Any, hint: Any) -> Any:
-    """A setting as a plain value of one of its types, a sequence as a tuple."""
+    """A setting as a plain value of its type, a sequence as a tuple. Raises ValueError for a value of another type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = typing.get_args(hint) if is_union else (hint,)
-    is_scalar = not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
-    is_bool = str(getattr(value, "dtype", type(value).__name__)).endswith("bool")
-    for kind in kinds:
-        if kind is type(None) and value is None:
-            return None
-        if kind is bool and is_bool and is_scalar:
-            return bool(value)
-        if kind is str and isinstance(value, str):
-            return str(value)
-        if kind in (int, float) and is_scalar and not is_bool:
-            try:
-                number = operator.index(value) if kind is int else float(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if kind is int or np.isfinite(number):
-                return number
-        if typing.get_origin(kind) is Sequence and not isinstance(value, bytes | Mapping):
-            members = [value] if isinstance(value, str) else list(value) if np.iterable(value) else [None]
-            if all(isinstance(member, str) for member in members):
-                return tuple(map(str, members))
-        if typing.get_origin(kind) is Callable and callable(value):
-            return value
-    expected = " or ".join(_WORDS.get(typing.get_origin(kind) or kind, "another type") for kind in kinds)
-    raise ValueError(f"{name} {value!r} is not possible: expected {expected}")
+    if value is None and type(None) in kinds:
+        return None
+    if callable(value) and any(typing.get_origin(kind) is Callable for kind in kinds):
+        return value
+    if kinds[0] in _SCALARS:
+        return _SCALARS[kinds[0]](name, value)
+    if typing.get_origin(kinds[0]) is Sequence:
+        return checks.texts(name, value)
+    return value
