@@ -71,8 +71,6 @@ class Engine:
         check_arguments(
             guidance=guidance, image_size=image_size, attention=attention, compile=compile, batch_size=batch_size
         )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch size {batch_size} is not possible: expected at least 1")
         if isinstance(pipeline, Denoiser) and image_size not in (None, pipeline.image_shape):
             raise ValueError(
                 f"image size {image_size} is not possible: the denoiser generates {pipeline.image_shape}; leave it out"
@@ -115,7 +113,9 @@ class Engine:
         available.
         """
         check_arguments(image_size=image_size, attention=attention, compile=compile, batch_size=batch_size)
-        check_arguments(model=model, dtype=dtype, variant=variant, revision=revision, random_weights=random_weights)
+        check_arguments(
+            model=model, device=device, dtype=dtype, variant=variant, revision=revision, random_weights=random_weights
+        )
         is_embedded = str(model) == "shapes" and not random_weights
         denoiser = models.load(
             shapes.FOLDER if is_embedded else model,
@@ -151,8 +151,7 @@ class Engine:
         a list of time-steps. `image` (uint8 [H, W, 3]) stands in for a generation. Raises ValueError for values out of
         range.
         """
-        num_steps, seed = checks.whole_number("num_steps", num_steps), checks.whole_number("seed", seed)
-        check_arguments(guidance=guidance)
+        check_arguments(guidance=guidance, num_steps=num_steps, seed=seed)
         if image is not None and np.asarray(image).dtype.kind not in "uifb":
             raise checks.mistake("image", image, "an array, uint8 [H, W, 3]")
         pixels = None if image is None else torch.from_numpy(np.array(image))
@@ -172,10 +171,11 @@ class Engine:
 
         Raises ValueError for what the model or one of the prompts lacks, and for explainers that share a name.
         """
+        check_arguments(jobs=jobs, explainers=explainers)
         several = list(explainers) if isinstance(explainers, Sequence) else [explainers]
-        names = [explainer.name for explainer in several]
         if not several:
             raise ValueError("there is no explainer: give at least one, such as Rise()")
+        names = [explainer.name for explainer in several]
         if len(set(names)) < len(names):
             raise ValueError(
                 f"explainers share a name ({', '.join(names)}): give each its own, as in Rise(name='rise-global')"
@@ -209,6 +209,7 @@ class Engine:
 
     def sample(self, jobs: Sequence[Job]) -> Iterator[Trajectory]:
         """Generate many images without explaining them, in the jobs' order."""
+        check_arguments(jobs=jobs)
         for _, group in sample_groups(self.denoiser, jobs, {}):
             yield from group.values()
 

@@ -1,14 +1,14 @@
 """Bad values for everything that takes a value, made from the declarations, and what becomes of each.
 
-`python tests/bad_inputs.py FOLDER` prints a line of JSON for each case. It is a process of its own because the tests'
-own check annotations, which would refuse many values before the code does.
+`python tests/bad_inputs.py FOLDER N` prints a line of JSON for every N-th case. It is a process of its own because the
+tests check annotations, which would refuse many values before the code does.
 """
 
-import collections.abc
 import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import math
 import re
@@ -16,6 +16,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +28,6 @@ from analytic import Analytic
 
 import dfengine
 from dfengine import Engine, Random, cli, evaluate, studies
-from dfengine.evaluate import prompts as evaluate_prompts
 from dfengine.explain import registry
 from dfengine.models import loading
 
@@ -86,9 +86,15 @@ COMMANDS = {
     "worker": ["{spec}", "-o", "{folder}/sweep", "--shard", "1/2"],
     "merge": ["{run}", "-o", "{folder}/new.h5"],
     "export": ["{run}", "-o", "{folder}/new.zarr"],
-    **dict.fromkeys(["figures", "report", "watch", "info"], ["{run}"]),
-    **dict.fromkeys(["evaluate concepts", "evaluate recovery", "evaluate sanity", "evaluate truth"], ["--limit", "2"]),
-    "evaluate games": ["--limit", "12"],
+    "figures": ["{run}"],
+    "report": ["{run}"],
+    "watch": ["{run}"],
+    "info": ["{run}"],
+    "evaluate concepts": [],
+    "evaluate games": [],
+    "evaluate recovery": [],
+    "evaluate sanity": [],
+    "evaluate truth": [],
     "profile": [],
     "layers": [],
 }
@@ -98,13 +104,17 @@ POSSIBLE = {("seed", "0"), ("step", "0"), ("item", "0"), ("gamma", "0"), ("guida
 KNOWN_BY_MODEL = {("num_steps", HUGE)}
 
 
+#: Built once: building it takes longer than refusing a value.
+PARSER = typer.main.get_command(cli.build_app(["explain", "profile"]))
+
+
 class Loaded(BaseException):
     """A model would be read now."""
 
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Every verb with its command."""
-    groups: list[tuple[str, Any]] = [("", typer.main.get_command(cli.build_app(["explain", "profile"])))]
+    groups: list[tuple[str, Any]] = [("", PARSER)]
     while groups:
         name, command = groups.pop()
         if hasattr(command, "commands"):
@@ -139,33 +149,35 @@ def cli_cases() -> Iterator[tuple[str, str, str, list[str], bool]]:
             flag = option.opts[0]
             owners = [one.name for one in registry.entries().values() if option.name in {o.name for o in one.options}]
             added = ["-e", owners[0]] if verb == "explain" and owners else []
-            if option.name == "stop_at_error" or option.metavar == "FLOAT" and option.name == "gamma" and verb == "explain":
-                added += ["--sampling", "early"] * (option.name == "gamma")
+            if (verb, option.name) == ("explain", "gamma"):
+                added = ["--sampling", "early"]
             for value in option_cases(verb, option):
                 if option.param_type_name == "argument":
                     rest = base[1:] if base and not base[0].startswith("-") else base
                     words = [*verb.split(), *rest, *added, "--", value]
                 else:
-                    words = [*verb.split(), *base, *added, f"{flag}={value}" if flag.startswith("--") else f"{flag}{value}"]
-                    if not flag.startswith("--"):
-                        words[-1:] = [flag, value]
+                    given = [f"{flag}={value}"] if flag.startswith("--") else [flag, value]
+                    words = [*verb.split(), *base, *added, *given]
                 yield verb, option.name, value, words, (option.name, value) in KNOWN_BY_MODEL
             if option.param_type_name == "option":
                 if option.is_flag:
-                    yield verb, option.name, "x", [*verb.split(), *base, f"{flag}=x"], False
+                    yield verb, option.name, flag, [*verb.split(), *base, f"{flag}=x"], False
                 else:
                     yield verb, option.name, flag, [*verb.split(), *base, flag], False
         yield verb, "", "--no-such-option", [*verb.split(), *base, "--no-such-option"], False
 
 
-def run_cli(words: list[str]) -> tuple[str, str]:
+def run_cli(words: list[str], value: str) -> tuple[str, str]:
     """The outcome of a command that must be refused in one line, and that line."""
     out, err = io.StringIO(), io.StringIO()
     status: object = 0
     try:
-        with patch.object(sys, "argv", ["dfengine", *words]), contextlib.redirect_stdout(out):
-            with contextlib.redirect_stderr(err):
-                cli.main()
+        with (
+            patch.object(sys, "argv", ["dfengine", *words]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            cli.main()
     except SystemExit as raised:
         status = raised.code or 0
     except Loaded:
@@ -176,7 +188,11 @@ def run_cli(words: list[str]) -> tuple[str, str]:
     if status == 0:
         return "accepted", out.getvalue()
     is_line = message.startswith("dfengine: ") and message.count("\n") == 1 and out.getvalue() == ""
-    return ("refused" if status == 2 and is_line else f"status {status}, not one line"), message.strip()
+    if status != 2 or not is_line:
+        return f"status {status}, not one line", message
+    folder, file = str(Path(value).parent) if "/" in value else value, value.partition("=")[2] or value
+    given = [value, repr(value)[1:-1], folder, file]
+    return ("refused" if any(one in message for one in given) else "unnamed"), message.strip()
 
 
 # Python --------------------------------------------------------------------------------------------------------------
@@ -184,7 +200,7 @@ def run_cli(words: list[str]) -> tuple[str, str]:
 NAN, INF = math.nan, math.inf
 #: Bad values by the kind of a parameter.
 VALUES: dict[str, list[Any]] = {
-    "int": ["x", "", "3", 1.5, NAN, INF, -1, 2**80, [], [1], np.zeros(3), True, object(), b"1", 0],
+    "int": ["x", "", "3", 1.5, NAN, INF, -1, 2**80, 2**80 + 1, [], [1], np.zeros(3), True, object(), b"1", 0],
     "float": ["x", "", "1", NAN, INF, -INF, [], [1.0], np.zeros(3), True, object(), 10**400, -1, 0],
     "bool": [2, "yes", "", NAN, [], object(), np.zeros(2, bool)],
     "str": [3, b"x", [], ["a"], NAN, True, object(), "no-such", "a\0b"],
@@ -239,6 +255,8 @@ FINE = {
     ("seed", "0"), ("gamma", "0"), ("guidance", "0"), ("guidance", "-1"), ("prompt", "'no-such'"),
     ("negative_prompt", "'no-such'"), ("name", "'no-such'"), ("step", "0"), ("revision", "'no-such'"),
     ("variant", "'no-such'"), ("methods", "[]"), ("steps", "[]"),
+    ("maps", "{}"), ("num_images", repr(2**80)), ("num_images", repr(2**80 + 1)),
+    ("methods", repr([Random(), Random()])),
 }  # fmt: skip
 
 
@@ -268,7 +286,8 @@ def python_cases() -> Iterator[tuple[str, str, Any, Any]]:
         hints = typing.get_type_hints(entry.explainer)
         for field in dataclasses.fields(entry.explainer):
             for value in parameter_cases(field.name, hints[field.name], field.default):
-                yield entry.explainer.__name__, field.name, value, lambda e=entry, f=field, v=value: e.explainer(**{f.name: v})
+                call = partial(entry.explainer, **{field.name: value})
+                yield entry.explainer.__name__, field.name, value, call
     engine = Engine(analytic())
     random = Random()
     calls: list[tuple[str, Any, dict[str, Any]]] = [
@@ -281,7 +300,7 @@ def python_cases() -> Iterator[tuple[str, str, Any, Any]]:
         ("exponential_timesteps", dfengine.exponential_timesteps, {"num_steps": 3}),
         ("evaluate.captions", evaluate.captions, {"count": 2, "seed": 0}),
         ("evaluate.embedded_prompts", evaluate.embedded_prompts, {"count": 2, "seed": 0}),
-        ("evaluate.scenes", evaluate.scenes, {}),
+        ("evaluate.scenes", evaluate.scenes, {"count": 2}),
         ("evaluate.make_methods", evaluate.make_methods, {"methods": ["rise", "lime"]}),
         ("evaluate.check_distance", evaluate.check_distance, {"distance": "mse", "num_images": 3}),
         ("evaluate.default_step", evaluate.default_step, {}),
@@ -300,7 +319,7 @@ def python_cases() -> Iterator[tuple[str, str, Any, Any]]:
         for name, parameter in inspect.signature(function).parameters.items():
             annotation = parameter.annotation if parameter.annotation is not parameter.empty else "Any"
             for value in parameter_cases(name, annotation, parameter.default):
-                yield what, name, value, lambda f=function, g=given, n=name, v=value: f(**{**g, n: v})
+                yield what, name, value, partial(function, **given | {name: value})
 
 
 def run_python(name: str, value: Any, call: Any) -> tuple[str, str]:
@@ -310,10 +329,11 @@ def run_python(name: str, value: Any, call: Any) -> tuple[str, str]:
     except Loaded:
         return "reached the model", ""
     except (ValueError, TypeError, FileNotFoundError) as error:
-        message = str(error)
-        singular = {name, name.removesuffix("s"), name.replace("_", " "), name.removeprefix("num_"), name.replace("_", " ").removesuffix("s")}
-        names_it = any(one in message for one in singular) or repr(value) in message or (isinstance(value, str | int) and str(value) in message) or (isinstance(value, list) and len(value) == 1 and repr(value[0]) in message)
-        return ("refused" if names_it and "\n" not in message else "unnamed"), f"{type(error).__name__}: {message}"
+        message, member = str(error), value[0] if isinstance(value, list) and value else value
+        names = {name, name.removesuffix("s"), name.removeprefix("num_")}
+        given = names | {repr(value), repr(member), str(member) or name}
+        is_named = any(one in message for one in given) and "\n" not in message
+        return ("refused" if is_named else "unnamed"), f"{type(error).__name__}: {message}"
     except BaseException as error:
         return f"traceback: {error!r}", ""
     return "accepted", ""
@@ -348,6 +368,7 @@ def without_models() -> Iterator[None]:
         raise Loaded
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(cli, "build_app", lambda _: PARSER))
         stack.enter_context(patch.object(loading, "quiet", contextlib.nullcontext))
         for target in (
             (loading, "_from_pretrained"), (loading, "_build"), (dfengine.sweep, "run"), (dfengine.sweep, "dry_run")
@@ -360,6 +381,7 @@ def without_models() -> Iterator[None]:
 def with_model() -> Iterator[None]:
     """Reading a model returns one that takes no time."""
     with (
+        patch.object(cli, "build_app", lambda _: PARSER),
         patch.object(loading, "quiet", contextlib.nullcontext),
         patch.object(loading, "_from_pretrained", lambda *_, **__: types.SimpleNamespace(to=lambda device: None)),
         patch.object(loading, "adapt", lambda *_, **__: analytic()),
@@ -367,7 +389,7 @@ def with_model() -> Iterator[None]:
         yield
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, stride: int) -> None:
     files = example_files(folder)
 
     def fill(text: str) -> str:
@@ -378,18 +400,18 @@ def main(folder: Path) -> None:
 
     stdout = sys.stdout
     before = {path.name for path in folder.iterdir()}
-    for verb, name, value, words, may_load in cli_cases():
+    for verb, name, value, words, may_load in itertools.islice(cli_cases(), 0, None, stride):
         with with_model() if may_load else without_models():
-            outcome = run_cli(list(map(fill, words)))
+            outcome = run_cli(list(map(fill, words)), fill(value))
         report(f"dfengine {verb}", name, value, outcome)
     written = {path.name for path in folder.iterdir()} - before
     if written:
         report("dfengine", "", "", (f"written: {sorted(written)}", ""))
     with without_models(), contextlib.redirect_stdout(io.StringIO()):
-        for what, name, value, call in python_cases():
+        for what, name, value, call in itertools.islice(python_cases(), 0, None, stride):
             report(what, name, value, run_python(name, value, call))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

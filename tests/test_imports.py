@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     component: set(components.split())
     for component, components in {
-        "arguments": "checks models store",
+        "arguments": "checks diffusion explain models store",
         "checks": "",
         "tokens": "",
         "dfkernels": "",
         "dfkernels.fused": "dfkernels",
         "diffusion": "checks tokens",
-        "prompts": "tokens",
+        "prompts": "checks tokens",
         "result": "tokens",
         "models": "checks diffusion tokens",
         "runtime": "diffusion",
@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "recorder": "diffusion display events explain plan result store",
         "engine": "arguments checks diffusion display events explain models plan recorder runtime shapes store",
         "evaluate": "checks dfkernels diffusion explain plan prompts result runtime shapes tokens",
-        "studies": "checks diffusion engine evaluate explain figures models prompts result shapes",
+        "studies": "arguments checks diffusion engine evaluate explain figures models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",
         "sweep": "diffusion engine events explain plan prompts recorder runtime store",
         "cli": "diffusion engine evaluate events explain figures models profile prompts report result runtime store "

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def path(text: str) -> Path:
     """A path, with ~ for the home folder, which a shell does not expand within --out=~/run.h5."""
+    if "\0" in text:
+        raise typer.BadParameter(f"{text!r} is no path: it has a NUL character")
     return Path(text).expanduser()
 
 

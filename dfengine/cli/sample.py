@@ -43,12 +43,14 @@ def sample(
 ) -> None:
     """Generate the same prompts and seeds by uniform, early and latter sampling, side by side (Figures 6 and 10)."""
     from dfengine import figures
-    from dfengine.prompts import Prompt
+    from dfengine.diffusion.job import Job
 
     options.refuse(limit is not None and prompts is None, "--limit", "for the prompts of a file (--prompts)")
-    texts = [Prompt(text).text for text in prompt or []] + options.prompts_of(prompts, limit or _MOST_PROMPTS)
+    texts = [*(prompt or []), *options.prompts_of(prompts, limit or _MOST_PROMPTS)]
     if not texts:
         raise ValueError("there is nothing to show: name a prompt, or a file of them (--prompts)")
+    for text in texts:
+        Job(text, timesteps=(0,), negative_prompt=negative_prompt)  # raises ValueError
     figures.check_name(out)
     if images is not None:
         options.check_folder(images)

@@ -57,6 +57,7 @@ def sweep(
     from dfengine import sweep as sweeping
 
     options.refuse(dry_run and retry_failed, "--retry-failed", "not for a --dry-run")
+    options.check_folder(out)
     described = sweeping.read(spec)
     resources = sweeping.Resources(
         workers=workers,
@@ -107,6 +108,7 @@ def worker(
         stall=60 * stall_minutes,
     )
     part = _shard(shard)
+    options.check_folder(out)
     events = sweeping.run(sweeping.read(spec), out, resources, shard=part, retry_failed=retry_failed)
     _run(events, out, as_json, is_complete=False)
 

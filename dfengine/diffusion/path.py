@@ -153,9 +153,11 @@ class NoiseSchedule:
 
     def _checked(self, timesteps: Iterable[float | SupportsIndex]) -> list[int] | list[float]:
         """Whole numbers where all of them are; what leaves the path or does not fall is refused."""
+        if not isinstance(timesteps, Iterable) or isinstance(timesteps, bytes | Mapping):
+            raise checks.mistake("sampling", timesteps, "'uniform', 'early', 'latter' or a list of time-steps")
         steps = [_number(t) for t in timesteps]
         if not steps:
-            raise ValueError("the list of time-steps is empty: give at least one")
+            raise ValueError("the list of time-steps (sampling) is empty: give at least one")
         last = self.num_train_timesteps - (0 if self.is_flow else 1)
         for t in steps:
             if not 0 <= t <= last:

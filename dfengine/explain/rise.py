@@ -28,6 +28,8 @@ ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")
 
 #: Masks a step, at most: the score of each is stored.
 _MAX_MASKS = 2**24
+#: Cells a side of a rise mask, and the side of a window: more than any latent has pixels.
+_MAX_CELLS, _MAX_WINDOW = 4096, 4095
 
 
 @register("rise", label="DF-RISE")
@@ -65,10 +67,10 @@ class Rise(Explainer):
             raise ValueError(
                 f"keep_probability {self.keep_probability} is outside (0, 1): a mask keeps some pixels and hides some"
             )
-        if self.grid < 1:
-            raise ValueError(f"grid {self.grid} is not possible: expected at least 1 cell a side")
-        if self.window < 1 or self.window % 2 == 0:
-            raise ValueError(f"window {self.window} has no middle pixel: expected an odd number")
+        if not 1 <= self.grid <= _MAX_CELLS:
+            raise ValueError(f"grid {self.grid} is not possible: expected 1 to {_MAX_CELLS} cells a side")
+        if not 1 <= self.window <= _MAX_WINDOW or self.window % 2 == 0:
+            raise ValueError(f"window {self.window} has no middle pixel: expected an odd number up to {_MAX_WINDOW}")
         if not self.sigma > 0:
             raise ValueError(f"sigma {self.sigma} is not possible: expected more than 0")
         if self.stop_at_error is not None and not self.stop_at_error > 0:
