@@ -12,18 +12,28 @@ from typing import Any
 
 #: Longer values are named by their type in messages.
 _LONGEST = 100
+#: A limit that no one means to reach is not mentioned to those who are far from it.
+_UNBOUNDED = 2**31 - 1
 
 
 def whole_number(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """A whole number as an int, from `low` to `high`. Raises ValueError for anything else."""
-    bounds = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
     try:
-        number = operator.index(value)
+        number = None if _is_bool(value) else operator.index(value)
     except TypeError:
-        raise mistake(name, value, f"a whole number{bounds}") from None
-    if _is_bool(value) or (low is not None and number < low) or (high is not None and number > high):
-        raise mistake(name, value, f"a whole number{bounds}")
+        number = None
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        raise mistake(name, value, whole_number_in_words(number, low, high))
     return number
+
+
+def whole_number_in_words(number: int | None, low: int | None, high: int | None) -> str:
+    """What is expected instead of a number that is out of range, or none."""
+    if low is not None and high is not None and high < _UNBOUNDED:
+        return f"a whole number from {low} to {high}"
+    if high is not None and number is not None and number > high:
+        return f"a whole number of at most {high}"
+    return "a whole number" if low is None else f"a whole number of at least {low}"
 
 
 def finite_number(name: str, value: Any) -> float:
@@ -52,14 +62,14 @@ def text(name: str, value: Any) -> str:
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """Texts as a tuple, of one or a sequence of them. Raises ValueError for anything else."""
     members = [value] if isinstance(value, str) else value
-    if not hasattr(members, "__getitem__") or isinstance(members, bytes | Mapping) or getattr(members, "ndim", 1) != 1:
+    if not hasattr(members, "__getitem__") or isinstance(members, bytes | Mapping):
         raise mistake(name, value, "a list of texts")
     return tuple(text(name, member) for member in members)
 
 
 def switch(name: str, value: Any) -> bool:
     """True or False. Raises ValueError for anything else."""
-    if not _is_bool(value) or getattr(value, "ndim", 0):
+    if not _is_bool(value) or getattr(value, "ndim", None):
         raise mistake(name, value, "True or False")
     return bool(value)
 

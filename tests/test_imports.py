@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     component: set(components.split())
     for component, components in {
-        "arguments": "checks diffusion explain models store",
         "checks": "",
         "tokens": "",
         "dfkernels": "",
@@ -27,6 +26,7 @@ MAY_IMPORT = {
         "runtime": "diffusion",
         "explain": "checks dfkernels diffusion result runtime tokens",
         "store": "result tokens",
+        "arguments": "checks diffusion explain models store",
         "figures": "diffusion explain result store tokens",
         "report": "diffusion explain figures result store tokens",
         "display": "diffusion explain figures result store",
@@ -39,8 +39,8 @@ MAY_IMPORT = {
         "studies": "arguments checks diffusion engine evaluate explain figures models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",
         "sweep": "diffusion engine events explain plan prompts recorder runtime store",
-        "cli": "diffusion engine evaluate events explain figures models profile prompts report result runtime store "
-        "studies sweep",
+        "cli": "checks diffusion engine evaluate events explain figures models profile prompts report result runtime "
+        "store studies sweep",
     }.items()
 }
 

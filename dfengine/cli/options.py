@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dfengine.checks import whole_number_in_words
+
 if TYPE_CHECKING:
     from dfengine.engine import Engine
 
@@ -30,18 +32,16 @@ def path_option(*flags: str, help: str, panel: str | None = None) -> Any:
     return typer.Option(*flags, help=help, parser=path, metavar="PATH", rich_help_panel=panel)
 
 
-def integer(*flags: str, help: str, low: int = -(2**31), high: int = 2**31 - 1, panel: str | None = None) -> Any:
+def integer(*flags: str, help: str, low: int | None = None, high: int = 2**31 - 1, panel: str | None = None) -> Any:
     """An option that is a whole number, from `low` to `high`."""
-
-    bounds = f"from {low} to {high}" if high < 2**31 - 1 else f"of at least {low}" if low > -(2**31) else ""
 
     def parse(text: str) -> int:
         try:
-            number = int(text)
+            number: int | None = int(text)
         except ValueError:
-            number = low - 1
-        if not low <= number <= high:
-            raise typer.BadParameter(f"{text!r} is not possible: expected {f'a whole number {bounds}'.strip()}")
+            number = None
+        if number is None or (low is not None and number < low) or number > high:
+            raise typer.BadParameter(f"{text!r} is not possible: expected {whole_number_in_words(number, low, high)}")
         return number
 
     return typer.Option(*flags, help=help, parser=parse, metavar="INTEGER", rich_help_panel=panel)

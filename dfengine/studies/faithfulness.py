@@ -115,7 +115,7 @@ def games(
         raise mistake("cache", cache, "a GameCache")
     texts, maps = texts_of(prompts), maps or {}
     evaluate.check_distance(distance, len(texts))
-    tables = table if isinstance(table, list | tuple) else [table]
+    tables = table if isinstance(table, Sequence) and not isinstance(table, str) else [table]
     names = [*methods, *(name for number in tables for name in _table_methods(number))]
     explainers = evaluate.make_methods(
         names or ([] if maps else evaluate.TABLES[1]), preset=preset, num_masks=num_masks, num_samples=num_samples
@@ -171,7 +171,7 @@ def _band(score: evaluate.GameScore) -> tuple[ndarray, ndarray, ndarray]:
     return mean, low, high
 
 
-def _table_methods(number: int) -> tuple[str, ...]:
+def _table_methods(number: Any) -> tuple[str, ...]:
     if isinstance(number, bool) or number not in evaluate.TABLES:
         raise ValueError(f"table {number!r} is not one of the games: expected 1 or 2")
     return evaluate.TABLES[number]
