@@ -383,7 +383,9 @@ def with_model() -> Iterator[None]:
     with (
         patch.object(cli, "build_app", lambda _: PARSER),
         patch.object(loading, "quiet", contextlib.nullcontext),
-        patch.object(loading, "_from_pretrained", lambda *_, **__: types.SimpleNamespace(to=lambda device: None)),
+        patch.object(
+            loading, "_from_pretrained", lambda *_, **__: types.SimpleNamespace(to=lambda device: None, components={})
+        ),
         patch.object(loading, "adapt", lambda *_, **__: analytic()),
     ):
         yield

@@ -316,7 +316,10 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, *QUICK, "--model", "no-such-model"], "'no-such-model' is not known: expected 'shapes'"),
         ([CAPTION, *QUICK, "--model", "/no/such/folder"], "no model at '/no/such/folder'"),
         ([CAPTION, *QUICK, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-        ([CAPTION, *QUICK, "--device", "abacus"], "device 'abacus' is not known: expected cpu, cuda, cuda:0 … or mps"),
+        (
+            [CAPTION, *QUICK, "--device", "abacus"],
+            "device 'abacus' cannot be used: expected cpu, cuda, cuda:0 … or mps",
+        ),
         ([CAPTION, *QUICK, "--dtype", "float8"], "'--dtype': 'float8' is not one of 'float16'"),
         (
             [CAPTION, *QUICK, "--seed", "-1"],

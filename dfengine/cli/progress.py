@@ -93,13 +93,13 @@ def bar(what: str, total: float = 0) -> Iterator[Bar]:
 @contextmanager
 def _logged(bar: Bar) -> Iterator[None]:
     """While inside, print a line every `LOG_SECONDS`, and one at the end if there was one before."""
-    stop, has_printed = threading.Event(), False
+    stop, printed = threading.Event(), ""
 
     def follow() -> None:
-        nonlocal has_printed
+        nonlocal printed
         while not stop.wait(LOG_SECONDS):
-            has_printed = True
-            complain(bar)
+            printed = str(bar)
+            complain(printed)
 
     thread = threading.Thread(target=follow, name="progress", daemon=True)
     thread.start()
@@ -108,7 +108,7 @@ def _logged(bar: Bar) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if has_printed:
+        if printed not in ("", str(bar)):
             complain(bar)
 
 
