@@ -19,6 +19,8 @@ _CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
 #: and those that reorder what stands beside them.
 _DIRECTIONS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
+#: Where torch warns that it finds CUDA's compiler but no GPU, which is no fault.
+_CUDA_LOGGER = "torch.utils.cpp_extension"
 #: What to do after an interruption that kept something.
 RESUME = "rerun the same command to resume"
 
@@ -87,18 +89,20 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """While inside, the package's log entries are printed as notes."""
+    """While inside, the package's log entries are printed as notes; torch says nothing of a missing CUDA runtime."""
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             note(record.getMessage())
 
-    log, notes = logging.getLogger("dfengine"), Notes(logging.INFO)
-    level = log.level
+    log, notes, cuda = logging.getLogger("dfengine"), Notes(logging.INFO), logging.getLogger(_CUDA_LOGGER)
+    levels = log.level, cuda.level
     log.setLevel(logging.INFO)
+    cuda.setLevel(logging.ERROR)
     log.addHandler(notes)
     try:
         yield
     finally:
         log.removeHandler(notes)
-        log.setLevel(level)
+        log.setLevel(levels[0])
+        cuda.setLevel(levels[1])
