@@ -20,7 +20,9 @@ from numpy.typing import ArrayLike
 from dfengine.display.progress import bar  # before diffusers, which has tqdm warn if a notebook lacks ipywidgets
 
 # isort: split
+import dfengine.checks as checks
 from dfengine import models, shapes, store
+from dfengine.arguments import check_arguments
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory, check_image
@@ -73,8 +75,9 @@ class Engine:
         an engine, and take turns with its network.
         Raises ValueError for a size or backend that the model cannot work with.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch size {batch_size} is not possible: expected at least 1")
+        check_arguments(
+            guidance=guidance, image_size=image_size, attention=attention, compile=compile, batch_size=batch_size
+        )
         if isinstance(pipeline, Denoiser) and image_size not in (None, pipeline.image_shape):
             raise ValueError(
                 f"image size {image_size} is not possible: the denoiser generates {pipeline.image_shape}; leave it out"
@@ -116,6 +119,10 @@ class Engine:
         other parameters are those of `Engine` itself. Raises ValueError for a model, device, dtype or size that is not
         available.
         """
+        check_arguments(image_size=image_size, attention=attention, compile=compile, batch_size=batch_size)
+        check_arguments(
+            model=model, device=device, dtype=dtype, variant=variant, revision=revision, random_weights=random_weights
+        )
         is_embedded = str(model) == "shapes" and not random_weights
         denoiser = models.load(
             shapes.FOLDER if is_embedded else model,
@@ -151,6 +158,9 @@ class Engine:
         a list of time-steps. `image` (uint8 [H, W, 3]) stands in for a generation. Raises ValueError for values out of
         range.
         """
+        check_arguments(guidance=guidance, num_steps=num_steps, seed=seed)
+        if image is not None and np.asarray(image).dtype.kind not in "uifb":
+            raise checks.mistake("image", image, "an array, uint8 [H, W, 3]")
         pixels = None if image is None else torch.from_numpy(np.array(image))
         if pixels is not None:
             check_image(self.denoiser, pixels)
@@ -168,13 +178,12 @@ class Engine:
 
         Raises ValueError for what the model or one of the prompts lacks, and for explainers that share a name.
         """
-        given = [explainers] if isinstance(explainers, str | Explainer) else list(explainers)
+        check_arguments(jobs=jobs, explainers=explainers)
+        given = [explainers] if isinstance(explainers, str | Explainer) else explainers
         several = [make(one) if isinstance(one, str) else one for one in given]
-        if strangers := [one for one in several if not isinstance(one, Explainer)]:
-            raise ValueError(f"{strangers[0]!r} is no explainer: give one such as Rise(), or its name, such as 'rise'")
-        names = [explainer.name for explainer in several]
         if not several:
             raise ValueError("there is no explainer: give at least one, such as Rise()")
+        names = [explainer.name for explainer in several]
         if len(set(names)) < len(names):
             raise ValueError(
                 f"explainers share a name ({', '.join(names)}): give each its own, as in Rise(name='rise-global')"
@@ -210,6 +219,7 @@ class Engine:
 
     def sample(self, jobs: Sequence[Job]) -> Iterator[Trajectory]:
         """Generate many images without explaining them, in the jobs' order."""
+        check_arguments(jobs=jobs)
         for _, group in self._one_at_a_time(sample_groups(self.denoiser, jobs, {})):
             yield from group.values()
 
@@ -300,6 +310,8 @@ class Engine:
 
         Raises ValueError for impossible input, before anything is computed or written.
         """
+        check_arguments(previews=previews, overwrite=overwrite, compression=compression, mantissa_bits=mantissa_bits)
+        check_arguments(out=out, on_event=on_event, progress=progress)
         job = self.job(
             prompt,
             image=image,

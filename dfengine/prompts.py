@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from dfengine.checks import text
 from dfengine.tokens import find_occurrences
 
 #: The roles in a prompt "subject relation object", as in Table 3.
@@ -29,7 +30,7 @@ class Prompt:
     concepts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.text.strip():
+        if not text("prompt", self.text).strip():
             raise ValueError("the prompt is empty: say what the image should show")
         for concept in self.concepts.values():
             find_occurrences(self.text, concept)

@@ -178,7 +178,7 @@ def test_a_custom_denoiser_is_explained() -> None:
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "a red dog"}, "does not know 'dog'; its words are: a above an"),
         ({"prompt": "a red circle on " + "a " * 20}, "would be cut"),
-        ({"num_steps": 0}, "0 steps .* at least 1"),
+        ({"num_steps": 0}, "num_steps 0 .* at least 1"),
         ({"num_steps": 1001}, "1001 steps are more than the 1000"),
         ({"sampling": "middle"}, "sampling 'middle'"),
         ({"sampling": [5, 7]}, "decrease strictly"),
@@ -257,7 +257,7 @@ def test_an_interrupted_run_with_other_settings_is_rejected(engine: Engine, tmp_
 
     with pytest.raises(KeyboardInterrupt):
         engine.explain(CAPTION, Rise(4), num_steps=2, out=tmp_path / "run.h5", on_event=stop)
-    with pytest.raises(ValueError, match=r"num_masks \(4, now 5\)"):
+    with pytest.raises(ValueError, match=r"num_masks of rise \(4, now 5\)"):
         engine.explain(CAPTION, Rise(5), num_steps=2, out=tmp_path / "run.h5")
     engine.explain(CAPTION, Rise(5), num_steps=2, out=tmp_path / "run.h5", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}

@@ -15,16 +15,18 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     component: set(components.split())
     for component, components in {
+        "checks": "",
         "tokens": "",
         "dfkernels": "",
         "dfkernels.fused": "dfkernels",
-        "diffusion": "tokens",
-        "prompts": "tokens",
+        "diffusion": "checks tokens",
+        "prompts": "checks tokens",
         "result": "tokens",
-        "models": "diffusion tokens",
+        "models": "checks diffusion tokens",
         "runtime": "diffusion",
-        "explain": "dfkernels diffusion result runtime tokens",
+        "explain": "checks dfkernels diffusion result runtime tokens",
         "store": "result tokens",
+        "arguments": "checks diffusion explain models store",
         "figures": "diffusion explain result store tokens",
         "report": "diffusion explain figures result store tokens",
         "display": "diffusion explain figures result store",
@@ -32,13 +34,13 @@ MAY_IMPORT = {
         "events": "diffusion explain",
         "plan": "diffusion explain store tokens",
         "recorder": "diffusion display events explain plan result store",
-        "engine": "diffusion display events explain models plan recorder runtime shapes store",
-        "evaluate": "dfkernels diffusion explain plan prompts result runtime shapes tokens",
-        "studies": "diffusion engine evaluate explain figures models prompts result shapes",
+        "engine": "arguments checks diffusion display events explain models plan recorder runtime shapes store",
+        "evaluate": "checks dfkernels diffusion explain plan prompts result runtime shapes tokens",
+        "studies": "arguments checks diffusion engine evaluate explain figures models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",
         "sweep": "diffusion engine events explain plan prompts recorder runtime store",
-        "cli": "diffusion engine evaluate events explain figures models profile prompts report result runtime store "
-        "studies sweep",
+        "cli": "checks diffusion engine evaluate events explain figures models profile prompts report result runtime "
+        "store studies sweep",
     }.items()
 }
 

@@ -145,8 +145,8 @@ def test_other_settings_are_refused_and_named(tmp_path):
     with pytest.raises(store.StoreError) as refused:
         store.Writer.resume(path, other)
     assert str(refused.value) == (
-        f"{tmp_path / 'run.part.h5'} was begun with other settings: items.0.seed (1, now 2); "
-        'methods.rise.settings.kind ("gaussian", now "rise"); settings.gamma (60, now 10); '
+        f"{tmp_path / 'run.part.h5'} was begun with other settings: seed of image 0 (1, now 2); "
+        'kind of rise ("gaussian", now "rise"); gamma (60, now 10); '
         "use those, or discard it with --overwrite"
     )
     with store.open(tmp_path / "run.part.h5") as run:
@@ -161,14 +161,14 @@ def test_settings_that_differ_late_are_other_settings(tmp_path, values):
     late = [*values[:-1], 999] if isinstance(values, list) else values[:-1] + "y"
     plan = dataclasses.replace(SMALL, settings={"values": values})
     interrupt(tmp_path / "run.h5", 2, plan)
-    with pytest.raises(store.StoreError, match=r"other settings: settings.values \(.*… of \d+ characters, now .*…"):
+    with pytest.raises(store.StoreError, match=r"other settings: values \(.*… of \d+ characters, now .*…"):
         store.Writer.resume(tmp_path / "run.h5", dataclasses.replace(SMALL, settings={"values": late}))
 
 
 def test_settings_are_equal_regardless_of_order_and_sequence_type():
     mine = store.Plan(**vars(SMALL) | {"settings": {"a": (1, 2), "b": 1}})
     assert mine.differences(store.Plan(**vars(SMALL) | {"settings": {"b": 1, "a": [1, 2]}})) == []
-    assert mine.differences(SMALL) == ["settings.a ([1, 2], now unset)", "settings.b (1, now unset)"]
+    assert mine.differences(SMALL) == ["a ([1, 2], now unset)", "b (1, now unset)"]
 
 
 def test_damaged_values_are_computed_again(tmp_path, complete):

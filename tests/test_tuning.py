@@ -292,7 +292,7 @@ print(held - resident() < 2**20)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (9.9, "9.9 s"), (30, "30 s"), (300, "5 min"), (9000, "2.5 h")]
+    ("seconds", "text"), [(0.04, "0.0 s"), (9.9, "9.9 s"), (30, "30 s"), (300, "5 min"), (7500, "2 h 05 min")]
 )
 def test_durations_as_text(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -52,7 +53,7 @@ def _print_version(value: bool) -> bool:
     if value:
         from dfengine import __version__
 
-        print(f"dfengine {__version__}")
+        screen.say(f"dfengine {__version__}")
         raise typer.Exit
     return value
 
@@ -67,17 +68,16 @@ def _options(
 
 def main() -> None:
     """Run the command line: a user's error is one line on stderr and exit status 2."""
-
-    def note(message: Warning | str, *_: object) -> None:
-        screen.err.print(f"dfengine: note: {message}", markup=False)
-
-    with warnings.catch_warnings(), screen.logged(note):
-        warnings.showwarning = note  # type: ignore[assignment]  # restored on leaving the block
+    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings(), screen.logged(), screen.terminated_as_interrupted():
+        warnings.showwarning = lambda message, *_: screen.note(message)
         try:
             app = build_app([*sys.argv[1:], *os.environ.get("COMP_WORDS", "").split()])
             sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="dfengine"))
         except typer.TyperException as error:
-            mistake = error.format_message()
+            mistake = error.format_message().replace(": Value error, ", ": ")
         except MemoryError as error:
             mistake = f"not enough memory: {error}"
         except RuntimeError as error:
@@ -89,8 +89,7 @@ def main() -> None:
         except (ValueError, OSError) as error:
             mistake = str(error)
         except (KeyboardInterrupt, typer.Abort):
-            mistake = ""
-    if not mistake:
-        sys.exit(130)
-    screen.err.print(f"dfengine: {' '.join(mistake.split())}", markup=False)
+            screen.complain("interrupted")
+            sys.exit(130)
+    screen.complain(mistake)
     sys.exit(2)

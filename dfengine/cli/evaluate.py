@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dfengine.cli import options, screen
+from dfengine.cli import options, progress, screen
+from dfengine.cli.request import MOST_PROMPTS, Request, with_request
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dfengine.engine import Engine
-    from dfengine.prompts import Prompt
-    from dfengine.studies.base import OnProgress, Study
+    from dfengine.studies.base import OnProgress
 
 Methods = Annotated[
     list[str] | None,
@@ -29,77 +26,12 @@ Methods = Annotated[
         "rise-contrast, rise-luminance, rise-contrast_structure, rise-ssim; repeat for several",
     ),
 ]
-NumMasks = Annotated[int | None, typer.Option("--num-masks", "--masks", help="DF-RISE: masks a step; its own default")]
-NumSamples = Annotated[
-    int | None, typer.Option("--num-samples", "--samples", help="LIME: samples a step; its own default")
+NumMasks = Annotated[
+    int | None, options.integer("--num-masks", "--masks", help="DF-RISE: masks a step; its own default", low=1)
 ]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What all studies are asked: the model, the prompts, and where the result goes."""
-
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="a prompt; repeat for several; the embedded world's captions by default")
-    ] = None
-    prompts: options.Prompts = None
-    limit: Annotated[int, typer.Option(help="prompts of the file or of the embedded world, at most")] = 50
-    seed: options.Seed = 0
-    preset: options.Preset = "default"
-    out: Annotated[
-        Path | None, options.path_option("-o", "--out", "--output", help="folder for the table and its figures")
-    ] = None
-    figure: Annotated[Path | None, options.path_option(help="write the first figure to this file as well")] = None
-    as_json: options.Json = False
-    model: options.Model = "shapes"
-    random_weights: options.RandomWeights = False
-    image_size: options.ImageSize = None
-    variant: options.Variant = None
-    revision: options.Revision = None
-    device: options.Device = None
-    dtype: options.Dtype = None
-    batch_size: options.BatchSize = "auto"
-
-    @functools.cached_property
-    def given(self) -> list[Prompt]:
-        """The prompts that were named."""
-        from dfengine.prompts import Prompt, read
-
-        if self.limit < 1:
-            raise ValueError(f"{self.limit} prompts are not possible: expected at least 1")
-        return [*map(Prompt, self.prompt or []), *([] if self.prompts is None else read(self.prompts, self.limit))]
-
-    def texts(self) -> list[Any]:
-        """The prompts, or captions of the embedded world."""
-        from dfengine import evaluate
-
-        return self.given or evaluate.captions(self.limit, self.seed)
-
-    def engine(self) -> Engine:
-        from dfengine import figures
-
-        if self.figure is not None:
-            figures.check_name(self.figure)
-        return options.engine(
-            self.model,
-            device=self.device,
-            dtype=self.dtype,
-            variant=self.variant,
-            revision=self.revision,
-            random_weights=self.random_weights,
-            image_size=self.image_size,
-            batch_size=self.batch_size,
-        )
-
-    def finish(self, study: Study) -> None:
-        """Print the study, and write what was asked for."""
-        from dfengine import figures
-
-        print(study.to_json() if self.as_json else study.table())
-        if self.out is not None:
-            study.save(self.out)
-        if self.figure is not None and (drawn := study.figures()):
-            figures.save(next(iter(drawn.values())), self.figure)
+NumSamples = Annotated[
+    int | None, options.integer("--num-samples", "--samples", help="LIME: samples a step; its own default", low=2)
+]
 
 
 def build_evaluate() -> typer.Typer:
@@ -110,51 +42,30 @@ def build_evaluate() -> typer.Typer:
         rich_markup_mode="rich",
     )
     for verb in (games, truth, sanity, concepts, recovery):
-        app.command(verb.__name__)(_with_request(verb))
+        app.command(verb.__name__)(with_request(verb))
     return app
-
-
-def _with_request(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with the options of `Request` besides its own."""
-    own = [one for one in inspect.signature(verb, eval_str=True).parameters.values() if one.name != "request"]
-    hints = get_type_hints(Request, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            one.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if one.default is MISSING else one.default,
-            annotation=hints[one.name],
-        )
-        for one in fields(Request)
-    ]
-
-    @functools.wraps(verb)
-    def command(**values: Any) -> None:
-        request = Request(**{one.name: values.pop(one.name) for one in fields(Request)})
-        verb(request, **values)
-
-    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *shared]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
 
 
 def games(
     request: Request,
     method: Methods = None,
-    table: Annotated[list[int] | None, typer.Option(help="the methods of Table 1 or 2; 1 by default")] = None,
+    table: Annotated[
+        list[int] | None, options.integer(help="the methods of Table 1 or 2; 1 by default", low=1, high=2)
+    ] = None,
     maps: Annotated[
         list[str] | None,
         typer.Option("--map", metavar="NAME=FILE.npy", help="another tool's maps, an array (prompts, height, width)"),
     ] = None,
     num_steps: options.NumSteps = 30,
     step: Annotated[
-        list[int] | None, typer.Option(help="step to explain, from 0; repeat for several; by default 0.75 l - 1")
+        list[int] | None,
+        options.integer(help="step to explain, from 0; repeat for several; by default 0.75 l - 1", low=0),
     ] = None,
     num_masks: NumMasks = None,
     num_samples: NumSamples = None,
     distance: Annotated[
-        str, typer.Option(help="frechet-set; for few images frechet-single, features or mse")
+        Literal["frechet-set", "frechet-single", "features", "mse"],
+        typer.Option(help="between an image and the original; frechet-set needs many images"),
     ] = "frechet-set",
     features: Annotated[
         Path | None,
@@ -164,14 +75,28 @@ def games(
     """Areas under the deletion and insertion curves (Tables 1 and 2). With --out an interrupted run resumes."""
     from dfengine import evaluate, studies
 
+    texts, given_maps = request.texts(), dict(map(_read_map, maps or []))
+    evaluate.check_distance(distance, len(texts))
+    for name, array in given_maps.items():
+        if len(array) != len(texts):
+            raise ValueError(f"map {name!r} is of {len(array)} images: expected one for each of {len(texts)} prompts")
+    if step and max(step) >= num_steps:
+        raise ValueError(f"step {max(step)} is outside [0, {num_steps - 1}]: steps index the time-steps")
+    if features is not None and not features.exists():
+        raise FileNotFoundError(
+            f"{str(features)!r} does not exist: expected a folder or file of an extractor's weights"
+        )
+    names = [*(method or []), *(name for number in table or [] for name in evaluate.TABLES[number])]
+    default = () if given_maps else evaluate.TABLES[1]
+    _check_methods(request, names or default, num_masks=num_masks, num_samples=num_samples)
     engine = request.engine()
-    with _progress() as on_progress:
+    with _progress(request) as on_progress:
         study = studies.games(
             engine,
-            request.texts(),
+            texts,
             **_given(methods=method, num_masks=num_masks, num_samples=num_samples),
             table=table or (),
-            maps=dict(map(_read_map, maps or [])),
+            maps=given_maps,
             steps=step or (),
             num_steps=num_steps,
             seed=request.seed,
@@ -213,17 +138,17 @@ def sanity(
     request: Request,
     method: Methods = None,
     num_steps: Annotated[
-        int | None,
-        typer.Option("--num-steps", "--steps", "--num-inference-steps", help="denoising steps, 4 by default"),
+        int | None, options.integer(*options.STEPS, help="denoising steps, 4 by default", low=1)
     ] = None,
     num_masks: Annotated[
-        int | None, typer.Option("--num-masks", "--masks", help="DF-RISE: masks a step, 60 by default")
+        int | None, options.integer("--num-masks", "--masks", help="DF-RISE: masks a step, 60 by default", low=1)
     ] = None,
     num_samples: NumSamples = None,
 ) -> None:
     """Whether maps depend on the model's weights and on the prompt; exit status 1 if they do not."""
     from dfengine import studies
 
+    options.refuse(request.figure is not None, "--figure", "for studies that have figures, and sanity has none")
     study = _run(
         request, studies.sanity, methods=method, num_masks=num_masks, num_samples=num_samples, num_steps=num_steps
     )
@@ -233,16 +158,16 @@ def sanity(
 
 def concepts(
     request: Request,
-    seeds: Annotated[int, typer.Option(help="images for each prompt and schedule")] = 1,
+    seeds: Annotated[int, options.integer(help="images for each prompt and schedule", low=1, high=10000)] = 1,
     num_steps: options.NumSteps = 30,
-    gamma: Annotated[float, typer.Option(help="shift of early and latter sampling")] = 60,
+    gamma: Annotated[float, options.real(help="shift of early and latter sampling", low=0)] = 60,
 ) -> None:
     """Relevance of subject, relation and object by schedule (Table 3)."""
     from dfengine import evaluate, studies
 
+    prompts = request.given or evaluate.embedded_prompts(request.limit or MOST_PROMPTS, request.seed)
     engine = request.engine()
-    prompts = request.given or evaluate.embedded_prompts(request.limit, request.seed)
-    with _progress() as on_progress:
+    with _progress(request) as on_progress:
         study = studies.concepts(
             engine,
             prompts,
@@ -258,18 +183,26 @@ def concepts(
 
 def _run(request: Request, study_of: Callable[..., Any], **settings: Any) -> Any:
     """Run a study of plain prompts with the settings that were given, and print it."""
-    engine = request.engine()
-    with _progress() as on_progress:
+    names = settings["methods"] or inspect.signature(study_of).parameters["methods"].default
+    _check_methods(request, names, num_masks=settings["num_masks"], num_samples=settings.get("num_samples"))
+    texts, engine = request.texts(), request.engine()
+    with _progress(request) as on_progress:
         study = study_of(
-            engine,
-            request.texts(),
-            preset=request.preset,
-            seed=request.seed,
-            on_progress=on_progress,
-            **_given(**settings),
+            engine, texts, preset=request.preset, seed=request.seed, on_progress=on_progress, **_given(**settings)
         )
     request.finish(study)
     return study
+
+
+def _check_methods(request: Request, names: Sequence[str], **counts: int | None) -> None:
+    """Raise ValueError for a method that is not known, and for a setting that none of them has."""
+    from dfengine import evaluate
+
+    explainers = evaluate.make_methods(names, preset=request.preset, **_given(**counts))
+    for name in _given(**counts):
+        is_unused = not any(hasattr(explainer, name) for explainer in explainers)
+        owner = {"num_masks": "rise", "num_samples": "lime"}[name]
+        options.refuse(is_unused, f"--{name.replace('_', '-')}", f"for --method {owner}")
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -278,10 +211,21 @@ def _given(**settings: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress() -> Iterator[OnProgress]:
+def _progress(request: Request) -> Iterator[OnProgress]:
     """A bar that follows a study."""
-    with screen.bar("starting", 1) as (shown, task):
-        yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total)
+    cache = None if request.out is None else request.out / "cache"
+
+    def kept() -> str:
+        return f"finished games are in {cache}; {screen.RESUME}" if cache is not None and cache.exists() else ""
+
+    with screen.interruptible(kept), progress.bar("starting") as bar:
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what != bar.what:
+                bar.begin(what, total)
+            bar.update(done, what, total)
+
+        yield on_progress
 
 
 def _read_map(given: str) -> tuple[str, np.ndarray]:
@@ -293,6 +237,10 @@ def _read_map(given: str) -> tuple[str, np.ndarray]:
         raise ValueError(f"map {given!r} is not understood: expected NAME=FILE.npy, an array (images, height, width)")
     try:
         array = np.load(options.path(path), allow_pickle=False)
-    except ValueError:
+    except (ValueError, EOFError):
         raise ValueError(f"{path!r} is not a NumPy array: write it with numpy.save") from None
+    if array.dtype.kind not in "fiu" or array.ndim not in (2, 3):
+        raise ValueError(
+            f"{path!r} holds {array.dtype} of shape {array.shape}: expected numbers (images, height, width)"
+        )
     return name, array[None] if array.ndim == 2 else array

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dfengine.cli import options, screen
+from dfengine.cli import options, progress, screen
 from dfengine.cli.settings import build_explainers
 
 if TYPE_CHECKING:
@@ -26,8 +26,12 @@ def explain(
     preset: options.Preset = "default",
     num_steps: options.NumSteps = 30,
     seed: options.Seed = 0,
-    sampling: Annotated[str, typer.Option(help="uniform, early or latter")] = "uniform",
-    gamma: Annotated[float, typer.Option(help="shift of early and latter sampling")] = 60,
+    sampling: Annotated[
+        Literal["uniform", "early", "latter"], typer.Option(help="where the time-steps are close together")
+    ] = "uniform",
+    gamma: Annotated[
+        float | None, options.real(help="shift of early and latter sampling, 60 by default", low=0)
+    ] = None,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = "",
     model: options.Model = "shapes",
@@ -44,12 +48,15 @@ def explain(
         bool, typer.Option(help="keep the image predicted at each step", rich_help_panel="File")
     ] = True,
     compression: Annotated[
-        str, typer.Option(help="gzip, or none for a larger file, faster", rich_help_panel="File")
+        Literal["gzip", "none"], typer.Option(help="none makes a larger file, faster", rich_help_panel="File")
     ] = "gzip",
     mantissa_bits: Annotated[
         int,
-        typer.Option(
-            help="1 to 23, of errors, layer maps and word maps; saliency is always exact", rich_help_panel="File"
+        options.integer(
+            help="1 to 23, of errors, layer maps and word maps; saliency is always exact",
+            low=1,
+            high=23,
+            panel="File",
         ),
     ] = 23,
     overwrite: options.Overwrite = False,
@@ -58,9 +65,12 @@ def explain(
     settings: dict[str, Any],
 ) -> None:
     """Generate an image and explain every step of it: by DF-RISE, or by what --explainer names."""
+    _check(prompt, out, overwrite, negative_prompt)
+    options.refuse(gamma is not None and sampling == "uniform", "--gamma", "of --sampling early and latter")
     explainers = build_explainers(explainer or ["rise"], preset, settings)
     started = time.monotonic()
-    with screen.interruptible(out), screen.progress(num_steps * len(explainers)) as on_event:
+    total = num_steps * len(explainers)
+    with screen.interruptible(lambda: _kept(out)), progress.bar("loading the model") as bar:
         engine = options.engine(
             model,
             device=device,
@@ -73,6 +83,7 @@ def explain(
             attention=attention,
             compile=compile,
         )
+        bar.begin("generating", total)
         engine.explain(
             prompt,
             explainers,
@@ -80,28 +91,60 @@ def explain(
             seed=seed,
             num_steps=num_steps,
             sampling=sampling,
-            gamma=gamma,
+            gamma=60 if gamma is None else gamma,
             guidance=guidance,
             previews=previews,
             out=out,
             overwrite=overwrite,
             compression=compression,
             mantissa_bits=mantissa_bits,
-            on_event=_print_event if as_json else on_event,
+            on_event=_follower(out, total, bar, as_json=as_json),
         )
     seconds = time.monotonic() - started
     if as_json:
-        print(json.dumps({"event": "Outcome", "file": str(out), "seconds": seconds}))
+        screen.say_json({"event": "Outcome", "file": str(out), "seconds": seconds})
         return
     names = ", ".join(explainer.name for explainer in explainers)
-    print(f"{out}: {num_steps} steps explained by {names}, in {seconds:.0f} s")
+    screen.say(f"{out}: {num_steps} steps explained by {names}, in {seconds:.0f} s")
 
 
-def _print_event(event: Event) -> None:
-    """An event as a line of JSON, without its arrays, which are in the file."""
-    from dfengine import StepMap
+def _check(prompt: str, out: Path, overwrite: bool, negative_prompt: str) -> None:
+    """Raise ValueError for what is not possible whatever the model is."""
+    from dfengine.diffusion.job import Job
+    from dfengine.store.file.resume import check_target
 
-    values: dict[str, Any] = {"event": type(event).__name__}
-    if isinstance(event, StepMap):
-        values |= {"method": event.method, "step": event.step}
-    print(json.dumps(values), flush=True)
+    Job(prompt, timesteps=(0,), negative_prompt=negative_prompt)
+    check_target(out, overwrite)
+
+
+def _kept(out: Path) -> str:
+    """What an interrupted run has left."""
+    from dfengine.store import part_path
+
+    part = part_path(out)
+    return f"completed work is in {part}; {screen.RESUME}" if part.exists() else ""
+
+
+def _follower(out: Path, total: int, bar: progress.Bar, *, as_json: bool) -> Callable[[Event], None]:
+    """The function to call with each event: it moves the bar, and prints the totals and then each event as JSON."""
+    from dfengine import StepMap, store
+
+    has_begun = False
+
+    def follow(event: Event) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            has_begun = True
+            with store.open(store.part_path(out)) as run:  # it may continue an interrupted one
+                done = sum(run.summary()["maps_done"].values())
+            bar.begin("explaining, maps", total, done)
+            if as_json:
+                screen.say_json({"event": "Started", "items": 1, "maps": total, "maps_done": done})
+        values: dict[str, Any] = {"event": type(event).__name__}
+        if isinstance(event, StepMap):
+            bar.advance()
+            values |= {"method": event.method, "step": event.step}
+        if as_json:  # without its arrays, which are in the file
+            screen.say_json(values)
+
+    return follow

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfengine.cli import options
+from dfengine.cli import options, screen
 
 if TYPE_CHECKING:
     from dfengine.store import Run, RunFolder
@@ -25,33 +25,39 @@ def figures(
         ),
     ] = None,
     method: Annotated[list[str] | None, typer.Option(help="method to draw, all by default; repeat for several")] = None,
-    step: Annotated[list[int] | None, typer.Option(help="step to show, counted from 0; repeat for several")] = None,
-    item: Annotated[
-        list[int] | None, typer.Option(help="image of the file, counted from 0; repeat for several")
+    step: Annotated[
+        list[int] | None, options.integer(help="step to show, counted from 0; repeat for several", low=0)
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="images to draw if no --item is named")] = 8,
+    item: options.Items = None,
+    limit: options.Limit = None,
     gif: Annotated[bool, typer.Option("--gif", help="animate each method's maps over all steps as well")] = False,
 ) -> None:
     """Draw every figure that the run has data for, as PNG and PDF in a folder, or one picture of an image's maps."""
-    from dfengine import store
+    from dfengine import figures, store
 
-    with store.open(run) as opened:
-        if out is not None and out.suffix.lower() in _PICTURES and not out.is_dir():
-            _draw_one(opened, out, method or [], step, item or [0], gif)
-        else:
-            _draw_all(opened, _folder(run, out), method, step, item, limit, gif)
+    options.refuse(limit is not None and bool(item), "--limit", "for images that no --item names")
+    if out is not None and out.suffix.lower() in _PICTURES and not out.is_dir():
+        options.refuse(gif, "--gif", f"for a folder of figures, and {out} is one picture")
+        options.refuse(limit is not None, "--limit", f"for a folder of figures, and {out} is one picture")
+        if len(method or []) > 1 or len(item or []) > 1:
+            raise ValueError(f"{out} is one picture: name one --method and one --item, or a folder for several")
+        figures.check_name(out)
+        with store.open(run) as opened:
+            _draw_one(opened, out, method or [], step, item or [0])
+    else:
+        folder = _folder(run, out)
+        with store.open(run) as opened:
+            _draw_all(opened, folder, method, step, item, limit or options.MOST_IMAGES, gif)
 
 
 def _draw_one(
-    opened: Run | RunFolder, out: Path, methods: list[str], steps: list[int] | None, items: list[int], gif: bool
+    opened: Run | RunFolder, out: Path, methods: list[str], steps: list[int] | None, items: list[int]
 ) -> None:
     from dfengine import figures
 
-    if len(methods) > 1 or len(items) > 1 or gif:
-        raise ValueError(f"{out} is one picture: name one --method and one --item, or a folder for several")
     shown = opened[items[0]]
     method = methods[0] if methods else next(iter(shown.maps), "rise")
-    print(figures.save(figures.draw(shown, method, steps), out))
+    screen.say(figures.save(figures.draw(shown, method, steps), out))
 
 
 def _draw_all(
@@ -68,13 +74,13 @@ def _draw_all(
     drawings = []
     for one in figures.draw_all(opened, items=items, methods=methods, steps=steps, limit=limit):
         folder.mkdir(exist_ok=True)
-        print(*figures.save_both(one.figure, folder / one.name), sep="\n", flush=True)
+        screen.say(*figures.save_both(one.figure, folder / one.name))
         drawings.append((one.name, one.result, one.method, one.steps))
     if not drawings:
         raise ValueError(f"there is nothing to draw in {opened.path} yet: no image has a finished step")
     for name, result, method, chosen in drawings if gif else ():
         if result is not None:
-            print(figures.animate(result, method, folder / f"{name}.gif", steps=chosen), flush=True)
+            screen.say(figures.animate(result, method, folder / f"{name}.gif", steps=chosen))
 
 
 def _folder(run: Path, out: Path | None) -> Path:

@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from dfengine.cli import options
+from dfengine.cli import options, screen
 
 
 def info(run: options.Run, as_json: options.Json = False) -> None:
     """Print what a file holds, how much of it is done, and how it was computed."""
-    import json
-
     from dfengine import store
 
     with store.open(run) as opened:
-        print(
-            json.dumps(opened.summary(), indent=2)
-            if as_json
-            else "\n".join(store.summary_lines(opened, _format_settings))
-        )
+        if as_json:
+            screen.say_json(opened.summary(), indent=2)
+        else:
+            screen.say(*store.summary_lines(opened, _format_settings))
 
 
 def _format_settings(settings: Mapping[str, Any]) -> str:
@@ -47,9 +44,11 @@ def merge(
 ) -> None:
     """Merge several files into one; an image that several of them have is kept once."""
     from dfengine import store
+    from dfengine.store.file.resume import check_target
 
+    check_target(out, overwrite)
     with store.open(store.merge(runs, out, overwrite=overwrite)) as merged:
-        print(f"{out}: {len(merged)} image{'s' * (len(merged) != 1)}")
+        screen.say(f"{out}: {len(merged)} image{'s' * (len(merged) != 1)}")
 
 
 def export(
@@ -60,4 +59,4 @@ def export(
     """Export maps, scores, images and schedules to Zarr, for xarray.open_zarr and tools on object stores."""
     from dfengine import store
 
-    print(store.export_zarr(run, out, overwrite=overwrite))
+    screen.say(store.export_zarr(run, out, overwrite=overwrite))

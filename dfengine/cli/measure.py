@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dfengine.cli import options, screen
+from dfengine.cli import options, progress, screen
 
 
 def profile(
@@ -21,9 +20,9 @@ def profile(
     batch_size: options.BatchSize = "auto",
     attention: options.AttentionBackend = "auto",
     compile: options.Compile = None,
-    images: Annotated[int, typer.Option(help="images of the job whose duration is predicted")] = 1,
+    images: Annotated[int, options.integer(help="images of the job whose duration is predicted", low=1)] = 1,
     num_steps: options.NumSteps = 30,
-    seconds: Annotated[float, typer.Option(help="duration of each measurement, about")] = 3.0,
+    seconds: Annotated[float, options.real(help="duration of each measurement, about", above=0, high=1e6)] = 3.0,
     trace: Annotated[Path | None, options.path_option(help="write a Chrome trace of a few batches as well")] = None,
     as_json: options.Json = False,
     *,
@@ -33,8 +32,7 @@ def profile(
     from dfengine import Rise
     from dfengine import profile as profiling
 
-    if images < 1 or not 0 < seconds < 1e6:
-        raise ValueError(f"{images} images and {seconds} seconds are not possible: expected at least 1 and more than 0")
+    rise = Rise(**settings)
     if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
         raise ValueError(f"{str(trace)!r} cannot be written: expected a file in a folder that exists")
     engine = options.engine(
@@ -47,19 +45,19 @@ def profile(
         attention=attention,
         compile=compile,
     )
-    rise = Rise(**settings)
     job = engine.job("a blue square" if model == "shapes" else "a photo of a cat", num_steps=num_steps)
-    with screen.err.status("measuring") as status:
+    with progress.bar("measuring") as bar:
 
         def on_progress(what: str) -> None:
-            status.update(f"measuring {what}")
+            bar.update(0, f"measuring {what}")
 
         measured = profiling.profile(engine, rise, job, images=images, seconds=seconds, on_progress=on_progress)
         if trace is not None:
             profiling.write_trace(engine, rise, job, trace)
-    print(
-        json.dumps(dataclasses.asdict(measured), indent=2) if as_json else "\n".join(profiling.format_profile(measured))
-    )
+    if as_json:
+        screen.say_json(dataclasses.asdict(measured), indent=2)
+    else:
+        screen.say(*profiling.format_profile(measured))
 
 
 def layers(
@@ -84,8 +82,8 @@ def layers(
     )
     selected = Cam(layers=tuple(pattern or ["*"])).select_layers(engine.denoiser)
     if as_json:
-        print(json.dumps({name: list(layer.shape) for name, layer in selected.items()}, indent=2))
+        screen.say_json({name: list(layer.shape) for name, layer in selected.items()}, indent=2)
         return
     for name, layer in selected.items():
         channels, height, width = layer.shape
-        print(f"{name:<30} {type(layer.module).__name__:<20} {channels:>5} channels, {height} × {width}")
+        screen.say(f"{name:<30} {type(layer.module).__name__:<20} {channels:>5} channels, {height} × {width}")

@@ -1,128 +1,66 @@
-"""What the command line prints while it works: progress bars, notes, and where an interrupted run is."""
+"""What the command line prints: its output, notes, errors, and where an interrupted run is."""
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from dfengine.engine import Event
-    from dfengine.sweep import Event as SweepEvent
+#: Characters that a terminal acts on instead of showing them: control characters, lone surrogates, line separators,
+_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
+#: and those that reorder what stands beside them.
+_DIRECTIONS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
-T = TypeVar("T")
-
-_STATES = {"failed": "it will be retried", "quarantined": "quarantined"}
+#: Where torch warns that it finds CUDA's compiler but no GPU, which is no fault.
+_CUDA_LOGGER = "torch.utils.cpp_extension"
+#: What to do after an interruption that kept something.
+RESUME = "rerun the same command to resume"
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar on the terminal, if there is one, removed at the end."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
-        yield shown, shown.add_task(what, total=total)
+def printable(text: object) -> str:
+    r"""A text on one line, with every character that a terminal would act on as its escape: \x1b, \n, \u202e.
+
+    Everything passes through here that comes from a file, a name, a prompt, the environment or an error. In valid JSON
+    the escapes that are added are JSON's own.
+    """
+    text = str(text)
+    return text if text.isascii() and text.isprintable() else "".join(map(_escape, text))
 
 
-@contextmanager
-def progress(steps: int) -> Iterator[Callable[[Event], None]]:
-    """A bar that follows the engine's events."""
-    from dfengine import StepMap
-
-    with bar("generating", steps) as (shown, task):
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, StepMap):
-                shown.advance(task)
-            else:
-                shown.update(task, description="explaining steps")
-
-        yield on_event
+def _escape(letter: str) -> str:
+    if unicodedata.category(letter) in _CATEGORIES or unicodedata.bidirectional(letter) in _DIRECTIONS:
+        return repr(letter)[1:-1] if letter < "\x7f" else f"\\u{ord(letter):04x}"
+    return letter
 
 
-def counted(things: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """The given things, with a bar that counts them."""
-    with bar(what, total) as (shown, task):
-        for thing in things:
-            shown.advance(task)
-            yield thing
+def say(*lines: object) -> None:
+    """Print lines to stdout."""
+    print("\n".join(map(printable, lines)), flush=True)
 
 
-@contextmanager
-def sweep_bars() -> Iterator[Callable[[int, SweepEvent], None]]:
-    """A bar for the sweep and one for each worker, that follow its events; notes and failures as lines."""
-    from dfengine import sweep
+def say_json(value: Any, *, indent: int | None = None) -> None:
+    """Print a value to stdout as JSON, on one line unless it is indented."""
+    say(*json.dumps(value, indent=indent).split("\n"))
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    printed = set()
-    with Progress(
-        *columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=120
-    ) as bars:
-        total = bars.add_task("starting", total=None, rate="")
-        by_worker: dict[int, TaskID] = {}
 
-        def say(text: str) -> None:
-            if text not in printed:
-                printed.add(text)
-                err.print(f"dfengine: {text}", markup=False)
+def complain(text: object) -> None:
+    """Print one line to stderr."""
+    err.print(Text(f"dfengine: {printable(' '.join(str(text).split()))}"))
 
-        def show(worker: int, event: SweepEvent) -> None:
-            if isinstance(event, sweep.SweepStarted):
-                bars.update(total, description=f"{event.items} items", total=event.maps)
-                share = event.maps / max(1, event.workers)
-                by_worker.update(
-                    {one: bars.add_task(f"worker {one}", total=share, rate="") for one in range(event.workers)}
-                )
-            elif isinstance(event, sweep.Progress):
-                for task in (total, by_worker[worker]):
-                    bars.advance(task, event.maps)
-                    speed = bars.tasks[task].speed
-                    bars.update(task, rate="" if speed is None else f"{speed:.1f}/s")
-                bars.update(by_worker[worker], description=f"worker {worker}, {event.unit}")
-            elif isinstance(event, sweep.Note):
-                say(f"note: {event.text}")
-            elif isinstance(event, sweep.Failed):
-                for one in event.failures:
-                    if one.errors:
-                        item = f"{one.described['prompt']!r}, seed {one.described['seed']}"
-                        say(f"{item}: {one.errors[-1]}; {_STATES[one.state]}")
-            elif isinstance(event, sweep.WorkerExited):
-                say(f"worker {worker} exited unexpectedly or stalled: another takes over")
-            elif isinstance(event, sweep.UnitBusy):
-                say(f"{event.unit} is being written by another run: skipped")
 
-        yield show
+def note(text: object) -> None:
+    """Print a note to stderr."""
+    complain(f"note: {text}")
 
 
 @contextmanager
@@ -140,33 +78,31 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(out: Path) -> Iterator[None]:
-    """On Ctrl-C print where completed work is, and exit with status 130."""
-    from dfengine.store import part_path
-
+def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM print what `kept` says of completed work, and exit with status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        part = part_path(out)
-        done = f"completed work is in {part}" if part.exists() else "nothing was written"
-        err.print(f"dfengine: interrupted; {done}", markup=False)
+        complain(f"interrupted; {kept() or 'nothing was written'}")
         raise typer.Exit(130) from None
 
 
 @contextmanager
-def logged(note: Callable[[str], None]) -> Iterator[None]:
-    """While inside, the package's log entries are printed as notes."""
+def logged() -> Iterator[None]:
+    """While inside, the package's log entries are printed as notes; torch says nothing of a missing CUDA runtime."""
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             note(record.getMessage())
 
-    log, notes = logging.getLogger("dfengine"), Notes(logging.INFO)
-    level = log.level
+    log, notes, cuda = logging.getLogger("dfengine"), Notes(logging.INFO), logging.getLogger(_CUDA_LOGGER)
+    levels = log.level, cuda.level
     log.setLevel(logging.INFO)
+    cuda.setLevel(logging.ERROR)
     log.addHandler(notes)
     try:
         yield
     finally:
         log.removeHandler(notes)
-        log.setLevel(level)
+        log.setLevel(levels[0])
+        cuda.setLevel(levels[1])

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfengine.cli import options
+
 if TYPE_CHECKING:
     from dfengine.explain import Explainer
     from dfengine.explain.registry import Entry, Option
@@ -16,16 +18,16 @@ if TYPE_CHECKING:
 
 def with_settings(verb: Callable[..., None], entries: Mapping[str, Entry]) -> Callable[..., None]:
     """The verb with an option for every setting of the explainers, passed on as `settings` where it is given."""
-    options: dict[str, Option] = {}
+    declared: dict[str, Option] = {}
     for entry in sorted(entries.values(), key=_is_preset):
         for option in entry.options:
-            options.setdefault(option.name, option)
+            declared.setdefault(option.name, option)
     parameters = [one for one in inspect.signature(verb, eval_str=True).parameters.values() if one.name != "settings"]
-    parameters += [_parameter(option, entries) for option in options.values()]
+    parameters += [_parameter(option, entries) for option in declared.values()]
 
     @functools.wraps(verb)
     def command(**values: Any) -> None:
-        given = {name: values.pop(name) for name in options}
+        given = {name: values.pop(name) for name in declared}
         verb(**values, settings={name: value for name, value in given.items() if value not in (None, [])})
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
@@ -44,7 +46,7 @@ def build_explainers(names: Sequence[str], preset: str, settings: Mapping[str, A
     chosen = {name: entries.get(name) for name in dict.fromkeys(names)}
     available = {name: {one.name for one in entry.options} if entry else set() for name, entry in chosen.items()}
     for name in settings:
-        if all(chosen.values()) and not any(name in options for options in available.values()):
+        if all(chosen.values()) and not any(name in known for known in available.values()):
             owners = [one.name for one in entries.values() if name in {option.name for option in one.options}]
             raise ValueError(f"{_flag(name)} is a setting of {' and '.join(owners)}: add -e {owners[0]}")
     return [
@@ -59,6 +61,7 @@ def _parameter(option: Option, entries: Mapping[str, Entry]) -> inspect.Paramete
     defaults = {next(one.default for one in entry.options if one.name == option.name) for entry in owners}
     plain = [entry for entry in owners if not _is_preset(entry)] or owners
     kind: Any = list[option.type] if option.is_repeated else option.type  # type: ignore[name-defined]
+    by_type: dict[type, Callable[..., Any]] = {int: options.integer, float: options.real}
     default = next(iter(defaults)) if len(defaults) == 1 else None
     default = " ".join(default) if isinstance(default, tuple) else default
     help = option.help + ("; repeat for several" if option.is_repeated else "")
@@ -68,14 +71,17 @@ def _parameter(option: Option, entries: Mapping[str, Entry]) -> inspect.Paramete
         default=None,
         annotation=Annotated[
             kind | None,
-            typer.Option(
+            by_type.get(option.type, _plain)(
                 *_flags(option),
                 help=help if default is None else f"{help} (default: {default})",
-                rich_help_panel=f"Settings of {', '.join(entry.label for entry in plain)}",
-                show_default=False,
+                panel=f"Settings of {', '.join(entry.label for entry in plain)}",
             ),
         ],
     )
+
+
+def _plain(*flags: str, help: str, panel: str) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=panel)
 
 
 def _is_preset(entry: Entry) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dfengine.cli import options, screen
+from dfengine.cli import options, progress, screen
 
 if TYPE_CHECKING:
     from dfengine.sweep import Estimate, Event, Outcome
@@ -24,16 +23,23 @@ Spec = Annotated[
 ]
 Out = Annotated[Path, options.path_option("-o", "--out", "--output", help="run folder, a new one or one to resume")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="retry quarantined items")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default if there is one")]
-Threads = Annotated[int | None, typer.Option(help="threads of each worker on a CPU; by default all cores divided")]
-Stall = Annotated[float, typer.Option(help="minutes without progress after which a worker is killed")]
+Device = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option(help="a GPU by default if there is one; GPUs are distributed among the workers"),
+]
+Threads = Annotated[
+    int | None, options.integer(help="threads of each worker on a CPU; by default all cores divided", low=1, high=4096)
+]
+Stall = Annotated[float, options.real(help="minutes without progress after which a worker is killed", above=0)]
 
 
 def sweep(
     spec: Spec,
     out: Out,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only estimate the cost")] = False,
-    workers: Annotated[int | None, typer.Option(help="number of workers; by default one for each GPU, or one")] = None,
+    workers: Annotated[
+        int | None, options.integer(help="number of workers; by default one for each GPU, or one", low=1, high=4096)
+    ] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(help="address of a running Ray cluster ('auto': this machine's) that shares the run folder"),
@@ -50,13 +56,15 @@ def sweep(
     """Explain prompts × seeds × schedules × models. Rerun to resume; exit status 1 if items are left or quarantined."""
     from dfengine import sweep as sweeping
 
+    options.refuse(dry_run and retry_failed, "--retry-failed", "not for a --dry-run")
+    options.check_folder(out)
     described = sweeping.read(spec)
     resources = sweeping.Resources(
         workers=workers,
         device=device,
         threads=threads,
         ray_address=ray_address,
-        batch_size=options.count_or_auto(batch_size),
+        batch_size=batch_size,
         attention=attention,
         compile=compile,
         stall=60 * stall_minutes,
@@ -64,11 +72,14 @@ def sweep(
     if not dry_run:
         _run(sweeping.run(described, out, resources, retry_failed=retry_failed), out, as_json)
         return
-    with screen.err.status("measuring the models"):
+    with progress.bar("measuring the models"):
         estimate, notes = sweeping.dry_run(described, out, resources)
     for note in notes:
-        screen.err.print(f"dfengine: note: {note}", markup=False)
-    print(json.dumps(dataclasses.asdict(estimate)) if as_json else "\n".join(_estimate_lines(estimate, out)))
+        screen.note(note)
+    if as_json:
+        screen.say_json(dataclasses.asdict(estimate))
+    else:
+        screen.say(*_estimate_lines(estimate, out))
 
 
 def worker(
@@ -91,12 +102,14 @@ def worker(
         workers=1,
         device=device,
         threads=threads,
-        batch_size=options.count_or_auto(batch_size),
+        batch_size=batch_size,
         attention=attention,
         compile=compile,
         stall=60 * stall_minutes,
     )
-    events = sweeping.run(sweeping.read(spec), out, resources, shard=_shard(shard), retry_failed=retry_failed)
+    part = _shard(shard)
+    options.check_folder(out)
+    events = sweeping.run(sweeping.read(spec), out, resources, shard=part, retry_failed=retry_failed)
     _run(events, out, as_json, is_complete=False)
 
 
@@ -105,30 +118,24 @@ def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, is_co
     from dfengine import sweep as sweeping
 
     busy = set()  # held by another run
-    with screen.terminated_as_interrupted():
-        try:
-            with closing(events), screen.sweep_bars() as show:  # type: ignore[type-var]  # it is a generator
-                for worker, event in events:
-                    if isinstance(event, sweeping.UnitBusy):
-                        busy.add(event.unit)
-                    elif isinstance(event, sweeping.Closed):
-                        busy.discard(event.unit)
-                    show(worker, event)
-                    if as_json:
-                        print(json.dumps(_line(worker, event), ensure_ascii=False), flush=True)
-        except KeyboardInterrupt:
-            done = f"completed work is in {out}" if out.exists() else "nothing was written"
-            screen.err.print(f"dfengine: interrupted; {done}; rerun the same command to resume", markup=False)
-            raise typer.Exit(130) from None
+    with (
+        screen.interruptible(lambda: f"completed work is in {out}; {screen.RESUME}" if out.exists() else ""),
+        closing(events),  # type: ignore[type-var]  # it is a generator
+        progress.sweep_bars() as show,
+    ):
+        for worker, event in events:
+            if isinstance(event, sweeping.UnitBusy):
+                busy.add(event.unit)
+            elif isinstance(event, sweeping.Closed):
+                busy.discard(event.unit)
+            show(worker, event)
+            if as_json:
+                screen.say_json(_line(worker, event))
     outcome = sweeping.outcome(out)
     if as_json:
-        print(
-            json.dumps(
-                {"event": "Outcome", "finished": outcome.finished} | dataclasses.asdict(outcome), ensure_ascii=False
-            )
-        )
+        screen.say_json({"event": "Outcome", "finished": outcome.finished} | dataclasses.asdict(outcome))
     else:
-        print("\n".join(_outcome_lines(outcome, out)))
+        screen.say(*_outcome_lines(outcome, out))
     left = busy or outcome.quarantined or (is_complete and outcome.units_left)
     raise typer.Exit(int(bool(left and not outcome.finished)))
 
@@ -144,7 +151,7 @@ def _estimate_lines(estimate: Estimate, out: Path) -> Iterator[str]:
     yield f"  items      {estimate.items:,} in {estimate.units:,} units"
     yield f"  forwards   {estimate.forwards:,} of one latent"
     workers = f"{estimate.workers} worker{'s' * (estimate.workers != 1)} ({', '.join(estimate.devices)})"
-    yield f"  predicted  {estimate.hours:.2f} hours ({format_duration(3600 * estimate.hours)}) on {workers}"
+    yield f"  predicted  {format_duration(3600 * estimate.hours)} on {workers}"
     yield f"  files      {estimate.nbytes / 1e9:,.3f} GB before compression"
     if store.is_folder(out):
         left = sum(map(len, store.units_left(out, store.Folder(out).closed())))
@@ -171,6 +178,6 @@ def _outcome_lines(outcome: Outcome, out: Path) -> Iterator[str]:
 
 def _shard(text: str) -> tuple[int, int]:
     part, slash, parts = text.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal()):
-        raise ValueError(f"shard {text!r} is not understood: expected I/N, as in 3/16")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"shard {text!r} is not understood: expected I/N with I from 1 to N, as in 3/16")
     return int(part), int(parts)

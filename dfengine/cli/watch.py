@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -17,12 +19,15 @@ from rich.table import Table
 from rich.text import Text
 
 from dfengine.cli import options
+from dfengine.cli.screen import printable
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
     from dfengine.store import LatestMap, RunProgress
 
+#: Seconds between updates.
+_EVERY = 2.0
 #: Seconds over which the rate is averaged.
 _WINDOW = 120.0
 #: Height of the picture in characters, each of two pixels.
@@ -33,24 +38,25 @@ _MAX_SHARE = 0.2
 
 def watch(
     run: options.Run,
-    every: Annotated[float, typer.Option(help="seconds between updates")] = 2.0,
+    every: Annotated[
+        float | None, options.real(help="seconds between updates, 2 by default", above=0, high=86400)
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="print the state once, as without a terminal")] = False,
 ) -> None:
     """Follow a run that is being written: progress of each file, rate, time left, and the latest map."""
     from dfengine import store
 
-    if not every > 0:
-        raise ValueError(f"{every} seconds are not possible: expected more than 0")
+    options.refuse(once and every is not None, "--every", "for a state that is printed more than --once")
     console = Console(highlight=False)
     progress, rate = store.progress(run), Rate()
     rate.add(time.monotonic(), progress.done)
     if once or not console.is_terminal:
         console.print(view(progress, rate, is_coloured=console.is_terminal))
         return
-    with Live(view(progress, rate), console=console, auto_refresh=False) as live:
+    with _until_interrupted(), Live(view(progress, rate), console=console, auto_refresh=False) as live:
         seconds = 0.0
         while not progress.finished:
-            time.sleep(max(every, seconds / _MAX_SHARE))
+            time.sleep(max(every or _EVERY, seconds / _MAX_SHARE))
             started = time.monotonic()
             try:
                 progress = store.progress(run)
@@ -59,6 +65,15 @@ def watch(
             seconds = time.monotonic() - started
             rate.add(started, progress.done)
             live.update(view(progress, rate), refresh=True)
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Ctrl-C is how watching ends: nothing needs to be said."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 class Rate:
@@ -94,10 +109,12 @@ def view(progress: RunProgress, rate: Rate, *, is_coloured: bool = True) -> Rend
     if progress.quarantined:
         parts.append(f"{progress.quarantined} quarantined")
     bars = Table.grid(padding=(0, 1))
-    bars.add_row(Text(str(progress.path)), ProgressBar(progress.items, progress.done, width=30), Text(", ".join(parts)))
+    bars.add_row(
+        Text(printable(progress.path)), ProgressBar(progress.items, progress.done, width=30), Text(", ".join(parts))
+    )
     for part in progress.parts if not progress.finished else []:
         done = f"{part.maps} of {part.planned} maps, {part.finished} of {part.items} items"
-        bars.add_row(Text(part.name), ProgressBar(part.planned, part.maps, width=30), Text(done))
+        bars.add_row(Text(printable(part.name)), ProgressBar(part.planned, part.maps, width=30), Text(done))
     return bars if progress.latest is None or not is_coloured else Group(bars, Text(), picture(progress.latest))
 
 
@@ -114,7 +131,9 @@ def picture(latest: LatestMap) -> RenderableType:
         for above, below in zip(upper, lower, strict=True):
             lines.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
         lines.append("\n")
-    lines.append(f"{latest.prompt!r}, seed {latest.seed}: {latest.method}, step {latest.step}, t = {latest.timestep}")
+    lines.append(
+        printable(f"{latest.prompt!r}, seed {latest.seed}: {latest.method}, step {latest.step}, t = {latest.timestep}")
+    )
     return lines
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import UInt8
 from torch import Tensor
+
+import dfengine.checks as checks
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,15 @@ class Job:
     """a given image: it is encoded and noised to each step instead of being generated"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a prompt that is no text, an empty one without an image, a negative seed, or a guidance
-        that is not finite."""
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if not isinstance(text, str):
-                what = name.replace("_", " ")
-                raise ValueError(f"the {what} is of type {type(text).__name__}: a job has one, of type str")
+        """Raises ValueError for an empty prompt without an image, a negative seed, or a guidance that is not finite."""
+        checks.text("prompt", self.prompt)
+        checks.text("negative_prompt", self.negative_prompt)
+        object.__setattr__(self, "seed", checks.whole_number("seed", self.seed))
+        object.__setattr__(self, "guidance", checks.finite_number("guidance", self.guidance))
         if not self.prompt.strip() and self.image is None:
             raise ValueError("the prompt is empty: say what the image should show")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is outside [0, 2^63): choose one inside")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance {self.guidance} is not possible: expected a finite number")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+import dfengine.checks as checks
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 #: As a time-step: the end of every list, where the last step lands.
@@ -146,10 +148,10 @@ class NoiseSchedule:
         `sampling` is "uniform" (what the scheduler itself visits), "early" or "latter" (`exponential_timesteps`), or a
         list. Raises ValueError for a list that is not strictly decreasing or leaves [0, T − 1] (flow matching: (0, T]).
         """
-        total = self.num_train_timesteps
+        total, gamma = self.num_train_timesteps, _check_gamma(gamma)
         if isinstance(sampling, str):
             if sampling == "uniform":
-                _check_num_steps(num_steps, total)
+                num_steps = _check_num_steps(num_steps, total)
                 return self._checked(self.uniform(num_steps) if self.uniform else _evenly(num_steps, total))
             if sampling not in ("early", "latter"):
                 raise ValueError(f"sampling {sampling!r} is not known: expected 'uniform', 'early', 'latter' or a list")
@@ -158,9 +160,11 @@ class NoiseSchedule:
 
     def _checked(self, timesteps: Iterable[float | SupportsIndex]) -> list[int] | list[float]:
         """Whole numbers where all of them are; what leaves the path or does not fall is refused."""
+        if not isinstance(timesteps, Iterable) or isinstance(timesteps, bytes | Mapping):
+            raise checks.mistake("sampling", timesteps, "'uniform', 'early', 'latter' or a list of time-steps")
         steps = [_number(t) for t in timesteps]
         if not steps:
-            raise ValueError("the list of time-steps is empty: give at least one")
+            raise ValueError("the list of time-steps (sampling) is empty: give at least one")
         last = self.num_train_timesteps - (0 if self.is_flow else 1)
         for t in steps:
             if not 0 <= t <= last:
@@ -237,7 +241,8 @@ class NoiseSchedule:
 
 def _number(t: float | SupportsIndex) -> int | float:
     """A time-step as a plain number."""
-    return index(t) if isinstance(t, SupportsIndex) else float(t)
+    number = checks.finite_number("time-step", t)
+    return index(t) if isinstance(t, SupportsIndex) else number
 
 
 def _evenly(num_steps: int, total: int) -> list[int]:
@@ -260,10 +265,8 @@ def exponential_timesteps(
 
     Raises ValueError for l outside [1, T], γ < 0 or an unknown stage.
     """
-    total = num_train_timesteps
-    _check_num_steps(num_steps, total)
-    if not (gamma >= 0 and math.isfinite(gamma)):
-        raise ValueError(f"gamma {gamma} is not possible: expected a finite number of at least 0")
+    total = checks.whole_number("num_train_timesteps", num_train_timesteps, 1, 2**31)
+    num_steps, gamma = _check_num_steps(num_steps, total), _check_gamma(gamma)
 
     def power(i: int) -> int:
         # The small term keeps exact powers from falling one short in floating point.
@@ -303,13 +306,22 @@ def schedule_name(timesteps: Sequence[float], num_train_timesteps: int = 1000) -
     return " … ".join(["t = {}", "{}"][: len(steps)]).format(steps[0], steps[-1])
 
 
-def _check_num_steps(num_steps: int, total: int) -> None:
+def _check_gamma(gamma: float) -> float:
+    number = checks.finite_number("gamma", gamma)
+    if number < 0:
+        raise ValueError(f"gamma {gamma} is not possible: expected a finite number of at least 0")
+    return number
+
+
+def _check_num_steps(num_steps: int, total: int) -> int:
+    num_steps = checks.whole_number("num_steps", num_steps)
     if num_steps < 1:
         raise ValueError(f"{num_steps} steps are not possible: expected at least 1")
     if num_steps > total:
         raise ValueError(
             f"{num_steps} steps are more than the {total} of the training schedule: ask for at most {total}"
         )
+    return num_steps
 
 
 def _betas(config: Mapping[str, Any]) -> Float[Tensor, " T"]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
+from dfengine.checks import one_of, whole_number
 from dfengine.evaluate.cache import GameResult
 from dfengine.evaluate.distances import (
     DISTANCES,
@@ -72,9 +73,8 @@ class Faithfulness:
 
 def check_distance(distance: str, num_images: int) -> None:
     """Raise ValueError for an unknown distance, or too few images for it."""
-    if distance not in DISTANCES:
-        raise ValueError(f"distance {distance!r} is not known: expected one of {', '.join(DISTANCES)}")
-    if distance == "frechet-set" and num_images < MIN_SET_SIZE:
+    one_of("distance", distance, DISTANCES)
+    if whole_number("num_images", num_images, 1) and distance == "frechet-set" and num_images < MIN_SET_SIZE:
         raise ValueError(
             f"{num_images} images are too few for frechet-set: give at least {MIN_SET_SIZE}, or take frechet-single"
         )

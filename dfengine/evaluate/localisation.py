@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 
+from dfengine.checks import whole_number
 from dfengine.evaluate.intervals import SHARES, Interval, mean_interval, proportion_interval
 from dfengine.evaluate.truth import Areas, auroc, pointing_hit, to_areas, top_k_iou
 from dfengine.explain import StepMap
@@ -64,6 +65,7 @@ class Scene:
 
 def scenes(count: int, seed: int = 0) -> list[Scene]:
     """Rendered scenes of the embedded world with their exact areas."""
+    count, seed = whole_number("count", count, 1, 10**6), whole_number("seed", seed, 0, 2**63 - 1)
     sampled = sample_scenes(count, torch.Generator().manual_seed(seed))
     images, coverage = render(sampled)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dfkernels
 
+from dfengine.checks import mistake
 from dfengine.explain import Explainer, registry
 
 #: Areas under the deletion and the insertion curve, as printed in Tables 1 and 2.
@@ -49,14 +50,17 @@ def make_methods(
     counts = {"num_masks": num_masks, "num_samples": num_samples}
     given = {name: count for name, count in counts.items() if count is not None}
     explainers: list[Explainer] = []
-    for method in dict.fromkeys(methods):
-        if not isinstance(method, str):
+    if isinstance(methods, Mapping) or not isinstance(methods, Iterable):
+        raise mistake("methods", methods, "a list of names and explainers")
+    for method in [methods] if isinstance(methods, str) else dict.fromkeys(methods):
+        if isinstance(method, Explainer):
             explainers.append(method)
             continue
-        entry = registry.entries().get("rise" if method in VARIATIONS else method)
-        if entry is None:
-            known = ", ".join([*registry.entries(), *VARIATIONS])
-            raise ValueError(f"method {method!r} is not known: expected one of {known}")
+        entry = registry.entries().get("rise" if method in VARIATIONS else str(method))
+        if entry is None or not isinstance(method, str):
+            known = [*registry.entries(), *VARIATIONS]
+            hint = registry.suggestion(method, known)
+            raise ValueError(f"method {method!r} is not known: expected one of {', '.join(known)}{hint}")
         options = {option.name for option in entry.options}
         settings = {name: count for name, count in given.items() if name in options} | VARIATIONS.get(method, {})
         explainer: Any = registry.make(entry.name, preset=preset, **settings)

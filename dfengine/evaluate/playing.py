@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from dfengine.checks import whole_number
 from dfengine.diffusion.denoiser import Denoiser, Features
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
@@ -56,7 +57,7 @@ class GamesRun:
 
 def default_step(num_steps: int) -> int:
     """The step that tables explain: index ⌊0.75·l⌋ − 1."""
-    return max(0, int(0.75 * num_steps) - 1)
+    return max(0, int(0.75 * whole_number("num_steps", num_steps, 1, 2**31)) - 1)
 
 
 def resolve_features(denoiser: Denoiser, features: Features | None = None) -> tuple[Features, str]:

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 
+from dfengine.checks import whole_number
 from dfengine.evaluate.truth import has_distinct_colours
 from dfengine.prompts import ROLES, Prompt
 from dfengine.shapes.world import SIZE, Caption, sample_scenes
@@ -21,6 +22,7 @@ def captions(count: int, seed: int = 0) -> list[str]:
 
     Raises ValueError if there are fewer than `count`.
     """
+    count, seed = whole_number("count", count, 1, 10**6), whole_number("seed", seed, 0, 2**63 - 1)
     generator, distinct = torch.Generator().manual_seed(seed), dict[str, None]()
     rounds = 0
     while len(distinct) < count:
@@ -36,6 +38,7 @@ def captions(count: int, seed: int = 0) -> list[str]:
 
 def embedded_prompts(count: int, seed: int = 0) -> list[Prompt]:
     """Distinct captions of the embedded world that have a subject, a relation and an object, with these as concepts."""
+    count = whole_number("count", count, 1, 10**6)
     num_sampled, pairs = 3 * count, list[Caption]()
     while len(pairs) < count:
         sampled = map(Caption.parse, captions(num_sampled, seed))

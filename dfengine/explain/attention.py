@@ -33,10 +33,10 @@ class Attention(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError for an empty list of words."""
+        super().__post_init__()
         if self.words is not None:
-            words = (self.words,) if isinstance(self.words, str) else tuple(dict.fromkeys(self.words))
-            object.__setattr__(self, "words", words)
-            if not words:
+            object.__setattr__(self, "words", tuple(dict.fromkeys(self.words)))
+            if not self.words:
                 raise ValueError("attention needs at least one word: name some, or leave words out for all")
 
     def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:

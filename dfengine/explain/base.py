@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+import dfengine.checks as checks
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
@@ -68,6 +72,16 @@ class Explainer(ABC):
     `explain.registry.register` makes one available by name.
     """
 
+    def __post_init__(self) -> None:
+        """Make every setting a plain value of its declared type, if it is from NumPy too; subclasses call this first.
+
+        Raises ValueError for a value of another type, a number that is not finite, and an empty name.
+        """
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _plain(name, getattr(self, name), hint))
+        if not self.name.strip() or not self.name.isprintable():
+            raise ValueError(f"name {self.name!r} is not possible: expected text that can be printed")
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -86,3 +100,33 @@ class Explainer(ABC):
         self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Collection[tuple[int, int]] = ()
     ) -> Iterator[StepMap]:
         """Stream the maps of every trajectory's steps, except the (item, step) pairs in `done`."""
+
+
+@cache
+def _hints(explainer: type[Explainer]) -> dict[str, Any]:
+    """The declared type of every setting."""
+    hints = typing.get_type_hints(explainer)
+    return {name: hints[name] for name in explainer.__dataclass_fields__}
+
+
+_SCALARS: dict[Any, Callable[[str, Any], Any]] = {
+    int: checks.whole_number,
+    float: checks.finite_number,
+    bool: checks.switch,
+    str: checks.text,
+}
+
+
+def _plain(name: str, value: Any, hint: Any) -> Any:
+    """A setting as a plain value of its type, a sequence as a tuple. Raises ValueError for a value of another type."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if is_union else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if callable(value) and any(typing.get_origin(kind) is Callable for kind in kinds):
+        return value
+    if kinds[0] in _SCALARS:
+        return _SCALARS[kinds[0]](name, value)
+    if typing.get_origin(kinds[0]) is Sequence:
+        return checks.texts(name, value)
+    return value

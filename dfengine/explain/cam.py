@@ -22,7 +22,7 @@ from dfengine.diffusion.denoiser import Condition, Denoiser, HasLayers, Layer, r
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
-from dfengine.explain.registry import checked, register
+from dfengine.explain.registry import checked, register, suggestion
 from dfengine.explain.steps import Steps, by_steps, check_loss_scale, with_loss_scaling
 from dfengine.result import COMBINED
 
@@ -45,9 +45,8 @@ class Cam(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError for an empty list of layers, an unknown target, or a loss scale that is not positive."""
-        patterns = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
-        object.__setattr__(self, "layers", patterns)
-        if not patterns:
+        super().__post_init__()
+        if not self.layers:
             raise ValueError("DF-CAM needs at least one layer: name some, or leave layers out for all")
         if self.target not in ("conditional", "unconditional"):
             raise ValueError(
@@ -88,7 +87,7 @@ class Cam(Explainer):
             if not any(fnmatchcase(name, pattern) for name in layers):
                 raise ValueError(
                     f"no layer is called {pattern!r}: {denoiser.name} has {len(layers)}, from {next(iter(layers))} to "
-                    f"{next(reversed(layers))}, which `dfengine layers` lists"
+                    f"{next(reversed(layers))}, which `dfengine layers` lists{suggestion(pattern, layers)}"
                 )
         return {name: layer for name, layer in layers.items() if any(fnmatchcase(name, p) for p in self.layers)}
 

@@ -22,7 +22,7 @@ from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
 from dfengine.explain.masking import MaskedForwards
 from dfengine.explain.registry import checked, register
-from dfengine.explain.rise import checked_num_masks, num_forwards
+from dfengine.explain.rise import check_num_masks, num_forwards
 
 #: An image is divided into at least so many segments.
 MIN_SEGMENTS = 4
@@ -49,13 +49,13 @@ class Lime(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that are out of range."""
+        super().__post_init__()
         for setting in ("kernel_size", "max_distance", "ratio", "width", "alpha"):
-            object.__setattr__(self, setting, float(getattr(self, setting)))
-            if not 0 < getattr(self, setting) < float("inf"):
+            if getattr(self, setting) <= 0:
                 raise ValueError(f"{setting} {getattr(self, setting)} is not possible: expected a number above 0")
         if self.kernel_size < 1:
             raise ValueError(f"kernel_size {self.kernel_size} is not possible: quickshift needs at least 1 pixel")
-        object.__setattr__(self, "num_samples", checked_num_masks(self.num_samples, "samples"))
+        check_num_masks(self.num_samples, "samples")
         if self.num_samples < 2:
             raise ValueError(f"{self.num_samples} samples are not possible: expected at least 2")
         if self.target not in TARGETS:

@@ -122,7 +122,7 @@ def make(explainer: str, /, preset: str = "default", **settings: Any) -> Explain
     known = entries()
     if explainer not in known:
         names = ", ".join(known)
-        raise ValueError(f"explainer {explainer!r} is not known: expected one of {names}{_nearest(explainer, known)}")
+        raise ValueError(f"explainer {explainer!r} is not known: expected one of {names}{suggestion(explainer, known)}")
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is not known: expected one of {', '.join(PRESETS)}")
     cls = known[explainer].explainer
@@ -138,14 +138,24 @@ def checked(explainer: type[Explainer], settings: Mapping[str, Any]) -> dict[str
         if name not in names:
             raise ValueError(
                 f"{explainer.__name__} has no setting {name!r}: expected some of {', '.join(names)}"
-                f"{_nearest(name, names)}"
+                f"{suggestion(name, names)}"
             )
     return dict(settings)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """What is probably meant by a name that is not known: the most similar one, or one that it contains."""
+    by_lower = {one.lower(): one for one in known}
+    text = str(name).lower()
+    contained = sorted((one for one in by_lower if one in text), key=len)
+    near = difflib.get_close_matches(text, by_lower, 1) or contained[-1:]
+    return by_lower[near[0]] if near else None
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """The end of an error message about a name that is not known: "" if nothing resembles it."""
+    near = nearest(name, known)
+    return "" if near is None else f" (did you mean {near!r}?)"
 
 
 @dataclasses.dataclass(frozen=True)

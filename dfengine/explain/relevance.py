@@ -38,6 +38,7 @@ class Relevance(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError if the loss scale is not positive."""
+        super().__post_init__()
         check_loss_scale(self.loss_scale)
 
     def num_forwards(self, num_steps: int) -> int:

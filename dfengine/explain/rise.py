@@ -6,7 +6,6 @@ those predictions are to the unmasked one when the pixel is kept.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")
 
 #: Masks a step, at most: the score of each is stored.
 _MAX_MASKS = 2**24
+#: Cells a side of a rise mask, and the side of a window: more than any latent has pixels.
+_MAX_CELLS, _MAX_WINDOW = 4096, 4095
 
 
 @register("rise", label="DF-RISE")
@@ -60,17 +61,16 @@ class Rise(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that are out of range or exclude each other."""
-        # Plain numbers, so that settings from NumPy compare, store and print like any other.
-        object.__setattr__(self, "num_masks", checked_num_masks(self.num_masks))
-        object.__setattr__(self, "keep_probability", float(self.keep_probability))
+        super().__post_init__()
+        check_num_masks(self.num_masks)
         if not 2**-32 <= self.keep_probability <= 1 - 2**-32:
             raise ValueError(
                 f"keep_probability {self.keep_probability} is outside (0, 1): a mask keeps some pixels and hides some"
             )
-        if self.grid < 1:
-            raise ValueError(f"grid {self.grid} is not possible: expected at least 1 cell a side")
-        if self.window < 1 or self.window % 2 == 0:
-            raise ValueError(f"window {self.window} has no middle pixel: expected an odd number")
+        if not 1 <= self.grid <= _MAX_CELLS:
+            raise ValueError(f"grid {self.grid} is not possible: expected 1 to {_MAX_CELLS} cells a side")
+        if not 1 <= self.window <= _MAX_WINDOW or self.window % 2 == 0:
+            raise ValueError(f"window {self.window} has no middle pixel: expected an odd number up to {_MAX_WINDOW}")
         if not self.sigma > 0:
             raise ValueError(f"sigma {self.sigma} is not possible: expected more than 0")
         if self.stop_at_error is not None and not 0 < self.stop_at_error <= 1:
@@ -142,12 +142,10 @@ class Rise(Explainer):
             )
 
 
-def checked_num_masks(num_masks: int, what: str = "masks") -> int:
-    """A number of masks as a plain int. Raises ValueError if it is below 1 or more than can be stored."""
-    num_masks = operator.index(num_masks)
+def check_num_masks(num_masks: int, what: str = "masks") -> None:
+    """Raise ValueError for a number of masks below 1, or more than can be stored."""
     if not 1 <= num_masks <= _MAX_MASKS:
         raise ValueError(f"{num_masks} {what} are not possible: expected at least 1 and at most {_MAX_MASKS}")
-    return num_masks
 
 
 def num_forwards(num_steps: int, num_masks: int, target: str) -> int:

@@ -26,7 +26,7 @@ from dfengine.explain.cam import Cam, by_layer, feature_gradients, weighted_map
 from dfengine.explain.lime import Lime
 from dfengine.explain.masking import RiseForwards
 from dfengine.explain.registry import register
-from dfengine.explain.rise import Rise, checked_num_masks
+from dfengine.explain.rise import Rise, check_num_masks
 from dfengine.explain.steps import Steps, check_loss_scale, with_loss_scaling
 
 SIMILARITIES = ("structure", "contrast", "cosine")
@@ -58,12 +58,13 @@ class XDiffusionRise(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError for a similarity that the released code does not have, or an impossible number of masks."""
+        super().__post_init__()
         if self.similarity not in SIMILARITIES:
             raise ValueError(
                 f"similarity {self.similarity!r} is not among those of the released code: expected one of "
                 f"{', '.join(SIMILARITIES)}, or Rise, which has others"
             )
-        object.__setattr__(self, "num_masks", checked_num_masks(self.num_masks))
+        check_num_masks(self.num_masks)
 
     @property
     def settings(self) -> Rise:
@@ -173,6 +174,7 @@ class XDiffusionCam(Explainer):
 
     def __post_init__(self) -> None:
         """Raises ValueError if the loss scale is not positive."""
+        super().__post_init__()
         check_loss_scale(self.loss_scale)
 
     def num_forwards(self, num_steps: int) -> int:

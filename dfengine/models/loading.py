@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.models import architectures
@@ -51,6 +52,8 @@ def load(
             raise ValueError(f"{package} is not installed but needed to load models: pip install {package}")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    if revision and Path(model).expanduser().is_dir():
+        raise ValueError(f"a folder has no revision: leave {revision!r} out")
     with quiet():
         if random_weights:
             if variant or revision:
@@ -142,7 +145,13 @@ def _local_first(read: Any, source: str, *args: Any, **options: Any) -> Any:
         if Path(source).is_dir():
             raise
         log.debug("requesting %s from the hub: %s", source, error)
-    return read(source, *args, **options)
+    try:
+        return read(source, *args, **options)
+    except LocalEntryNotFoundError as error:  # what a failed connection ends in
+        raise ValueError(
+            f"the hub cannot be reached: download the model where it can (hf download {source} --local-dir FOLDER), "
+            f"and name that folder as the model; {error.__cause__ or error}"
+        ) from None
 
 
 def _class_name(index: Path) -> str:
@@ -226,6 +235,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {str(device)!r} cannot be used: expected cpu, cuda, cuda:0 … or mps") from None
+    try:
         torch.zeros(1, device=picked).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -248,13 +260,16 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 def quiet() -> Iterator[None]:
     """Suppress the libraries' log messages and progress bars while a model loads."""
     import diffusers.utils.logging as diffusers_logging
+    import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as transformers_logging
 
-    levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    libraries = (diffusers_logging, transformers_logging, hub_logging)  # the hub's repeats each failed attempt
+    levels = [(library, library.get_verbosity()) for library in libraries]
     bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     try:
         for library, _ in levels:
             library.set_verbosity_error()
+        for library in bars:
             library.disable_progress_bar()
         with warnings.catch_warnings():
             # Raised for outdated configurations, which diffusers corrects itself.

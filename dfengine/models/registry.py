@@ -55,8 +55,9 @@ def adapter_of(pipeline: Any) -> Callable[..., Denoiser]:
     for name in names:
         if name in _adapters:
             return _adapters[name]
+    given = names[0] if isinstance(pipeline, str) or hasattr(pipeline, "config") else repr(pipeline)
     raise ValueError(
-        f"{names[0]} is not supported: expected one of {', '.join(sorted(_adapters))}, or a class registered with "
+        f"{given} is not supported: expected one of {', '.join(sorted(_adapters))}, or a class registered with "
         "dfengine.models.registry.adapter"
     )
 

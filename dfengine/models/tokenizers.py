@@ -35,7 +35,7 @@ def check_prompt(tokenizer: Any, prompt: str) -> None:
     """Raise ValueError for a prompt that is too long or contains a word outside a closed vocabulary."""
     vocabulary = tokenizer.init_kwargs.get("words")
     if vocabulary:
-        unknown = [word for word in prompt.lower().split() if word not in vocabulary]
+        unknown = list(dict.fromkeys(word for word in prompt.lower().split() if word not in vocabulary))
         if unknown:
             raise ValueError(
                 f"the model does not know {', '.join(map(repr, unknown))}; its words are: {' '.join(vocabulary)}"

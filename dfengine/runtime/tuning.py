@@ -227,9 +227,10 @@ class _LargestTensor(TorchDispatchMode):
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as text, in seconds, minutes or hours."""
+    """A duration as text: "4.2 s", "95 s", "12 min" or "2 h 05 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60:,} h {minutes % 60:02} min"

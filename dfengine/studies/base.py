@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from dfengine import figures as drawing
+from dfengine.arguments import check_arguments
+from dfengine.checks import mistake
 from dfengine.diffusion.job import Job
 from dfengine.engine import Engine
 from dfengine.explain import Explainer
@@ -60,9 +62,18 @@ class Study:
         return folder
 
 
+def check_request(engine: Engine, **arguments: Any) -> None:
+    """Raise ValueError for an argument of a study that is not possible, whatever the model."""
+    if not isinstance(engine, Engine):
+        raise mistake("engine", engine, "an Engine")
+    check_arguments(**arguments)
+
+
 def texts_of(prompts: Iterable[str | Prompt]) -> list[str]:
-    """The prompts' texts. Raises ValueError if there are none."""
-    texts = [one if isinstance(one, str) else one.text for one in prompts]
+    """The prompts' texts. Raises ValueError if there are none, and for what is no prompt."""
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str | Mapping):
+        raise mistake("prompts", prompts, "a list of prompts")
+    texts = [one.text if isinstance(one, Prompt) else Prompt(one).text for one in prompts]
     if not texts:
         raise ValueError("there is no prompt: give at least one")
     return texts

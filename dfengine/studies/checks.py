@@ -13,7 +13,7 @@ from dfengine.engine import Engine
 from dfengine.figures import Figure
 from dfengine.prompts import Prompt
 from dfengine.shapes.world import Caption
-from dfengine.studies.base import Method, OnProgress, Study, make_jobs, no_progress, stream, texts_of
+from dfengine.studies.base import Method, OnProgress, Study, check_request, make_jobs, no_progress, stream, texts_of
 
 TRUTH_METHODS = ("random", "lime", "rise", "cam", "relevance", "attention")
 RECOVERY_METHODS = ("rise", "cam")
@@ -53,11 +53,21 @@ def truth(
 
     Raises ValueError, before anything is computed, unless the prompts are captions of the embedded world.
     """
+    check_request(
+        engine,
+        methods=methods,
+        preset=preset,
+        num_masks=num_masks,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        seed=seed,
+        on_progress=on_progress,
+    )
     texts = texts_of(prompts)
+    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
     evaluate.check_has_truth(engine.denoiser.image_shape, texts)
     captions, judge = [Caption.parse(text) for text in texts], evaluate.ConceptJudge()
     scenes = evaluate.scenes(len(texts), seed)
-    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
     by_name = {one.name: one for one in explainers}
 
     def locate(source: str, jobs: Sequence[Job], areas_of: Callable[[int, Any], Any]) -> evaluate.Localisation:
@@ -107,9 +117,19 @@ def recovery(
 
     Raises ValueError, before anything is computed, if no prompt is a caption whose shapes its colours distinguish.
     """
+    check_request(
+        engine,
+        methods=methods,
+        preset=preset,
+        num_masks=num_masks,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        seed=seed,
+        on_progress=on_progress,
+    )
     texts = texts_of(prompts)
-    evaluate.check_has_truth(engine.denoiser.image_shape, texts)
     explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
+    evaluate.check_has_truth(engine.denoiser.image_shape, texts)
     jobs = make_jobs(engine, texts, seed, num_steps)
     events = stream(engine, jobs, explainers, "measuring", on_progress)
     return RecoveryStudy([evaluate.measure_recovery(events, texts, jobs[0].timesteps)])
@@ -138,6 +158,16 @@ def sanity(
     on_progress: OnProgress = no_progress,
 ) -> SanityStudy:
     """Do maps depend on the weights and on the prompt? Raises ValueError if a method does not suit the model."""
+    check_request(
+        engine,
+        methods=methods,
+        preset=preset,
+        num_masks=num_masks,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        seed=seed,
+        on_progress=on_progress,
+    )
     explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
     jobs = make_jobs(engine, texts_of(prompts), seed, num_steps)
     return SanityStudy([evaluate.run_sanity_checks(engine.denoiser, jobs, explainers, on_progress=on_progress)])

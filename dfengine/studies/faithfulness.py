@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -15,12 +15,13 @@ from numpy import ndarray
 
 from dfengine import evaluate, models
 from dfengine import figures as drawing
+from dfengine.checks import mistake, whole_number
 from dfengine.diffusion.denoiser import Denoiser, Features
 from dfengine.engine import Engine
 from dfengine.figures import Figure
 from dfengine.prompts import Prompt
 from dfengine.result import heatmap, model_name
-from dfengine.studies.base import Method, OnProgress, Study, make_jobs, no_progress, texts_of
+from dfengine.studies.base import Method, OnProgress, Study, check_request, make_jobs, no_progress, texts_of
 
 #: Images that the figures show.
 _NUM_SHOWN = 4
@@ -98,14 +99,30 @@ def games(
 
     Raises ValueError, before anything is computed, for input that is not possible.
     """
+    check_request(
+        engine,
+        methods=methods,
+        maps=maps,
+        preset=preset,
+        num_masks=num_masks,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        seed=seed,
+        features=features,
+        on_progress=on_progress,
+    )
+    if not isinstance(cache, evaluate.GameCache | None):
+        raise mistake("cache", cache, "a GameCache")
     texts, maps = texts_of(prompts), maps or {}
     evaluate.check_distance(distance, len(texts))
-    tables = [table] if isinstance(table, int) else table
+    tables = table if isinstance(table, Sequence) and not isinstance(table, str) else [table]
     names = [*methods, *(name for number in tables for name in _table_methods(number))]
     explainers = evaluate.make_methods(
         names or ([] if maps else evaluate.TABLES[1]), preset=preset, num_masks=num_masks, num_samples=num_samples
     )
-    steps = list(dict.fromkeys(steps)) or [evaluate.default_step(num_steps)]
+    if not isinstance(steps, Iterable):
+        raise mistake("steps", steps, "a list of steps")
+    steps = [whole_number("step", step) for step in dict.fromkeys(steps)] or [evaluate.default_step(num_steps)]
     if outside := [step for step in steps if not 0 <= step < num_steps]:
         raise ValueError(f"step {outside[0]} is outside [0, {num_steps - 1}]: steps index the time-steps")
     jobs = make_jobs(engine, texts, seed, num_steps)
@@ -154,9 +171,9 @@ def _band(score: evaluate.GameScore) -> tuple[ndarray, ndarray, ndarray]:
     return mean, low, high
 
 
-def _table_methods(number: int) -> tuple[str, ...]:
-    if number not in evaluate.TABLES:
-        raise ValueError(f"table {number} is not one of the games: expected 1 or 2")
+def _table_methods(number: Any) -> tuple[str, ...]:
+    if isinstance(number, bool) or number not in evaluate.TABLES:
+        raise ValueError(f"table {number!r} is not one of the games: expected 1 or 2")
     return evaluate.TABLES[number]
 
 

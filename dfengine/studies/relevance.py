@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from dfengine import evaluate
 from dfengine import figures as drawing
+from dfengine.checks import mistake, one_of
 from dfengine.diffusion.denoiser import HasTokens, require
 from dfengine.engine import Engine
 from dfengine.explain import registry
 from dfengine.figures import Figure
 from dfengine.prompts import Prompt
-from dfengine.studies.base import OnProgress, Study, no_progress, stream
+from dfengine.studies.base import OnProgress, Study, check_request, no_progress, stream, texts_of
 
 SCHEDULES = ("uniform", "early", "latter")
 
@@ -53,8 +54,14 @@ def concepts(
     Every prompt is generated with `num_seeds` seeds from `seed` on. With the preset "xdiffusion", a concept's relevance
     is the sum over its tokens. Raises ValueError, before anything is computed, for input that is not possible.
     """
-    if not prompts or num_seeds < 1:
-        raise ValueError(f"{len(prompts)} prompts and {num_seeds} seeds are not possible: give at least one of each")
+    check_request(
+        engine, preset=preset, num_seeds=num_seeds, num_steps=num_steps, gamma=gamma, seed=seed, on_progress=on_progress
+    )
+    texts_of(prompts)
+    if not isinstance(schedules, list | tuple) or not schedules:
+        raise mistake("schedules", schedules, f"some of {', '.join(SCHEDULES)}")
+    for schedule in schedules:
+        one_of("schedules", schedule, SCHEDULES)
     named = evaluate.with_concepts([one if isinstance(one, Prompt) else Prompt(one) for one in prompts])
     places, seeds = range(len(named)), range(seed, seed + num_seeds)
     records = [evaluate.ConceptRecord(s, place, number) for s in schedules for place in places for number in seeds]

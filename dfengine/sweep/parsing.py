@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dfengine.explain import Explainer
-from dfengine.explain.registry import PRESETS, Entry, entries, entry_of, is_serializable, make
+from dfengine.explain.registry import PRESETS, Entry, entries, entry_of, is_serializable, make, nearest
 from dfengine.prompts import read as read_prompts
 
 STAGES = ("uniform", "early", "latter")
@@ -109,7 +108,7 @@ def parse_explainer(value: Any, preset: str) -> Explainer:
             try:
                 values[key] = TypeAdapter(types[key]).validate_python(setting)
             except ValidationError as error:  # of a union it has an error for each alternative
-                raise ValueError(f"{name}.{key}: {error.errors()[0]['msg']}") from error
+                raise ValueError(f"{name}.{key}: {setting!r} is not possible: {error.errors()[0]['msg']}") from error
     try:
         return make(name, preset, **values)
     except (TypeError, ValueError) as error:
@@ -140,6 +139,8 @@ def check_keys(value: Any, known: Iterable[str], owner: str = "") -> None:
     for key in value:
         if key in known:
             continue
+        if key == "masks" and _is_number(value[key]):
+            raise ValueError(f"{key!r}{owner} is not known: their number is called 'num_masks'")
         if _RENAMED.get(key) in known:
             raise ValueError(f"{key!r}{owner} is now called {_RENAMED[key]!r}")
         raise ValueError(f"{key!r}{owner} is not known{suggestion(key, known)}")
@@ -148,8 +149,8 @@ def check_keys(value: Any, known: Iterable[str], owner: str = "") -> None:
 def suggestion(name: Any, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest known one, or all of them."""
     known = list(known)
-    nearest = difflib.get_close_matches(str(name), known, 1)
-    return f": did you mean {nearest[0]!r}?" if nearest else f": expected one of {', '.join(known)}"
+    near = nearest(name, known)
+    return f": expected one of {', '.join(known)}" if near is None else f": did you mean {near!r}?"
 
 
 def _is_number(value: Any) -> bool:

@@ -27,10 +27,14 @@ def check_name(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise OSError if the folder cannot take a result, and warn if the result is written elsewhere first."""
-    path.parent.stat()
+    """Raise OSError if the folder cannot take a result."""
+    os.stat(os.path.join(path.parent, "."))  # not that of a file
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "")
+
+
+def warn_of_network_storage(path: Path) -> None:
+    """Warn if a result is written elsewhere first."""
     if working_path(path) != path:
         kind, part = network_storage(path.parent), part_path(path)
         warnings.warn(f"{path} is on {kind} storage: it is written as {part} and copied on completion", stacklevel=3)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from dfengine.store.file.plan import StoreError
 
@@ -13,11 +15,12 @@ if TYPE_CHECKING:
     from dfengine.store.file.reader import Run
 
 
-class LazyArray:
+class LazyArray(NDArrayOperatorsMixin):
     """Values of one item, read when sliced; values that are not written yet read as NaN.
 
-    It is indexed as h5py's datasets are: by integers, slices, one list or mask, and an ellipsis. `numpy.asarray` reads
-    all of it.
+    It is indexed as h5py's datasets are: by integers, slices, one list or mask, and an ellipsis. Otherwise it is used
+    as an array of NumPy that cannot be written to: arithmetic, functions and methods (`mean`, `astype` …) read all of
+    it, each time.
     """
 
     def __init__(
@@ -39,6 +42,14 @@ class LazyArray:
     @property
     def dtype(self) -> np.dtype:
         return self._dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -81,6 +92,20 @@ class LazyArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[...], dtype=dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        if any(isinstance(target, LazyArray) for target in options.get("out", ())):
+            return NotImplemented  # it cannot be written to
+        values = [np.asarray(one) if isinstance(one, LazyArray) else one for one in inputs]
+        return getattr(ufunc, method)(*values, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes and methods of an array of NumPy."""
+        if name.startswith("_") or not hasattr(np.ndarray, name):
+            raise AttributeError(f"{name!r} is no attribute of a LazyArray or of an array of NumPy")
+        values = self[...]
+        values.flags.writeable = False  # what changed it would be lost
+        return getattr(values, name)
 
     def __repr__(self) -> str:
         return f"LazyArray({self._path}, shape {self.shape}, {self.dtype})"

@@ -9,6 +9,8 @@ from typing import Any
 
 #: Settings that follow from others: two plans are compared by them only if nothing else differs.
 _DERIVED = re.compile(r"items\..*\.(key|tokens|spans|words)|layers\..*|layers")
+#: The options that determine a list of time-steps.
+_TIMESTEPS = "sampling or gamma"
 #: How a method is presented; it does not affect any value.
 _PRESENTATION = re.compile(r"methods\..*\.(label|form)")
 
@@ -135,6 +137,7 @@ class Plan:
     def differences(self, other: "Plan") -> list[str]:
         """Each setting that differs, as "name (this plan's value, now the other's)"; empty if the plans are equal.
 
+        Settings have the names of the options that they are given by, such as "num_masks of rise".
         Derived settings (keys, tokens, layers) are listed only if nothing else differs. A method that only one plan has
         is listed by name alone. Labels and forms are not compared.
         """
@@ -150,11 +153,15 @@ class Plan:
             and not _PRESENTATION.fullmatch(name)
         ]
         primary = [name for name in names if not _DERIVED.fullmatch(name)]
-        changed = [
-            f"{name} ({_shorten(before.get(name, 'unset'))}, now {_shorten(after.get(name, 'unset'))})"
+        changed = {
+            _option_name(name, len(self.items)): (
+                f"({_shorten(before.get(name, 'unset'))}, now {_shorten(after.get(name, 'unset'))})"
+            )
             for name in primary or ([] if unshared else names)
-        ]
-        return sorted(unshared) + changed
+        }
+        if "num_steps" in changed:  # the lists then differ too
+            changed = {name: values for name, values in changed.items() if not name.startswith(_TIMESTEPS)}
+        return sorted(unshared) + [f"{name} {values}" for name, values in changed.items()]
 
 
 def _to_plain(value: Any) -> dict[str, Any]:
@@ -174,6 +181,16 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(member, f"{name}.{key}" if name else key)
     else:
         yield name, json.dumps(value, ensure_ascii=False)
+
+
+def _option_name(name: str, num_items: int) -> str:
+    """The name of an option from that of a leaf: "kind of rise" for "methods.rise.settings.kind"."""
+    owner, _, option = name.replace(".settings.", ".").rpartition(".")
+    kind, _, which = owner.partition(".")
+    option = _TIMESTEPS if option == "timesteps" else option
+    if kind == "methods":
+        return f"{option} of {which}"
+    return f"{option} of image {which}" if kind == "items" and num_items > 1 else option
 
 
 def _shorten(text: str) -> str:

@@ -5,19 +5,32 @@ from pathlib import Path
 import numpy as np
 
 from dfengine.store.file import schema
-from dfengine.store.file.files import part_path
+from dfengine.store.file.errors import translate_os_errors
+from dfengine.store.file.files import check_folder, check_name, part_path
 from dfengine.store.file.plan import Plan, StoreError
 from dfengine.store.file.reader import Run, open_file
 from dfengine.store.file.swmr import SWMRFile, Write
 
 
-def interrupted_run(path: Path, plan: Plan, overwrite: bool, resume: bool) -> Run | None:
-    """The interrupted file to continue, if any. Raises StoreError if something would be lost."""
-    part = part_path(path)
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise StoreError if a result cannot be written to a path, or would replace one without `overwrite`."""
+    check_name(path)
+    with translate_os_errors(path):
+        check_folder(path)
+        _check_free(path, overwrite)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise StoreError(f"{path} is a folder: name a file in it")
     if path.exists() and not overwrite:
         raise StoreError(f"{path} exists already: choose another name, or replace it with --overwrite")
+
+
+def interrupted_run(path: Path, plan: Plan, overwrite: bool, resume: bool) -> Run | None:
+    """The interrupted file to continue, if any. Raises StoreError if something would be lost."""
+    part = part_path(path)
+    _check_free(path, overwrite)
     if not part.exists() or (overwrite and not resume):
         return None
     if not resume:

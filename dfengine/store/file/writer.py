@@ -26,6 +26,7 @@ from dfengine.store.file.files import (
     part_path,
     publish_file,
     temporary_path,
+    warn_of_network_storage,
     working_path,
 )
 from dfengine.store.file.item import StoredItem
@@ -96,6 +97,7 @@ class Writer:
             undo.enter_context(translate_os_errors(path))
             lock = undo.enter_context(Lock(working_path(path)))
             check_folder(path)
+            warn_of_network_storage(path)
             interrupted = interrupted_run(path, plan, overwrite, resume)
             earlier = [interrupted] if interrupted else [open_to_resume(source, plan) for source in sources]
             for run in earlier:
