@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from dfengine.tokens import find_occurrences
+from dfengine.tokens import check_text, find_occurrences
 
 #: The roles in a prompt "subject relation object", as in Table 3.
 ROLES = ("subject", "relation", "object")
@@ -22,13 +22,14 @@ _CHUNK = 1 << 20
 class Prompt:
     """A prompt, and the word or phrase that has each role, if they are known.
 
-    Raises ValueError for an empty prompt, or a concept that is not in it.
+    Raises ValueError for an empty prompt, one with a lone surrogate, or a concept that is not in it.
     """
 
     text: str
     concepts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_text(self.text)
         if not self.text.strip():
             raise ValueError("the prompt is empty: say what the image should show")
         for concept in self.concepts.values():

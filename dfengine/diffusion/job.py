@@ -10,6 +10,8 @@ from typing import Any
 from jaxtyping import UInt8
 from torch import Tensor
 
+from dfengine.tokens import check_text
+
 
 @dataclass(frozen=True)
 class Job:
@@ -26,7 +28,10 @@ class Job:
     """a given image: it is encoded and noised to each step instead of being generated"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an empty prompt without an image, a negative seed, or a guidance that is not finite."""
+        """Raises ValueError for an empty prompt without an image, one with a lone surrogate, a negative seed, or a
+        guidance that is not finite."""
+        check_text(self.prompt)
+        check_text(self.negative_prompt)
         if not self.prompt.strip() and self.image is None:
             raise ValueError("the prompt is empty: say what the image should show")
         if not 0 <= self.seed < 2**63:
