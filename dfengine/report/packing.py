@@ -78,6 +78,7 @@ def pack(item: Explanation, index: int) -> tuple[dict[str, Any], bytes]:
         "model": model_name(item.model),
         "schedule": schedule_name(timesteps),
         "timesteps": [_short(t) for t in timesteps],
+        "start": first_step(item),
         "size": list(item.image.shape[:2]),
         "image": blob.picture(item.image),
         "previews": [] if item.previews is None else [blob.picture(image) for image in np.asarray(item.previews)],
@@ -86,6 +87,25 @@ def pack(item: Explanation, index: int) -> tuple[dict[str, Any], bytes]:
         "facts": _facts(item),
     }
     return description, bytes(blob.data)
+
+
+def first_step(item: Explanation) -> int:
+    """The step at which the page opens: where the first method's map says most; the last step if there is no map.
+
+    For a method with errors that is the step of the largest signal, the variance of the map's pixels minus their mean
+    squared error; for others that of the largest variance in the later half of the steps, since early steps are noise.
+    """
+    name = next(iter(item.maps), None)
+    if name is None:
+        return len(item.timesteps) - 1
+    maps, errors = np.asarray(item.saliency(name)), item.errors.get(name)
+    signals = {step: one[np.isfinite(one)].var() for step, one in enumerate(maps) if np.isfinite(one).any()}
+    if errors is None:
+        signals = {step: value for step, value in signals.items() if step >= len(maps) // 2} or signals
+    else:
+        for step, error in ((step, np.asarray(errors[step])) for step in signals):
+            signals[step] -= np.square(error[np.isfinite(error)]).sum() / max(1, np.isfinite(error).sum())
+    return max(signals, key=lambda step: signals[step], default=0)
 
 
 def _method(item: Explanation, name: str, label: str, blob: Blob) -> dict[str, Any]:
@@ -106,6 +126,7 @@ def _method(item: Explanation, name: str, label: str, blob: Blob) -> dict[str, A
         "label": label,
         "form": form,
         "about": _summary(item, name),
+        "hot": item.hot(name),
         "variants": [main, *variants, *_word_variants(item, words, blob)],
     }
 
