@@ -344,6 +344,44 @@ def test_drawn_lines_are_shares_of_the_highest_word_that_is_no_stop_word() -> No
     np.testing.assert_allclose(lines(phrase)["a"], [0, 1, np.nan, 1 / 9])
 
 
+CAPTIONS = {
+    "rise": "under the masks that keep this pixel, the prediction keeps its structure here: a base rate, "
+    "no attribution.",
+    "relevance": "here the prompt's words bear on the prediction, by attention times its gradient.",
+    "cam": "the layers' features here raise the sum of the predicted noise.",
+    "attention": "the network looks the prompt's words up here, which alone does not show that they change anything.",
+}
+
+
+def caption(figure: Figure) -> str:
+    """The text below the maps, in one line."""
+    (text,) = [text.get_text() for text in texts(figure) if text.get_text().startswith("Each map")]
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("method", CAPTIONS)
+def test_a_caption_says_how_maps_are_scaled_and_what_is_hot(method: str) -> None:
+    result = random_result("a red cat")
+    assert caption(figures.draw(result, method, [0])) == f"Each map has its own range. Hot: {CAPTIONS[method]}"
+    unknown = dataclasses.replace(result, hots={})
+    assert caption(figures.draw(unknown, method, [0])) == "Each map has its own range."
+
+
+@pytest.mark.parametrize("method", ["rise", "cam"])
+def test_a_map_that_is_the_same_everywhere_is_grey_and_says_so(method: str) -> None:
+    result = random_result("a red cat")
+    maps = np.asarray(result.saliency(method)).copy()
+    maps[3] = 0
+    blank = {"rise": maps} if method == "rise" else {"cam": result.maps["cam"] | {COMBINED: maps}}
+    result = dataclasses.replace(result, maps=result.maps | blank)
+    figure = figures.draw(result, method, [3, 1], **({} if method == "rise" else {"rows": []}))
+    assert [text.get_text() for text in texts(figure)].count("nothing\nhere") == 1
+    (axis,) = [axis for axis in figure.axes if any(text.get_text() == "nothing\nhere" for text in axis.texts)]
+    grey = np.asarray(result.previews)[3] / 255 @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(axis.images[0].get_array(), np.repeat(grey[..., None], 3, axis=2))
+    check_texts(figure)
+
+
 def test_a_line_reaches_1_where_a_stop_word_has_the_most_relevance() -> None:
     level = np.array([[9, 8, 2, 1, 9]], np.float32).T.repeat(5, axis=1)  # <s>, a, red, cat, </s>
     drawn = lines(figures.relevance(random_result("a red cat", relevance=level), steps=[0]))

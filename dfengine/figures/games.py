@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from numpy import ndarray
 
@@ -295,7 +296,7 @@ def _line_count(*texts: str) -> int:
 
 def _text_width(label: str) -> float:
     """Width of the widest line in inches."""
-    font, lines = lettering.font(label, size=FONT_SIZE), lettering.measurable(label).split("\n")
+    font, lines = FontProperties(size=FONT_SIZE), lettering.measurable(label).split("\n")
     return max(text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines) / 72
 
 

@@ -10,18 +10,16 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
-import matplotlib
 import regex
-from matplotlib import font_manager
+from matplotlib import font_manager, rcParams
 from matplotlib.font_manager import FontProperties, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 from dfengine.tokens import UNSPACED
 
 #: A grapheme with the punctuation that may not begin a line.
 _PIECE = regex.compile(r"\X(?:[\p{Po}\p{Pe}\p{Pf}]\p{M}*)*")
-#: Stands where a letter is measured that no font has.
-_BOX = "\u25a1"
 
 
 def columns(text: str) -> int:
@@ -55,37 +53,29 @@ class _Wrapper(textwrap.TextWrapper):
 
     def _split(self, text: str) -> list[str]:
         pieces: list[str] = []
-        for chunk in super()._split(text):  # offered to subclasses by a comment there
+        for chunk in super()._split(text):
             is_divisible = columns(chunk) > self.width or UNSPACED.search(chunk)
             pieces += map(_Piece, _PIECE.findall(chunk) if is_divisible else [chunk])
         return pieces
 
 
 def measurable(text: str) -> str:
-    """The text with a box for each letter that no installed font has."""
-    _, unreadable = _fallbacks(_missing(text))
-    return "".join(_BOX if one in unreadable else one for one in text)
-
-
-def font(text: str, **properties: Any) -> FontProperties:
-    """The font of a text: matplotlib's own, followed by installed ones that have the letters that it lacks.
-
-    Letters that no installed font has are named in a warning, once.
-    """
-    families, _ = _fallbacks(_missing(text))
-    return FontProperties(family=[*matplotlib.rcParams["font.family"], *families], **properties)
+    """The text with a dash and a sixth of an em, as wide as a box, for each letter that matplotlib's own fonts lack."""
+    missing = _missing(text)
+    return "".join("—\u2006" if one in missing else one for one in text)
 
 
 @contextmanager
 def readable(figure: Any) -> Iterator[None]:
-    """Inside, a figure's texts are drawn in fonts that have their letters, and no letter is reported by matplotlib."""
-    has_unreadable = False
-    for text in figure.findobj(Text):
-        if missing := _missing(text.get_text()):
-            families, unreadable = _fallbacks(missing)
-            text.set_fontfamily([*matplotlib.rcParams["font.family"], *families])
-            has_unreadable |= bool(unreadable)
-    if not has_unreadable:
+    """Inside, a figure's texts are drawn in installed fonts that have their letters.
+
+    Letters that no font has are named in one warning, in place of matplotlib's for each of them.
+    """
+    texts = {text: missing for text in figure.findobj(Text) if (missing := _missing(text.get_text()))}
+    families, unreadable = _fallbacks(frozenset().union(*texts.values()))
+    for text in texts:
+        text.set_fontfamily([*rcParams["font.family"], *families])
+    if not unreadable:
         yield
         return
     with warnings.catch_warnings():
@@ -94,43 +84,45 @@ def readable(figure: Any) -> Iterator[None]:
 
 
 def _missing(text: str) -> frozenset[str]:
-    """The visible characters that matplotlib's own fonts lack."""
-    if text.isascii():
+    """The characters that matplotlib's own fonts lack, without spaces and invisible ones."""
+    characters = {one for one in text if one != "\n" and unicodedata.category(one) not in ("Cf", "Zs", "Zl", "Zp")}
+    if all(" " < one < "\x7f" for one in characters):
         return frozenset()
-    fonts = [
-        font_manager.get_font(font_manager.findfont(FontProperties(family=[one])))
-        for one in matplotlib.rcParams["font.family"]
-    ]
-    visible = (one for one in text if columns(one) and not one.isspace())
-    return frozenset(one for one in visible if not any(face.get_char_index(ord(one)) for face in fonts))
+    own = [FontProperties(family=[family]) for family in rcParams["font.family"]]
+    fonts = [font_manager.get_font(font_manager.findfont(one)) for one in own]
+    return frozenset(one for one in characters if not any(face.get_char_index(ord(one)) for face in fonts))
 
 
 @cache
-def _fallbacks(missing: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The fewest installed fonts that have these letters, as far as any do, and the letters that none has."""
+def _fallbacks(letters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The families of installed fonts that have these letters, the fewest that do, and the letters that none has."""
     families: list[str] = []
-    rest, letters_of = missing, _letters_by_font(missing) if missing else {}
-    while found := max((letters & rest for letters in letters_of.values()), key=len, default=frozenset()):
-        families.append(next(name for name, letters in letters_of.items() if letters & rest == found))
-        rest -= found
+    rest, letters_of = letters, _letters_by_family(letters) if letters else {}
+    while best := max(letters_of, key=lambda name: len(letters_of[name] & rest), default=""):
+        if not letters_of[best] & rest:
+            break
+        families.append(best)
+        rest -= letters_of[best]
     if rest:
-        warnings.warn(
-            f"no installed font has {' '.join(sorted(rest))}, drawn as boxes: install one that does, such as Noto Sans "
+        names = " ".join(one if one.isprintable() else repr(one) for one in sorted(rest))
+        warnings.warn(  # once for these letters, since the answer is kept
+            f"no installed font has {names}, drawn as boxes: install one that does, such as Noto Sans "
             "(for Chinese, Japanese and Korean: Noto Sans CJK)",
             stacklevel=2,
         )
     return tuple(families), rest
 
 
-def _letters_by_font(letters: frozenset[str]) -> dict[str, frozenset[str]]:
-    """By font family, those of the letters that it has; upright sans-serif ones first."""
+def _letters_by_family(letters: frozenset[str]) -> dict[str, frozenset[str]]:
+    """By font family, those of the letters that its upright font of normal weight has; sans-serif families first."""
     for path in set(font_manager.findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}:
         with suppress(Exception):  # installed since matplotlib listed the fonts; it cannot read all of them
             fontManager.addfont(path)
-    families = {entry.name for entry in fontManager.ttflist if "Last Resort" not in entry.name}
+    paths = {entry.name: entry.fname for entry in fontManager.ttflist if (entry.style, entry.weight) == ("normal", 400)}
     found = {}
-    for name in sorted(families, key=lambda name: ("Sans" not in name, len(name), name)):
-        with suppress(OSError, RuntimeError, ValueError):
-            face = font_manager.get_font(font_manager.findfont(FontProperties(family=name)))
-            found[name] = frozenset(one for one in letters if face.get_char_index(ord(one)))
+    for name in sorted(paths, key=lambda name: ("Sans" not in name, name)):
+        if "Last Resort" not in name:  # matplotlib's boxes for all letters
+            with suppress(OSError, RuntimeError):
+                face = FT2Font(paths[name])
+                found[name] = frozenset(one for one in letters if face.get_char_index(ord(one)))
     return found

@@ -237,14 +237,15 @@ def is_blank(heat: Float[ndarray, "H W"]) -> bool:
 
 
 def caption(hots: Mapping[str, str], width: float, fontsize: float) -> str:
-    """What stands below heat maps, wrapped to a width in inches: how they are scaled, and what is hot in them.
+    """What stands below heat maps, wrapped to a width in inches: see `paragraphs`."""
+    return "\n".join(lettering.fill(one, int((width - 0.2) * 72 / (0.55 * fontsize))) for one in paragraphs(hots))
 
-    `hots` has by label what high values mean; labels are named if there are several.
-    """
-    named = " in {}" if len(hots) > 1 else ""
-    parts = [f"Hot{named.format(label)}: {hot}" for label, hot in hots.items() if hot]
-    paragraphs = [OWN_RANGE, *parts] if named else [" ".join([OWN_RANGE, *parts])]
-    return "\n".join(lettering.fill(one, int((width - 0.2) * 72 / (0.55 * fontsize))) for one in paragraphs)
+
+def paragraphs(hots: Mapping[str, str]) -> list[str]:
+    """How heat maps are scaled, and what is hot in them, by label; labels are named if there are several."""
+    if len(hots) > 1:
+        return [OWN_RANGE, *(f"Hot in {label}: {hot}" for label, hot in hots.items() if hot)]
+    return [" ".join([OWN_RANGE, *(f"Hot: {hot}" for hot in hots.values() if hot)])]
 
 
 def draw_caption(figure: Figure, text: str, fontsize: float) -> None:
