@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped, UInt8
 from numpy import ndarray
 from torch.nn import functional as F
 
-from dfengine.tokens import Tokens
+from dfengine.tokens import Tokens, folded
 
 #: Name of DF-CAM's map of all layers together.
 COMBINED = "combined"
@@ -63,7 +63,7 @@ class Explanation:
 
     def _maps(self, name: str, layer: str | None) -> Any:
         """The raw maps [steps, h, w] of a method, layer or word."""
-        rows = [row for row, word in enumerate(self.words) if word.casefold() == name.casefold()]
+        rows = [row for row, word in enumerate(self.words) if folded(word) == folded(name)]
         if rows and name not in self.maps:
             if layer is not None:
                 raise ValueError(f"the map of the word {name!r} has no layers: leave {layer!r} out")

@@ -110,6 +110,11 @@ def find_occurrences(prompt: str, concept: str) -> list[Span]:
     return occurrences
 
 
+def folded(text: str) -> str:
+    """A text by which to compare words: equal for canonically equivalent ones in any case and spacing."""
+    return _fold(text)[0]
+
+
 def _fold(text: str) -> tuple[str, dict[int, int]]:
     """Text that is equal for canonically equivalent texts in any case and spacing, and the boundaries of its graphemes:
     positions in it → positions in the text that was given."""
@@ -144,8 +149,8 @@ def concept_spans(prompt: str, concepts: Sequence[str] | None) -> list[tuple[str
 
 
 def content_words(words: Iterable[str]) -> list[str]:
-    """The distinct words, ignoring case, without stop words; if there are only stop words, those."""
+    """The distinct words (see `folded`) without stop words; if there are only stop words, those."""
     distinct: dict[str, str] = {}
     for word in words:
-        distinct.setdefault(word.casefold(), word)
+        distinct.setdefault(folded(word), word)
     return [word for key, word in distinct.items() if key not in STOP_WORDS] or list(distinct.values())

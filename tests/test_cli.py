@@ -325,6 +325,7 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, "-e", "cam", "--word", "red"], "--words is a setting of attention: add -e attention"),
         ([CAPTION, *QUICK, "-e", "cam"], "--num-masks is a setting of rise and xdiffusion-rise: add -e rise"),
         ([CAPTION, *QUICK, "--preset", "old"], "preset 'old' is not known: expected one of default, paper, xdiffusion"),
+        (["a \udcff cat", *QUICK], r"the prompt 'a \\udcff cat' has a lone surrogate"),
         (
             [CAPTION, "-e", "relevance", "--target", "unconditional"],
             "--target is a setting of cam and .*rise.*: add -e cam",

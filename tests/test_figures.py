@@ -457,6 +457,7 @@ def test_informative_steps_are_peaks_and_crossings() -> None:
 def test_words_are_concepts_once_and_without_stop_words() -> None:
     assert content_words(["A", "red", "Red", "cat", "on", "the", "cat"]) == ["red", "cat"]
     assert content_words(["the", "of", "The"]) == ["the", "of"]
+    assert content_words(["café", "Cafe\u0301"]) == ["café"]
 
 
 def test_attention_has_one_row_per_word() -> None:
@@ -479,6 +480,14 @@ def test_the_words_with_the_most_attention_at_the_selected_steps_are_drawn() -> 
     word_maps[:, 2] = np.array([3, 9, 2, 8, 4, 7, 5, 6], np.float32)[:, None, None]
     result = random_result("one two three four five six seven eight", word_maps=word_maps)
     assert labels(figures.attention(result, steps=[2]))[1:] == ["two", "four", "five", "six", "seven", "eight"]
+
+
+def test_a_word_is_named_in_any_normal_form() -> None:
+    result = random_result("a cafe\u0301")
+    figure = figures.attention(result, ["CAFÉ"], steps=[1])
+    expected = overlay(np.asarray(result.previews)[1], heatmap(np.asarray(result.word_maps)[1, 1], (8, 12)))
+    np.testing.assert_array_equal(pictures(figure)[1], expected)
+    np.testing.assert_array_equal(result.heatmap("café", 1), result.heatmap("cafe\u0301", 1))
 
 
 def test_a_word_with_the_name_of_a_method_has_its_own_map() -> None:

@@ -36,7 +36,7 @@ def concepts(
             _draw_lines(axis, lines[schedule], errors[number][schedule] if errors else {})
             _format_panel(axis, schedule, timesteps[schedule])
         axes[0].set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axes[0].set_ylabel("relevance", fontsize=FONT_SIZE)
+        axes[0].set_ylabel("relevance (min–max)", fontsize=FONT_SIZE)
         _draw_sums(axes[-1], sums)
         legend = row.legend(
             axes[0].get_lines(),

@@ -43,7 +43,7 @@ from dfengine.figures.selection import (
     top_by_mean,
 )
 from dfengine.result import COMBINED, Explanation, heatmap
-from dfengine.tokens import content_words
+from dfengine.tokens import content_words, folded
 
 #: Width of a two-column page in inches, and the smallest font size in points when a figure is printed that wide.
 _PAGE_WIDTH, _MIN_FONT_SIZE = 7.2, 6.0
@@ -269,7 +269,7 @@ def _finished_words(result: Explanation, method: str = "") -> list[int]:
 
 def _word_map(result: Explanation, word: str, step: int) -> Float[ndarray, "h w"]:
     """A word's raw map, the mean over its occurrences. `Explanation.heatmap` prefers a method of the same name."""
-    rows = [row for row, one in enumerate(result.words) if one.casefold() == word.casefold()]
+    rows = [row for row, one in enumerate(result.words) if folded(one) == folded(word)]
     if not rows:
         known = ", ".join(dict.fromkeys(result.words)) or "none"
         raise ValueError(f"there is no attention map of {word!r}: expected one of {known}")

@@ -18,7 +18,7 @@ from dfengine.figures.panels import unique_labels
 from dfengine.figures.selection import top_by_mean
 from dfengine.result import COMBINED, Explanation, as_call, model_name, normalised
 from dfengine.store import StoredItem
-from dfengine.tokens import content_words, word_spans
+from dfengine.tokens import content_words, folded, word_spans
 
 #: Images up to this many pixels on the longer side are lossless; larger ones are WebP of this quality.
 _LOSSLESS_SIDE, _QUALITY = 256, 85
@@ -139,7 +139,7 @@ def _summary(item: Explanation, name: str) -> str:
 
 def _word_variants(item: Explanation, words: Sequence[str], blob: Blob) -> Iterator[dict[str, Any]]:
     """The map of each word; repeated words are numbered."""
-    keys = [word.casefold() for word in words]
+    keys = [folded(word) for word in words]
     for row, (word, key) in enumerate(zip(words, keys, strict=True)):
         occurrence = keys[: row + 1].count(key)
         name = word if occurrence == 1 else f"{word} ({occurrence})"
@@ -158,7 +158,7 @@ def _lines(item: Explanation) -> list[dict[str, Any]]:
     distinct: dict[str, str] = {}
     for span in word_spans(item.prompt):
         word = item.prompt[slice(*span)]
-        distinct.setdefault(word.casefold(), word)
+        distinct.setdefault(folded(word), word)
     rows_of = {word: rows for word in distinct.values() if (rows := item.tokens.find(word))}
     means = {word: raw[rows_of[word]].mean(0) for word in content_words(distinct.values()) if word in rows_of}
     shown = top_by_mean({word: line for word, line in means.items() if np.isfinite(line).any()}, _SHOWN_LINES)
