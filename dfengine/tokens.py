@@ -70,12 +70,11 @@ class Tokens:
 
 def check_text(text: str) -> None:
     """Raise ValueError for a lone surrogate, which no tokenizer and no file can represent."""
-    for place, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise ValueError(
-                f"the prompt {text!r} has a lone surrogate, {character!r}, at character {place}, which is no text: "
-                "decode it as UTF-8, or leave it out"
-            )
+    if found := regex.search(r"\p{Cs}", text):
+        raise ValueError(
+            f"the prompt {text!r} has a lone surrogate, {found[0]!r}, at character {found.start()}, which is no text: "
+            "decode it as UTF-8, or leave it out"
+        )
 
 
 def word_spans(prompt: str) -> list[Span]:
@@ -118,15 +117,14 @@ def folded(text: str) -> str:
 def _fold(text: str) -> tuple[str, dict[int, int]]:
     """Text that is equal for canonically equivalent texts in any case and spacing, and the boundaries of its graphemes:
     positions in it → positions in the text that was given."""
-    folded, places, start = "", {0: 0}, 0
+    caseless, places, start = "", {0: 0}, 0
     for is_space, graphemes in groupby(regex.findall(r"\X", text), str.isspace):
         for grapheme in ["".join(graphemes)] if is_space else graphemes:
             start += len(grapheme)
-            folded += (
-                " " if is_space else unicodedata.normalize("NFD", unicodedata.normalize("NFD", grapheme).casefold())
-            )
-            places[len(folded)] = start
-    return folded, places
+            decomposed = unicodedata.normalize("NFD", grapheme).casefold()
+            caseless += " " if is_space else unicodedata.normalize("NFD", decomposed)
+            places[len(caseless)] = start
+    return caseless, places
 
 
 def _is_apart(prompt: str, start: int, stop: int) -> bool:

@@ -587,6 +587,7 @@ def test_results_in_memory_and_from_a_file_are_drawn_identically(tiny_folder: Pa
     with dfengine.open(tmp_path / "run.h5") as run:
         for method in ("rise", "cam", "relevance", "attention"):
             memory, file = figures.draw(result, method), figures.draw(run[0], method)
+            assert run[0].hot(method) == result.hot(method) == hot(result.settings[method])
             assert [text.get_text() for text in texts(file)] == [text.get_text() for text in texts(memory)]
             for one, other in zip(pictures(file), pictures(memory), strict=True):
                 np.testing.assert_array_equal(one, other)
