@@ -49,13 +49,13 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
-    """A text. Raises ValueError for anything else, for NUL characters and for halves of surrogate pairs."""
+    """A text. Raises ValueError for anything else, and for NUL and lone surrogates, which no file can hold."""
     if not isinstance(value, str):
         raise mistake(name, value, "text")
     if "\0" in value:
         raise mistake(name, value, "text without NUL characters")
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise mistake(name, value, "text without halves of surrogate pairs")
+        raise mistake(name, value, "text without lone surrogates: decode it as UTF-8")
     return str(value)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from dfengine import store
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.job import Job
-from dfengine.explain import Explainer, OutputSpec, describe, entry_of
+from dfengine.explain import Explainer, OutputSpec, describe, entry_of, hot
 from dfengine.tokens import Tokens
 
 
@@ -60,6 +60,11 @@ class Plan:
         entries = {explainer.name: entry_of(explainer) for explainer in self.explainers}
         return {name: entry.form if entry else "saliency" for name, entry in entries.items()}
 
+    @property
+    def hots(self) -> dict[str, str]:
+        """What high values of each explainer's maps mean, by its name: empty if it is not registered."""
+        return {explainer.name: hot(explainer) for explainer in self.explainers}
+
     def select(self, items: Sequence[int]) -> Plan:
         """Some of the jobs, as a plan of their own."""
         return Plan(tuple(self.jobs[item] for item in items), self.explainers)
@@ -91,6 +96,7 @@ class Plan:
                     has_layers=bool(spec.layers),
                     label=self.labels[explainer.name],
                     form=self.forms[explainer.name],
+                    hot=self.hots[explainer.name],
                 )
                 for explainer, spec in zip(self.explainers, first.outputs.values(), strict=True)
             ),

@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 class Prompt:
     """A prompt, and the word or phrase that has each role, if they are known.
 
-    Raises ValueError for an empty prompt, or a concept that is not in it.
+    Raises ValueError for an empty prompt, one with a lone surrogate, or a concept that is not in it.
     """
 
     text: str

@@ -214,4 +214,5 @@ def _empty_result(denoiser: Denoiser, plan: Plan, item: int) -> Result:
         settings={explainer.name: explainer for explainer in plan.explainers},
         labels=plan.labels,
         forms=plan.forms,
+        hots=plan.hots,
     )

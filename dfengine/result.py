@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped, UInt8
 from numpy import ndarray
 from torch.nn import functional as F
 
-from dfengine.tokens import Tokens
+from dfengine.tokens import Tokens, folded
 
 #: Name of DF-CAM's map of all layers together.
 COMBINED = "combined"
@@ -44,6 +44,7 @@ class Explanation:
     word_maps: Any
     labels: Mapping[str, str] = MappingProxyType({})
     forms: Mapping[str, str] = MappingProxyType({})
+    hots: Mapping[str, str] = MappingProxyType({})
 
     def heatmap(self, name: str, step: int, layer: str | None = None) -> Float[ndarray, "H W"]:
         """One step's map in [0, 1] at the image's size: min–max (Eq. 9), then bilinear.
@@ -62,7 +63,7 @@ class Explanation:
 
     def _maps(self, name: str, layer: str | None) -> Any:
         """The raw maps [steps, h, w] of a method, layer or word."""
-        rows = [row for row, word in enumerate(self.words) if word.casefold() == name.casefold()]
+        rows = [row for row, word in enumerate(self.words) if folded(word) == folded(name)]
         if rows and name not in self.maps:
             if layer is not None:
                 raise ValueError(f"the map of the word {name!r} has no layers: leave {layer!r} out")
@@ -87,6 +88,10 @@ class Explanation:
         """The kind of figure that suits a method's maps: "saliency", "layers" (a map per layer), "tokens" (relevance of
         the prompt's tokens) or "words" (a map per word)."""
         return self.forms.get(method) or ("layers" if isinstance(self.maps[method], Mapping) else "saliency")
+
+    def hot(self, method: str) -> str:
+        """What high values of the method's maps mean, after "Hot:"; empty where that is unknown."""
+        return self.hots.get(method, "")
 
     def settings_of(self, method: str) -> Mapping[str, Any]:
         """A method's settings as plain values, with its class's name as "explainer"; empty where they are unknown."""
@@ -159,6 +164,8 @@ class Result(Explanation):
     """each method's name for readers, e.g. DF-RISE"""
     forms: Mapping[str, str] = field(default_factory=dict)
     """the kind of figure that suits each method's maps: see `form`"""
+    hots: Mapping[str, str] = field(default_factory=dict)
+    """what high values of each method's maps mean: see `hot`"""
 
 
 def model_name(model: str) -> str:
@@ -187,12 +194,17 @@ def heatmap(saliency: Float[ndarray, "h w"], size: tuple[int, int]) -> Float[nda
     return F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
+def finite_steps(relevance: Float[ndarray, "tokens steps"], tokens: Tokens) -> Float[ndarray, "tokens steps"]:
+    """Relevance, with NaN at each step at which any of the prompt's own tokens is not finite."""
+    return np.where(np.isfinite(relevance[tokens.own]).all(0), relevance, np.nan)
+
+
 def normalised(relevance: Float[ndarray, "tokens steps"], tokens: Tokens) -> Float[ndarray, "tokens steps"]:
     """Relevance scaled by min–max at each step over the prompt's own tokens, as in Table 3; zeros where they are equal.
 
     A step is NaN if any of those tokens is not finite there.
     """
-    relevance = np.where(np.isfinite(relevance[tokens.own]).all(0), relevance, np.nan)
+    relevance = finite_steps(relevance, tokens)
     own = relevance[tokens.own]
     low, high = own.min(0), own.max(0)
     return (relevance - low) / np.where(high > low, high - low, 1)

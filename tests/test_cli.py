@@ -337,6 +337,7 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, "-e", "cam", "--word", "red"], "--words is a setting of attention: add -e attention"),
         ([CAPTION, *QUICK, "-e", "cam"], "--num-masks is a setting of rise and xdiffusion-rise: add -e rise"),
         ([CAPTION, *QUICK, "--preset", "old"], "'--preset': 'old' is not one of"),
+        (["a \udcff cat", *QUICK], "expected text without lone surrogates"),
         (
             [CAPTION, "-e", "relevance", "--target", "unconditional"],
             "--target is a setting of cam and .*rise.*: add -e cam",

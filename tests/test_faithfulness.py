@@ -303,29 +303,61 @@ def cells(summary: Faithfulness) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_a_table_lists_the_papers_values_next_to_ours() -> None:
+#: The settings of Tables 1 and 2, as far as a summary has them.
+AS_PRINTED: dict[str, Any] = {
+    "num_items": 1000, "step": 21, "num_steps": 30, "distance": "frechet-set", "features": "inception-v3 (FID) pt",
+    "preset": "paper",
+}  # fmt: skip
+
+
+def test_a_table_lists_the_papers_values_next_to_ours_where_the_settings_are_the_papers() -> None:
     results = {name: [from_errors([0, 2, 3, 4], [2, 0.5, 0.5, 0])] * 2 for name in PRINTED}
-    summary = summarise_games(run(results), "mse")
-    rows = cells(summary)
+    ours = summarise_games(run(results), "mse")
+    rows = cells(dataclasses.replace(ours, **AS_PRINTED))
     assert rows.pop("") == [
-        "deletion ↑", "insertion ↓", "better than random", "unnormalised", "paper: deletion, insertion",
+        "deletion ↑", "insertion ↓", "better than random, in resamples of 1000 images", "unnormalised",
+        "paper: deletion, insertion",
     ]  # fmt: skip
     assert rows.pop("---") == ["---"] * 5
     assert {name: row[-1] for name, row in rows.items()} == PRINTED
     assert list(rows) == list(PRINTED)
     assert rows["cam"][:-1] == ["0.5833 [0.5833, 0.5833]", "0.3333 [0.3333, 0.3333]", "0%, 0%", "2.333, 0.6667"]
     assert rows["random"][2] == "–"
-    lines = summary.table().splitlines()
-    assert lines[-2:] == [
+    assert cells(ours)[""] == [
+        "deletion ↑", "insertion ↓", "better than random, in resamples of 2 images", "unnormalised",
+    ]  # fmt: skip
+    assert cells(ours)["cam"] == rows["cam"][:-1]
+    assert ours.table().splitlines()[-3:] == [
         "",
         "2 images, step 1 (t = 411) of 3 steps, distance mse. The distance increases: deletion is better high, "
         "insertion better low.",
+        "The paper's figures are left out, since its tables have 1000 images, step 21 of 30, the distance frechet-set, "
+        "features of Inception-v3, its own equations (preset paper).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_items": 999}, "1000 images"),
+        ({"step": 20}, "step 21 of 30"),
+        ({"num_steps": 29}, "step 21 of 30"),
+        ({"distance": "frechet-single"}, "the distance frechet-set"),
+        ({"features": "shapes's own"}, "features of Inception-v3"),
+        ({"preset": "default"}, "its own equations (preset paper)"),
+    ],
+)
+def test_one_other_setting_leaves_the_papers_values_out(change: dict[str, Any], reason: str) -> None:
+    ours = summarise_games(run({"cam": [from_errors([0, 2, 3, 4], [2, 0.5, 0.5, 0])] * 2}), "mse")
+    table = dataclasses.replace(ours, **AS_PRINTED | change).table()
+    assert "0.7012" not in table
+    assert table.splitlines()[-1] == f"The paper's figures are left out, since its tables have {reason}."
+    assert "0.7012, 0.5532" in dataclasses.replace(ours, **AS_PRINTED).table()
 
 
 def test_the_note_lists_the_settings() -> None:
     games_run = run({"rise": clouds(11, 3), "random": clouds(11, 3, seed=9)}, preset="xdiffusion")
-    (note,) = [line for line in summarise_games(games_run).table().splitlines() if line[:1] not in ("|", "")]
+    note, _ = [line for line in summarise_games(games_run).table().splitlines() if line[:1] not in ("|", "")]
     assert note.startswith(
         "11 images, step 1 (t = 411) of 3 steps, distance frechet-set on features of three sums; preset xdiffusion. The"
     )

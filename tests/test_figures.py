@@ -18,6 +18,7 @@ from test_result import make_result
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, figures
+from dfengine.explain import hot
 from dfengine.figures import overlay, save, selection, strip
 from dfengine.figures.panels import COLOUR_MAP, ERROR_MAP
 from dfengine.result import COMBINED, Result, heatmap
@@ -69,6 +70,7 @@ def random_result(prompt: str, steps: int = 5, size: tuple[int, int] = (8, 12), 
         settings={"rise": Rise(), "relevance": Relevance(), "cam": Cam(), "attention": Attention()},
         labels={"rise": "DF-RISE", "cam": "DF-CAM"},
         forms={"rise": "saliency", "relevance": "tokens", "cam": "layers", "attention": "words"},
+        hots={one.name: hot(one) for one in (Rise(), Relevance(), Cam(), Attention())},
     )
     return dataclasses.replace(make_result, **changes)
 
@@ -317,16 +319,76 @@ RELEVANCE = np.array(
 )
 
 
-def test_lines_are_min_max_scaled_over_content_tokens_and_averaged_per_concept() -> None:
+def test_lines_of_concepts_are_min_max_scaled_over_all_tokens_and_averaged() -> None:
+    result = random_result("a red cat", steps=4, tokens=CAT, relevance=RELEVANCE)
+    scaled = figures.concept_lines(result)
+    assert list(scaled) == ["red", "cat"]
+    np.testing.assert_array_equal(scaled["red"], [0.25, 0, np.nan, 1])
+    np.testing.assert_array_equal(scaled["cat"], [0.75, 0, np.nan, 0.25])
+    phrase = figures.concept_lines(result, ["red cat", "a"])
+    np.testing.assert_allclose(phrase["red cat"], [1.75 / 3, 0, np.nan, 1.5 / 3])
+    np.testing.assert_array_equal(phrase["a"], [0, 0, np.nan, 0])
+
+
+def test_drawn_lines_are_shares_of_the_highest_word_that_is_no_stop_word() -> None:
+    """Each word's mean over its tokens, without "a": red 1, 5, 9 and cat 3, 5, 3."""
     result = random_result("a red cat", steps=4, tokens=CAT, relevance=RELEVANCE)
     figure = figures.relevance(result, steps=[0])
     assert list(lines(figure)) == ["red", "cat"]
-    np.testing.assert_array_equal(lines(figure)["red"], [0.25, 0, np.nan, 1])
-    np.testing.assert_array_equal(lines(figure)["cat"], [0.75, 0, np.nan, 0.25])
+    np.testing.assert_allclose(lines(figure)["red"], [1 / 3, 1, np.nan, 1])
+    np.testing.assert_allclose(lines(figure)["cat"], [1, 1, np.nan, 1 / 3])
     np.testing.assert_array_equal(curves(figure).lines[0].get_xdata(), [0, 1, 2, 3])
+    assert curves(figure).get_ylabel() == "relevance, share of\nthe highest word"
     phrase = figures.relevance(result, ["red cat", "a"], steps=[0])
-    np.testing.assert_allclose(lines(phrase)["red cat"], [1.75 / 3, 0, np.nan, 1.5 / 3])
-    np.testing.assert_array_equal(lines(phrase)["a"], [0, 0, np.nan, 0])
+    np.testing.assert_allclose(lines(phrase)["red cat"], [7 / 9, 1, np.nan, 5 / 9])
+    np.testing.assert_allclose(lines(phrase)["a"], [0, 1, np.nan, 1 / 9])
+
+
+CAPTIONS = {
+    "rise": "under the masks that keep this pixel, the prediction keeps its structure here: a base rate, "
+    "no attribution.",
+    "relevance": "here the prompt's words bear on the prediction, by attention times its gradient.",
+    "cam": "the layers' features here raise the sum of the predicted noise.",
+    "attention": "the network looks the prompt's words up here, which alone does not show that they change anything.",
+}
+
+
+def caption(figure: Figure) -> str:
+    """The text below the maps, in one line."""
+    (text,) = [text.get_text() for text in texts(figure) if text.get_text().startswith("Each map")]
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("method", CAPTIONS)
+def test_a_caption_says_how_maps_are_scaled_and_what_is_hot(method: str) -> None:
+    result = random_result("a red cat")
+    assert caption(figures.draw(result, method, [0])) == f"Each map has its own range. Hot: {CAPTIONS[method]}"
+    unknown = dataclasses.replace(result, hots={})
+    assert caption(figures.draw(unknown, method, [0])) == "Each map has its own range."
+
+
+@pytest.mark.parametrize("method", ["rise", "cam"])
+def test_a_map_that_is_the_same_everywhere_is_grey_and_says_so(method: str) -> None:
+    result = random_result("a red cat")
+    maps = np.asarray(result.saliency(method)).copy()
+    maps[3] = 0
+    blank = {"rise": maps} if method == "rise" else {"cam": result.maps["cam"] | {COMBINED: maps}}
+    result = dataclasses.replace(result, maps=result.maps | blank)
+    figure = figures.draw(result, method, [3, 1], **({} if method == "rise" else {"rows": []}))
+    assert [text.get_text() for text in texts(figure)].count("nothing\nhere") == 1
+    (axis,) = [axis for axis in figure.axes if any(text.get_text() == "nothing\nhere" for text in axis.texts)]
+    grey = np.asarray(result.previews)[3] / 255 @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(axis.images[0].get_array(), np.repeat(grey[..., None], 3, axis=2))
+    check_texts(figure)
+
+
+def test_a_line_reaches_1_where_a_stop_word_has_the_most_relevance() -> None:
+    level = np.array([[9, 8, 2, 1, 9]], np.float32).T.repeat(5, axis=1)  # <s>, a, red, cat, </s>
+    drawn = lines(figures.relevance(random_result("a red cat", relevance=level), steps=[0]))
+    np.testing.assert_array_equal(drawn["red"], np.ones(5))
+    np.testing.assert_array_equal(drawn["cat"], np.full(5, 0.5))
+    nothing = figures.relevance(random_result("a red cat", relevance=0 * level), steps=[0])
+    np.testing.assert_array_equal(lines(nothing)["red"], np.zeros(5))
 
 
 def test_a_step_that_overflowed_is_a_gap() -> None:
@@ -352,24 +414,21 @@ def test_selected_steps_are_marked_above_their_maps() -> None:
         "4\nt = 0",
     ]
     for actual, step in zip(pictures(figure)[2:], (1, 4), strict=True):
-        np.testing.assert_array_equal(actual, overlay(np.asarray(result.previews)[step], result.heatmap("cam", step)))
+        np.testing.assert_array_equal(
+            actual, overlay(np.asarray(result.previews)[step], result.heatmap("relevance", step))
+        )
 
 
-@pytest.mark.parametrize(
-    ("methods", "background", "label"),
-    [
-        (["relevance", "rise", "cam"], "cam", "DF-CAM,\ncombined"),
-        (["relevance", "rise"], "rise", "DF-RISE,\n7 masks"),
-        (["attention", "relevance"], "relevance", "relevance"),
-    ],
-)
-def test_the_map_below_the_lines_is_named(methods: list[str], background: str, label: str) -> None:
+@pytest.mark.parametrize("methods", [["rise", "relevance", "cam"], ["attention", "relevance"], ["relevance"]])
+def test_the_maps_below_the_lines_are_those_of_relevance(methods: list[str]) -> None:
     result = random_result("a red cat")
     result = dataclasses.replace(result, maps={name: result.maps[name] for name in methods})
     figure = figures.relevance(result, steps=[0])
-    assert labels(figure) == ["predicted $x_0$", label]
-    expected = overlay(np.asarray(result.previews)[0], result.heatmap(background, 0))
+    assert labels(figure) == ["predicted $x_0$", "relevance"]
+    expected = overlay(np.asarray(result.previews)[0], result.heatmap("relevance", 0))
     np.testing.assert_array_equal(pictures(figure)[1], expected)
+    with pytest.raises(ValueError, match="no maps of relevance"):
+        figures.relevance(dataclasses.replace(result, maps={"rise": MAPS[:5]}))
 
 
 def test_the_eight_most_relevant_concepts_are_drawn_in_prompt_order() -> None:
@@ -398,6 +457,7 @@ def test_informative_steps_are_peaks_and_crossings() -> None:
 def test_words_are_concepts_once_and_without_stop_words() -> None:
     assert content_words(["A", "red", "Red", "cat", "on", "the", "cat"]) == ["red", "cat"]
     assert content_words(["the", "of", "The"]) == ["the", "of"]
+    assert content_words(["café", "Cafe\u0301"]) == ["café"]
 
 
 def test_attention_has_one_row_per_word() -> None:
@@ -420,6 +480,14 @@ def test_the_words_with_the_most_attention_at_the_selected_steps_are_drawn() -> 
     word_maps[:, 2] = np.array([3, 9, 2, 8, 4, 7, 5, 6], np.float32)[:, None, None]
     result = random_result("one two three four five six seven eight", word_maps=word_maps)
     assert labels(figures.attention(result, steps=[2]))[1:] == ["two", "four", "five", "six", "seven", "eight"]
+
+
+def test_a_word_is_named_in_any_normal_form() -> None:
+    result = random_result("a cafe\u0301")
+    figure = figures.attention(result, ["CAFÉ"], steps=[1])
+    expected = overlay(np.asarray(result.previews)[1], heatmap(np.asarray(result.word_maps)[1, 1], (8, 12)))
+    np.testing.assert_array_equal(pictures(figure)[1], expected)
+    np.testing.assert_array_equal(result.heatmap("café", 1), result.heatmap("cafe\u0301", 1))
 
 
 def test_a_word_with_the_name_of_a_method_has_its_own_map() -> None:
@@ -519,6 +587,7 @@ def test_results_in_memory_and_from_a_file_are_drawn_identically(tiny_folder: Pa
     with dfengine.open(tmp_path / "run.h5") as run:
         for method in ("rise", "cam", "relevance", "attention"):
             memory, file = figures.draw(result, method), figures.draw(run[0], method)
+            assert run[0].hot(method) == result.hot(method) == hot(result.settings[method])
             assert [text.get_text() for text in texts(file)] == [text.get_text() for text in texts(memory)]
             for one, other in zip(pictures(file), pictures(memory), strict=True):
                 np.testing.assert_array_equal(one, other)

@@ -110,19 +110,14 @@ def test_only_the_finished_steps_of_a_method_are_drawn() -> None:
 
 
 @pytest.mark.slow
-def test_relevance_is_drawn_above_a_map_with_finished_steps() -> None:
+def test_relevance_is_drawn_above_its_own_maps_of_finished_steps() -> None:
     result = random_result("a red cat", steps=6)
-    cam = {name: unfinished(maps, 0, 3) for name, maps in result.maps["cam"].items()}
-    figure = draw_all([dataclasses.replace(result, maps=result.maps | {"cam": cam})], methods=["relevance"])[
-        "relevance"
-    ]
-    assert labels(figure)[1] == "DF-CAM,\ncombined"
+    maps = result.maps | {"relevance": unfinished(np.asarray(result.maps["relevance"]), 0, 3)}
+    figure = draw_all([dataclasses.replace(result, maps=maps)], methods=["relevance"])["relevance"]
+    assert labels(figure)[1] == "relevance"
     assert titles(figure) == ["step 0\nt = 50", "step 3\nt = 20"]
-    unfinished_cam = {name: unfinished(maps) for name, maps in result.maps["cam"].items()}
-    figure = draw_all([dataclasses.replace(result, maps=result.maps | {"cam": unfinished_cam})], methods=["relevance"])[
-        "relevance"
-    ]
-    assert labels(figure)[1] == "DF-RISE,\n7 masks"
+    maps = result.maps | {"relevance": unfinished(np.asarray(result.maps["relevance"]))}
+    assert not draw_all([dataclasses.replace(result, maps=maps)], methods=["relevance"])
 
 
 @pytest.mark.slow
@@ -419,8 +414,8 @@ def mean_difference(rendered: np.ndarray, picture: np.ndarray) -> float:
 def test_a_frame_shows_its_step_and_t(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read from the figure, which holds the texts and pictures of the last frame drawn."""
     result = random_result("a red cat", steps=12)
-    figure, line, axes = layout = animation._layout(result)
-    monkeypatch.setattr(animation, "_layout", lambda _: layout)
+    figure, line, axes = layout = animation._layout(result, "cam")
+    monkeypatch.setattr(animation, "_layout", lambda *_: layout)
     captions = []
     for index, _ in zip((0, 8, 11), animation._frames(result, "cam", [0, 8, 11]), strict=True):
         captions.append(line.get_text().replace("\u2007", "_"))
@@ -446,7 +441,7 @@ def test_an_animation_has_a_frame_per_finished_step(tmp_path: Path, method: str)
     path = figures.animate(result, method, tmp_path / "moving.gif", seconds_per_step=0.2)
     animated, durations, loop = frames(path)
     assert (durations, loop) == ([200, 200, 2000], 0)
-    figure, line, axes = animation._layout(result)
+    figure, line, axes = animation._layout(result, method)
     assert figure.get_figwidth() * figure.dpi == pytest.approx(animated[0].shape[1], abs=1)
     line.set_text("step 4, t = 40")
     figure.canvas.draw()

@@ -10,7 +10,18 @@ import dfengine
 from dfengine import Attention, Cam, Lime, Random, Relevance, Rise, XDiffusionCam, XDiffusionLime, XDiffusionRise
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.trajectory import Trajectory
-from dfengine.explain import Explainer, StepMap, describe, entries, entry_of, is_serializable, make, rebuild, register
+from dfengine.explain import (
+    Explainer,
+    StepMap,
+    describe,
+    entries,
+    entry_of,
+    hot,
+    is_serializable,
+    make,
+    rebuild,
+    register,
+)
 from dfengine.explain.registry import Option
 
 
@@ -80,6 +91,50 @@ def test_unknown_names_presets_and_settings_are_refused(name: str, preset: str, 
 
 
 @pytest.mark.parametrize("entry", entries().values(), ids=lambda entry: entry.name)
+def test_every_explainer_says_in_a_line_what_is_hot(entry) -> None:
+    meaning = hot(make(entry.name, name="other"))
+    assert 20 < len(meaning) < 130
+    assert meaning.endswith(".")
+    assert meaning[0].islower()
+
+
+@pytest.mark.parametrize(
+    ("rise", "meaning"),
+    [
+        (
+            Rise(score="local", estimator="coverage"),
+            "under the masks that keep this pixel, the prediction keeps its structure here: a base rate, no "
+            "attribution.",
+        ),
+        (
+            Rise(score="local", estimator="sum", similarity="cosine"),
+            "summed over the masks that keep this pixel, the prediction stays similar (cosine) here: a base rate, no "
+            "attribution.",
+        ),
+        (
+            Rise(score="local", estimator="contrast"),
+            "here the prediction keeps more of its structure with this pixel kept than with it hidden.",
+        ),
+        (
+            Rise(score="global", estimator="ridge", target="guided"),
+            "the whole guided prediction keeps more of its structure with this pixel kept than with it hidden.",
+        ),
+        (
+            Rise(score="global", estimator="contrast", similarity=lambda a, b: a),
+            "the whole prediction stays more similar (a function of the caller's) with this pixel kept than with it "
+            "hidden.",
+        ),
+        (
+            Rise(score="global", estimator="coverage"),
+            "under the masks that keep this pixel, the whole prediction keeps its structure.",
+        ),
+    ],
+)
+def test_what_is_hot_in_df_rise_depends_on_its_settings(rise: Rise, meaning: str) -> None:
+    assert hot(rise) == meaning
+
+
+@pytest.mark.parametrize("entry", entries().values(), ids=lambda entry: entry.name)
 def test_settings_survive_json(entry) -> None:
     explainer = make(entry.name, name="other")
     assert rebuild(json.loads(json.dumps(describe(explainer)))) == explainer
@@ -113,7 +168,9 @@ def test_registering_adds_a_name_to_the_package(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(registry, "_entries", dict(entries()))
     with pytest.raises(AttributeError, match="no attribute 'Ones'"):
         dfengine.Ones  # noqa: B018
-    assert register("ones", label="ones")(Ones) is Ones
+    assert hot(Ones()) == ""
+    assert register("ones", label="ones", hot=lambda ones: f"{ones.name} everywhere.")(Ones) is Ones
+    assert hot(Ones("mine")) == "mine everywhere."
     assert dfengine.Ones is Ones
     assert rebuild(describe(Ones("mine"))) == Ones("mine")
     with pytest.raises(ValueError, match="the name 'rise' belongs to Rise"):

@@ -33,6 +33,9 @@ NASTY = """</script><b>bold</b> & "one" 'two' {{style}} <!-- {{images}} \\u003c"
 LAYER = "down_blocks.1.attentions.0"
 #: The labels of the methods of `random_result` on the page.
 LABELS = {"rise": "DF-RISE", "cam": "DF-CAM"}
+#: The step at which the page of `make_result` opens: its map has the largest variance beside its errors.
+START = 3
+OPENS_AT = f"step {START}, t = {50 - 10 * START}"
 #: The only URL that a page contains.
 SVG = "http://www.w3.org/2000/svg"
 
@@ -93,6 +96,45 @@ def variants(page: Path, method: str) -> dict[str, np.ndarray]:
     data, (payload,) = read_page(page)
     (method_data,) = (variant for variant in data["items"][0]["methods"] if variant["name"] == method)
     return {variant["name"]: decode_maps(variant, payload) for variant in method_data["variants"]}
+
+
+def one_map(values: np.ndarray, errors: np.ndarray | None = None) -> Result:
+    """A result whose maps have one value in each of their two rows, and perhaps such errors."""
+
+    def rows(values: np.ndarray) -> dict[str, np.ndarray]:
+        return {"rise": np.repeat(values[:, :, None], 3, axis=2).astype(np.float32)}
+
+    return random_result(PROMPT, len(values), maps=rows(values), errors={} if errors is None else rows(errors))
+
+
+NONE = np.nan
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "step"),
+    [
+        # Variances 4, 9, 1, 4.
+        ([[0, 4], [0, 6], [0, 2], [4, 0]], [[1, 1], [3, 3], [0, 0], [1, 1]], 0),  # less errors: 3, 0, 1, 3
+        ([[0, 4], [0, 6], [0, 2], [4, 0]], [[1, 1], [2, 1], [0, 0], [1, 1]], 1),  # 9 - 2.5
+        ([[0, 4], [0, 6], [0, 2], [4, 0]], [[9, 9], [9, 9], [0, np.inf], [9, 9]], 2),  # infinite errors do not count
+        ([[0, 4], [0, 6], [0, 2], [4, 0]], None, 3),  # of the later half
+        ([[0, 4], [0, 6], [0, 2], [NONE, NONE]], None, 2),
+        ([[0, 4], [0, 6], [NONE, NONE], [NONE, NONE]], None, 1),  # the later half is not computed yet
+        ([[NONE, NONE]] * 4, None, 0),
+        ([[0, 0]] * 4, None, 2),
+    ],
+)
+def test_the_page_opens_where_the_first_map_says_most(
+    values: list[list[float]], errors: list[list[float]] | None, step: int, tmp_path: Path
+) -> None:
+    result = one_map(np.array(values), None if errors is None else np.array(errors))
+    data, _ = read_page(report.write([result], tmp_path / "page.html"))
+    assert data["items"][0]["start"] == step
+
+
+def test_the_page_of_an_image_without_maps_opens_at_its_last_step(tmp_path: Path) -> None:
+    data, _ = read_page(report.write([make_result(maps={}, errors={})], tmp_path / "page.html"))
+    assert data["items"][0]["start"] == 5
 
 
 def test_maps_of_methods_are_stored_exactly(tmp_path: Path) -> None:
@@ -529,7 +571,7 @@ def assert_step(page: Page, step: int, t: int) -> None:
 @pytest.mark.slow
 def test_the_slider_selects_the_step(visit: Visit, single: Path) -> None:
     page = visit(single)
-    assert_step(page, 0, 50)
+    assert_step(page, START, 50 - 10 * START)
     box = page.locator("#step").bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 8, box["y"] + box["height"] / 2)
@@ -611,10 +653,49 @@ def rounded(number: float) -> float:
 def test_a_non_finite_error_at_one_pixel_does_not_hide_the_others(visit: Visit, tmp_path: Path, result: Result) -> None:
     errors = result.errors["rise"].copy()
     errors[:, 0, 0] = np.inf
-    page = visit(report.write([dataclasses.replace(result, errors={"rise": errors})], tmp_path / "page.html"))
+    path = report.write([dataclasses.replace(result, errors={"rise": errors})], tmp_path / "page.html")
+    page = visit(path, "#step=0")
     for (row, column), error in (((0, 0), []), ((1, 2), [rounded(errors[0, 1, 2])])):
         point_at(page, row, column)
         assert displayed_value(page)[1] == [rounded(result.maps["rise"][0, row, column]), *error]
+
+
+@pytest.mark.slow
+def test_the_bare_image_stands_beside_the_map(visit: Visit, single: Path, result: Result) -> None:
+    page = visit(single, "#step=2")
+    assert result.previews is not None
+    np.testing.assert_array_equal(pixels(pane(page, "bare")), enlarged(result.previews[2]))
+    expect(pane(page, "bare-name")).to_have_text("image predicted at this step")
+    page.locator("#background").select_option("image")
+    expect(pane(page, "bare-name")).to_have_text("image")
+    np.testing.assert_array_equal(pixels(pane(page, "bare")), enlarged(result.image))
+
+
+@pytest.mark.slow
+def test_the_page_says_what_is_hot_and_whether_maps_share_a_range(visit: Visit, single: Path, result: Result) -> None:
+    page = visit(single)
+    expect(pane(page, "hot")).to_have_text(f"Each step's map has its own range. Hot: {result.hot('rise')}")
+    page.locator("#range").select_option("all")
+    expect(pane(page, "hot")).to_have_text(f"All steps' maps share one range. Hot: {result.hot('rise')}")
+    pane(page, "method").select_option("cam")
+    expect(pane(page, "hot")).to_have_text(f"All steps' maps share one range. Hot: {result.hot('cam')}")
+
+
+@pytest.mark.slow
+def test_a_map_that_is_the_same_everywhere_is_grey_and_says_so(visit: Visit, tmp_path: Path, result: Result) -> None:
+    layers = {name: maps.copy() for name, maps in result.maps["cam"].items()}
+    layers[LAYER][4] = 0
+    blank = dataclasses.replace(result, maps=result.maps | {"cam": layers}, hots={})
+    page = visit(report.write([blank], tmp_path / "page.html"), f"#step=4&method=cam&map={LAYER}")
+    expect(pane(page, "blank")).to_be_visible()
+    expect(pane(page, "blank")).to_have_text("nothing here")
+    expect(pane(page, "scale")).to_be_hidden()
+    expect(pane(page, "hot")).to_have_text("Each step's map has its own range.")
+    assert blank.previews is not None
+    grey = enlarged(blank.previews[4]) @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(pixels(pane(page, "canvas")) - grey[..., None]).max() <= 1
+    set_step(page, 3)
+    expect(pane(page, "blank")).to_be_hidden()
 
 
 @pytest.mark.slow
@@ -796,7 +877,7 @@ def test_two_images_side_by_side(visit: Visit, double: Path, result: Result, oth
 
 
 ADDRESSES = {
-    "": ("step 0, t = 50", "DF-RISE"),
+    "": (OPENS_AT, "DF-RISE"),
     "#step=3": ("step 3, t = 20", "DF-RISE"),
     f"#step=2&method=cam&map={LAYER}": ("step 2, t = 30", f"DF-CAM, {LAYER}"),
     "#step=2&item=1&method=attention&map=square": ("step 2, t = 48", "attention, square"),
@@ -804,9 +885,9 @@ ADDRESSES = {
     "#step=-3": ("step 0, t = 50", "DF-RISE"),
     "#step=999": ("step 5, t = 0", "DF-RISE"),
     "#step=1e999&follow=x": ("step 5, t = 0", "DF-RISE"),
-    "#step=x&method=unknown&map=unknown": ("step 0, t = 50", "DF-RISE"),
+    "#step=x&method=unknown&map=unknown": (OPENS_AT, "DF-RISE"),
     "#step=1&method=cam&map=unknown": ("step 1, t = 40", "DF-CAM"),
-    "#item=7&other-item=9&other-method=<b>": ("step 0, t = 50", "DF-RISE"),
+    "#item=7&other-item=9&other-method=<b>": (OPENS_AT, "DF-RISE"),
     "#%E0%A4%A&&==&step": ("step 0, t = 50", "DF-RISE"),
 }
 

@@ -76,6 +76,7 @@ def test_methods_have_their_current_names_labels_and_forms(path: Path) -> None:
             "relevance": ("relevance", "tokens"),
             "attention": ("attention", "words"),
         }
+        assert [item.hot(name) for name in item.maps] == [""] * 4  # such files do not say what is hot
         assert item.settings_of("rise")["mask_kind"] == "gaussian"
         assert item.settings_of("cam")["loss_scale"] == 256
         assert item.job.timesteps == (501, 1)
@@ -132,7 +133,7 @@ def test_an_interrupted_file_is_not_continued(path: Path, tmp_path: Path) -> Non
         assert not writer.done.any()
 
 
-def test_labels_and_forms_do_not_make_plans_differ(path: Path) -> None:
+def test_how_a_method_is_presented_does_not_make_plans_differ(path: Path) -> None:
     with store.open(path) as run:
-        plain = tuple(dataclasses.replace(method, label="", form="") for method in run.plan.methods)
+        plain = tuple(dataclasses.replace(method, label="", form="", hot="elsewhere.") for method in run.plan.methods)
         assert run.plan.differences(dataclasses.replace(run.plan, methods=plain)) == []

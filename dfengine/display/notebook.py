@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image
 
-from dfengine.figures.panels import overlay, step_label, unique_labels
+from dfengine.figures.panels import BLANK, is_blank, overlay, paragraphs, step_label, unique_labels
 from dfengine.figures.selection import computed, evenly_spaced
 from dfengine.result import Explanation, as_call
 
@@ -95,14 +95,11 @@ def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"], maps: Mapping[st
     candidates = sorted({step for steps in finished.values() for step in steps}) or range(len(result.timesteps))
     steps = [candidates[index] for index in evenly_spaced(len(candidates), NUM_STEPS)]
     pictures = {step: image if previews is None else previews[step] for step in steps}
-    rows = {} if previews is None else {"predicted x0": pictures}
+    rows: dict[str, Any] = {} if previews is None else {"predicted x0": pictures}
     labels = unique_labels({name: result.label(name) for name in maps})
     for name, label in labels.items():
-        rows[label] = {
-            step: _to_bytes(overlay(pictures[step], result.heatmap(name, step)))
-            for step in steps
-            if step in finished[name]
-        }
+        heats = {step: result.heatmap(name, step) for step in steps if step in finished[name]}
+        rows[label] = {step: _heat(pictures[step], heat) for step, heat in heats.items()}
     head = "".join(f'<td style="{_CELL}">{step_label(step, result.timesteps, "<br>")}</td>' for step in steps)
     body = "".join(
         f'<tr><th style="{_CELL}">{escape(label)}</th>'
@@ -110,14 +107,19 @@ def _strip(result: Explanation, image: UInt8[ndarray, "H W 3"], maps: Mapping[st
         + "</tr>"
         for label, row in rows.items()
     )
-    return f'<table style="margin:8px 0 0"><tr><th></th>{head}</tr>{body}</table>' if rows else ""
+    table = f'<table style="margin:8px 0 0"><tr><th></th>{head}</tr>{body}</table>' if rows else ""
+    meanings = paragraphs({label: result.hot(name) for name, label in labels.items()}) if labels else []
+    return table + "".join(f'<div style="padding:2px 6px">{escape(one)}</div>' for one in meanings)
 
 
-def _to_bytes(pixels: Float[ndarray, "H W 3"]) -> UInt8[ndarray, "H W 3"]:
-    return (pixels * 255).round().astype(np.uint8)
+def _heat(picture: UInt8[ndarray, "H W 3"], heat: Float[ndarray, "H W"]) -> UInt8[ndarray, "H W 3"] | str:
+    """A heat map over a picture, or what is said of one that is the same everywhere."""
+    return BLANK if is_blank(heat) else (overlay(picture, heat) * 255).round().astype(np.uint8)
 
 
-def _cell(pixels: UInt8[ndarray, "H W 3"] | None, alt: str) -> str:
+def _cell(pixels: UInt8[ndarray, "H W 3"] | str | None, alt: str) -> str:
+    if isinstance(pixels, str):
+        return pixels
     return "not computed" if pixels is None else _picture(pixels, PICTURE_SIDE, alt)
 
 

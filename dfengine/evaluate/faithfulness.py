@@ -23,8 +23,10 @@ from dfengine.evaluate.distances import (
 from dfengine.evaluate.games import GAMES
 from dfengine.evaluate.intervals import NUM_RESAMPLES, Interval, widening
 from dfengine.evaluate.methods import PAPER
-from dfengine.evaluate.playing import GamesRun
+from dfengine.evaluate.playing import GamesRun, default_step
 
+#: What Tables 1 and 2 of the paper are of.
+_PAPER_IMAGES, _PAPER_STEPS = 1000, 30
 #: A curve is constant if its range is at most this share of its height.
 _ROUNDING = 1e-9
 
@@ -67,7 +69,7 @@ class Faithfulness:
     """by method and game"""
 
     def table(self) -> str:
-        """The table in Markdown, with the paper's figures beside ours where it has them."""
+        """The table in Markdown, with the paper's figures beside ours if the settings are the paper's."""
         return "\n".join(_table(self))
 
 
@@ -202,24 +204,45 @@ def _share_better(areas: Mapping[str, Float[ndarray, "samples games"]], name: st
     return float((ours > random if GAMES[game] == "deletion" else ours < random).mean())
 
 
+def _differences(summary: Faithfulness) -> list[str]:
+    """What the paper's Tables 1 and 2 have otherwise, as far as a summary tells; the prompts are not compared."""
+    expected = {
+        f"{_PAPER_IMAGES} images": summary.num_items == _PAPER_IMAGES,
+        f"step {default_step(_PAPER_STEPS)} of {_PAPER_STEPS}": (summary.step, summary.num_steps)
+        == (default_step(_PAPER_STEPS), _PAPER_STEPS),
+        "the distance frechet-set": summary.distance == "frechet-set",
+        "features of Inception-v3": "inception" in summary.features.casefold(),
+        "its own equations (preset paper)": summary.preset == "paper",
+    }
+    return [setting for setting, is_same in expected.items() if not is_same]
+
+
 def _table(summary: Faithfulness) -> Iterator[str]:
-    yield "| | deletion ↑ | insertion ↓ | better than random | unnormalised | paper: deletion, insertion |"
-    yield "|---|---|---|---|---|---|"
+    differences = _differences(summary)
+    has_paper = not differences
+    images = f"{summary.num_items} image{'s' * (summary.num_items != 1)}"
+    yield f"| | deletion ↑ | insertion ↓ | better than random, in resamples of {images} | unnormalised |" + (
+        " paper: deletion, insertion |" if has_paper else ""
+    )
+    yield "|---|---|---|---|---|" + ("---|" if has_paper else "")
     for name, by_game in summary.methods.items():
         deletion, insertion = (by_game[game] for game in GAMES)
         shares = [score.better_than_random for score in (deletion, insertion)]
         better = "–" if None in shares else ", ".join(f"{share:.0%}" for share in shares)
         raw = f"{deletion.raw.mean:.4g}, {insertion.raw.mean:.4g}"
         paper = f"{PAPER[name][0]:.4f}, {PAPER[name][1]:.4f}" if name in PAPER else "–"
-        yield f"| {name} | {deletion.auc:.4f} | {insertion.auc:.4f} | {better} | {raw} | {paper} |"
+        row = f"| {name} | {deletion.auc:.4f} | {insertion.auc:.4f} | {better} | {raw} |"
+        yield f"{row} {paper} |" if has_paper else row
     yield ""
     yield (
-        f"{summary.num_items} images, step {summary.step} (t = {summary.timestep}) of {summary.num_steps} steps, "
+        f"{images}, step {summary.step} (t = {summary.timestep}) of {summary.num_steps} steps, "
         f"distance {summary.distance}"
         + (f" on features of {summary.features}" if summary.features != "none" else "")
         + (f"; preset {summary.preset}" if summary.preset != "default" else "")
         + ". The distance increases: deletion is better high, insertion better low."
     )
+    if differences and any(name in PAPER for name in summary.methods):
+        yield f"The paper's figures are left out, since its tables have {', '.join(differences)}."
     if summary.excluded:
         counts = ", ".join(f"{count} by {name}" for name, count in summary.excluded.items())
         yield f"Excluded for every method, because a map does not rank pixels or an image is not finite: {counts}."

@@ -5,7 +5,7 @@ from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
 from dfengine.explain.cam import Cam
 from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
-from dfengine.explain.registry import describe, entries, entry_of, is_serializable, make, rebuild, register
+from dfengine.explain.registry import describe, entries, entry_of, hot, is_serializable, make, rebuild, register
 from dfengine.explain.relevance import Relevance
 from dfengine.explain.rise import Rise
 from dfengine.explain.steps import Steps, by_steps
@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "entries",
     "entry_of",
+    "hot",
     "is_serializable",
     "make",
     "option",

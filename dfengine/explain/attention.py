@@ -19,7 +19,12 @@ from dfengine.explain.steps import Steps, by_steps
 from dfengine.tokens import concept_spans
 
 
-@register("attention", label="attention", form="words")
+@register(
+    "attention",
+    label="attention",
+    form="words",
+    hot="the network looks the prompt's words up here, which alone does not show that they change anything.",
+)
 @dataclass(frozen=True)
 class Attention(Explainer):
     """Where each word of the prompt is looked up: the conditional prediction's cross-attention, by word and step.

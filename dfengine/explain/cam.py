@@ -27,7 +27,12 @@ from dfengine.explain.steps import Steps, by_steps, check_loss_scale, with_loss_
 from dfengine.result import COMBINED
 
 
-@register("cam", label="DF-CAM", form="layers")
+@register(
+    "cam",
+    label="DF-CAM",
+    form="layers",
+    hot="the layers' features here raise the sum of the predicted noise.",
+)
 @dataclass(frozen=True)
 class Cam(Explainer):
     """What each layer's features add to the prediction, all layers from one backward pass (Eqs. 10, 11).

@@ -28,7 +28,11 @@ from dfengine.explain.rise import check_num_masks, num_forwards
 MIN_SEGMENTS = 4
 
 
-@register("lime", label="LIME")
+@register(
+    "lime",
+    label="LIME",
+    hot="the whole prediction keeps more of its structure with this segment kept than with it hidden.",
+)
 @dataclass(frozen=True)
 class Lime(Explainer):
     """Which segments of the image the prediction relies on: ridge regression of the structure score on kept segments.

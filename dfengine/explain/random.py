@@ -14,7 +14,7 @@ from dfengine.explain.base import Explainer, StepMap, option
 from dfengine.explain.registry import register
 
 
-@register("random", label="random")
+@register("random", label="random", hot="nothing: the values are random numbers.")
 @dataclass(frozen=True)
 class Random(Explainer):
     """A baseline: uniform random values in [0, 1), determined by seed, prompt, step and pixel."""

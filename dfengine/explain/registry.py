@@ -55,6 +55,9 @@ class Entry:
     """its name in figures, reports and tables"""
     form: str
     """one of `FORMS`"""
+    hot: str | Callable[[Any], str] = ""
+    """what high values of its maps mean: how a sentence for readers goes on that begins with "Hot:"; a function of the
+    explainer if its settings change that"""
 
     @property
     def summary(self) -> str:
@@ -72,8 +75,13 @@ class Entry:
 _entries: dict[str, Entry] = {}
 
 
-def register(name: str, *, label: str, form: str = "saliency") -> Callable[[type[E]], type[E]]:
-    """Register an explainer class under a name. Raises ValueError if the name is taken or the form unknown."""
+def register(
+    name: str, *, label: str, form: str = "saliency", hot: str | Callable[[Any], str] = ""
+) -> Callable[[type[E]], type[E]]:
+    """Register an explainer class under a name. Raises ValueError if the name is taken or the form unknown.
+
+    `label`, `form` and `hot` are what figures and reports know of it: see `Entry`.
+    """
 
     def add(explainer: type[E]) -> type[E]:
         if form not in FORMS:
@@ -81,7 +89,7 @@ def register(name: str, *, label: str, form: str = "saliency") -> Callable[[type
         # The same class may be defined again, as a notebook's cell or a reloaded module does.
         if name in _entries and _entries[name].explainer.__qualname__ != explainer.__qualname__:
             raise ValueError(f"the name {name!r} belongs to {_entries[name].explainer.__qualname__}: choose another")
-        _entries[name] = Entry(name, explainer, label, form)
+        _entries[name] = Entry(name, explainer, label, form, hot)
         return explainer
 
     return add
@@ -112,6 +120,13 @@ def entry_of(explainer: Explainer | type | str) -> Entry | None:
         case _:
             name = type(explainer).__name__
     return next((entry for entry in entries().values() if entry.explainer.__name__ == name), None)
+
+
+def hot(explainer: Explainer) -> str:
+    """What high values of an explainer's maps mean, with its settings, after "Hot:"; empty if that is not declared."""
+    entry = entry_of(explainer)
+    meaning = entry.hot if entry else ""
+    return meaning if isinstance(meaning, str) else meaning(explainer)
 
 
 def make(explainer: str, /, preset: str = "default", **settings: Any) -> Explainer:

@@ -21,7 +21,12 @@ from dfengine.explain.steps import Steps, by_steps, check_loss_scale, with_loss_
 from dfengine.tokens import PADDING, Tokens
 
 
-@register("relevance", label="relevance", form="tokens")
+@register(
+    "relevance",
+    label="relevance",
+    form="tokens",
+    hot="here the prompt's words bear on the prediction, by attention times its gradient.",
+)
 @dataclass(frozen=True)
 class Relevance(Explainer):
     """How much each token of the prompt matters to the conditional prediction of a step (Chefer, Gur & Wolf 2021).

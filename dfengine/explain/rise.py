@@ -32,7 +32,23 @@ _MAX_MASKS = 2**24
 _MAX_CELLS, _MAX_WINDOW = 4096, 4095
 
 
-@register("rise", label="DF-RISE")
+def _hot(rise: Rise) -> str:
+    """What high values of a map of DF-RISE mean; coverage and sum of local scores are base rates."""
+    measure = rise.similarity if isinstance(rise.similarity, str) else "a function of the caller's"
+    is_structure = measure == "structure"
+    keeps = "keeps its structure" if is_structure else f"stays similar ({measure})"
+    keeps_more = "keeps more of its structure" if is_structure else f"stays more similar ({measure})"
+    kind = "" if rise.target == "conditional" else f"{rise.target} "
+    if rise.resolved_estimator in ("contrast", "ridge"):
+        place = f"here the {kind}prediction" if rise.score == "local" else f"the whole {kind}prediction"
+        return f"{place} {keeps_more} with this pixel kept than with it hidden."
+    masks = "summed over" if rise.resolved_estimator == "sum" else "under"
+    if rise.score == "global":
+        return f"{masks} the masks that keep this pixel, the whole {kind}prediction {keeps}."
+    return f"{masks} the masks that keep this pixel, the {kind}prediction {keeps} here: a base rate, no attribution."
+
+
+@register("rise", label="DF-RISE", hot=_hot)
 @dataclass(frozen=True)
 class Rise(Explainer):
     """Which latent pixels must be visible for the prediction to keep its structure, by random masks (Eqs. 8, 9).

@@ -43,7 +43,12 @@ _MID_BLOCK_ATTENTION = "mid_block.attentions."
 # DF-RISE -------------------------------------------------------------------------------------------------------------
 
 
-@register("xdiffusion-rise", label="DF-RISE (released code)")
+@register(
+    "xdiffusion-rise",
+    label="DF-RISE (released code)",
+    hot="summed over the masks that keep this pixel, the guided prediction resembles the next latent: "
+    "a base rate, no attribution.",
+)
 @dataclass(frozen=True)
 class XDiffusionRise(Explainer):
     """DF-RISE as released: S = Σ_n M_n ⊙ s(f(R⊙M_n), x_next).
@@ -159,7 +164,12 @@ def zero_padded_mean(x: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n h w"]:
 # DF-CAM --------------------------------------------------------------------------------------------------------------
 
 
-@register("xdiffusion-cam", label="DF-CAM (released code)", form="layers")
+@register(
+    "xdiffusion-cam",
+    label="DF-CAM (released code)",
+    form="layers",
+    hot="the layers' guided features here raise the sum of the predicted noise.",
+)
 @dataclass(frozen=True)
 class XDiffusionCam(Explainer):
     """DF-CAM as released, of every layer except the mid block's attention.
@@ -233,7 +243,11 @@ def _guided_maps(
 # LIME ----------------------------------------------------------------------------------------------------------------
 
 
-@register("xdiffusion-lime", label="LIME (released code)")
+@register(
+    "xdiffusion-lime",
+    label="LIME (released code)",
+    hot="bright in the image in which the five strongest segments are painted green.",
+)
 @dataclass(frozen=True)
 class XDiffusionLime(Lime):
     """LIME as released: segments of the image resized to the latent, painted, and ranked by brightness.

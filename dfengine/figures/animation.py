@@ -12,16 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy import ndarray
 from PIL import Image
 
 from dfengine.figures.forms import check_name
 from dfengine.figures.panels import (
+    BLANK,
+    BLANK_STYLE,
     COLOUR_MAP,
+    Figure,
+    caption,
     heading,
     hide_axes,
+    is_blank,
     method_title,
     overlay,
     picture_at,
@@ -69,36 +73,42 @@ def animate(
 
 def _frames(result: Explanation, method: str, steps: Sequence[int]) -> Iterator[UInt8[ndarray, "y x 3"]]:
     """Render one figure again and again with other pictures and another step."""
-    figure, line, axes = _layout(result)
+    figure, line, axes = _layout(result, method)
     canvas = FigureCanvasAgg(figure)
     axes[0].set_title(picture_label(result), fontsize=_SIZE)
     axes[1].set_title(method_title(result, method), fontsize=_SIZE, parse_math=False)
     pictures = [axis.imshow(np.zeros_like(result.image)) for axis in axes]
+    blank = axes[1].text(0.5, 0.5, BLANK, transform=axes[1].transAxes, **BLANK_STYLE)
     times = [f"{t:g}" for t in result.timesteps]
     for step in steps:
         picture = picture_at(result, step)
         pictures[0].set_data(picture)
-        pictures[1].set_data(overlay(picture, result.heatmap(method, step)))
+        heat = result.heatmap(method, step)
+        pictures[1].set_data(overlay(picture, np.full_like(heat, np.nan) if is_blank(heat) else heat))
+        blank.set_visible(is_blank(heat))
         line.set_text(f"step {_pad(str(step), str(len(times) - 1))}, t = {_pad(times[step], *times)}")
         canvas.draw()
         yield np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _layout(result: Explanation) -> tuple[Figure, Text, list[Axes]]:
-    """A figure with the title, a line for the step, and two axes with a colour bar, all in fixed places."""
+def _layout(result: Explanation, method: str) -> tuple[Figure, Text, list[Axes]]:
+    """A figure with the title, a line for the step, two axes with a colour bar, and a caption, all in fixed places."""
     picture_height, picture_width = (_SIDE * side / max(result.image.shape[:2]) for side in result.image.shape[:2])
     width = max(2 * picture_width + 3 * _MARGIN + 0.8, _MIN_WIDTH)
     details = f"{short_model_name(result.model)}, seed {result.seed}"
     title = heading(result.prompt, details, width - 2 * _MARGIN, _SIZE)
     title_height = (title.count("\n") + 1) * _LINE
-    height = picture_height + title_height + 2.2 * _LINE + 3 * _MARGIN
+    below = caption({method: result.hot(method)}, width - 2 * _MARGIN, _SIZE)
+    bottom = (below.count("\n") + 1) * _LINE + 1.5 * _MARGIN
+    height = picture_height + title_height + 2.2 * _LINE + 2 * _MARGIN + bottom
     figure = Figure((width, height), dpi=_DPI)
     left = _MARGIN / width
     figure.text(left, 1 - _MARGIN / height, title, va="top", fontsize=_SIZE, parse_math=False)
     line = figure.text(left, 1 - (1.5 * _MARGIN + title_height) / height, "", va="top", fontsize=_SIZE)
+    figure.text(left, _MARGIN / height, below, va="bottom", fontsize=_SIZE, parse_math=False)
     starts = [_MARGIN, 2 * _MARGIN + picture_width, 2.5 * _MARGIN + 2 * picture_width]
     *axes, bar_axis = (
-        figure.add_axes((start / width, _MARGIN / height, axis_width / width, picture_height / height))
+        figure.add_axes((start / width, bottom / height, axis_width / width, picture_height / height))
         for start, axis_width in zip(starts, [picture_width, picture_width, 0.1], strict=True)
     )
     hide_axes(np.array(axes))

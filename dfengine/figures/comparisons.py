@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from dfengine.figures import lettering
 from dfengine.figures.games import comparison
 from dfengine.figures.panels import Figure, picture_at, quote, short_model_name, step_label, unique_labels
 from dfengine.figures.selection import computed, evenly_spaced, within
@@ -40,6 +40,7 @@ def compare_steps(
         [_unbroken(step_label(step, result.timesteps)) for step in steps],
         f"{quote(result.prompt)}, {short_model_name(result.model)}, seed {result.seed}: one row per step",
         "image" if result.previews is None else "predicted x0",
+        {label: result.hot(method) for method, label in _labels([result], finished)},
     )
 
 
@@ -60,12 +61,14 @@ def compare_images(
         steps = [min(_most_shared(finished), key=lambda step: abs(step - preferred))]
     else:
         steps = within(steps, total, set().union(*finished.values()))
+    hots = {label: _common_hot(results, method) for method, label in _labels(results, finished)}
     return {
         step: comparison(
             [result.image for result in results],
             {label: [_heat(one, method, step) for one in results] for method, label in _labels(results, finished)},
             [_image_label(one, step) for one in results],
             f"{model}, step {step}: one row per image",
+            hots=hots,
         )
         for step in steps
     }
@@ -77,8 +80,14 @@ def _labels(results: Sequence[Explanation], methods: Iterable[str]) -> Iterable[
     return unique_labels({method: first[method].label(method) for method in methods}).items()
 
 
+def _common_hot(results: Sequence[Explanation], method: str) -> str:
+    """What is hot in a method's maps; empty if the images were explained with settings that differ in that."""
+    hots = {one.hot(method) for one in results if method in one.maps}
+    return hots.pop() if len(hots) == 1 else ""
+
+
 def _image_label(result: Explanation, step: int) -> str:
-    prompt = textwrap.shorten(result.prompt, 120, placeholder=" …") or "a given image"
+    prompt = lettering.shorten(result.prompt, 120) or "a given image"
     return f"{prompt}, {_unbroken(f'seed {result.seed}, t = {result.timesteps[step]:g}')}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from dfengine.figures.lettering import columns
 from dfengine.figures.panels import COLOURS, DASHES, FONT_SIZE, MARKERS, Figure, step_label
 from dfengine.figures.selection import evenly_spaced
 
@@ -35,7 +36,7 @@ def concepts(
             _draw_lines(axis, lines[schedule], errors[number][schedule] if errors else {})
             _format_panel(axis, schedule, timesteps[schedule])
         axes[0].set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axes[0].set_ylabel("relevance", fontsize=FONT_SIZE)
+        axes[0].set_ylabel("relevance (min–max)", fontsize=FONT_SIZE)
         _draw_sums(axes[-1], sums)
         legend = row.legend(
             axes[0].get_lines(),
@@ -89,7 +90,7 @@ def _draw_sums(axis: Axes, sums: Sums) -> None:
         x = np.arange(len(names)) + (number - (len(sums) - 1) / 2) * bar_width
         grey = _GREYS[number % len(_GREYS)]
         axis.bar(x, mean, bar_width, yerr=[mean - low, high - mean], capsize=2, color=grey, label=schedule)
-    is_crowded = max(map(len, names)) * 0.6 * (FONT_SIZE - 2) / 72 > 0.95 * _BARS / len(names)
+    is_crowded = max(map(columns, names)) * 0.6 * (FONT_SIZE - 2) / 72 > 0.95 * _BARS / len(names)
     axis.set_xticks(range(len(names)), names, rotation=30 if is_crowded else 0, ha="right" if is_crowded else "center")
     axis.set_title("sum over the steps", fontsize=FONT_SIZE)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=FONT_SIZE - 2, frameon=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,36 +11,39 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from dfengine.figures import lettering
 from dfengine.figures.panels import (
     CELL,
     ERROR_MAP,
     LINE,
     Figure,
+    caption,
     cell_size,
     colour_bar,
+    draw_caption,
+    draw_heat,
     draw_lines,
     fill,
     hide_axes,
     layer_label,
     method_label,
     method_title,
-    overlay,
     table,
     title,
 )
 from dfengine.figures.selection import (
     available_lines,
-    background_method,
     common,
     computed,
-    concept_lines,
     informative_steps,
     main_layers,
+    relative_lines,
+    relevance_method,
     resolve_steps,
     top_by_mean,
 )
 from dfengine.result import COMBINED, Explanation, heatmap
-from dfengine.tokens import content_words
+from dfengine.tokens import content_words, folded
 
 #: Width of a two-column page in inches, and the smallest font size in points when a figure is printed that wide.
 _PAGE_WIDTH, _MIN_FONT_SIZE = 7.2, 6.0
@@ -99,24 +101,25 @@ def strip(result: Explanation, method: str = "rise", steps: Sequence[int] | None
     if is_beside:
         width += max(1.0, 0.1 * width)
     size = max(9.0, _MIN_FONT_SIZE * width / _PAGE_WIDTH)
-    heading = title(result, width, size + 1)
-    text_height = (heading.count("\n") + 1) * (size + 1) + (3 if is_crowded else 2) * size
+    heading, below = title(result, width, size + 1), caption({method: result.hot(method)}, width, size)
+    text_height = (heading.count("\n") + 1) * (size + 1) + (below.count("\n") + (4.5 if is_crowded else 3.5)) * size
     figure = Figure((width, (1.5 * ratio + 0.12) * rows + 1.2 * text_height / 72 + 0.2), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     beside: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"} if is_beside else {}
-    if is_beside or len(label) > 18:
+    if is_beside or lettering.columns(label) > 18:
         label = label.replace(", ", ",\n")
     fill(axes[:2, 1:], result, steps, {label: heat}, size, "\n" if is_crowded else ", ", **beside)
     hide_axes(axes[:, 0])
     axes[0, 0].imshow(result.image)
     axes[0, 0].set_title("image", fontsize=size)
-    axes[1, 0].imshow(overlay(result.image, np.nanmean(heat, axis=0)))
+    draw_heat(axes[1, 0], result.image, np.nanmean(heat, axis=0), size)
     axes[1, 0].set_title("mean" if is_crowded else "mean of these maps", fontsize=size)
     colour_bar(figure, axes[1, :], size)
     if shares:
         _draw_errors(figure, axes[2], shares, size)
         axes[2, 1].set_ylabel("standard error,\nshare of range", fontsize=size, **beside)
     figure.suptitle(heading, fontsize=size + 1, parse_math=False)
+    draw_caption(figure, below, size)
     return figure
 
 
@@ -165,27 +168,26 @@ def layers(
     names = main_layers(maps) if names is None else [names] if isinstance(names, str) else names
     heat |= {name: [result.heatmap(method, step, name) for step in steps] for name in names}
     rows = {layer_label(name, *maps[name].shape[1:]): heat[name] for name in heat}
-    return table(result, steps, rows, method_label(result, method))
+    return table(result, steps, rows, method, method_label(result, method))
 
 
 def relevance(result: Explanation, concepts: Sequence[str] | None = None, steps: Sequence[int] | None = None) -> Figure:
-    """Figure 9: each concept's relevance over the steps, and for a few steps the predicted x0 and a map over it.
+    """Figure 9: each concept's relevance over the steps, and for a few steps the predicted x0 and where it lies.
 
-    The map is that of `background_method`. By default the concepts are the prompt's words without stop words (the
-    eight most relevant), and the steps `informative_steps`. Raises ValueError for a concept or step that the result
-    does not have or has not finished.
+    Each line is a share of the highest at the same step (`relative_lines`). By default the concepts are the prompt's
+    words without stop words (the eight most relevant), and the steps `informative_steps`. Raises ValueError for a
+    concept or step that the result does not have or has not finished.
     """
-    lines = concept_lines(result, concepts)
+    lines, method = relative_lines(result, concepts), relevance_method(result)
     if concepts is None:
         lines = top_by_mean(lines, 8)
-    method = background_method(result)
     if steps is None:
         is_finished = np.isin(np.arange(len(result.timesteps)), computed(result.saliency(method)))
         steps = informative_steps({name: np.where(is_finished, line, np.nan) for name, line in lines.items()})
     steps = resolve_steps(result, steps)
     height = max(2.6, LINE * len(lines))
-    rows = {method_title(result, method).replace(", ", ",\n"): [result.heatmap(method, step) for step in steps]}
-    figure = table(result, steps, rows, above=height + 3 * LINE)
+    rows = {lettering.fill(method_label(result, method), 14): [result.heatmap(method, step) for step in steps]}
+    figure = table(result, steps, rows, method, above=height + 3 * LINE)
     draw_lines(figure.subfigs[0].subplots(), height, result, lines, steps)
     return figure
 
@@ -206,8 +208,9 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
     if words is None:
         maps = top_by_mean(maps, 6)
     size = result.image.shape[:2]
-    rows = {textwrap.fill(name, 14): [heatmap(one, size) for one in maps[name]] for name in maps}
-    return table(result, steps, rows, method_label(result, methods[0]) if methods else "")
+    rows = {lettering.fill(name, 14): [heatmap(one, size) for one in maps[name]] for name in maps}
+    method = methods[0] if methods else ""
+    return table(result, steps, rows, method, method_label(result, method) if methods else "")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -252,12 +255,12 @@ def _finished_layers(result: Explanation, method: str) -> list[int]:
 
 
 def _finished_tokens(result: Explanation, method: str) -> list[int]:
-    """The steps at which the lines of relevance and the map below them are computed."""
+    """The steps at which the lines and the maps of relevance are computed."""
     lines = available_lines(result)
     if not lines:
         return []
     finite = np.flatnonzero(np.isfinite([*lines.values()]).all(0)).tolist()
-    return common(computed(result.saliency(background_method(result))), finite)
+    return common(computed(result.saliency(method)), finite)
 
 
 def _finished_words(result: Explanation, method: str = "") -> list[int]:
@@ -266,7 +269,7 @@ def _finished_words(result: Explanation, method: str = "") -> list[int]:
 
 def _word_map(result: Explanation, word: str, step: int) -> Float[ndarray, "h w"]:
     """A word's raw map, the mean over its occurrences. `Explanation.heatmap` prefers a method of the same name."""
-    rows = [row for row, one in enumerate(result.words) if one.casefold() == word.casefold()]
+    rows = [row for row, one in enumerate(result.words) if folded(one) == folded(word)]
     if not rows:
         known = ", ".join(dict.fromkeys(result.words)) or "none"
         raise ValueError(f"there is no attention map of {word!r}: expected one of {known}")

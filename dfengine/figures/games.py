@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -13,7 +12,20 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from numpy import ndarray
 
-from dfengine.figures.panels import CELL, COLOUR_MAP, COLOURS, DASHES, FONT_SIZE, GAP, LINE, Figure, hide_axes, overlay
+from dfengine.figures import lettering
+from dfengine.figures.panels import (
+    CELL,
+    COLOUR_MAP,
+    COLOURS,
+    DASHES,
+    FONT_SIZE,
+    GAP,
+    LINE,
+    Figure,
+    caption,
+    draw_heat,
+    hide_axes,
+)
 
 #: For each game, what happens to the pixels, and whether the distance should rise early (deletion) or fall early.
 _GAMES = {"deletion": ("deleted", "higher is better"), "insertion": ("inserted", "lower is better")}
@@ -82,12 +94,13 @@ def comparison(
     prompts: Sequence[str],
     subtitle: str = "",
     column: str = "image",
+    hots: Mapping[str, str] | None = None,
 ) -> Figure:
     """Figure 3: a row per image, labelled with its prompt, and a column per method with its map in [0, 1] over it.
 
-    `column` is the title of the images' column. Images share one size; a map that is all NaN is marked "not computed".
-    Four methods with short names fit a column of text, twelve fit a page. Raises ValueError for no image, no method, or
-    a number of maps or prompts other than that of the images.
+    `column` is the title of the images' column, and `hots` says what high values mean, by method. Images share one
+    size; a map that is all NaN is marked "not computed". Four methods with short names fit a column of text, twelve fit
+    a page. Raises ValueError for no image, no method, or a number of maps or prompts other than that of the images.
     """
     if not len(images) or not maps:
         raise ValueError(f"got {len(images)} images and {len(maps)} methods: pass at least one of each")
@@ -103,7 +116,10 @@ def comparison(
     overhang = max(0, LINE * _line_count(labels[0]) - height) / 2  # of the first label above its picture
     above = max(LINE * _line_count(*titles) + 2 * _MARGIN - overhang, _MARGIN)
     below = LINE + _BAR[1] + 2 * _MARGIN
-    figure, axes = _grid([width] * len(titles), [GAP] * len(maps), height, 2 * GAP, labels, (above, below), subtitle)
+    named = {name: (hots or {}).get(name, "") for name in maps}
+    figure, axes, bottom = _grid(
+        [width] * len(titles), [GAP] * len(maps), height, 2 * GAP, labels, (above, below), subtitle, named
+    )
     hide_axes(axes)
     for row, image, label in zip(axes, images, labels, strict=True):
         row[0].imshow(image)
@@ -113,26 +129,31 @@ def comparison(
             _draw_heat(axis, image, heat)
     for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=FONT_SIZE, parse_math=False)
-    _draw_colour_bar(figure, axes[0, 0].get_position().x0, axes[0, -1].get_position().x1)
+    _draw_colour_bar(figure, axes[0, 0].get_position().x0, axes[0, -1].get_position().x1, bottom)
     return figure
 
 
-def _draw_colour_bar(figure: Figure, left: float, right: float) -> None:
-    """Draw a horizontal colour bar at the bottom, centred between `left` and `right` in [0, 1]."""
+def _draw_colour_bar(figure: Figure, left: float, right: float, bottom: float) -> None:
+    """Draw a horizontal colour bar `bottom` inches above the bottom, centred between `left` and `right` in [0, 1]."""
     width, height = figure.get_size_inches()
     length = min(_BAR[0] / width, 0.6 * (right - left))
-    axis = figure.add_axes(((left + right - length) / 2, (LINE + _MARGIN) / height, length, _BAR[1] / height))
+    axis = figure.add_axes(((left + right - length) / 2, (bottom + LINE + _MARGIN) / height, length, _BAR[1] / height))
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOUR_MAP)
     figure.colorbar(scale, cax=axis, orientation="horizontal", ticks=[0, 1])
     axis.set_xticks([0, 1], ["least", "most"], fontsize=FONT_SIZE)
 
 
-def ablation(image: UInt8[ndarray, "H W 3"], rows: Mapping[str, Row], title: str = "") -> Figure:
+def ablation(
+    image: UInt8[ndarray, "H W 3"],
+    rows: Mapping[str, Row],
+    title: str = "",
+    hots: Mapping[str, str] | None = None,
+) -> Figure:
     """Figure 5: a row per label, with its heat map over the image, and its curves with the areas under them.
 
     A map that is all NaN, or a curve with a NaN, is marked "not computed". Areas use the trapezoid rule over the share
-    of pixels; for a distance in [0, 1] they are in [0, 1]. Raises ValueError for no row, or a curve of fewer than two
-    points.
+    of pixels; for a distance in [0, 1] they are in [0, 1]. `hots` says what high values of a map mean, by row. Raises
+    ValueError for no row, or a curve of fewer than two points.
     """
     if not rows:
         raise ValueError("got no row: pass at least one label with its heat map and its two curves")
@@ -141,7 +162,8 @@ def ablation(image: UInt8[ndarray, "H W 3"], rows: Mapping[str, Row], title: str
     gaps = [_text_width("0.5") + 2.5 * _MARGIN, 2.5 * _MARGIN]
     panel = max(1.5, (_WIDTH - max(map(_text_width, labels)) - _PANEL - sum(gaps) - 4 * _MARGIN) / 2)
     margins = 2 * LINE + 2 * _MARGIN, 3.2 * LINE + _MARGIN
-    figure, axes = _grid([_PANEL, panel, panel], gaps, height, LINE, labels, margins, title)
+    named = {name: (hots or {}).get(name, "") for name in rows}
+    figure, axes, _ = _grid([_PANEL, panel, panel], gaps, height, LINE, labels, margins, title, named)
     hide_axes(axes[:, 0])
     low, high = _limits([curve for _, *games in rows.values() for curve in games])
     for row, label, (name, (heat, *games)) in zip(axes, labels, rows.items(), strict=True):
@@ -162,7 +184,7 @@ def ablation(image: UInt8[ndarray, "H W 3"], rows: Mapping[str, Row], title: str
 
 def _draw_heat(axis: Axes, image: UInt8[ndarray, "H W 3"], heat: Float[ndarray, "H W"]) -> None:
     if np.isfinite(heat).any():
-        axis.imshow(overlay(image, heat))
+        draw_heat(axis, image, heat, FONT_SIZE - 1)
         return
     axis.set_box_aspect(image.shape[0] / image.shape[1])
     axis.set_facecolor("0.94")
@@ -214,18 +236,24 @@ def _grid(
     labels: list[str],
     margins: tuple[float, float],
     title: str,
-) -> tuple[Figure, ndarray]:
-    """A figure and its axes [labels, widths], all lengths in inches; rows grow with their labels.
+    hots: Mapping[str, str],
+) -> tuple[Figure, ndarray, float]:
+    """A figure, its axes [labels, widths], and the height of the caption below them, all lengths in inches.
 
-    `margins` are above and below the axes.
+    Rows grow with their labels; `margins` are above and below the axes.
     """
     heights = [max(height, LINE * _line_count(label)) for label in labels]
     left = max(map(_text_width, labels)) + 2 * _MARGIN
     figure_width = left + sum(widths) + sum(gaps) + 2 * _MARGIN
     heading = _heading(title, figure_width)
-    top = margins[1] + sum(heights) + row_gap * (len(labels) - 1)
+    below = caption(hots, figure_width - 2 * _MARGIN, FONT_SIZE)
+    bottom = LINE * _line_count(below) + _MARGIN
+    top = bottom + margins[1] + sum(heights) + row_gap * (len(labels) - 1)
     figure_height = top + margins[0] + LINE * _line_count(heading)
     figure = Figure((figure_width, figure_height))
+    figure.text(
+        _MARGIN / figure_width, _MARGIN / figure_height, below, va="bottom", fontsize=FONT_SIZE, parse_math=False
+    )
     if heading:
         figure.suptitle(heading, y=1 - _MARGIN / figure_height, va="top", fontsize=FONT_SIZE, parse_math=False)
     starts = left + np.cumsum([0, *(width + gap for width, gap in zip(widths, gaps, strict=False))])
@@ -236,22 +264,22 @@ def _grid(
             box = start / figure_width, top / figure_height, width / figure_width, row_height / figure_height
             axes[row, column] = figure.add_axes(box)
         top -= row_gap
-    return figure, axes
+    return figure, axes, bottom
 
 
 def _wrap(texts: Sequence[str], lengths: tuple[int, int], height: float = np.inf) -> list[str]:
     """Texts wrapped to the fewest characters per line in the range `lengths` that fit their words and the height."""
     least, most = lengths
-    longest = max(len(word) for text in texts for word in ("", *text.split()))
+    longest = max(lettering.columns(word) for one in texts for word in ("", *one.split()))
     for length in range(min(max(least, longest), most), most + 1):
-        wrapped = [textwrap.fill(text, length) for text in texts]
+        wrapped = [lettering.fill(one, length) for one in texts]
         if LINE * _line_count(*wrapped) <= height:
             break
     return wrapped
 
 
 def _heading(title: str, width: float) -> str:
-    return textwrap.fill(title, int(width * 72 / (0.6 * FONT_SIZE)))
+    return lettering.fill(title, int(width * 72 / (0.6 * FONT_SIZE)))
 
 
 def _legend_columns(names: list[str], width: float) -> int:
@@ -263,13 +291,13 @@ def _legend_columns(names: list[str], width: float) -> int:
 
 def _line_count(*texts: str) -> int:
     """The number of lines of the longest text; 0 for an empty one."""
-    return max(len(text.split("\n")) if text else 0 for text in texts)
+    return max(len(one.split("\n")) if one else 0 for one in texts)
 
 
-def _text_width(text: str) -> float:
+def _text_width(label: str) -> float:
     """Width of the widest line in inches."""
-    font = FontProperties(size=FONT_SIZE)
-    return max(text_to_path.get_text_width_height_descent(line, font, False)[0] for line in text.split("\n")) / 72
+    font, lines = FontProperties(size=FONT_SIZE), lettering.measurable(label).split("\n")
+    return max(text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines) / 72
 
 
 def _shares(curve: Float[ndarray, " points"], name: str) -> Float[ndarray, " points"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -19,6 +18,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy import ndarray
 
+from dfengine.figures import lettering
 from dfengine.figures.selection import evenly_spaced
 from dfengine.result import COMBINED, Explanation, model_name
 
@@ -39,7 +39,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES = ("-", "--", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
-#: Maximum number of characters of a prompt in a title.
+#: What pictures say about the range of their maps, and about a map that is the same everywhere.
+OWN_RANGE = "Each map has its own range."
+BLANK = "nothing here"
+BLANK_STYLE: dict[str, Any] = {
+    "ha": "center",
+    "va": "center",
+    "color": "black",
+    "bbox": {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+}
+
+#: Maximum number of columns of a prompt in a title.
 _PROMPT_LENGTH = 240
 
 #: Heat maps of each step, by the label of their row.
@@ -47,7 +57,12 @@ Rows = Mapping[str, Sequence[ndarray]]
 
 
 class Figure(plain.Figure):
-    """A matplotlib figure that notebooks display as a cell's last value, without pyplot."""
+    """A matplotlib figure in any script, which notebooks display as a cell's last value, without pyplot."""
+
+    def draw(self, renderer: Any) -> None:
+        """Draw all texts in fonts that have their letters."""
+        with lettering.readable(self):
+            super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         file = BytesIO()
@@ -89,8 +104,8 @@ def step_label(step: int, timesteps: Any, separator: str = ", ") -> str:
     return f"step {step}{separator}t = {timesteps[step]:g}"
 
 
-def table(result: Explanation, steps: list[int], rows: Rows, label: str = "", above: float = 0) -> Figure:
-    """A column per step: the picture at the step, then a row of maps over it for each of `rows`.
+def table(result: Explanation, steps: list[int], rows: Rows, method: str, label: str = "", above: float = 0) -> Figure:
+    """A column per step: the picture at the step, then a row of a method's maps over it for each of `rows`.
 
     The title includes `label`. With `above`, the figure has two subfigures: that many inches to draw in, and below them
     the table.
@@ -98,12 +113,13 @@ def table(result: Explanation, steps: list[int], rows: Rows, label: str = "", ab
     width, height = cell_size(result)
     labels = [line for label in ("predicted x0", *rows) for line in label.split("\n")]
     columns = max(len(steps), 4 if above else 1)
-    width = (width + GAP) * columns + 0.45 * LINE * max(map(len, labels)) + 0.8
+    width = (width + GAP) * columns + 0.45 * LINE * max(map(lettering.columns, labels)) + 0.8
     height = (height + GAP) * (len(rows) + 1) + 2.5 * LINE
-    heading = title(result, width, FONT_SIZE, label)
-    size = (width, height + above + LINE * (heading.count("\n") + 1.5))
+    heading, below = title(result, width, FONT_SIZE, label), caption({method: result.hot(method)}, width, FONT_SIZE)
+    size = (width, height + above + LINE * (heading.count("\n") + below.count("\n") + 3))
     figure = Figure(size, layout=ConstrainedLayoutEngine(h_pad=GAP / 2, w_pad=GAP / 2, hspace=0, wspace=0))
     figure.suptitle(heading, fontsize=FONT_SIZE, parse_math=False)
+    draw_caption(figure, below, FONT_SIZE)
     if above:
         figure.subfigures(2, height_ratios=[above, height])
     part = figure.subfigs[1] if above else figure
@@ -134,7 +150,7 @@ def fill(
         axes[0, column].imshow(picture)
         axes[0, column].set_title(step_label(step, result.timesteps, separator), fontsize=fontsize)
         for row, heat in enumerate(rows.values(), start=1):
-            axes[row, column].imshow(overlay(picture, heat[column]))
+            draw_heat(axes[row, column], picture, heat[column], fontsize)
     axes[0, 0].set_ylabel(picture_label(result), fontsize=fontsize, **label)
     for axis, text in zip(axes[1:, 0], rows, strict=True):
         axis.set_ylabel(text, fontsize=fontsize, parse_math=False, **label)
@@ -166,7 +182,7 @@ def draw_lines(
     axis.set_xticks(ticks, names, fontsize=FONT_SIZE)
     axis.set_xlabel("step", fontsize=FONT_SIZE, labelpad=-1.1 * FONT_SIZE)
     axis.set_yticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=FONT_SIZE)
-    axis.set_ylabel("relevance\n(min–max over tokens)", fontsize=FONT_SIZE)
+    axis.set_ylabel("relevance, share of\nthe highest word", fontsize=FONT_SIZE)
     axis.tick_params("x", pad=6)
     axis.set(xlim=(-0.5, count - 0.5), ylim=(0, 1))
     axis.spines[["top", "right"]].set_visible(False)
@@ -204,6 +220,40 @@ def colour_bar(
     bar.ax.set_yticklabels(ends, fontsize=fontsize)
 
 
+def draw_heat(axis: Axes, picture: UInt8[ndarray, "H W 3"], heat: Float[ndarray, "H W"], fontsize: float) -> None:
+    """Draw a heat map over a picture, or for one that is the same everywhere that there is nothing to see in it."""
+    if not is_blank(heat):
+        axis.imshow(overlay(picture, heat))
+        return
+    axis.imshow(overlay(picture, np.full_like(heat, np.nan)))
+    text = BLANK.replace(" ", "\n")
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, fontsize=min(fontsize, FONT_SIZE - 1), **BLANK_STYLE)
+
+
+def is_blank(heat: Float[ndarray, "H W"]) -> bool:
+    """Whether a map in [0, 1] is zero wherever it is computed, as that of a layer that adds nothing."""
+    computed = np.isfinite(heat)
+    return bool(computed.any()) and not heat[computed].any()
+
+
+def caption(hots: Mapping[str, str], width: float, fontsize: float) -> str:
+    """What stands below heat maps, wrapped to a width in inches: see `paragraphs`."""
+    return "\n".join(lettering.fill(one, int((width - 0.2) * 72 / (0.55 * fontsize))) for one in paragraphs(hots))
+
+
+def paragraphs(hots: Mapping[str, str]) -> list[str]:
+    """How heat maps are scaled, and what is hot in them, by label; labels are named if there are several."""
+    if len(hots) > 1:
+        return [OWN_RANGE, *(f"Hot in {label}: {hot}" for label, hot in hots.items() if hot)]
+    return [" ".join([OWN_RANGE, *(f"Hot: {hot}" for hot in hots.values() if hot)])]
+
+
+def draw_caption(figure: Figure, text: str, fontsize: float) -> None:
+    """Draw a caption at the bottom left of a figure with constrained layout."""
+    left = 0.1 / figure.get_figwidth()
+    figure.supxlabel(text, x=left, ha="left", fontsize=fontsize, multialignment="left", parse_math=False)
+
+
 def title(result: Explanation, width: float, fontsize: float, label: str = "") -> str:
     """Prompt, label, model and seed, wrapped to a width in inches."""
     details = f"{label}, " if label else ""
@@ -219,14 +269,14 @@ def short_model_name(model: str) -> str:
 def heading(prompt: str, details: str, width: float, fontsize: float) -> str:
     """A prompt in quotation marks and further details, wrapped to a width in inches."""
     characters, quoted = int(width * 72 / (0.55 * fontsize)), quote(prompt)
-    if len(quoted) + len(details) + 5 <= characters:
+    if lettering.columns(quoted) + lettering.columns(details) + 5 <= characters:
         return f"{quoted}  ·  {details}"
-    return "\n".join(textwrap.fill(part, characters) for part in (quoted, details))
+    return "\n".join(lettering.fill(part, characters) for part in (quoted, details))
 
 
 def quote(prompt: str, length: int = _PROMPT_LENGTH) -> str:
-    """A prompt in quotation marks, shortened to `length` characters; "a given image" for an empty one."""
-    return f"“{textwrap.shorten(prompt, length, placeholder=' …')}”" if prompt.strip() else "a given image"
+    """A prompt in quotation marks, shortened to `length` columns; "a given image" for an empty one."""
+    return f"“{lettering.shorten(prompt, length)}”" if prompt.strip() else "a given image"
 
 
 def unique_labels(labels: Mapping[str, str]) -> dict[str, str]:

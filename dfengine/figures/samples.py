@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from matplotlib.image import imsave
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy import ndarray
 
+from dfengine.figures import lettering
 from dfengine.figures.panels import COLOURS, FONT_SIZE, GAP, LINE, Figure, heading, hide_axes
 
 #: Width of a picture and height of a schedule's row of time-steps, in inches.
@@ -32,11 +32,11 @@ def samples(
     `lists` has each schedule's time-steps, in [0, `last`], in the order of the images in every row. A title consists of
     a prompt and further details.
     """
-    labels = ["\n".join(textwrap.wrap(label, _LABEL_LENGTH)) for label in images]
-    names = [textwrap.fill(name, _TITLE_LENGTH) for name in lists]
+    labels = [lettering.fill(label, _LABEL_LENGTH) for label in images]
+    names = [lettering.fill(name, _TITLE_LENGTH) for name in lists]
     image_height, image_width = next(iter(images.values()))[0].shape[:2]
     cell_height = _SIDE * image_height / image_width
-    margin = 0.45 * LINE * max(max(map(len, label.split("\n"))) for label in labels) + 0.2
+    margin = 0.45 * LINE * max(lettering.columns(line) for label in labels for line in label.split("\n")) + 0.2
     schedule_height = _LINE_HEIGHT * len(lists) + 2.6 * LINE
     width = max(margin + (_SIDE + GAP) * len(lists), 5)
     suptitle = heading(*title, width, FONT_SIZE) if title else ""

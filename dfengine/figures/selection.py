@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from dfengine.result import COMBINED, Explanation, normalised
+from dfengine.result import COMBINED, Explanation, finite_steps, normalised
 from dfengine.tokens import content_words, word_spans
 
 
@@ -59,6 +59,24 @@ def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) ->
 
     Raises ValueError if the result has no relevance, or not of such a concept.
     """
+    rows = _rows(result, concepts)
+    shares = normalised(np.asarray(result.relevance, dtype=np.float64), result.tokens)
+    return {name: shares[rows[name]].mean(0) for name in rows}
+
+
+def relative_lines(result: Explanation, concepts: Sequence[str] | None = None) -> dict[str, Float[ndarray, " steps"]]:
+    """Each concept's relevance as a share of the highest at the same step, of these concepts and of the prompt's words
+    without stop words, so that a line reaches 1 at every step. Concepts, NaN and errors as in `concept_lines`.
+    """
+    rows = _rows(result, concepts)
+    relevance = finite_steps(np.asarray(result.relevance, dtype=np.float64), result.tokens)
+    lines = {name: relevance[rows[name]].mean(0) for name in rows}
+    highest = np.max([*lines.values(), *(relevance[one].mean(0) for one in _rows(result, None).values())], axis=0)
+    return {name: line / np.where(highest > 0, highest, 1) for name, line in lines.items()}
+
+
+def _rows(result: Explanation, concepts: Sequence[str] | None) -> dict[str, list[int]]:
+    """The tokens of each concept, by default of the prompt's words without stop words. Raises as `concept_lines`."""
     if result.tokens is None:
         raise ValueError("the result has no relevance: explain with Relevance()")
     prompt = result.prompt
@@ -73,10 +91,9 @@ def concept_lines(result: Explanation, concepts: Sequence[str] | None = None) ->
         raise ValueError(f"{truncated[0]!r} is beyond the tokens that the model reads of its prompt: leave it out")
     if not rows:
         raise ValueError(f"the prompt {prompt!r} has no words: there is no relevance to draw")
-    shares = normalised(np.asarray(result.relevance, dtype=np.float64), result.tokens)
-    if np.isnan(shares).all():
+    if np.isnan(finite_steps(np.asarray(result.relevance), result.tokens)).all():
         raise ValueError("no step's relevance is computed yet")
-    return {name: shares[rows[name]].mean(0) for name in rows if rows[name]}
+    return {name: places for name, places in rows.items() if places}
 
 
 def available_lines(result: Explanation) -> dict[str, Float[ndarray, " steps"]]:
@@ -90,19 +107,12 @@ def available_lines(result: Explanation) -> dict[str, Float[ndarray, " steps"]]:
         return {}
 
 
-def background_method(result: Explanation) -> str:
-    """The method whose maps stand below the lines of relevance.
-
-    Of the methods with a finished step, the first with maps by layer, else the first estimated with masks, else the one
-    with the relevance itself.
-    """
-
-    def rank(name: str) -> tuple[bool, int]:
-        form = result.form(name)
-        preferences = [form == "layers", name in result.scores, form == "tokens", True]
-        return not computed(result.saliency(name)), preferences.index(True)
-
-    return min(result.maps, key=rank)
+def relevance_method(result: Explanation) -> str:
+    """The method whose maps show where relevance lies. Raises ValueError if the result has none."""
+    method = next((name for name in result.maps if result.form(name) == "tokens"), None)
+    if method is None:
+        raise ValueError("the result has no maps of relevance: explain with Relevance()")
+    return method
 
 
 def informative_steps(lines: Mapping[str, Float[ndarray, " steps"]], count: int = 4) -> list[int]:

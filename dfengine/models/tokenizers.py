@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import dfengine.checks as checks
 from dfengine.tokens import PADDING, Tokens
 
 
@@ -32,7 +33,8 @@ def tokens_of(pipeline: Any, tokenizer: Any, prompt: str) -> Tokens:
 
 
 def check_prompt(tokenizer: Any, prompt: str) -> None:
-    """Raise ValueError for a prompt that is too long or contains a word outside a closed vocabulary."""
+    """Raise ValueError for a prompt that is too long, no text, or contains a word outside a closed vocabulary."""
+    checks.text("prompt", prompt)
     vocabulary = tokenizer.init_kwargs.get("words")
     if vocabulary:
         unknown = list(dict.fromkeys(word for word in prompt.lower().split() if word not in vocabulary))

@@ -18,7 +18,7 @@ from dfengine.figures.panels import unique_labels
 from dfengine.figures.selection import top_by_mean
 from dfengine.result import COMBINED, Explanation, as_call, model_name, normalised
 from dfengine.store import StoredItem
-from dfengine.tokens import content_words, word_spans
+from dfengine.tokens import content_words, folded, word_spans
 
 #: Images up to this many pixels on the longer side are lossless; larger ones are WebP of this quality.
 _LOSSLESS_SIDE, _QUALITY = 256, 85
@@ -78,6 +78,7 @@ def pack(item: Explanation, index: int) -> tuple[dict[str, Any], bytes]:
         "model": model_name(item.model),
         "schedule": schedule_name(timesteps),
         "timesteps": [_short(t) for t in timesteps],
+        "start": first_step(item),
         "size": list(item.image.shape[:2]),
         "image": blob.picture(item.image),
         "previews": [] if item.previews is None else [blob.picture(image) for image in np.asarray(item.previews)],
@@ -86,6 +87,25 @@ def pack(item: Explanation, index: int) -> tuple[dict[str, Any], bytes]:
         "facts": _facts(item),
     }
     return description, bytes(blob.data)
+
+
+def first_step(item: Explanation) -> int:
+    """The step at which the page opens: where the first method's map says most; the last step if there is no map.
+
+    For a method with errors that is the step of the largest signal, the variance of the map's pixels minus their mean
+    squared error; for others that of the largest variance in the later half of the steps, since early steps are noise.
+    """
+    name = next(iter(item.maps), None)
+    if name is None:
+        return len(item.timesteps) - 1
+    maps, errors = np.asarray(item.saliency(name)), item.errors.get(name)
+    signals = {step: one[np.isfinite(one)].var() for step, one in enumerate(maps) if np.isfinite(one).any()}
+    if errors is None:
+        signals = {step: value for step, value in signals.items() if step >= len(maps) // 2} or signals
+    else:
+        for step, error in ((step, np.asarray(errors[step])) for step in signals):
+            signals[step] -= np.square(error[np.isfinite(error)]).sum() / max(1, np.isfinite(error).sum())
+    return max(signals, key=lambda step: signals[step], default=0)
 
 
 def _method(item: Explanation, name: str, label: str, blob: Blob) -> dict[str, Any]:
@@ -106,6 +126,7 @@ def _method(item: Explanation, name: str, label: str, blob: Blob) -> dict[str, A
         "label": label,
         "form": form,
         "about": _summary(item, name),
+        "hot": item.hot(name),
         "variants": [main, *variants, *_word_variants(item, words, blob)],
     }
 
@@ -118,7 +139,7 @@ def _summary(item: Explanation, name: str) -> str:
 
 def _word_variants(item: Explanation, words: Sequence[str], blob: Blob) -> Iterator[dict[str, Any]]:
     """The map of each word; repeated words are numbered."""
-    keys = [word.casefold() for word in words]
+    keys = [folded(word) for word in words]
     for row, (word, key) in enumerate(zip(words, keys, strict=True)):
         occurrence = keys[: row + 1].count(key)
         name = word if occurrence == 1 else f"{word} ({occurrence})"
@@ -137,7 +158,7 @@ def _lines(item: Explanation) -> list[dict[str, Any]]:
     distinct: dict[str, str] = {}
     for span in word_spans(item.prompt):
         word = item.prompt[slice(*span)]
-        distinct.setdefault(word.casefold(), word)
+        distinct.setdefault(folded(word), word)
     rows_of = {word: rows for word in distinct.values() if (rows := item.tokens.find(word))}
     means = {word: raw[rows_of[word]].mean(0) for word in content_words(distinct.values()) if word in rows_of}
     shown = top_by_mean({word: line for word, line in means.items() if np.isfinite(line).any()}, _SHOWN_LINES)

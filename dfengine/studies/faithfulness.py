@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dfengine import figures as drawing
 from dfengine.checks import mistake, whole_number
 from dfengine.diffusion.denoiser import Denoiser, Features
 from dfengine.engine import Engine
+from dfengine.explain import hot
 from dfengine.figures import Figure
 from dfengine.prompts import Prompt
 from dfengine.result import heatmap, model_name
@@ -37,6 +38,8 @@ class GamesStudy(Study):
     """of the images, by item: prompt and seed"""
     images: Mapping[int, UInt8[ndarray, "H W 3"]]
     """those that the figures show, by item"""
+    hots: Mapping[str, str] = field(default_factory=dict)
+    """what high values of each method's maps mean"""
 
     def figures(self) -> dict[str, Figure]:
         """ "curves" (Figure 4), "comparison" (Figure 3) and, with several kinds of DF-RISE, "ablation" (Figure 5).
@@ -61,7 +64,7 @@ class GamesStudy(Study):
             name: [heatmap(results[item].saliency.numpy(), images[0].shape[:2]) for item in items]
             for name, results in run.results.items()
         }
-        yield "comparison", drawing.comparison(images, heat, labels, subtitle)
+        yield "comparison", drawing.comparison(images, heat, labels, subtitle, hots=self.hots)
         kinds = [name for name in run.results if name == "rise" or name in evaluate.VARIATIONS]
         if len(kinds) > 1:
             distance = "frechet-single" if summary.distance == "frechet-set" else summary.distance
@@ -69,7 +72,7 @@ class GamesStudy(Study):
             for name in kinds:
                 (curves,) = evaluate.min_max(evaluate.item_curves([run.results[name][items[0]]], distance))
                 rows[name] = (heat[name][0], *curves)
-            yield "ablation", drawing.ablation(images[0], rows, f"{labels[0]}: {subtitle}, {distance}")
+            yield "ablation", drawing.ablation(images[0], rows, f"{labels[0]}: {subtitle}, {distance}", self.hots)
 
 
 def games(
@@ -163,6 +166,7 @@ def games(
         runs,
         [f"{job.prompt}, seed {job.seed}" for job in jobs],
         {item: trajectory.image.numpy() for item, trajectory in zip(shown, sampled, strict=True)},
+        {one.name: hot(one) for one in explainers},
     )
 
 

@@ -103,7 +103,7 @@ def test_a_file_is_not_continued_with_other_weights(pipeline: Any, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         Engine(pipeline).explain(CAPTION, Random(), num_steps=2, out=out, on_event=interrupt)
     one_weight(pipeline)
-    with pytest.raises(store.StoreError, match=r"begun with other settings: weights \("\w+", now"):
+    with pytest.raises(store.StoreError, match=r'begun with other settings: weights \("\w+", now'):
         Engine(pipeline).explain(CAPTION, Random(), num_steps=2, out=out)
 
 

@@ -75,6 +75,8 @@ function Maps(reference, bytes) {
   this.at = (step) => values.subarray(step * size, (step + 1) * size);
   this.peak = (step) => peaks[step];
   this.isComputed = (step) => Number.isFinite(ranges[step][0]);
+  /** Whether a step's map is the same wherever it is computed: there is nothing to see in it. */
+  this.isBlank = (step) => ranges[step][0] === ranges[step][1];
   /** The range of the colours: of one step's map, or of all computed maps. */
   this.range = (step, all) =>
     all ? [Math.min(...computed.map(([low]) => low)), Math.max(...computed.map(([, high]) => high))] : ranges[step];
@@ -93,12 +95,13 @@ function interpolation(count, cells, smooth) {
   });
 }
 
-/** RGBA of a heat map in colour over a picture, which turns grey below it; only grey where the map is not finite. */
+/** RGBA of a heat map in colour over a picture, which turns grey below it; only grey where the map is not finite, or blank. */
 function overlay(background, maps, step, range, opacity, smooth) {
   const { width, height } = background;
   const out = new ImageData(width, height);
   const greyness = Math.min(1, 2 * opacity);
   const values = maps.at(step);
+  const isBlank = maps.isBlank(step);
   const columns = interpolation(width, maps.width, smooth);
   const rows = interpolation(height, maps.height, smooth);
   for (let y = 0, i = 0; y < height; y++) {
@@ -107,7 +110,7 @@ function overlay(background, maps, step, range, opacity, smooth) {
       const [left, right, across] = columns[x];
       const top = values[upper * maps.width + left] * (1 - across) + values[upper * maps.width + right] * across;
       const bottom = values[lower * maps.width + left] * (1 - across) + values[lower * maps.width + right] * across;
-      const level = normalise(top * (1 - down) + bottom * down, range);
+      const level = isBlank ? NaN : normalise(top * (1 - down) + bottom * down, range);
       const entry = 3 * Math.max(0, Math.min(255, Math.trunc(256 * level)));
       const grey = 0.299 * background.data[i] + 0.587 * background.data[i + 1] + 0.114 * background.data[i + 2];
       for (let channel = 0; channel < 3; channel++) {

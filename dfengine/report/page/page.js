@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 
 const state = {
-  step: 0, // of the first pane's image, counted from 0
+  step: null, // of the first pane's image, counted from 0; at first the one that the image names, or the address
   opacity: data.opacity,
   background: "preview",
   range: "step",
@@ -126,6 +126,7 @@ async function readAddress(url) {
   arrangePanes();
   const step = Number(parameters.get("step") ?? NaN);
   if (!Number.isNaN(step)) state.step = Math.max(0, Math.round(step));
+  state.step ??= data.items[panes[0].chosen.item].start;
   await load(...visible());
 }
 

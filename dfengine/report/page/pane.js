@@ -73,11 +73,18 @@ function Pane(state, name, change, goTo) {
     const background = resized(pictureAt(step), canvas.width, canvas.height);
     const isComputed = Boolean(maps?.isComputed(step));
     canvas.getContext("2d").putImageData(isComputed ? withMap(background, maps, step) : background, 0, 0);
+    part.blank.hidden = !isComputed || !maps.isBlank(step);
+    part.bare.getContext("2d").putImageData(background, 0, 0);
+    part["bare-name"].textContent = isPreview() ? "image predicted at this step" : "image";
+    part.bare.setAttribute("aria-label", `The ${part["bare-name"].textContent}, without the map`);
+    const range = state.range === "all" ? "All steps' maps share one range." : "Each step's map has its own range.";
+    part.hot.textContent = maps ? range + (method.hot && ` Hot: ${method.hot}`) : "";
     const ends = isComputed ? colourRange(maps, step) : [NaN, NaN];
     [part.low.textContent, part.high.textContent] = state.values === "raw" ? ends.map(format) : ["0", "1"];
-    part.scale.style.visibility = isComputed ? "" : "hidden";
+    part.scale.style.visibility = isComputed && part.blank.hidden ? "" : "hidden";
     const subject = isComputed ? `Heat map of ${title()}` : "No map is computed";
-    canvas.setAttribute("aria-label", `${subject} at step ${step}, t = ${item.timesteps[step]}${isComputed ? `; highest ${highest()}` : ""}. Use the arrow keys to read its cells.`);
+    const reading = !isComputed ? "" : maps.isBlank(step) ? "; the same everywhere" : `; highest ${highest()}`;
+    canvas.setAttribute("aria-label", `${subject} at step ${step}, t = ${item.timesteps[step]}${reading}. Use the arrow keys to read its cells.`);
     part.python.textContent = python();
     drawChart();
     markStrip();
@@ -90,7 +97,7 @@ function Pane(state, name, change, goTo) {
     part.strip.replaceChildren(...item.timesteps.map((t, at) => {
       const height = Math.round((THUMBNAIL_SIDE * item.size[0]) / item.size[1]);
       const small = thumbnail(resized(pictureAt(at), THUMBNAIL_SIDE, height), maps, at);
-      small.title = `step ${at}, t = ${t}`;
+      small.title = `step ${at}, t = ${t}${maps?.isBlank(at) ? ": nothing here" : ""}`;
       small.onclick = () => goTo(at, this);
       return small;
     }));
@@ -133,7 +140,8 @@ function Pane(state, name, change, goTo) {
   };
 
   const title = () => method.label + (variant.name ? `, ${variant.label}` : "");
-  const pictureAt = (at) => pictures[state.background === "preview" && item.previews.length ? at + 1 : 0];
+  const isPreview = () => state.background === "preview" && item.previews.length > 0;
+  const pictureAt = (at) => pictures[isPreview() ? at + 1 : 0];
   const colourRange = (which, at) => which.range(at, state.range === "all");
   const withMap = (background, which, at) =>
     overlay(background, which, at, colourRange(which, at), state.opacity, state.smooth);
@@ -196,6 +204,7 @@ function Pane(state, name, change, goTo) {
     shown.variants.forEach((one, index) => {
       const button = part.thumbnails.children[index];
       button.firstChild.replaceWith(thumbnail(background, all[index], step));
+      button.classList.toggle("empty", all[index].isBlank(step));
       button.setAttribute("aria-pressed", one === variant);
       button.classList.toggle("current", one === variant);
     });
@@ -218,7 +227,7 @@ function Pane(state, name, change, goTo) {
   function describe() {
     const [height, width] = item.size;
     const scale = Math.max(1, Math.ceil(MIN_SIDE / Math.max(height, width)));
-    Object.assign(canvas, { width: width * scale, height: height * scale });
+    for (const one of [canvas, part.bare]) Object.assign(one, { width: width * scale, height: height * scale });
     root.style.setProperty("--ratio", width / height);
     const count = item.timesteps.length;
     const prompt = item.prompt && item.prompt !== document.querySelector("h1").textContent ? `: “${item.prompt}”` : "";

@@ -59,6 +59,10 @@ class StoredItem(Explanation):
         planned = self._method(method)
         return planned.form or ("layers" if planned.has_layers else "saliency")
 
+    def hot(self, method: str) -> str:
+        """What high values of the method's maps mean, after "Hot:"; empty if the file does not say."""
+        return self._method(method).hot
+
     def _method(self, name: str) -> Method:
         return next((method for method in self._run.plan.methods if method.name == name), Method(name))
 

@@ -12,7 +12,7 @@ _DERIVED = re.compile(r"items\..*\.(key|tokens|spans|words)|layers\..*|layers")
 #: The options that determine a list of time-steps.
 _TIMESTEPS = "sampling or gamma"
 #: How a method is presented; it does not affect any value.
-_PRESENTATION = re.compile(r"methods\..*\.(label|form)")
+_PRESENTATION = re.compile(r"methods\..*\.(label|form|hot)")
 
 
 class StoreError(ValueError):
@@ -55,8 +55,9 @@ class Item:
 class Method:
     """One explainer, with a map on the latent grid. `num_masks` scores are stored for each map, 0 for none.
 
-    `has_layers` marks the method whose map combines those of the plan's layers. `label` is its name in figures, and
-    `form` says which figure suits its maps: "saliency", "layers", "tokens" or "words". Both are empty if unknown.
+    `has_layers` marks the method whose map combines those of the plan's layers. `label` is its name in figures, `form`
+    says which figure suits its maps ("saliency", "layers", "tokens" or "words"), and `hot` what high values of a map
+    mean. All three are empty if unknown.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Method:
     has_layers: bool = False
     label: str = ""
     form: str = ""
+    hot: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Plan:
 
         Settings have the names of the options that they are given by, such as "num_masks of rise".
         Derived settings (keys, tokens, layers) are listed only if nothing else differs. A method that only one plan has
-        is listed by name alone. Labels and forms are not compared.
+        is listed by name alone. Labels, forms and what is hot are not compared.
         """
         mine, theirs = ({method.name for method in plan.methods} for plan in (self, other))
         unshared = [f"{name} (removed)" for name in mine - theirs] + [f"{name} (added)" for name in theirs - mine]
