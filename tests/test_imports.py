@@ -16,6 +16,8 @@ MAY_IMPORT = {
     component: set(components.split())
     for component, components in {
         "tokens": "",
+        "text": "",
+        "files": "text",
         "dfkernels": "",
         "dfkernels.fused": "dfkernels",
         "diffusion": "tokens",
@@ -24,9 +26,9 @@ MAY_IMPORT = {
         "models": "diffusion tokens",
         "runtime": "diffusion",
         "explain": "dfkernels diffusion result runtime tokens",
-        "store": "result tokens",
-        "figures": "diffusion explain result store tokens",
-        "report": "diffusion explain figures result store tokens",
+        "store": "files result text tokens",
+        "figures": "diffusion explain files result store tokens",
+        "report": "diffusion explain figures files result store tokens",
         "display": "diffusion explain figures result store",
         "shapes": "diffusion models tokens",
         "events": "diffusion explain",
@@ -34,11 +36,11 @@ MAY_IMPORT = {
         "recorder": "diffusion display events explain plan result store",
         "engine": "diffusion display events explain models plan recorder runtime shapes store",
         "evaluate": "dfkernels diffusion explain plan prompts result runtime shapes tokens",
-        "studies": "diffusion engine evaluate explain figures models prompts result shapes",
+        "studies": "diffusion engine evaluate explain figures files models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",
-        "sweep": "diffusion engine events explain plan prompts recorder runtime store",
-        "cli": "diffusion engine evaluate events explain figures models profile prompts report result runtime store "
-        "studies sweep",
+        "sweep": "diffusion engine events explain plan prompts recorder runtime store text",
+        "cli": "diffusion engine evaluate events explain figures files models profile prompts report result runtime "
+        "store studies sweep text",
     }.items()
 }
 

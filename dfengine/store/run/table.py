@@ -11,6 +11,7 @@ from dfengine.store.file.item import StoredItem
 from dfengine.store.file.reader import Run
 from dfengine.store.run.failures import QUARANTINED
 from dfengine.store.run.reader import RunFolder
+from dfengine.text import printable
 
 #: The most images, and the most segments and failures, that are listed.
 _MAX_LINES = 20
@@ -19,14 +20,21 @@ _MAX_LINES = 20
 def summary_lines(
     opened: Run | RunFolder, format_settings: Callable[[Mapping[str, Any]], str] = as_call
 ) -> Iterator[str]:
-    """The lines that `dfengine info` prints. `format_settings` formats the settings of an explainer."""
+    """The lines that `dfengine info` prints. `format_settings` formats the settings of an explainer.
+
+    A file may come from anybody: what a terminal would act on is escaped.
+    """
+    return map(printable, _lines(opened, format_settings))
+
+
+def _lines(opened: Run | RunFolder, format_settings: Callable[[Mapping[str, Any]], str]) -> Iterator[str]:
     summary = opened.summary()
     state = "finished" if summary["finished"] else "not finished"
     yield f"{summary['path']}: {state}, {summary['bytes'] / 1e6:.1f} MB"
     for environment in summary.get("environments", [summary.get("environment")]):
         model = ", ".join(summary.get("models", [summary.get("model")]))
         versions = ", ".join(f"{name} {environment[name]}" for name in ("dfengine", "torch") if name in environment)
-        yield f"  made with  {model} on {environment['device']}; {versions}"
+        yield f"  made with  {model} on {environment.get('device', 'an unknown device')}; {versions}"
     each = ""
     if "steps" in summary:
         each = f", {summary['steps']} steps each, {' × '.join(map(str, summary['image']))} pixels"
@@ -53,9 +61,9 @@ def _inputs(item: StoredItem) -> Iterator[str]:
     settings = item.item.settings
     if item.negative_prompt:
         yield f"negative prompt {item.negative_prompt!r}"
-    if "guidance" in settings:
+    if isinstance(settings.get("guidance"), int | float):
         yield f"guidance {settings['guidance']:g}"
-    if "timesteps" in settings:
+    if isinstance(settings.get("timesteps"), list) and settings["timesteps"]:
         yield f"time-steps {settings['timesteps'][0]} to {settings['timesteps'][-1]}"
     if settings.get("image"):
         yield "from a given image"

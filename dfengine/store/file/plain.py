@@ -1,0 +1,53 @@
+"""JSON that somebody else may have written, as values of the expected types."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def load_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError if it is not JSON, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def typed(value: Any, hint: Any, place: str) -> Any:
+    """A JSON value as a type annotation has it, with lists as tuples and objects as dataclasses.
+
+    Handles plain types, literals, tuples, mappings and dataclasses of these. Raises ValueError, naming the place, for anything
+    else: True is no int, and 1.0 neither.
+    """
+    if is_dataclass(hint) and type(value) is dict:
+        hints = _hints(hint)
+        if unknown := [name for name in value if name not in hints]:
+            raise ValueError(f"{place} has {unknown[0]!r}, which is not known here")
+        try:
+            return hint(**{name: typed(member, hints[name], f"{place}.{name}") for name, member in value.items()})
+        except TypeError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if get_origin(hint) is tuple and type(value) is list:
+        kinds = get_args(hint)
+        if kinds[-1] is not ...:
+            if len(value) == len(kinds):
+                return tuple(typed(member, kind, place) for member, kind in zip(value, kinds, strict=True))
+        elif set(map(type, value)) <= {kinds[0]}:  # thousands of tokens, at once
+            return tuple(value)
+        else:
+            return tuple(typed(member, kinds[0], f"{place}.{number}") for number, member in enumerate(value))
+    elif get_origin(hint) is Literal:
+        if type(value) is str and value in get_args(hint):
+            return value
+    elif get_origin(hint) is Mapping and type(value) is dict:
+        return {name: typed(member, get_args(hint)[1], f"{place}.{name}") for name, member in value.items()}
+    elif hint is Any or type(value) is hint:
+        return value
+    raise ValueError(f"{place} is {repr(value)[:60]}: expected {getattr(hint, '__name__', hint)}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
