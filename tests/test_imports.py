@@ -35,7 +35,7 @@ MAY_IMPORT = {
         "plan": "diffusion explain store tokens",
         "recorder": "diffusion display events explain plan result store",
         "engine": "diffusion display events explain models plan recorder runtime shapes store",
-        "evaluate": "dfkernels diffusion explain plan prompts result runtime shapes tokens",
+        "evaluate": "dfkernels diffusion explain files plan prompts result runtime shapes tokens",
         "studies": "diffusion engine evaluate explain figures files models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",
         "sweep": "diffusion engine events explain plan prompts recorder runtime store text",

@@ -25,9 +25,11 @@ def figures(
         ),
     ] = None,
     method: Annotated[list[str] | None, typer.Option(help="method to draw, all by default; repeat for several")] = None,
-    step: Annotated[list[int] | None, typer.Option(help="step to show, counted from 0; repeat for several")] = None,
+    step: Annotated[
+        list[int] | None, typer.Option(min=0, help="step to show, counted from 0; repeat for several")
+    ] = None,
     item: Annotated[
-        list[int] | None, typer.Option(help="image of the file, counted from 0; repeat for several")
+        list[int] | None, typer.Option(min=0, help="image of the file, counted from 0; repeat for several")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="images to draw if no --item is named")] = 8,
     gif: Annotated[bool, typer.Option("--gif", help="animate each method's maps over all steps as well")] = False,

@@ -18,7 +18,7 @@ def report(
         options.path_option("-o", "--out", "--output", help="page to write; by default run.html for run.h5"),
     ] = None,
     item: Annotated[
-        list[int] | None, typer.Option(help="image of the file, counted from 0; repeat for several")
+        list[int] | None, typer.Option(min=0, help="image of the file, counted from 0; repeat for several")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="images at most, if no --item is named")] = 8,
     title: Annotated[str, typer.Option(help="title of the page; the first image's prompt by default")] = "",
@@ -30,8 +30,9 @@ def report(
         for place in item or []:
             if not opened[place].has_trajectory:
                 raise ValueError(f"item {place} is not generated yet: follow it with dfengine watch {run}")
+        most = min(limit, len(opened))
         there = (one for one in opened if one.has_trajectory)
-        shown = [opened[place] for place in dict.fromkeys(item)] if item else list(islice(there, limit))
+        shown = [opened[place] for place in dict.fromkeys(item)] if item else list(islice(there, most))
         if not item and next(there, None) is not None:
             screen.err.print(f"dfengine: note: {limit} of {len(opened)} images; --limit or --item for others")
         with screen.bar("packing", len(shown)) as (bar, task):

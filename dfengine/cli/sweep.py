@@ -14,7 +14,7 @@ import typer
 from dfengine.cli import options, screen
 
 if TYPE_CHECKING:
-    from dfengine.sweep import Estimate, Event, Outcome
+    from dfengine.sweep import Estimate, Event, Outcome, Sweep
 
 #: Quarantined items that are listed.
 _MOST_LINES = 20
@@ -62,7 +62,7 @@ def sweep(
         stall=60 * stall_minutes,
     )
     if not dry_run:
-        _run(sweeping.run(described, out, resources, retry_failed=retry_failed), out, as_json)
+        _run(sweeping.run(described, out, resources, retry_failed=retry_failed), described, out, as_json)
         return
     with screen.err.status("measuring the models"):
         estimate, notes = sweeping.dry_run(described, out, resources)
@@ -96,11 +96,14 @@ def worker(
         compile=compile,
         stall=60 * stall_minutes,
     )
-    events = sweeping.run(sweeping.read(spec), out, resources, shard=_shard(shard), retry_failed=retry_failed)
-    _run(events, out, as_json, is_complete=False)
+    described = sweeping.read(spec)
+    events = sweeping.run(described, out, resources, shard=_shard(shard), retry_failed=retry_failed)
+    _run(events, described, out, as_json, is_complete=False)
 
 
-def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, is_complete: bool = True) -> None:
+def _run(
+    events: Iterator[tuple[int, Event]], described: Sweep, out: Path, as_json: bool, *, is_complete: bool = True
+) -> None:
     """Follow a sweep, and exit with 0 if everything is done, otherwise with 1; a shard does a part of it."""
     from dfengine import sweep as sweeping
 
@@ -120,7 +123,7 @@ def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, is_co
             done = f"completed work is in {out}" if out.exists() else "nothing was written"
             screen.err.print(f"dfengine: interrupted; {done}; rerun the same command to resume", markup=False)
             raise typer.Exit(130) from None
-    outcome = sweeping.outcome(out)
+    outcome = sweeping.outcome(out, described)
     if as_json:
         print(
             json.dumps(

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfengine.cli import options
+from dfengine.text import printable
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -39,8 +40,8 @@ def watch(
     """Follow a run that is being written: progress of each file, rate, time left, and the latest map."""
     from dfengine import store
 
-    if not every > 0:
-        raise ValueError(f"{every} seconds are not possible: expected more than 0")
+    if not 0 < every <= 86400:
+        raise ValueError(f"{every} seconds are not possible: expected more than 0 and at most a day")
     console = Console(highlight=False)
     progress, rate = store.progress(run), Rate()
     rate.add(time.monotonic(), progress.done)
@@ -94,10 +95,12 @@ def view(progress: RunProgress, rate: Rate, *, is_coloured: bool = True) -> Rend
     if progress.quarantined:
         parts.append(f"{progress.quarantined} quarantined")
     bars = Table.grid(padding=(0, 1))
-    bars.add_row(Text(str(progress.path)), ProgressBar(progress.items, progress.done, width=30), Text(", ".join(parts)))
+    bars.add_row(
+        Text(printable(progress.path)), ProgressBar(progress.items, progress.done, width=30), Text(", ".join(parts))
+    )
     for part in progress.parts if not progress.finished else []:
         done = f"{part.maps} of {part.planned} maps, {part.finished} of {part.items} items"
-        bars.add_row(Text(part.name), ProgressBar(part.planned, part.maps, width=30), Text(done))
+        bars.add_row(Text(printable(part.name)), ProgressBar(part.planned, part.maps, width=30), Text(done))
     return bars if progress.latest is None or not is_coloured else Group(bars, Text(), picture(progress.latest))
 
 
@@ -114,7 +117,8 @@ def picture(latest: LatestMap) -> RenderableType:
         for above, below in zip(upper, lower, strict=True):
             lines.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
         lines.append("\n")
-    lines.append(f"{latest.prompt!r}, seed {latest.seed}: {latest.method}, step {latest.step}, t = {latest.timestep}")
+    caption = f"{latest.prompt!r}, seed {latest.seed}: {latest.method}, step {latest.step}, t = {latest.timestep}"
+    lines.append(printable(caption))
     return lines
 
 

@@ -76,7 +76,8 @@ def parse_seeds(value: Any) -> tuple[Any, ...]:
     if type(first) is not int or type(count) is not int:
         raise ValueError(f"{value!r} is not valid: expected a number, a list, or {{first: 100, count: 8}}")
     if not 1 <= count <= MAX_SEEDS:
-        raise ValueError(f"{count} seeds are not possible: expected 1 to {MAX_SEEDS:,}")
+        limit = "at least 1" if count < 1 else f"at most {MAX_SEEDS:,}"
+        raise ValueError(f"{count} seeds are not possible: expected {limit}")
     return tuple(range(first, first + count))
 
 

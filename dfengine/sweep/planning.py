@@ -67,8 +67,8 @@ def prepare(
 
     A plan only grows: new prompts, seeds, schedules or models are added to it. Units of other items, which a larger
     sweep has added, are left to that. `profile` is called for each model before anything is written. With
-    `retry_failed`, quarantined items are planned again. What killed processes left behind is removed. Raises ValueError if the path
-    holds another sweep or something else.
+    `retry_failed`, quarantined items are planned again. What killed processes left behind is removed. Raises ValueError
+    if the path holds another sweep or something else.
     """
     store.check_free(path)
     if store.is_folder(path):
@@ -210,9 +210,7 @@ def _plan_retries(folder: store.Folder, chosen: Collection[str]) -> None:
         original = unit.retry_of or unit.name
         name = next(name for number in itertools.count(1) if (name := f"{original}-retry{number}") not in names)
         names.add(name)
-        retry = replace(
-            unit, name=name, items=tuple(unit.items[item] for item in items), retry_of=original
-        )
+        retry = replace(unit, name=name, items=tuple(unit.items[item] for item in items), retry_of=original)
         # A unit that a worker holds may be about to record another failure: its items wait for the next run.
         with contextlib.suppress(store.Busy), folder.hold(unit.name):
             store.plan_units(folder.path, [retry])

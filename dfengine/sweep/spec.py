@@ -36,7 +36,6 @@ from dfengine.sweep.parsing import (
     suggestion,
 )
 
-
 #: No number is given as true, and none as "7": YAML has types.
 _Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 _Flag = Annotated[bool, Field(strict=True)]
@@ -101,7 +100,9 @@ class Sweep(_Settings):
 
     prompts: Annotated[tuple[str, ...], BeforeValidator(parse_prompts), Field(min_length=1)]
     seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=2**63, strict=True)], ...], BeforeValidator(parse_seeds), Field(min_length=1)
+        tuple[Annotated[int, Field(ge=0, lt=2**63, strict=True)], ...],
+        BeforeValidator(parse_seeds),
+        Field(min_length=1),
     ] = (0,)
     schedules: Annotated[tuple[Schedule, ...], BeforeValidator(parse_schedules), Field(min_length=1)] = (Schedule(),)
     models: Annotated[tuple[ModelSpec, ...], BeforeValidator(as_list), Field(min_length=1)] = (ModelSpec(),)

@@ -18,10 +18,10 @@ def load_json(text: str | bytes) -> Any:
 def typed(value: Any, hint: Any, place: str) -> Any:
     """A JSON value as a type annotation has it, with lists as tuples and objects as dataclasses.
 
-    Handles plain types, literals, tuples, mappings and dataclasses of these. Raises ValueError, naming the place, for anything
-    else: True is no int, and 1.0 neither.
+    Handles plain types, literals, tuples, mappings and dataclasses of these. Raises ValueError, naming the place, for
+    anything else: True is no int, and 1.0 neither.
     """
-    if is_dataclass(hint) and type(value) is dict:
+    if isinstance(hint, type) and is_dataclass(hint) and type(value) is dict:
         hints = _hints(hint)
         if unknown := [name for name in value if name not in hints]:
             raise ValueError(f"{place} has {unknown[0]!r}, which is not known here")
@@ -41,7 +41,7 @@ def typed(value: Any, hint: Any, place: str) -> Any:
     elif get_origin(hint) is Literal:
         if type(value) is str and value in get_args(hint):
             return value
-    elif get_origin(hint) is Mapping and type(value) is dict:
+    elif get_origin(hint) in (Mapping, dict) and type(value) is dict:
         return {name: typed(member, get_args(hint)[1], f"{place}.{name}") for name, member in value.items()}
     elif hint is Any or type(value) is hint:
         return value

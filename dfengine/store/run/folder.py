@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -175,11 +174,12 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = typed(load_json(read_text(path / "run.json")), Mapping[str, Any], "run.json")
         version = typed(description.get("format_version"), int, "format_version")
-        typed(description.get("run_id"), str, "run_id")
-        typed(description.setdefault("settings", {}), Mapping[str, Any], "settings")
+        if is_ours := description.get("format") == FOLDER_FORMAT:
+            typed(description.get("run_id"), str, "run_id")
+            typed(description.setdefault("settings", {}), Mapping[str, Any], "settings")
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is not a run folder: its run.json cannot be read ({error})") from None
-    if description.get("format") != FOLDER_FORMAT:
+    if not is_ours:
         raise StoreError(f"{path} is not a run folder: dfengine did not write its run.json")
     if version > FORMAT_VERSION:
         raise StoreError(

@@ -83,7 +83,7 @@ def _folder_progress(path: Path, opened: RunFolder) -> RunProgress:
     newest = max((run for _, run in runs), key=_modified, default=None)
     return RunProgress(
         path,
-        max(opened.planned, len(opened)),
+        len(opened) if opened.finished else max(opened.planned, len(opened)),
         done,
         sum(failure.state == QUARANTINED for failure in opened.failures),
         opened.finished,

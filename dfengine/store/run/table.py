@@ -39,7 +39,8 @@ def _lines(opened: Run | RunFolder, format_settings: Callable[[Mapping[str, Any]
     if "steps" in summary:
         each = f", {summary['steps']} steps each, {' × '.join(map(str, summary['image']))} pixels"
     duration = f", in {summary['seconds']:.1f} s" if summary["seconds"] else ""
-    planned = max(summary["items"], summary.get("planned", 0))
+    # Items of a plan can be the same work, which is done once.
+    planned = summary["items"] if summary["finished"] else max(summary["items"], summary.get("planned", 0))
     yield f"  images     {summary['trajectories']} of {planned}{each}{duration}"
     for name, method in summary["methods"].items():
         maps = f"{summary['maps_done'][name]} of {summary['maps_planned'][name]} maps"

@@ -50,7 +50,7 @@ class Unit:
         """The unit of a line of the plan. Raises ValueError if the line is something else."""
         unit: Unit = typed(values, cls, "unit")
         sizes = len(unit.prompts), len(unit.schedules)
-        if not UNIT_NAME.fullmatch(unit.name) or unit.retry_of and not UNIT_NAME.fullmatch(unit.retry_of):
+        if not UNIT_NAME.fullmatch(unit.name) or (unit.retry_of and not UNIT_NAME.fullmatch(unit.retry_of)):
             raise ValueError(f"{unit.name!r} cannot be the name of a unit")
         if any(not (0 <= prompt < sizes[0] and 0 <= schedule < sizes[1]) for prompt, schedule, _ in unit.items):
             raise ValueError(f"{unit.name} has an item without its prompt or schedule")
