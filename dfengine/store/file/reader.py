@@ -1,5 +1,6 @@
 """The reader of one file, whether it is finished, being written, or left behind by a killed process."""
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SWMR_FLAG = 4
+#: Of metadata in a file that is being written: 0.3 seconds.
+_READ_ATTEMPTS = 28
 
 
 class Run:
@@ -226,7 +229,7 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
         raise StoreError(f"{path} is not an HDF5 file")
     live = head[8:9] == b"\x03" and bool(head[11] & _SWMR_FLAG)
     try:
-        h5 = h5py.File(path, "r", swmr=live)
+        h5 = _open_live(path) if live else h5py.File(path, "r")
     except OSError as error:
         raise StoreError(_explain_open_error(path, error)) from error
     try:
@@ -238,6 +241,19 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
     except Exception as error:  # the library's errors for damaged files are of any type
         h5.close()
         raise StoreError(f"{path} is damaged: its description cannot be read ({explain_error(error)})") from error
+
+
+def _open_live(path: Path) -> h5py.File:
+    """The file as its writer is writing it, or was when it was killed.
+
+    HDF5 then reads metadata again, after twice the time, if a checksum is wrong: by default a hundred times, which for a
+    damaged file is for ever. h5py has no function for that number.
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    hdf5 = ctypes.CDLL(h5py.h5p.__file__)  # through which the library is found that h5py uses
+    hdf5.H5Pset_metadata_read_attempts(ctypes.c_int64(access.id), ctypes.c_uint(_READ_ATTEMPTS))
+    flags = h5py.h5f.ACC_RDONLY | h5py.h5f.ACC_SWMR_READ
+    return h5py.File(h5py.h5f.open(os.fsencode(path), flags, fapl=access))
 
 
 def _explain_open_error(path: Path, error: OSError) -> str:
