@@ -111,6 +111,14 @@ def test_shapes_that_differ_are_refused_before_anything_is_written(folder, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def test_an_export_to_an_address_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address in ("s3://bucket/run.zarr", Path("gs://bucket/run.zarr")):
+        with pytest.raises(ValueError, match=r":/bucket/run\.zarr is an address, not a path: write to a folder"):
+            store.export_zarr(folder, address)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_without_zarr(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zarr", None)
     with pytest.raises(store.StoreError, match=r"export to Zarr needs zarr: pip install 'dfengine\[zarr\]'"):

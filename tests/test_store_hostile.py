@@ -29,7 +29,12 @@ VERBS = {
 
 
 #: Further cases of what others show.
-REPEATED = {f"bits flipped {seed}" for seed in range(4, 20)}
+REPEATED = {
+    *(f"bits flipped {seed}" for seed in range(4, 20)),
+    *("maps/saliency nan", "maps/saliency 3e+38", "maps/error -inf", "curves/relevance inf", "curves/heat nan"),
+    *("schedule/timestep nan", "schedule/signal nan", "items/seconds -inf", "items/seconds 1e+300"),
+    *("items/prompt_index 4294967295", "items/attempt 4294967295", "latents/latent inf", "plan with no methods"),
+}
 ONE_OF_EACH_KIND = {
     *("external link maps", "external storage", "virtual dataset", "without items/done", "image of floats", "empty"),
     *("10^9 × 10^9", "plan nested deeply", "another checksum", "truncated", "pipe", "folder", "marked_as_live"),
@@ -56,9 +61,8 @@ def run_verb(verb: str, path: Path) -> None:
     assert done.returncode in (0, 2), done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("dfengine: note: ")]
     assert len(errors) == (done.returncode == 2), done.stderr
-    shown = done.stdout + done.stderr
-    assert all(letter.isprintable() or letter == "\n" for letter in shown), "nothing that a terminal acts on"
-    assert "PRIVATE KEY" not in shown
+    assert all(line.isprintable() for line in [*done.stdout.splitlines(), *errors]), "nothing that a terminal acts on"
+    assert "PRIVATE KEY" not in done.stdout + done.stderr
     written = [file for file in path.parent.rglob("*") if file.is_file() and file.name.startswith("out")]
     for file in [*written, *out.rglob("*")] if out.is_dir() else written:
         assert not file.is_file() or SECRET[:27] not in file.read_bytes()
@@ -93,12 +97,17 @@ def test_the_original_is_read(path: Path) -> None:
 @pytest.mark.parametrize("name", [soak(name) if name in REPEATED else name for name in FILES])
 def test_a_file_is_read_and_merged_or_refused(name: str, path: Path) -> None:
     FILES[name](path)
-    with suppress(store.StoreError):
-        assert keeps_the_secret(path)
-    with suppress(store.StoreError):
-        assert keeps_the_secret(store.merge([path], path.with_name("out.h5")))
-    with suppress(store.StoreError):
-        store.progress(path)
+    try:
+        store.open(path).close()
+    except store.StoreError:
+        return  # every verb begins with this
+    for read in (
+        lambda: keeps_the_secret(path),
+        lambda: keeps_the_secret(store.merge([path], path.with_name("out.h5"))),
+        lambda: store.progress(path),
+    ):
+        with suppress(store.StoreError):
+            assert read()
 
 
 @pytest.mark.parametrize("name", [name if name in ONE_OF_EACH_KIND else soak(name) for name in FILES])

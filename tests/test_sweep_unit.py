@@ -311,3 +311,42 @@ def test_a_driver_releases_only_its_own_units(folder):
     assert marker.exists()
     store.release_units(folder.path, [unit.name], driver="a")
     assert not marker.exists()
+
+
+def test_schedules_of_the_same_time_steps_are_computed_once(engine, folder, caplog):
+    """With one step, uniform, early and a list are the same; the guidance of the model given by name is its own."""
+    explainer = explainer_with_errors()
+    how = (
+        Schedule(sampling="uniform", num_steps=1),
+        Schedule(sampling="early", num_steps=1),
+        Schedule(sampling="latter", num_steps=1, guidance=2.5),
+    )
+    schedules = tuple(one.model_dump(mode="json") for one in how)
+    items = tuple((prompt, schedule, 0) for prompt in range(2) for schedule in range(3))
+    unit = store.Unit("u-00000", {"model": "analytic"}, schedules, ("1", "2"), items)
+    store.plan_units(folder.path, [unit])
+    caplog.set_level("INFO", logger="dfengine")
+    assert run_unit(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
+    with store.open(folder.path) as run:
+        assert (len(run), run.finished, run.units_left) == (4, True, [])
+        assert {(item.prompt, item.item.settings["guidance"]) for item in run} == {
+            *(("1", engine.job("1").guidance), ("2", engine.job("2").guidance), ("1", 2.5), ("2", 2.5))
+        }
+        assert any("images     4 of 4" in line for line in store.summary_lines(run))
+    assert (store.progress(folder.path).items, store.progress(folder.path).done) == (4, 4)
+    assert {record.getMessage() for record in caplog.records if "the same" in record.getMessage()} == {
+        "schedules uniform and early are the same on this model: their images are made once"
+    }
+    assert run_unit(engine, shared(explainer), folder, unit) == [Closed("u-00000")]
+
+
+def test_what_no_file_can_hold_is_quarantined_and_the_others_are_done(engine, folder):
+    """A plan that an earlier version wrote may have it."""
+    engine.denoiser.encode_prompts(["1"])
+    unit = unit_of("1", "2\0", "3")
+    records = run_unit(engine, shared(Random()), folder, unit)
+    failed = [one for record in records if isinstance(record, Failed) for one in record.failures]
+    assert [(one.item, one.state) for one in failed] == [(1, "quarantined")]
+    assert "NUL character" in failed[0].errors[-1] or "2\\x00" in repr(failed[0].errors[-1])
+    assert records[-1] == Closed("u-00000")
+    assert len(maps_by_item(folder)) == 2

@@ -71,6 +71,9 @@ def test_a_missing_file_or_an_impossible_interval_is_rejected(tmp_path):
         store.progress(tmp_path / "run.h5")
     with pytest.raises(ValueError, match=r"0\.0 seconds are not possible"):
         watch.watch(tmp_path / "run.h5", every=0.0)
+    for every in (float("inf"), float("nan"), 1e300, -1.0):
+        with pytest.raises(ValueError, match="seconds are not possible: expected more than 0 and at most a day"):
+            watch.watch(tmp_path / "run.h5", every=every)
 
 
 @pytest.fixture

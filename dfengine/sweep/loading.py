@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from dfengine.text import printable
+
 #: The most values that a file may stand for, with each alias counted as what it repeats.
 _MAX_VALUES = 10_000_000
 
@@ -36,7 +38,7 @@ def load(path: Path) -> Any:
     except RecursionError:
         raise ValueError(f"{str(path)!r} is nested too deeply: expected prompts, explainers and other keys") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(printable(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}")) from error
     return value
 
 

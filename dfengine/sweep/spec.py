@@ -35,6 +35,7 @@ from dfengine.sweep.parsing import (
     rename_steps,
     suggestion,
 )
+from dfengine.text import printable
 
 #: No number is given as true, and none as "7": YAML has types.
 _Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
@@ -227,7 +228,7 @@ def read(path: str | Path) -> Sweep:
     try:
         return Sweep.model_validate(given)
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(map(_error_message, error.errors()))}") from error
+        raise ValueError(printable(f"{path}: {'; '.join(map(_error_message, error.errors()))}")) from error
 
 
 def _error_message(error: Any) -> str:

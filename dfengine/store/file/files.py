@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dfengine.store.file.plan import StoreError
+from dfengine.text import printable
 
 _MOUNTS = Path("/proc/self/mounts")
 _NETWORK = (
@@ -35,7 +36,8 @@ def check_folder(path: Path) -> None:
         raise PermissionError(errno.EACCES, "")
     if working_path(path) != path:
         kind, part = network_storage(path.parent), part_path(path)
-        warnings.warn(f"{path} is on {kind} storage: it is written as {part} and copied on completion", stacklevel=3)
+        note = f"{path} is on {kind} storage: it is written as {part} and copied on completion"
+        warnings.warn(printable(note), stacklevel=3)
 
 
 def check_regular(path: Path) -> None:

@@ -142,6 +142,8 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """The plan that `to_json` wrote. Raises ValueError for anything else."""
         plan: Plan = typed(load_json(text), cls, "plan")
+        for item in plan.items:
+            _check_inputs(item.settings)
         return plan
 
     def differences(self, other: "Plan") -> list[str]:
@@ -167,6 +169,15 @@ class Plan:
             for name in primary or ([] if unshared else names)
         ]
         return sorted(unshared) + changed
+
+
+def _check_inputs(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if an input that is drawn or printed is not of its type."""
+    guidance, timesteps = settings.get("guidance", 1.0), settings.get("timesteps", [0])
+    if type(guidance) not in (int, float) or not isinstance(settings.get("image"), str | None):
+        raise ValueError(f"guidance is {guidance!r:.60}: expected a number, and an image's hash or null")
+    if type(timesteps) is not list or not timesteps or not set(map(type, timesteps)) <= {int, float}:
+        raise ValueError(f"timesteps is {timesteps!r:.60}: expected numbers")
 
 
 def _to_plain(value: Any) -> dict[str, Any]:

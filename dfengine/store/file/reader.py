@@ -246,8 +246,8 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
 def _open_live(path: Path) -> h5py.File:
     """The file as its writer is writing it, or was when it was killed.
 
-    HDF5 then reads metadata again, after twice the time, if a checksum is wrong: by default a hundred times, which for a
-    damaged file is for ever. h5py has no function for that number.
+    HDF5 then reads metadata again, after twice the time, if a checksum is wrong: by default a hundred times, which for
+    a damaged file is for ever. h5py has no function for that number.
     """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     hdf5 = ctypes.CDLL(h5py.h5p.__file__)  # through which the library is found that h5py uses
@@ -281,6 +281,8 @@ def _check_format(path: Path, h5: h5py.File) -> None:
     if str(h5.attrs.get("format")) != schema.FORMAT:
         raise StoreError(f"{path} is an HDF5 file, but dfengine did not write it")
     version = int(h5.attrs["format_version"])
+    if version < 1:
+        raise ValueError(f"its format version is {version}")
     if version > schema.FORMAT_VERSION:
         supported = schema.FORMAT_VERSION
         raise StoreError(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dfengine.store.file.errors import translate_os_errors
+from dfengine.store.file.errors import explain_error, translate_os_errors
 from dfengine.store.file.files import atomic_write_text, read_text
 from dfengine.store.file.plain import load_json, typed
 from dfengine.store.run.units import Unit, planned_units
@@ -180,7 +180,8 @@ def _read_failures(path: Path) -> list[Failure]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        warnings.warn(f"{printable(path)} cannot be read: {printable(error)}; its items are tried again", stacklevel=2)
+        reason = printable(f"{path} cannot be read: {explain_error(error)}")
+        warnings.warn(f"{reason}; its items are tried again", stacklevel=2)
         return []
 
 

@@ -136,7 +136,7 @@ def parse_name(name: str) -> dict[str, Any]:
 def _read_manifest(path: Path) -> Iterator[Segment]:
     try:
         lines = read_text(path / "manifest.jsonl").splitlines()
-    except FileNotFoundError:
+    except OSError:  # the segments themselves are still there
         return
     for line in lines:
         try:

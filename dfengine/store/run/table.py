@@ -62,9 +62,9 @@ def _inputs(item: StoredItem) -> Iterator[str]:
     settings = item.item.settings
     if item.negative_prompt:
         yield f"negative prompt {item.negative_prompt!r}"
-    if isinstance(settings.get("guidance"), int | float):
+    if "guidance" in settings:
         yield f"guidance {settings['guidance']:g}"
-    if isinstance(settings.get("timesteps"), list) and settings["timesteps"]:
+    if "timesteps" in settings:
         yield f"time-steps {settings['timesteps'][0]} to {settings['timesteps'][-1]}"
     if settings.get("image"):
         yield "from a given image"
