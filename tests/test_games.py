@@ -1,6 +1,7 @@
 """Deletion and insertion: every point of both curves against a literal implementation, and the result cache."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from dfengine.evaluate import (
     GameResult,
     make_methods,
     play_games,
+    playing,
 )
 from dfengine.evaluate.games import play, ranks_pixels, to_latent_size, xdiffusion_blur
 from dfengine.explain import (
@@ -661,6 +663,13 @@ def test_other_and_damaged_files_count_as_missing(tmp_path: Path) -> None:
     assert cache.get("pipe") is None
 
 
+@pytest.mark.parametrize(("value", "kind"), [("a", "<U1"), (None, "object"), (1j, "complex128")])
+def test_maps_that_are_no_numbers_are_refused(value: Any, kind: str) -> None:
+    check = inspect.unwrap(playing._check_methods)  # whose annotations are checked in tests alone
+    with pytest.raises(ValueError, match=f"maps 'm' are of type {kind}: expected numbers, as float32"):
+        check(Analytic(answer), JOBS[:1], [], {"m": np.full((1, 6, 5), value)}, positive=False)
+
+
 def test_any_damaged_byte_is_noticed_or_without_effect(tmp_path: Path) -> None:
     """The errors that an archive raises are of many types."""
     saliency = torch.arange(4.0).view(2, 2)
@@ -693,9 +702,6 @@ def test_a_turn_that_was_not_kept_completely_leaves_nothing(tmp_path: Path, monk
         ([], {}, "methods need distinct names"),
         ([Ramp(), Ramp(slope=2.0)], {}, "methods need distinct names"),
         ([Ramp()], {"maps": {"ramp": np.eye(6, 5)[None].repeat(7, 0)}}, "methods need distinct names"),
-        ([], {"maps": {"m": np.full((6, 6, 5), "a")}}, "maps 'm' are of type <U1: expected numbers, as float32"),
-        ([], {"maps": {"m": np.full((6, 6, 5), None)}}, "maps 'm' are of type object: expected numbers"),
-        ([], {"maps": {"m": np.full((6, 6, 5), 1j)}}, "maps 'm' are of type complex128: expected numbers"),
         ([Ramp()], {"jobs": []}, "there is no prompt to play with: give at least one"),
         ([Ramp()], {"step": 3}, r"step 3 is outside \[0, 2\]: steps index the time-steps"),
         ([Ramp()], {"step": -1}, r"step -1 is outside \[0, 2\]"),

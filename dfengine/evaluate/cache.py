@@ -75,7 +75,7 @@ class GameCache:
 
 def _read(path: Path) -> GameResult:
     """A result from its file. Raises an error of any type if it is damaged."""
-    with np.load(path) as stored:
+    with path.open("rb") as file, np.load(file) as stored:
         saliency, features, mse = (torch.from_numpy(stored[name]) for name in ("saliency", "features", "mse"))
     if saliency.ndim != 2 or len(features) not in (0, 2) or not all(one.is_floating_point() for one in (saliency, mse)):
         raise ValueError(f"{path} is not a result of the games")
