@@ -7,8 +7,9 @@ not have; a filter of another number loads a shared library; and sizes are claim
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import h5py
@@ -106,7 +107,8 @@ def _check_storage(path: str, dataset: h5d.DatasetID, expected: Expected, num_by
         raise ValueError(f"{path} lies in other files, which are not read")
     if others := _filters(created) - _FILTERS:
         raise ValueError(f"{path} needs the HDF5 filter {min(others)}, which is not built in: store it with gzip")
-    if not _has_type(dataset.get_type(), expected.dtype):
+    kind = dataset.get_type()
+    if not _has_type(kind, expected.dtype):
         raise ValueError(f"{path} is not of type {expected.dtype}")
     space = dataset.get_space()
     shape = space.get_simple_extent_dims() if space.get_simple_extent_type() == h5s.SIMPLE else None
@@ -116,7 +118,7 @@ def _check_storage(path: str, dataset: h5d.DatasetID, expected: Expected, num_by
     # reads whole chunks: what is read in one piece has to fit into the file, compressed as far as that is possible.
     chunk = created.get_chunk() if created.get_layout() == h5d.CHUNKED else ()
     pieces = (expected.read_at_once, chunk)
-    largest = max(math.prod(piece) for piece in pieces) * dataset.get_type().get_size()
+    largest = max(math.prod(piece) for piece in pieces) * kind.get_size()
     if max(shape) > num_bytes or largest > _MAX_RATIO * num_bytes:
         raise ValueError(f"{path} of shape {shape} cannot be in a file of {num_bytes} bytes")
 
@@ -131,5 +133,9 @@ def _has_type(stored: h5t.TypeID, dtype: str) -> bool:
         return False
     if dtype == "str":
         return isinstance(stored, h5t.TypeStringID) and bool(stored.is_variable_str())
-    orders: Iterable[str] = "<>"
-    return any(stored.equal(h5t.py_create(np.dtype(f"{order}{dtype}"))) for order in orders)
+    return any(stored.equal(one) for one in _types(dtype))
+
+
+@cache
+def _types(dtype: str) -> list[h5t.TypeID]:
+    return [h5t.py_create(np.dtype(f"{order}{dtype}")) for order in "<>"]

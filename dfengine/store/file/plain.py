@@ -21,7 +21,10 @@ def typed(value: Any, hint: Any, place: str) -> Any:
     Handles plain types, literals, tuples, mappings and dataclasses of these. Raises ValueError, naming the place, for
     anything else: True is no int, and 1.0 neither.
     """
-    if isinstance(hint, type) and is_dataclass(hint) and type(value) is dict:
+    if type(value) is hint or hint is Any:
+        return value
+    origin, arguments = _parts(hint)
+    if origin is None and type(value) is dict and is_dataclass(hint):
         hints = _hints(hint)
         if unknown := [name for name in value if name not in hints]:
             raise ValueError(f"{place} has {unknown[0]!r}, which is not known here")
@@ -29,23 +32,27 @@ def typed(value: Any, hint: Any, place: str) -> Any:
             return hint(**{name: typed(member, hints[name], f"{place}.{name}") for name, member in value.items()})
         except TypeError as error:
             raise ValueError(f"{place}: {error}") from None
-    if get_origin(hint) is tuple and type(value) is list:
-        kinds = get_args(hint)
-        if kinds[-1] is not ...:
-            if len(value) == len(kinds):
-                return tuple(typed(member, kind, place) for member, kind in zip(value, kinds, strict=True))
-        elif set(map(type, value)) <= {kinds[0]}:  # thousands of tokens, at once
+    if origin is tuple and type(value) is list:
+        if arguments[-1] is not ...:
+            if len(value) == len(arguments):
+                return tuple(typed(member, kind, place) for member, kind in zip(value, arguments, strict=True))
+        elif set(map(type, value)) <= {arguments[0]}:  # thousands of tokens, at once
             return tuple(value)
         else:
-            return tuple(typed(member, kinds[0], f"{place}.{number}") for number, member in enumerate(value))
-    elif get_origin(hint) is Literal:
-        if type(value) is str and value in get_args(hint):
+            return tuple(typed(member, arguments[0], f"{place}.{number}") for number, member in enumerate(value))
+    elif origin is Literal:
+        if type(value) is str and value in arguments:
             return value
-    elif get_origin(hint) in (Mapping, dict) and type(value) is dict:
-        return {name: typed(member, get_args(hint)[1], f"{place}.{name}") for name, member in value.items()}
-    elif hint is Any or type(value) is hint:
-        return value
+    elif origin in (Mapping, dict) and type(value) is dict:
+        if arguments[1] is Any:
+            return value
+        return {name: typed(member, arguments[1], f"{place}.{name}") for name, member in value.items()}
     raise ValueError(f"{place} is {repr(value)[:60]}: expected {getattr(hint, '__name__', hint)}")
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint), get_args(hint)
 
 
 @cache
