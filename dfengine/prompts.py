@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -53,12 +54,15 @@ def read(path: str | Path, limit: int | None = None) -> list[Prompt]:
         raise ValueError(f"{str(path)!r} is not a file of prompts: expected {', '.join(readers)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: expected at least 1 prompt")
+    most = None if limit is None else min(limit, sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            prompts = [_to_prompt(f"{path}, {place}", values) for place, values in islice(reader(file), limit)]
+            prompts = [_to_prompt(f"{path}, {place}", values) for place, values in islice(reader(file), most)]
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{str(path)!r} cannot be read: {reason}") from error
+    except RecursionError:
+        raise ValueError(f"{str(path)!r} cannot be read: it is nested too deeply") from None
     if not prompts:
         raise ValueError(f"{str(path)!r} has no prompts")
     return prompts

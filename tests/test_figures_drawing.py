@@ -638,3 +638,16 @@ def test_words_with_a_leading_underscore_appear_in_the_legend() -> None:
     figure = figures.concepts([("", {"one": lines}, {"one": sums})], {"one": [9, 0]})
     (legend,) = figure.findobj(lambda artist: isinstance(artist, Legend) and len(artist.get_texts()) == 2)
     assert [text.get_text() for text in legend.get_texts()] == ["_hidden", "cat"]
+
+
+def test_a_figure_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Figure, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError("the disk is full")
+
+    (tmp_path / "figure.png").write_bytes(b"earlier")
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        figures.save(figures.Figure(), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes() == b"earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]

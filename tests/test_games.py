@@ -1,8 +1,10 @@
 """Deletion and insertion: every point of both curves against a literal implementation, and the result cache."""
 
 import dataclasses
+import inspect
 import itertools
 import json
+import os
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from dfengine.evaluate import (
     GameResult,
     make_methods,
     play_games,
+    playing,
 )
 from dfengine.evaluate.games import play, ranks_pixels, to_latent_size, xdiffusion_blur
 from dfengine.explain import (
@@ -640,6 +643,57 @@ def test_other_and_damaged_files_count_as_missing(tmp_path: Path) -> None:
     content = damaged.read_bytes()
     damaged.write_bytes(content.replace(bytes(32), bytes(31) + b"\1", 1))
     assert [cache.get(key) for key in "abcd"] == [None] * 4
+    whole = {"saliency": np.zeros((2, 2), "f4"), "features": np.zeros((2, 3, 4), "f4"), "mse": np.zeros((2, 3), "f4")}
+    for number, changed in enumerate(
+        (
+            {"saliency": np.zeros(4, "f4")},
+            {"saliency": np.array([["a", "b"]])},
+            {"saliency": np.array([[None]])},
+            {"features": np.zeros((3, 3, 4), "f4")},
+            {"features": np.array(1.0)},
+            {"mse": np.zeros((2, 9), "f4")},
+            {"mse": np.array(["a"])},
+        )
+    ):
+        np.savez(tmp_path / f"other{number}.npz", **whole | changed)
+        assert cache.get(f"other{number}") is None, changed
+    np.savez(tmp_path / "whole.npz", **whole)
+    assert cache.get("whole") is not None
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert cache.get("pipe") is None
+
+
+@pytest.mark.parametrize(("value", "kind"), [("a", "<U1"), (None, "object"), (1j, "complex128")])
+def test_maps_that_are_no_numbers_are_refused(value: Any, kind: str) -> None:
+    check = inspect.unwrap(playing._check_methods)  # whose annotations are checked in tests alone
+    with pytest.raises(ValueError, match=f"maps 'm' are of type {kind}: expected numbers, as float32"):
+        check(Analytic(answer), JOBS[:1], [], {"m": np.full((1, 6, 5), value)}, positive=False)
+
+
+def test_any_damaged_byte_is_noticed_or_without_effect(tmp_path: Path) -> None:
+    """The errors that an archive raises are of many types."""
+    saliency = torch.arange(4.0).view(2, 2)
+    GameCache(tmp_path).put("a", GameResult(saliency, None))
+    content = (tmp_path / "a.npz").read_bytes()
+    for place in range(0, len(content), 3):
+        for change in (0x01, 0x40, 0xFF):
+            damaged = bytearray(content)
+            damaged[place] ^= change
+            (tmp_path / "a.npz").write_bytes(damaged)
+            result = GameCache(tmp_path).get("a")
+            assert result is None or torch.equal(result.saliency, saliency)
+
+
+def test_a_turn_that_was_not_kept_completely_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: Any, **arrays: Any) -> None:
+        Path(file).write_bytes(b"PK")
+        raise OSError("the disk is full")
+
+    cache = GameCache(tmp_path)
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        cache.put("a", GameResult(torch.zeros(2, 2), None))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

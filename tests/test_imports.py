@@ -17,6 +17,8 @@ MAY_IMPORT = {
     for component, components in {
         "checks": "",
         "tokens": "",
+        "text": "",
+        "files": "text",
         "dfkernels": "",
         "dfkernels.fused": "dfkernels",
         "diffusion": "checks tokens",
@@ -25,22 +27,22 @@ MAY_IMPORT = {
         "models": "checks diffusion tokens",
         "runtime": "diffusion",
         "explain": "checks dfkernels diffusion result runtime tokens",
-        "store": "result tokens",
+        "store": "files result text tokens",
         "arguments": "checks diffusion explain models store",
-        "figures": "diffusion explain result store tokens",
-        "report": "diffusion explain figures result store tokens",
+        "figures": "diffusion explain files result store tokens",
+        "report": "diffusion explain figures files result store tokens",
         "display": "diffusion explain figures result store",
         "shapes": "diffusion models tokens",
         "events": "diffusion explain",
         "plan": "diffusion explain store tokens",
         "recorder": "diffusion display events explain plan result store",
         "engine": "arguments checks diffusion display events explain models plan recorder runtime shapes store",
-        "evaluate": "checks dfkernels diffusion explain plan prompts result runtime shapes tokens",
-        "studies": "arguments checks diffusion engine evaluate explain figures models prompts result shapes",
+        "evaluate": "checks dfkernels diffusion explain files plan prompts result runtime shapes tokens",
+        "studies": "arguments checks diffusion engine evaluate explain figures files models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",
-        "sweep": "diffusion engine events explain plan prompts recorder runtime store",
-        "cli": "checks diffusion engine evaluate events explain figures models profile prompts report result runtime "
-        "store studies sweep",
+        "sweep": "checks diffusion engine events explain plan prompts recorder runtime store text",
+        "cli": "checks diffusion engine evaluate events explain figures files models profile prompts report result "
+        "runtime store studies sweep text",
     }.items()
 }
 

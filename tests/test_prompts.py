@@ -152,6 +152,19 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path, path: str, limit:
         read(tmp_path / path, limit)
 
 
+def test_a_limit_beyond_all_numbers_of_the_machine_is_none(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    assert len(read(tmp_path / "prompts.txt", 10**20)) == 2
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.jsonl"])
+@pytest.mark.parametrize("start", ["[", '{"a":'])
+def test_json_that_is_nested_too_deeply_is_one_line(tmp_path: Path, name: str, start: str) -> None:
+    (tmp_path / name).write_text(start * 50_000)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl?. cannot be read: it is nested too deeply"):
+        read(tmp_path / name)
+
+
 def test_a_limit_of_zero_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="limit is 0: expected at least 1 prompt"):
         read(write_file(tmp_path / "a.txt", "a cat"), 0)

@@ -27,7 +27,7 @@ def test_a_folder_is_exported_completely(folder, tmp_path):
     out = store.export_zarr(folder, tmp_path / "run.zarr")
     with store.open(folder) as run:
         expected = run.to_xarray()
-    with xarray.open_zarr(out, consolidated=False) as exported:
+    with xarray.open_zarr(out) as exported:
         assert exported.sizes == expected.sizes
         assert list(exported.prompt.values) == ["a red circle", "ein Würfel"]
         assert exported.seed.values.tolist() == [1, 2**64 - 1]
@@ -40,7 +40,7 @@ def test_a_file_is_exported(tmp_path):
     with store.Writer.create(tmp_path / "one.h5", PLAN) as writer:
         fill(writer)
     out = store.export_zarr(tmp_path / "one.h5", tmp_path / "one.zarr")
-    with store.open(tmp_path / "one.h5") as run, xarray.open_zarr(out, consolidated=False) as exported:
+    with store.open(tmp_path / "one.h5") as run, xarray.open_zarr(out) as exported:
         np.testing.assert_array_equal(exported.saliency.values, run.to_xarray().saliency.values)
 
 
@@ -58,7 +58,7 @@ def test_an_existing_group_is_replaced_with_overwrite(folder, tmp_path):
         fill(writer)
     store.export_zarr(tmp_path / "one.h5", out)
     store.export_zarr(folder, out, overwrite=True)
-    with xarray.open_zarr(out, consolidated=False) as exported:
+    with xarray.open_zarr(out) as exported:
         assert list(exported.prompt.values) == ["a red circle", "ein Würfel"]
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.zarr", "one.h5"}
 
@@ -88,7 +88,7 @@ def test_a_failed_overwrite_keeps_the_existing_group(folder, tmp_path, monkeypat
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(store.StoreError, match=r"cannot write .*run\.zarr: the disk reports an input/output error"):
         store.export_zarr(folder, out, overwrite=True)
-    with xarray.open_zarr(out, consolidated=False) as exported:
+    with xarray.open_zarr(out) as exported:
         assert exported.sizes["item"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.zarr"}
 
@@ -109,6 +109,14 @@ def test_shapes_that_differ_are_refused_before_anything_is_written(folder, tmp_p
     with pytest.raises(store.StoreError, match=r"differ in shape: step \(3, 2\), y \(5, 7\)"):
         store.export_zarr(folder, tmp_path / "run.zarr")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_an_export_to_an_address_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address in ("s3://bucket/run.zarr", Path("gs://bucket/run.zarr")):
+        with pytest.raises(ValueError, match=r":/bucket/run\.zarr is an address, not a path: write to a folder"):
+            store.export_zarr(folder, address)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_without_zarr(folder, tmp_path, monkeypatch):

@@ -92,19 +92,19 @@ def test_a_run_folder_is_merged_with_its_segments_and_with_files(tmp_path):
 
 def test_a_part_is_merged_as_it_was_when_it_was_read(tmp_path, monkeypatch):
     """Its writer completes it meanwhile: values that were not copied are not marked."""
-    plan, copied = half(PLAN, 0), merging._copy_chunk
+    plan, copied = half(PLAN, 0), merging._read_chunk
     writer = store.Writer.create(tmp_path / "run.h5", plan)
     writer.step(0, "rise", 0, **step(plan, 0, 0, 0))
     while not writer.done.any():
         pass
 
-    def copy_late(*place):
+    def read_late(*place):
         if not writer._closed:
             fill(writer)
             writer.close()
-        copied(*place)
+        return copied(*place)
 
-    monkeypatch.setattr(merging, "_copy_chunk", copy_late)
+    monkeypatch.setattr(merging, "_read_chunk", read_late)
     with store.open(store.merge([tmp_path / "run.part.h5"], tmp_path / "all.h5")) as run:
         assert (check(run), run.finished) == (1, False)
 

@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def open_zarr(path: Path) -> xarray.Dataset:
-    return xarray.open_zarr(path, consolidated=False)
+    return xarray.open_zarr(path)
 
 
 def with_key(path: Path, key: str) -> Path:

@@ -27,6 +27,7 @@ from dfengine.store import (
 )
 from dfengine.sweep.events import ItemCost, ModelProfile
 from dfengine.sweep.planning import check_compatible, estimate, make_units, prepare
+from dfengine.sweep.running import outcome
 from dfengine.sweep.spec import ModelSpec, Schedule, Sweep
 
 ROOT = Path(__file__).parent.parent
@@ -345,7 +346,7 @@ def test_growing_an_axis_adds_exactly_its_items(path, axis):
     assert result[: len(before)] == before
     assert items_in(result[len(before) :]) == items_of(large) - items_of(small)
     assert not {unit.name for unit in result[len(before) :]} & {unit.name for unit in before}
-    assert prepare(small, path, no_profile) == result, "the smaller one is in the plan as well"
+    assert prepare(small, path, no_profile) == before, "the smaller one leaves what it does not have to the larger"
     assert prepare(large, path, no_profile) == result
 
 
@@ -981,3 +982,37 @@ def test_a_folder_that_another_process_is_creating_is_free(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(store.StoreError, match="is not a run folder, and not empty"):
         store.check_free(tmp_path)
+
+
+# A smaller sweep in the folder of a larger one ------------------------------------------------------------------------
+
+
+def test_the_outcome_of_a_sweep_is_that_of_its_own_items(path):
+    small, large = make_sweep(**LEAST), make_sweep(**SOME)
+    plan_sweep(small, path)
+    plan_sweep(large, path)
+    own, *others = planned_units(path)
+    assert prepare(small, path, no_profile) == [own]
+    assert (outcome(path, small).items, outcome(path, small).units_left) == (1, 1)
+    assert (outcome(path, large).items, outcome(path, large).units_left) == (16, 16)
+    quarantine(path, others[0], 0)
+    quarantine(path, own, 0)
+    assert [one.unit for one in outcome(path, small).quarantined] == [own.name]
+    assert len(outcome(path, large).quarantined) == len(outcome(path).quarantined) == 2
+    (again,) = prepare(small, path, no_profile, retry_failed=True)
+    assert (again.retry_of, items_in([again])) == (own.name, items_in([own])), "only its own are retried"
+    assert len(outcome(path, large).quarantined) == 1
+
+
+def test_leftovers_are_removed_when_a_sweep_starts(path):
+    plan_sweep(make_sweep(**LEAST), path)
+    (path / "segments/.x.1.h5.lock").write_text("99")
+    prepare(make_sweep(**LEAST), path, no_profile)
+    assert sorted(file.name for file in path.rglob("*")) == ["plan.jsonl", "run.json", "segments"]
+
+
+def test_a_sweep_is_not_written_to_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"s3:/bucket/run is an address, not a path"):
+        prepare(make_sweep(), Path("s3://bucket/run"), no_profile)
+    assert not list(tmp_path.iterdir())

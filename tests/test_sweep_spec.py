@@ -260,6 +260,30 @@ models: [m, shapes, {model: m}]
         ("seeds: [1.5]", "seeds.0: "),
         ("seeds: {first: x}", "seeds: "),
         ("seeds: three", "seeds: "),
+        (f"seeds: {10**12}", "seeds: 1000000000000 seeds are not possible: expected at most 1,000,000"),
+        (f"seeds: {{first: 5, count: {10**12}}}", "seeds: 1000000000000 seeds are not possible"),
+        ("seeds: [true]", "seeds.0: Input should be a valid integer"),
+        ('seeds: ["5"]', "seeds.0: Input should be a valid integer"),
+        ("seeds: [5.0]", "seeds.0: Input should be a valid integer"),
+        ("num_steps: true", "schedules.0.num_steps: Input should be a valid integer"),
+        ("guidance: true", "schedules.0.guidance: Input should be a valid number"),
+        ('guidance: "7"', "schedules.0.guidance: Input should be a valid number"),
+        ("models: {image_size: [true, 64]}", "models.0.image_size.0: Input should be a valid integer"),
+        ("models: {image_size: [0, 64]}", "models.0.image_size.0: Input should be greater than or equal to 1"),
+        ('previews: "yes"', "previews: Input should be a valid boolean"),
+        ("mantissa_bits: true", "mantissa_bits: Input should be a valid integer"),
+        ("unit_minutes: .inf", "unit_minutes: Input should be a finite number"),
+        ('prompts: "a\\0b"', "'a.x00b' is not possible: expected text without NUL characters"),
+        ('negative_prompt: "a\\0b"', "negative_prompt: text 'a.x00b' is not possible: expected text without NUL"),
+        ("explainers: [{rise: {num_masks: true}}]", "explainers.0: rise.num_masks: Input should be a valid integer"),
+        ("explainers: [{rise: {sigma: .inf}}]", "explainers.0: rise.sigma: inf is not possible: expected a finite num"),
+        ("explainers: [{rise: {sigma: .nan}}]", "explainers.0: rise.sigma: nan is not possible: expected a finite num"),
+        ('explainers: [{rise: {name: ""}}]', "the name of an explainer is empty: its maps are stored under it"),
+        ('explainers: [{rise: {name: "a\\0"}}]', "is not possible"),
+        (
+            "seeds: 1000000\nprompts: [a, b, c, d, e, f, g, h, i, j, k]",
+            "11,000,000 items are not possible",
+        ),
         ("steps: 0", "schedules.0.num_steps: "),
         ("schedules: [early, {num_steps: -1}]", "schedules.1.num_steps: "),
         ("schedules: []", "schedules: "),
@@ -281,7 +305,7 @@ models: [m, shapes, {model: m}]
         ("prompts: {file: 3}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
         ("prompts: {file: p.txt, limit: x}", "prompts: expected a list of prompts, or {file: prompts.txt, limit: 100}"),
         ("prompts: {file: p.txt, limit: 2.5}", "prompts: expected a list of prompts"),
-        ('prompts: "half \\ud83d a letter"', "contains half of a surrogate pair: it is not valid text"),
+        ('prompts: "half \\ud83d a letter"', "is not possible: expected text without lone surrogates"),
         ("unit-minutes: 3", "unit-minutes is not known: did you mean 'unit_minutes'?"),
         ("schedules: {guidance-scale: 3}", "schedules.0.guidance-scale is not known: did you mean 'guidance'?"),
         (
@@ -368,6 +392,43 @@ def test_a_file_that_is_not_a_sweep_is_a_one_line_error(tmp_path, text, message)
         read(tmp_path / "sweep.yaml")
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompts: a\nexplainers: rise\nprompts: b", "is not YAML: prompts is given twice in .*, line 3, column 1"),
+        ("{prompts: a, explainers: [{rise: {num_masks: 3, num_masks: 4}}]}", "is not YAML: num_masks is given twice"),
+        ("[" * 5000, "is nested too deeply: expected prompts, explainers and other keys"),
+        ("{a: " * 5000, "is nested too deeply"),
+        ("prompts: &a [*a]", "its aliases stand for more than 10000000 values"),
+        (
+            "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))]),
+            "its aliases stand for more than 10000000 values",
+        ),
+    ],
+)
+def test_a_file_that_yaml_would_accept_is_a_one_line_error(tmp_path, text, message):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        read(tmp_path / "sweep.yaml")
+    assert "\n" not in str(refused.value)
+
+
+def test_anchors_and_merged_keys_are_no_repetition(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("""
+prompts: &words [a, b]
+explainers: [{rise: &rise {num_masks: 5, sigma: 2}}, {rise: {<<: *rise, num_masks: 6, name: more}}]
+""")
+    sweep = read(tmp_path / "sweep.yaml")
+    assert sweep.explainers == (Rise(5, sigma=2.0), Rise(6, sigma=2.0, name="more"))
+
+
+def test_a_long_range_of_seeds_is_refused():
+    for seeds in (range(10**12), range(0, 10**13, 7)):
+        with pytest.raises(ValueError, match="seeds are not possible"):
+            make_sweep(seeds=seeds)
+    assert make_sweep(seeds=range(4, 10, 3)).seeds == (4, 7)
 
 
 def test_functions_and_classes_of_this_process_are_refused():

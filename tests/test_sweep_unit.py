@@ -311,3 +311,43 @@ def test_a_driver_releases_only_its_own_units(folder):
     assert marker.exists()
     store.release_units(folder.path, [unit.name], driver="a")
     assert not marker.exists()
+
+
+def test_schedules_of_the_same_time_steps_are_computed_once(engine, folder, caplog):
+    """Uniform is the same as a list of its time-steps, and with the guidance that the model has by itself."""
+    explainer, own = explainer_with_errors(), engine.job("1", num_steps=STEPS)
+    how = (
+        Schedule(sampling="uniform", num_steps=STEPS),
+        Schedule(sampling=own.timesteps, guidance=own.guidance),
+        Schedule(sampling="uniform", num_steps=STEPS, guidance=2.5),
+    )
+    schedules = tuple(one.model_dump(mode="json") for one in how)
+    items = tuple((prompt, schedule, 0) for prompt in (0, 1) for schedule in range(3))
+    unit = store.Unit("u-00000", {"model": "analytic"}, schedules, ("1", "2"), items)
+    store.plan_units(folder.path, [unit])
+    caplog.set_level("INFO", logger="dfengine")
+    assert run_unit(engine, shared(explainer), folder, unit)[-1] == Closed("u-00000")
+    with store.open(folder.path) as run:
+        assert (len(run), run.finished, run.units_left) == (4, True, [])
+        assert {(item.prompt, item.item.settings["guidance"]) for item in run} == {
+            (prompt, guidance) for prompt in ("1", "2") for guidance in (own.guidance, 2.5)
+        }
+        assert any("images     4 of 4" in line for line in store.summary_lines(run))
+    assert (store.progress(folder.path).items, store.progress(folder.path).done) == (4, 4)
+    assert {record.getMessage() for record in caplog.records if "the same" in record.getMessage()} == {
+        f"schedules uniform and {list(own.timesteps)} are the same on this model: their images are made once"
+    }
+    assert run_unit(engine, shared(explainer), folder, unit) == [Closed("u-00000")]
+
+
+def test_what_no_file_can_hold_is_quarantined_and_the_others_are_done(engine, folder, monkeypatch):
+    """A plan that an earlier version wrote may have it."""
+    encode = engine.denoiser.encode_prompts
+    monkeypatch.setattr(engine.denoiser, "encode_prompts", lambda texts: encode([one.strip("\0") for one in texts]))
+    unit = unit_of("1", "2\0", "3")
+    records = run_unit(engine, shared(Rise(4)), folder, unit)
+    failed = [one for record in records if isinstance(record, Failed) for one in record.failures]
+    assert [(one.item, one.state) for one in failed] == [(1, "quarantined")]
+    assert "NUL character" in failed[0].errors[-1]
+    assert records[-1] == Closed("u-00000")
+    assert len(maps_by_item(folder)) == 2

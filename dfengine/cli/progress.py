@@ -18,7 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dfengine.cli.screen import complain, err, printable
+from dfengine.cli.screen import complain, err
+from dfengine.text import printable
 
 if TYPE_CHECKING:
     from dfengine.sweep import Event as SweepEvent

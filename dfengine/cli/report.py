@@ -30,7 +30,8 @@ def report(
         for place in item or []:
             if not opened[place].has_trajectory:
                 raise ValueError(f"item {place} is not generated yet: follow it with dfengine watch {run}")
-        there, most = (one for one in opened if one.has_trajectory), limit or options.MOST_IMAGES
+        most = min(limit or options.MOST_IMAGES, len(opened))
+        there = (one for one in opened if one.has_trajectory)
         shown = [opened[place] for place in dict.fromkeys(item)] if item else list(islice(there, most))
         if not item and next(there, None) is not None:
             screen.note(f"{most} of {len(opened)} images; --limit or --item for others")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-#: Characters that a terminal acts on instead of showing them: control characters, lone surrogates, line separators,
-_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
-#: and those that reorder what stands beside them.
-_DIRECTIONS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+from dfengine.text import printable
 
 #: Where torch warns that it finds CUDA's compiler but no GPU, which is no fault.
 _CUDA_LOGGER = "torch.utils.cpp_extension"
@@ -25,22 +21,6 @@ _CUDA_LOGGER = "torch.utils.cpp_extension"
 RESUME = "rerun the same command to resume"
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def printable(text: object) -> str:
-    r"""A text on one line, with every character that a terminal would act on as its escape: \x1b, \n, \u202e.
-
-    Everything passes through here that comes from a file, a name, a prompt, the environment or an error. In valid JSON
-    the escapes that are added are JSON's own.
-    """
-    text = str(text)
-    return text if text.isascii() and text.isprintable() else "".join(map(_escape, text))
-
-
-def _escape(letter: str) -> str:
-    if unicodedata.category(letter) in _CATEGORIES or unicodedata.bidirectional(letter) in _DIRECTIONS:
-        return repr(letter)[1:-1] if letter < "\x7f" else f"\\u{ord(letter):04x}"
-    return letter
 
 
 def say(*lines: object) -> None:

@@ -13,7 +13,7 @@ import typer
 from dfengine.cli import options, progress, screen
 
 if TYPE_CHECKING:
-    from dfengine.sweep import Estimate, Event, Outcome
+    from dfengine.sweep import Estimate, Event, Outcome, Sweep
 
 #: Quarantined items that are listed.
 _MOST_LINES = 20
@@ -70,7 +70,7 @@ def sweep(
         stall=60 * stall_minutes,
     )
     if not dry_run:
-        _run(sweeping.run(described, out, resources, retry_failed=retry_failed), out, as_json)
+        _run(sweeping.run(described, out, resources, retry_failed=retry_failed), described, out, as_json)
         return
     with progress.bar("measuring the models"):
         estimate, notes = sweeping.dry_run(described, out, resources)
@@ -107,13 +107,15 @@ def worker(
         compile=compile,
         stall=60 * stall_minutes,
     )
-    part = _shard(shard)
+    part, described = _shard(shard), sweeping.read(spec)
     options.check_folder(out)
-    events = sweeping.run(sweeping.read(spec), out, resources, shard=part, retry_failed=retry_failed)
-    _run(events, out, as_json, is_complete=False)
+    events = sweeping.run(described, out, resources, shard=part, retry_failed=retry_failed)
+    _run(events, described, out, as_json, is_complete=False)
 
 
-def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, is_complete: bool = True) -> None:
+def _run(
+    events: Iterator[tuple[int, Event]], described: Sweep, out: Path, as_json: bool, *, is_complete: bool = True
+) -> None:
     """Follow a sweep, and exit with 0 if everything is done, otherwise with 1; a shard does a part of it."""
     from dfengine import sweep as sweeping
 
@@ -131,7 +133,7 @@ def _run(events: Iterator[tuple[int, Event]], out: Path, as_json: bool, *, is_co
             show(worker, event)
             if as_json:
                 screen.say_json(_line(worker, event))
-    outcome = sweeping.outcome(out)
+    outcome = sweeping.outcome(out, described)
     if as_json:
         screen.say_json({"event": "Outcome", "finished": outcome.finished} | dataclasses.asdict(outcome))
     else:

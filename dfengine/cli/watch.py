@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfengine.cli import options
-from dfengine.cli.screen import printable
+from dfengine.text import printable
 
 if TYPE_CHECKING:
     from numpy import ndarray

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfengine.evaluate.games import GameCurves
+from dfengine.files import check_local, published, remove_stale
 
 _VERSION = 2
 
@@ -43,7 +42,8 @@ class GameCache:
         self._folder = None if folder is None else Path(folder)
         self._results: dict[str, GameResult] = {}
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            check_local(self._folder).mkdir(parents=True, exist_ok=True)
+            remove_stale(self._folder)
 
     @staticmethod
     def key(**described: Any) -> str:
@@ -53,14 +53,11 @@ class GameCache:
 
     def get(self, key: str) -> GameResult | None:
         """The result under a key. A file that cannot be read counts as missing, and is computed again."""
-        if key not in self._results and (path := self._path(key)) is not None and path.exists():
-            names = ("saliency", "features", "mse")
+        if key not in self._results and (path := self._path(key)) is not None and path.is_file():
             try:
-                with path.open("rb") as file, np.load(file) as stored:
-                    saliency, features, mse = (torch.from_numpy(stored[name]) for name in names)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                self._results[key] = _read(path)
+            except Exception:  # the errors that a damaged archive raises are of any type
                 return None
-            self._results[key] = GameResult(saliency, GameCurves(features, mse) if len(features) else None)
         return self._results.get(key)
 
     def put(self, key: str, result: GameResult) -> None:
@@ -69,10 +66,19 @@ class GameCache:
         if (path := self._path(key)) is None:
             return
         features, mse = (result.curves.features, result.curves.mse) if result.curves else [torch.empty(0)] * 2
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        with partial.open("wb") as file:
-            np.savez(file, saliency=result.saliency, features=features, mse=mse)
-        partial.replace(path)
+        with published(path) as temporary:
+            np.savez(temporary, saliency=result.saliency, features=features, mse=mse)
 
     def _path(self, key: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{key}.npz"
+
+
+def _read(path: Path) -> GameResult:
+    """A result from its file. Raises an error of any type if it is damaged."""
+    with path.open("rb") as file, np.load(file) as stored:
+        saliency, features, mse = (torch.from_numpy(stored[name]) for name in ("saliency", "features", "mse"))
+    if saliency.ndim != 2 or len(features) not in (0, 2) or not all(one.is_floating_point() for one in (saliency, mse)):
+        raise ValueError(f"{path} is not a result of the games")
+    if len(features) and (features.ndim != 3 or mse.shape != features.shape[:2]):
+        raise ValueError(f"{path} has curves of different lengths")
+    return GameResult(saliency, GameCurves(features, mse) if len(features) else None)

@@ -159,7 +159,10 @@ def _check_methods(
         raise ValueError(f"methods need distinct names, but are: {', '.join(names) or 'none'}")
     methods: dict[str, Explainer | Tensor] = {explainer.name: explainer for explainer in explainers}
     for name, array in maps.items():
-        given = torch.from_numpy(np.array(array))
+        values = np.array(array)
+        if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
+            raise ValueError(f"maps {name!r} are of type {values.dtype}: expected numbers, as float32")
+        given = torch.from_numpy(values)
         if given.ndim != 3 or len(given) != len(jobs):
             shape = tuple(given.shape)
             raise ValueError(f"maps {name!r} have shape {shape}: expected one for each prompt, ({len(jobs)}, h, w)")

@@ -10,7 +10,7 @@ import torch
 from dfengine.checks import whole_number
 from dfengine.evaluate.truth import has_distinct_colours
 from dfengine.prompts import ROLES, Prompt
-from dfengine.shapes.world import SIZE, Caption, sample_scenes
+from dfengine.shapes.world import BACKGROUNDS, COLOURS, KINDS, RELATIONS, SIZE, Caption, sample_scenes
 from dfengine.tokens import content_words, word_spans
 
 #: Each round samples four times as many captions as are requested; after this many rounds there are too few.
@@ -23,6 +23,9 @@ def captions(count: int, seed: int = 0) -> list[str]:
     Raises ValueError if there are fewer than `count`.
     """
     count, seed = whole_number("count", count, 1, 10**6), whole_number("seed", seed, 0, 2**63 - 1)
+    shapes = len(KINDS) * len(COLOURS)
+    if count > shapes * len(BACKGROUNDS) * (1 + len(RELATIONS) * shapes):
+        raise ValueError(f"the embedded world has fewer than {count} captions")
     generator, distinct = torch.Generator().manual_seed(seed), dict[str, None]()
     rounds = 0
     while len(distinct) < count:

@@ -198,7 +198,7 @@ def describe(explainer: Explainer) -> dict[str, Any]:
 def rebuild(description: Mapping[str, Any]) -> Explainer:
     """The explainer that `describe` described, with `MissingCallable` for its functions.
 
-    Raises ValueError if its class or one of its settings is not known here.
+    Raises ValueError if its class or one of its settings is not known here, or of another type.
     """
     settings = dict(description)
     name = settings.pop("explainer", None)
@@ -208,12 +208,14 @@ def rebuild(description: Mapping[str, Any]) -> Explainer:
         raise ValueError(f"explainer {name!r} is not known: expected one of {known}, or a newer dfengine")
     if unknown := set(settings) - {one.name for one in dataclasses.fields(entry.explainer)}:
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))} here: read the file with a newer dfengine")
-    return entry.explainer(
-        **{
-            key: MissingCallable(value["function"]) if isinstance(value, dict) and set(value) == {"function"} else value
-            for key, value in settings.items()
-        }
-    )
+    values = {
+        key: MissingCallable(value["function"]) if isinstance(value, dict) and set(value) == {"function"} else value
+        for key, value in settings.items()
+    }
+    try:
+        return entry.explainer(**values)
+    except TypeError as error:  # a file may have been written by anybody
+        raise ValueError(f"the settings of {name} are not of the types that it has: {error}") from None
 
 
 def is_serializable(explainer: Explainer) -> bool:

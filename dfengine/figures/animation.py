@@ -33,6 +33,7 @@ from dfengine.figures.panels import (
     short_model_name,
 )
 from dfengine.figures.selection import computed, within
+from dfengine.files import published
 from dfengine.result import Explanation
 
 #: Inches: longer side of a picture, margins, minimum width of the figure. Then points of text and pixels per inch.
@@ -67,7 +68,8 @@ def animate(
     first, *others = _quantized(list(_frames(result, method, shown)))
     last_seconds = max(_LAST_FRAME_SECONDS, seconds_per_step)
     durations = [round(1000 * seconds_per_step)] * len(others) + [round(1000 * last_seconds)]
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
+    with published(path) as temporary:
+        first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
     return path
 
 

@@ -42,6 +42,7 @@ from dfengine.figures.selection import (
     resolve_steps,
     top_by_mean,
 )
+from dfengine.files import published
 from dfengine.result import COMBINED, Explanation, heatmap
 from dfengine.tokens import content_words, folded
 
@@ -216,7 +217,8 @@ def attention(result: Explanation, words: Sequence[str] | None = None, steps: Se
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, PDF or SVG according to its suffix. Raises ValueError as `check_name` does."""
     path = check_name(path)
-    figure.savefig(path, dpi=200)
+    with published(path) as temporary:
+        figure.savefig(temporary, dpi=200)
     return path
 
 

@@ -14,6 +14,7 @@ from numpy import ndarray
 
 from dfengine.figures import lettering
 from dfengine.figures.panels import COLOURS, FONT_SIZE, GAP, LINE, Figure, heading, hide_axes
+from dfengine.files import published
 
 #: Width of a picture and height of a schedule's row of time-steps, in inches.
 _SIDE, _LINE_HEIGHT = 1.5, 0.32
@@ -79,5 +80,6 @@ def save_images(images: Mapping[str, UInt8[ndarray, "H W 3"]], folder: Path) -> 
     """Write images as `name`.png into a folder, which is created if necessary; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
-        imsave(folder / f"{name}.png", image)
+        with published(folder / f"{name}.png") as temporary:
+            imsave(temporary, image)
     return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from typing import Any
 
 from dfengine.figures.forms import check_name
 from dfengine.figures.panels import COLOURS, OPACITY, colour_table
+from dfengine.files import published
 from dfengine.report.packing import pack
 from dfengine.result import Explanation
 from dfengine.store import StoredItem
@@ -41,13 +41,8 @@ def write(
     out, items = check_name(out, (".html", ".htm")), [items] if isinstance(items, Explanation) else list(items)
     if not items:
         raise ValueError("there is no image to show: pass at least one that is generated")
-    partial = out.with_name(f".{out.name}.new")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(_parts(items, title or _title(items), on_progress))
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with published(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_parts(items, title or _title(items), on_progress))
     return out
 
 

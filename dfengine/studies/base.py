@@ -20,6 +20,7 @@ from dfengine.diffusion.job import Job
 from dfengine.engine import Engine
 from dfengine.explain import Explainer
 from dfengine.figures import Figure
+from dfengine.files import check_local, published
 from dfengine.prompts import Prompt
 
 Method = str | Explainer
@@ -53,10 +54,11 @@ class Study:
 
     def save(self, folder: str | Path) -> Path:
         """Write table.md, table.json and every figure as PNG and PDF into a folder; returns the folder."""
-        folder = Path(folder)
+        folder = check_local(Path(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(self.table() + "\n", encoding="utf-8")
-        (folder / "table.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        for name, text in (("table.md", self.table()), ("table.json", self.to_json())):
+            with published(folder / name) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
         for name, figure in self.figures().items():
             drawing.save_both(figure, folder / name)
         return folder

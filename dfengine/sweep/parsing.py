@@ -14,6 +14,8 @@ from dfengine.explain import Explainer
 from dfengine.explain.registry import PRESETS, Entry, entries, entry_of, is_serializable, make, nearest
 from dfengine.prompts import read as read_prompts
 
+#: Seeds of one sweep.
+MAX_SEEDS = 1_000_000
 STAGES = ("uniform", "early", "latter")
 #: Settings of explainers that had another name before version 0.2.
 _RENAMED = {"masks": "mask_kind", "scale": "loss_scale"}
@@ -60,7 +62,11 @@ def parse_prompts(value: Any) -> Any:
 
 def parse_seeds(value: Any) -> tuple[Any, ...]:
     """Seeds, from their number (they start at 0), a list or `{first: ..., count: ...}`."""
-    if isinstance(value, list | tuple | range):
+    if isinstance(value, range):
+        value = {"first": value.start, "count": len(value)} if value.step == 1 else list(value[: MAX_SEEDS + 1])
+    if isinstance(value, list | tuple):
+        if len(value) > MAX_SEEDS:
+            raise ValueError(f"more than {MAX_SEEDS:,} seeds are not possible")
         return tuple(value)
     first, count = 0, value
     if isinstance(value, Mapping):
@@ -68,8 +74,9 @@ def parse_seeds(value: Any) -> tuple[Any, ...]:
         first, count = value.get("first", 0), value.get("count", 1)
     if type(first) is not int or type(count) is not int:
         raise ValueError(f"{value!r} is not valid: expected a number, a list, or {{first: 100, count: 8}}")
-    if count < 1:
-        raise ValueError(f"{count} seeds are not possible: expected at least 1")
+    if not 1 <= count <= MAX_SEEDS:
+        limit = "at least 1" if count < 1 else f"at most {MAX_SEEDS:,}"
+        raise ValueError(f"{count} seeds are not possible: expected {limit}")
     return tuple(range(first, first + count))
 
 
@@ -105,10 +112,13 @@ def parse_explainer(value: Any, preset: str) -> Explainer:
     for key, setting in settings.items():
         if key != "preset":
             setting = [setting] if key in repeated and isinstance(setting, str) else setting
+            setting = tuple(setting) if isinstance(setting, list) else setting
             try:
-                values[key] = TypeAdapter(types[key]).validate_python(setting)
+                values[key] = TypeAdapter(types[key]).validate_python(setting, strict=True)
             except ValidationError as error:  # of a union it has an error for each alternative
                 raise ValueError(f"{name}.{key}: {setting!r} is not possible: {error.errors()[0]['msg']}") from error
+            if isinstance(values[key], float) and not math.isfinite(values[key]):
+                raise ValueError(f"{name}.{key}: {values[key]} is not possible: expected a finite number")
     try:
         return make(name, preset, **values)
     except (TypeError, ValueError) as error:

@@ -65,9 +65,10 @@ def prepare(
 ) -> list[store.Unit]:
     """The remaining units of a sweep, in order, after adding to the run folder's plan whatever it does not contain yet.
 
-    A plan only grows: new prompts, seeds, schedules or models are added to it. `profile` is called for each model
-    before anything is written. With `retry_failed`, quarantined items are planned again. Raises ValueError if the path
-    holds another sweep or something else.
+    A plan only grows: new prompts, seeds, schedules or models are added to it. Units of other items, which a larger
+    sweep has added, are left to that. `profile` is called for each model before anything is written. With
+    `retry_failed`, quarantined items are planned again. What killed processes left behind is removed. Raises ValueError
+    if the path holds another sweep or something else.
     """
     store.check_free(path)
     if store.is_folder(path):
@@ -86,9 +87,27 @@ def prepare(
             }
             names = {unit.name for unit in store.planned_units(path)}
             store.plan_units(path, make_units(sweep, profiles, planned, names), spec=sweep.digest)
+        own = own_units(sweep, path)
         if retry_failed:
-            _plan_retries(folder)
-    return list(store.units_left(path, folder.closed()))
+            _plan_retries(folder, own)
+            own = own_units(sweep, path)
+        folder.remove_leftovers()
+    return [unit for unit in store.units_left(path, folder.closed()) if unit.name in own]
+
+
+def own_units(sweep: Sweep, path: Path) -> set[str]:
+    """The names of the planned units that have items of a sweep."""
+    prompts, seeds, schedules = set(sweep.prompts), set(sweep.seeds), [_to_json(one) for one in sweep.schedules]
+    models = [_to_json(one) for one in sweep.models]
+
+    def has_item(unit: store.Unit) -> bool:
+        own = {place for place, schedule in enumerate(unit.schedules) if dict(schedule) in schedules}
+        return any(
+            seed in seeds and schedule in own and unit.prompts[prompt] in prompts
+            for prompt, schedule, seed in unit.items
+        )
+
+    return {unit.name for unit in store.planned_units(path) if dict(unit.model) in models and has_item(unit)}
 
 
 def check_compatible(sweep: Sweep, folder: store.Folder) -> None:
@@ -176,8 +195,8 @@ def _unit_size(sweep: Sweep, profile: ModelProfile, schedules: list[Schedule]) -
     return max(1, min(MAX_UNIT_ITEMS, int(unit_seconds / max(item_seconds, 1e-6) + 1e-6)))
 
 
-def _plan_retries(folder: store.Folder) -> None:
-    """Plan new units of the quarantined items; an interruption at any point loses none of them."""
+def _plan_retries(folder: store.Folder, chosen: Collection[str]) -> None:
+    """Plan new units of the chosen units' quarantined items; an interruption at any point loses none of them."""
     units = list(store.planned_units(folder.path))
     names = {unit.name for unit in units}
     quarantined: dict[str, list[int]] = {}
@@ -185,18 +204,17 @@ def _plan_retries(folder: store.Folder) -> None:
         if one.state == "quarantined":
             quarantined.setdefault(one.unit, []).append(one.item)
     for unit in units:
-        if unit.name not in quarantined:
+        items = [item for item in quarantined.get(unit.name, []) if item < len(unit)]
+        if unit.name not in chosen or not items:
             continue
         original = unit.retry_of or unit.name
         name = next(name for number in itertools.count(1) if (name := f"{original}-retry{number}") not in names)
         names.add(name)
-        retry = replace(
-            unit, name=name, items=tuple(unit.items[item] for item in quarantined[unit.name]), retry_of=original
-        )
+        retry = replace(unit, name=name, items=tuple(unit.items[item] for item in items), retry_of=original)
         # A unit that a worker holds may be about to record another failure: its items wait for the next run.
         with contextlib.suppress(store.Busy), folder.hold(unit.name):
             store.plan_units(folder.path, [retry])
-            store.FailureLog(folder.path, unit).mark_rescheduled(quarantined[unit.name])
+            store.FailureLog(folder.path, unit).mark_rescheduled(items)
 
 
 def _original_units(folder: store.Folder) -> Iterator[store.Unit]:

@@ -15,7 +15,7 @@ import torch
 from dfengine import store
 from dfengine.sweep.driver import Driver, WorkerPool, profile
 from dfengine.sweep.events import Event, ModelProfile, Note, SweepStarted
-from dfengine.sweep.planning import Estimate, estimate, prepare
+from dfengine.sweep.planning import Estimate, estimate, own_units, prepare
 from dfengine.sweep.process_pool import ProcessPool
 from dfengine.sweep.ray_pool import RayPool
 from dfengine.sweep.spec import ModelSpec, SharedSettings, Sweep
@@ -137,16 +137,18 @@ class Outcome:
         return not self.units_left and not self.quarantined
 
 
-def outcome(out: str | Path) -> Outcome:
-    """How much of a run folder's plan is done. Raises StoreError if there is no run folder."""
+def outcome(out: str | Path, sweep: Sweep | None = None) -> Outcome:
+    """How much of a run folder's plan is done, or of a sweep's part of it. Raises StoreError if it is no run folder."""
     path = Path(out).expanduser()
     if not store.is_folder(path):
         raise store.StoreError(f"{path} is not a run folder")
-    folder = store.Folder(path)
+    closed = store.Folder(path).closed()
+    units = {unit.name: unit for unit in store.planned_units(path)}
+    own = set(units) if sweep is None else own_units(sweep, path)
     return Outcome(
-        items=sum(len(unit) for unit in store.planned_units(path) if not unit.retry_of),
-        units_left=sum(1 for _ in store.units_left(path, folder.closed())),
-        quarantined=tuple(one for one in store.failures(path) if one.state == "quarantined"),
+        items=sum(len(units[name]) for name in own if not units[name].retry_of),
+        units_left=sum(unit.name in own for unit in store.units_left(path, closed)),
+        quarantined=tuple(one for one in store.failures(path) if one.state == "quarantined" and one.unit in own),
     )
 
 

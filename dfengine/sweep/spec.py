@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,8 +20,10 @@ from pydantic import (
     model_validator,
 )
 
+import dfengine.checks as checks
 from dfengine.explain import Explainer
 from dfengine.explain.registry import describe, rebuild
+from dfengine.sweep.loading import load
 from dfengine.sweep.parsing import (
     as_list,
     parse_explainer,
@@ -33,6 +35,14 @@ from dfengine.sweep.parsing import (
     rename_steps,
     suggestion,
 )
+from dfengine.text import printable
+
+#: No number is given as true, and none as "7": YAML has types.
+_Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+_Flag = Annotated[bool, Field(strict=True)]
+_Size = Annotated[int, Field(ge=1, strict=True)]
+#: Every item is a line's part of the plan on disk, and is compared in memory: more are several sweeps.
+_MAX_ITEMS = 10_000_000
 
 
 class _Settings(BaseModel):
@@ -44,10 +54,10 @@ class Schedule(_Settings):
 
     sampling: Annotated[Any, BeforeValidator(parse_sampling)] = "uniform"
     """as for `Engine.job`: "uniform", "early", "latter" or a list of time-steps"""
-    num_steps: Annotated[int, Field(ge=1)] = 30
-    gamma: Annotated[float, Field(allow_inf_nan=False)] = 60.0
+    num_steps: Annotated[int, Field(ge=1, strict=True)] = 30
+    gamma: _Finite = 60.0
     """shift of early and latter sampling; 0 for the others, which do not use it"""
-    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    guidance: _Finite | None = None
     """guidance scale; None for the model's own"""
 
     @model_validator(mode="before")
@@ -68,8 +78,8 @@ class ModelSpec(_Settings):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     variant: str | None = None
     revision: str | None = None
-    random_weights: bool = False
-    image_size: tuple[int, int] | None = None
+    random_weights: _Flag = False
+    image_size: tuple[_Size, _Size] | None = None
     """(height, width) in pixels"""
 
     @model_validator(mode="before")
@@ -91,7 +101,9 @@ class Sweep(_Settings):
 
     prompts: Annotated[tuple[str, ...], BeforeValidator(parse_prompts), Field(min_length=1)]
     seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], BeforeValidator(parse_seeds), Field(min_length=1)
+        tuple[Annotated[int, Field(ge=0, lt=2**63, strict=True)], ...],
+        BeforeValidator(parse_seeds),
+        Field(min_length=1),
     ] = (0,)
     schedules: Annotated[tuple[Schedule, ...], BeforeValidator(parse_schedules), Field(min_length=1)] = (Schedule(),)
     models: Annotated[tuple[ModelSpec, ...], BeforeValidator(as_list), Field(min_length=1)] = (ModelSpec(),)
@@ -101,12 +113,12 @@ class Sweep(_Settings):
         tuple[Annotated[Any, BeforeValidator(_explainer)], ...], BeforeValidator(as_list), Field(min_length=1)
     ]
     negative_prompt: str = ""
-    previews: bool = False
+    previews: _Flag = False
     """whether to keep the image predicted at each step"""
     compression: Literal["gzip", "none"] = "gzip"
-    mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
+    mantissa_bits: Annotated[int, Field(ge=1, le=23, strict=True)] = 23
     """precision of errors, layers' maps and words' maps in the files"""
-    unit_minutes: Annotated[float, Field(gt=0)] = 5.0
+    unit_minutes: Annotated[_Finite, Field(gt=0)] = 5.0
     """approximate time that a worker spends on one file"""
 
     @model_validator(mode="before")
@@ -136,17 +148,29 @@ class Sweep(_Settings):
         for text in (value for value in values if isinstance(value, str)):
             if not text.strip():
                 raise ValueError("a prompt is empty: say what the image should show")
-            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError(f"{text!r} contains half of a surrogate pair: it is not valid text")
+            checks.text("text", text)
         return tuple(dict.fromkeys(values))
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _check_text(cls, text: str) -> str:
+        checks.text("text", text)
+        return text
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:
         names = [explainer.name for explainer in self.explainers]
+        for name in names:
+            checks.text("name", name)
+            if not name.strip():
+                raise ValueError("the name of an explainer is empty: its maps are stored under it")
         if len(set(names)) < len(names):
             raise ValueError(
                 f"explainers share a name ({', '.join(names)}): give each its own, as in - rise: {{name: rise-global}}"
             )
+        size = math.prod(map(len, (self.prompts, self.seeds, self.schedules, self.models)))
+        if size > _MAX_ITEMS:
+            raise ValueError(f"{size:,} items are not possible: expected at most {_MAX_ITEMS:,}, or several sweeps")
         for schedule in self.schedules:
             if self.preset == "xdiffusion" and schedule.sampling in ("early", "latter") and schedule.gamma == 0:
                 raise ValueError(
@@ -195,12 +219,7 @@ def read(path: str | Path) -> Sweep:
     invalid values.
     """
     path = Path(path).expanduser()
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    given = load(path)
     if not isinstance(given, dict):
         raise ValueError(f"{str(path)!r} is not a sweep: expected keys, at least prompts and explainers")
     prompts = given.get("prompts")
@@ -209,7 +228,7 @@ def read(path: str | Path) -> Sweep:
     try:
         return Sweep.model_validate(given)
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(map(_error_message, error.errors()))}") from error
+        raise ValueError(printable(f"{path}: {'; '.join(map(_error_message, error.errors()))}")) from error
 
 
 def _error_message(error: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from dfengine.runtime.tuning import device_name
 from dfengine.sweep.events import Closed, Event, Failed, Progress
 from dfengine.sweep.spec import Schedule, SharedSettings
 
+log = logging.getLogger(__name__)
 #: Seconds between two progress events.
 PROGRESS_SECONDS = 0.5
 
@@ -93,16 +96,33 @@ def _plan_unit(
             jobs[item] = make_job(engine, shared, unit.prompts[prompt], schedules[schedule], seed)
         except ValueError as error:
             refuse(item, error)
+    jobs = _distinct(jobs, unit)
     try:
-        return list(jobs), engine.plan(list(jobs.values()), shared.explainers), refused
+        plan = engine.plan(list(jobs.values()), shared.explainers)
+        if jobs:
+            plan.file_plan(engine.denoiser, previews=shared.previews)
+        return list(jobs), plan, refused
     except ValueError:  # of one item or several: plan each alone to find them
         planned = {}
         for item, job in jobs.items():
             try:
-                planned[item] = engine.plan([job], shared.explainers).jobs[0]
+                alone = engine.plan([job], shared.explainers)
+                alone.file_plan(engine.denoiser, previews=shared.previews)
+                planned[item] = alone.jobs[0]
             except ValueError as error:
                 refuse(item, error)
         return list(planned), Plan(tuple(planned.values()), shared.explainers), refused
+
+
+def _distinct(jobs: Mapping[int, Job], unit: store.Unit) -> dict[int, Job]:
+    """The jobs without those that an earlier one equals: schedules can differ in name and have the same time-steps."""
+    first: dict[str, int] = {}
+    for item, job in jobs.items():
+        equal = first.setdefault(json.dumps([job.prompt, job.negative_prompt, job.seed, job.settings]), item)
+        if equal != item:
+            names = (unit.schedules[unit.items[one][1]]["sampling"] for one in (equal, item))
+            log.info("schedules %s and %s are the same on this model: their images are made once", *names)
+    return {item: jobs[item] for item in first.values()}
 
 
 class _UnitRun:

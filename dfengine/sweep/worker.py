@@ -22,6 +22,7 @@ from dfengine.runtime.tuning import device_name
 from dfengine.sweep.events import Event, ItemCost, ModelProfile, Note, Refused, UnitBusy, WorkerReady
 from dfengine.sweep.spec import ModelSpec, Schedule, SharedSettings
 from dfengine.sweep.unit import error_text, explain_unit, make_job
+from dfengine.text import printable
 
 #: A model is refused if none of this many prompts is possible.
 _MAX_TRIED_PROMPTS = 16
@@ -83,7 +84,7 @@ class Worker:
         except Exception as error:
             if not isinstance(error, ValueError | OSError):
                 traceback.print_exc(file=sys.stderr)
-            yield Refused(error_text(error))
+            yield Refused(printable(error_text(error)))
         yield from self._take_notes()
         yield WorkerReady()
 
@@ -161,9 +162,9 @@ def _collect_notes(notes: deque[str]) -> None:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
+            notes.append(printable(record.getMessage()))
 
     log = logging.getLogger("dfengine")
     log.setLevel(logging.INFO)
     log.addHandler(Handler(logging.INFO))
-    warnings.showwarning = lambda message, *_: notes.append(str(message))
+    warnings.showwarning = lambda message, *_: notes.append(printable(message))

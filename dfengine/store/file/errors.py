@@ -17,6 +17,7 @@ _EXPLANATIONS = {
     errno.ENOENT: "the folder does not exist: create it first",
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.EISDIR: "it is a folder: name a file in it",
+    errno.ELOOP: "it is a symbolic link, which is not followed: remove it",
     errno.EACCES: "permission denied: its folder must be writable",
     errno.EPERM: "permission denied: its folder must be writable",
     errno.ENAMETOOLONG: "its name is too long for the file system: choose a shorter one",

@@ -6,12 +6,15 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from dfengine.store.file.plan import StoreError
+from dfengine.text import printable
 
 _MOUNTS = Path("/proc/self/mounts")
 _NETWORK = (
@@ -37,7 +40,29 @@ def warn_of_network_storage(path: Path) -> None:
     """Warn if a result is written elsewhere first."""
     if working_path(path) != path:
         kind, part = network_storage(path.parent), part_path(path)
-        warnings.warn(f"{path} is on {kind} storage: it is written as {part} and copied on completion", stacklevel=3)
+        note = f"{path} is on {kind} storage: it is written as {part} and copied on completion"
+        warnings.warn(printable(note), stacklevel=3)
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError unless it is a file: reading a pipe or a device would wait for ever."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "")
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a pipe, a socket or a device, not a file")
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file of a run folder. Raises OSError, also for what is not a file."""
+    check_regular(path)
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, in place of what was left there; a link is replaced, not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def network_storage(folder: Path) -> str:
@@ -87,7 +112,8 @@ def publish_file(part: Path, path: Path) -> None:
     else:
         copy = temporary_path(path)
         try:
-            shutil.copyfile(part, copy)
+            with part.open("rb") as source, create(copy) as target:
+                shutil.copyfileobj(source, target)
             fsync(copy)
             copy.replace(path)
         finally:
@@ -106,9 +132,10 @@ def fsync(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically; it is on the disk when this returns."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    temporary.write_text(text)
+    """Replace a small file atomically; it is on the disk when this returns. Its writer holds a lock."""
+    temporary = temporary_path(path)
+    with create(temporary) as file:
+        file.write(text.encode(errors="surrogateescape"))
     fsync(temporary)
     temporary.replace(path)
     fsync(path.parent)
@@ -116,7 +143,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Append lines to a file that several processes append to. They stay together, and are on the disk on return."""
-    with path.open("a+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644), "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))

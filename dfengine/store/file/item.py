@@ -154,7 +154,7 @@ class StoredItem(Explanation):
     def timesteps(self) -> Shaped[np.ndarray, " steps"]:
         """The scheduler's time-steps, integers if all are whole. Raises StoreError if they are not stored yet."""
         steps = self._read_trajectory("schedule/timestep")
-        return steps.astype(np.int64) if (steps == np.round(steps)).all() else steps
+        return steps.astype(np.int64) if (steps == np.round(steps)).all() and (abs(steps) < 2**53).all() else steps
 
     @property
     def signal(self) -> Float[np.ndarray, " steps"]:

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dfengine.store.file.plain import load_json, typed
+from dfengine.text import printable
+
 #: Settings that follow from others: two plans are compared by them only if nothing else differs.
 _DERIVED = re.compile(r"items\..*\.(key|tokens|spans|words)|layers\..*|layers")
 #: The options that determine a list of time-steps.
@@ -16,7 +19,13 @@ _PRESENTATION = re.compile(r"methods\..*\.(label|form|hot)")
 
 
 class StoreError(ValueError):
-    """A file cannot be written or read as requested. The message is one line: the cause, and what to do about it."""
+    """A file cannot be written or read as requested. The message is one line: the cause, and what to do about it.
+
+    It may quote a file that somebody else wrote: what a terminal would act on is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Busy(StoreError):
@@ -79,7 +88,8 @@ class Plan:
     `mantissa_bits` (10 halve their size on disk, 23 are exact); saliency is always exact. `settings` apply to the whole
     file. All settings must be JSON values, and are read back as JSON returns them (tuples become lists).
 
-    Raises StoreError for duplicate names, empty sizes, a seed outside [0, 2^64), or a NUL character in a prompt.
+    Raises StoreError for duplicate or empty names, empty sizes, a seed outside [0, 2^64), spans that do not match the
+    tokens, or a NUL character in a text.
     """
 
     items: tuple[Item, ...]
@@ -102,6 +112,7 @@ class Plan:
             if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
                 raise StoreError(f"duplicate {what}: {', '.join(repeated)}; each must be unique")
         sizes = {"items": len(self.items), "num_steps": self.num_steps, "latent": min(self.latent)}
+        sizes |= {f"layer {name}": min(size) for name, size in self.layers}
         for what, size in (sizes | {"image": min(self.image)}).items():
             if size < 1:
                 raise StoreError(f"{what} has size {size}: expected at least 1")
@@ -110,6 +121,17 @@ class Plan:
                 raise StoreError(f"seed {item.seed} is outside [0, 2^64)")
             if "\0" in item.prompt + item.negative_prompt:
                 raise StoreError(f"prompt {item.prompt!r} contains a NUL character: remove it")
+            if "\0" in "".join((item.key, *item.tokens, *item.words)):
+                raise StoreError(f"a token or word of {item.prompt!r} contains a NUL character: remove it")
+            if len(item.spans) not in (0, len(item.tokens)):
+                raise StoreError(f"{item.prompt!r} has {len(item.tokens)} tokens and {len(item.spans)} spans")
+        for method in self.methods:
+            if not method.name.strip() or "\0" in method.name:
+                raise StoreError(f"{method.name!r} cannot be the name of a method: give it a name in plain text")
+            if method.num_masks < 0:
+                raise StoreError(f"method {method.name!r} has {method.num_masks} masks: expected 0 or more")
+        if named := [name for name, _ in self.layers if not name or "\0" in name]:
+            raise StoreError(f"{named[0]!r} cannot be the name of a layer: give it a name in plain text")
         if not 1 <= self.mantissa_bits <= 23:
             raise StoreError(f"mantissa_bits is {self.mantissa_bits}: expected 1 to 23 (23 is exact)")
 
@@ -122,19 +144,11 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan that `to_json` wrote."""
-        values = json.loads(text)
-        values["items"] = tuple(
-            Item(
-                **item
-                | {"tokens": tuple(item["tokens"]), "words": tuple(item["words"])}
-                | {"spans": tuple(tuple(span) for span in item.get("spans", ()))}
-            )
-            for item in values["items"]
-        )
-        values["methods"] = tuple(Method(**method) for method in values["methods"])
-        values["layers"] = tuple((name, tuple(size)) for name, size in values["layers"])
-        return cls(**values | {"latent": tuple(values["latent"]), "image": tuple(values["image"])})
+        """The plan that `to_json` wrote. Raises ValueError for anything else."""
+        plan: Plan = typed(load_json(text), cls, "plan")
+        for item in plan.items:
+            _check_inputs(item.settings)
+        return plan
 
     def differences(self, other: "Plan") -> list[str]:
         """Each setting that differs, as "name (this plan's value, now the other's)"; empty if the plans are equal.
@@ -164,6 +178,15 @@ class Plan:
         if "num_steps" in changed:  # the lists then differ too
             changed = {name: values for name, values in changed.items() if not name.startswith(_TIMESTEPS)}
         return sorted(unshared) + [f"{name} {values}" for name, values in changed.items()]
+
+
+def _check_inputs(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if an input that is drawn or printed is not of its type."""
+    guidance, timesteps = settings.get("guidance", 1.0), settings.get("timesteps", [0])
+    if type(guidance) not in (int, float) or not isinstance(settings.get("image"), str | None):
+        raise ValueError(f"guidance is {guidance!r:.60}: expected a number, and an image's hash or null")
+    if type(timesteps) is not list or not timesteps or not set(map(type, timesteps)) <= {int, float}:
+        raise ValueError(f"timesteps is {timesteps!r:.60}: expected numbers")
 
 
 def _to_plain(value: Any) -> dict[str, Any]:

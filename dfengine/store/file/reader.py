@@ -1,6 +1,6 @@
 """The reader of one file, whether it is finished, being written, or left behind by a killed process."""
 
-import json
+import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,11 @@ import h5py
 import numpy as np
 from jaxtyping import Bool
 
-from dfengine.store.file import schema, version1
+from dfengine.store.file import checking, schema, version1
 from dfengine.store.file.errors import explain_error
-from dfengine.store.file.files import part_path
+from dfengine.store.file.files import check_regular, part_path
 from dfengine.store.file.item import StoredItem
+from dfengine.store.file.plain import load_json, typed
 from dfengine.store.file.plan import NoSuchItem, Plan, StoreError
 
 if TYPE_CHECKING:
@@ -21,26 +22,47 @@ if TYPE_CHECKING:
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SWMR_FLAG = 4
+#: Of metadata in a file that is being written: 0.3 seconds.
+_READ_ATTEMPTS = 28
 
 
 class Run:
     """An open file: a sequence of its items. A context manager that closes it; `open` creates one."""
 
     def __init__(self, path: Path, h5: h5py.File, *, live: bool, item: type[StoredItem] = StoredItem) -> None:
-        """`live` marks a file that is being written, whose datasets are refreshed before each read."""
+        """`live` marks a file that is being written, whose datasets are refreshed before each read.
+
+        Raises ValueError if the file is not what its plan says.
+        """
         self.path = path
         self._item = item
         self._h5 = h5
         self._live = live
         self.format_version = int(h5.attrs["format_version"])
-        plan = Plan.from_json(h5.attrs["plan"])
+        texts = checking.read_texts(h5)
+        plan = Plan.from_json(texts["plan"])
         self.plan = plan if self.format_version > 1 else version1.upgrade(plan)
         self.layout = schema.layout(self.plan)
         """every dataset by path, with the lengths of its axes, as of the current format version"""
-        self.run_id: str = h5.attrs["run_id"]
-        self.merged_from: list[dict[str, Any]] = json.loads(h5.attrs.get("merged_from", "[]"))
+        self.run_id = texts["run_id"]
+        self.merged_from = [_read_source(one) for one in load_json(texts.get("merged_from", "[]"))]
         """for a merged file, the files that it was merged from, with run id and environment"""
-        self.environment: dict[str, str] = json.loads(h5.attrs["environment"])
+        self.environment: dict[str, str] = _read_environment(load_json(texts["environment"]))
+        self._datasets = checking.open_datasets(h5, self._expected())
+
+    def _expected(self) -> dict[str, checking.Expected]:
+        """What the plan says about each dataset, by its path in the file."""
+        expected = {}
+        for path, (dataset, size) in self.layout.items():
+            stored_path, dtype, _ = version1.SCHEDULE[path] if self.is_converted(path) else (path, dataset.dtype, None)
+            # Markers and times are read for all items at once, everything else as one chunk of the schema.
+            is_whole = dataset.group == "items" and not dataset.marker
+            piece = tuple(
+                length if is_whole or axis.endswith("*") else 1
+                for axis, length in zip(dataset.axes.split(), size.values(), strict=True)
+            )
+            expected[stored_path] = checking.Expected(dtype, tuple(size.values()), piece)
+        return expected
 
     def __enter__(self) -> "Run":
         return self
@@ -75,9 +97,14 @@ class Run:
         """Whether every item is finished and the file is closed; otherwise it is being written or was interrupted."""
         return not self._live and bool(np.isfinite(self.read("items/seconds", {})).all())
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of the file at the moment."""
+        return os.fstat(self._h5.id.get_vfd_handle()).st_size
+
     def read(self, path: str, where: Mapping[str, Any]) -> np.ndarray:
         """The current values of a dataset at the given axes. Raises StoreError if they are damaged."""
-        stored_path, convert = version1.SCHEDULE[path] if self.is_converted(path) else (path, None)
+        stored_path, _, convert = version1.SCHEDULE[path] if self.is_converted(path) else (path, "", None)
         try:
             values = np.asarray(self.dataset(stored_path)[self.layout[path][0].index(where)])
         except (OSError, RuntimeError, KeyError) as error:
@@ -91,8 +118,8 @@ class Run:
         return self.format_version == 1 and path in version1.SCHEDULE
 
     def dataset(self, path: str) -> h5py.Dataset:
-        """A dataset as stored in the file, up to date. Raises KeyError if the file has none of this path."""
-        dataset = self._h5["entry"][path]
+        """A dataset as stored in the file, up to date. Raises KeyError if the plan has none of this path."""
+        dataset = self._datasets[path]
         if self._live:
             dataset.refresh()
         return dataset
@@ -125,7 +152,7 @@ class Run:
             "path": str(self.path),
             "format_version": self.format_version,
             "finished": self.finished,
-            "bytes": os.fstat(self._h5.id.get_vfd_handle()).st_size,
+            "bytes": self.num_bytes,
             "run_id": self.run_id,
             "model": plan.model,
             "settings": dict(plan.settings),
@@ -188,6 +215,7 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
     """
     path = Path(path)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             head = file.read(12)
     except FileNotFoundError:
@@ -201,7 +229,7 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
         raise StoreError(f"{path} is not an HDF5 file")
     live = head[8:9] == b"\x03" and bool(head[11] & _SWMR_FLAG)
     try:
-        h5 = h5py.File(path, "r", swmr=live)
+        h5 = _open_live(path) if live else h5py.File(path, "r")
     except OSError as error:
         raise StoreError(_explain_open_error(path, error)) from error
     try:
@@ -210,9 +238,22 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
     except StoreError:
         h5.close()
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # the library's errors for damaged files are of any type
         h5.close()
         raise StoreError(f"{path} is damaged: its description cannot be read ({explain_error(error)})") from error
+
+
+def _open_live(path: Path) -> h5py.File:
+    """The file as its writer is writing it, or was when it was killed.
+
+    HDF5 then reads metadata again, after twice the time, if a checksum is wrong: by default a hundred times, which for
+    a damaged file is for ever. h5py has no function for that number.
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    hdf5 = ctypes.CDLL(h5py.h5p.__file__)  # through which the library is found that h5py uses
+    hdf5.H5Pset_metadata_read_attempts(ctypes.c_int64(access.id), ctypes.c_uint(_READ_ATTEMPTS))
+    flags = h5py.h5f.ACC_RDONLY | h5py.h5f.ACC_SWMR_READ
+    return h5py.File(h5py.h5f.open(os.fsencode(path), flags, fapl=access))
 
 
 def _explain_open_error(path: Path, error: OSError) -> str:
@@ -224,10 +265,24 @@ def _explain_open_error(path: Path, error: OSError) -> str:
     return f"{path} is damaged: {explain_error(error)}"
 
 
+def _read_environment(values: Any) -> dict[str, str]:
+    environment: dict[str, str] = typed(values, Mapping[str, str], "environment")
+    return environment
+
+
+def _read_source(values: Any) -> dict[str, Any]:
+    """One of the files that a file was merged from."""
+    source: dict[str, Any] = typed(values, Mapping[str, Any], "merged_from")
+    named = {name: typed(source.get(name), str, f"merged_from.{name}") for name in ("file", "run_id")}
+    return {**source, **named, "environment": _read_environment(source.get("environment"))}
+
+
 def _check_format(path: Path, h5: h5py.File) -> None:
-    if h5.attrs.get("format") != schema.FORMAT:
+    if str(h5.attrs.get("format")) != schema.FORMAT:
         raise StoreError(f"{path} is an HDF5 file, but dfengine did not write it")
     version = int(h5.attrs["format_version"])
+    if version < 1:
+        raise ValueError(f"its format version is {version}")
     if version > schema.FORMAT_VERSION:
         supported = schema.FORMAT_VERSION
         raise StoreError(

@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dfengine.store.file.checking import CHECKSUM, checksum
 from dfengine.store.file.plan import Plan, StoreError
 from dfengine.store.file.schema import FORMAT, FORMAT_VERSION, Dataset, layout, prompts, resolutions, sizes
 
@@ -29,7 +30,8 @@ def build_file(plan: Plan, *, compression: str, attributes: Mapping[str, str]) -
         datasets = layout(plan)
         groups = list(dict.fromkeys(dataset.group for dataset, _ in datasets.values()))
         h5.attrs.update({"NX_class": "NXroot", "default": "entry", "format": FORMAT, "format_version": FORMAT_VERSION})
-        h5.attrs.update({"plan": plan.to_json(), "model": plan.model, **attributes})
+        texts = {"plan": plan.to_json(), "model": plan.model, **attributes}
+        h5.attrs.update(texts | {CHECKSUM: checksum(texts)})
         entry = h5.create_group("entry")
         entry.attrs.update({"NX_class": "NXentry", "default": groups[0]})
         for name in groups:

@@ -12,11 +12,11 @@ import numpy as np
 
 from dfengine.store.file.plan import Method, Plan
 
-#: By current path: the path in a file of version 1, and the conversion of its values.
-SCHEDULE: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "schedule/timestep": ("schedule/timestep", lambda timestep: timestep.astype(np.float64)),
-    "schedule/signal": ("schedule/alpha_bar", np.sqrt),
-    "schedule/noise": ("schedule/alpha_bar", lambda alpha_bar: np.sqrt(1 - alpha_bar)),
+#: By current path: the path and type in a file of version 1, and the conversion of its values.
+SCHEDULE: dict[str, tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = {
+    "schedule/timestep": ("schedule/timestep", "i4", lambda timestep: timestep.astype(np.float64)),
+    "schedule/signal": ("schedule/alpha_bar", "f8", lambda alpha_bar: np.sqrt(np.clip(alpha_bar, 0, 1))),
+    "schedule/noise": ("schedule/alpha_bar", "f8", lambda alpha_bar: np.sqrt(1 - np.clip(alpha_bar, 0, 1))),
 }
 
 #: By the explainer's class: its current name, label and form.

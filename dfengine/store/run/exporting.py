@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+from dfengine.files import check_local
 from dfengine.store.file.errors import translate_os_errors
 from dfengine.store.file.files import temporary_path
 from dfengine.store.file.locks import Lock
@@ -19,12 +21,12 @@ def export_zarr(path: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
 
     `xarray.open_zarr` reads it. It appears only when it is complete. Needs xarray and zarr. Raises StoreError if `out`
     exists (with `overwrite`, if it is not a Zarr group) or is being written, there are no items yet, or segments differ
-    in shape.
+    in shape; ValueError if `out` is an address.
     """
-    out = Path(out)
+    out = check_local(Path(out))
     try:
         import xarray  # noqa: F401
-        import zarr  # noqa: F401
+        import zarr
     except ImportError as error:
         raise StoreError(f"export to Zarr needs {error.name}: pip install 'dfengine[zarr]'") from None
     temporary = temporary_path(out)
@@ -37,6 +39,8 @@ def export_zarr(path: str | os.PathLike[str], out: str | os.PathLike[str], *, ov
                 table = table.assign_coords({name: table[name].astype(object) for name in texts})  # of variable length
                 options: dict[str, Any] = {"append_dim": "item"} if number else {"mode": "w-"}
                 table.to_zarr(temporary, consolidated=False, **options)
+            with warnings.catch_warnings(action="ignore"):  # that not every program reads consolidated metadata
+                zarr.consolidate_metadata(temporary)
             _replace_folder(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dfengine.store.file.errors import translate_os_errors
-from dfengine.store.file.files import atomic_write_text
+from dfengine.store.file.errors import explain_error, translate_os_errors
+from dfengine.store.file.files import atomic_write_text, read_text
+from dfengine.store.file.plain import load_json, typed
 from dfengine.store.run.units import Unit, planned_units
+from dfengine.text import printable
 
 #: An item is quarantined after so many failures, each in a new process.
 MAX_FAILURES = 2
@@ -44,6 +47,15 @@ class Failure:
     unit"""
     errors: tuple[str, ...] = ()
     """one for each time it failed alone"""
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What an item's description has."""
+
+    prompt: str
+    seed: int
+    schedule: Mapping[str, Any]
 
 
 class FailureLog:
@@ -154,19 +166,30 @@ def release_units(folder: Path, units: Iterable[str], *, driver: str = "") -> No
 
 def _read_in_progress(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {"driver": None, "items": []}
+        record: dict[str, Any] = typed(load_json(read_text(path)), Mapping[str, Any], "record")
+        return {"driver": record.get("driver"), "items": typed(record.get("items"), tuple[int, ...], "items")}
+    except (OSError, ValueError):
+        return {"driver": None, "items": ()}
 
 
 def _read_failures(path: Path) -> list[Failure]:
+    """The failures of a unit. A damaged file is reported, and its items count as not failed: they are tried again."""
     try:
-        records = json.loads(path.read_text())
+        records = typed(load_json(read_text(path)), tuple[Mapping[str, Any], ...], "failures")
+        return list(map(_read_failure, records))
     except FileNotFoundError:
         return []
-    return [
-        Failure(
-            **record | {"state": _OLD_STATES.get(record["state"], record["state"]), "errors": tuple(record["errors"])}
-        )
-        for record in records
-    ]
+    except (OSError, ValueError) as error:
+        reason = printable(f"{path} cannot be read: {explain_error(error)}")
+        warnings.warn(f"{reason}; its items are tried again", stacklevel=2)
+        return []
+
+
+def _read_failure(record: Mapping[str, Any]) -> Failure:
+    """Raises ValueError if the record is not one of a failure."""
+    state = str(record.get("state"))
+    failure: Failure = typed({**record, "state": _OLD_STATES.get(state, state)}, Failure, "failure")
+    typed(failure.described, _Described, "described")
+    if failure.state == QUARANTINED and not failure.errors:
+        raise ValueError("an item is quarantined without an error")
+    return failure

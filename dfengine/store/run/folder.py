@@ -10,25 +10,25 @@ before. The manifest is only an index of the closed segments.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dfengine.files import check_local
 from dfengine.store.file.errors import translate_os_errors
-from dfengine.store.file.files import append_lines, final_name, fsync, working_path
+from dfengine.store.file.files import append_lines, atomic_write_text, final_name, read_text, working_path
 from dfengine.store.file.locks import Lock
+from dfengine.store.file.plain import load_json, typed
 from dfengine.store.file.plan import Plan, StoreError
 from dfengine.store.file.schema import FORMAT_VERSION
 from dfengine.store.file.writer import Writer
 from dfengine.store.run.segments import Segment, list_segments, parse_name, readable_segments, segment_files
+from dfengine.store.run.units import UNIT_NAME
 
 FOLDER_FORMAT = "dfengine run"
-_UNIT_NAME = re.compile(r"\w[\w.-]*")
 
 
 class Folder:
@@ -52,28 +52,36 @@ class Folder:
                 self._create(run_id or self.path.resolve().name, settings)
         description = read_description(self.path)
         self.run_id: str = description["run_id"]
-        self.settings: dict[str, Any] = description.get("settings", {})
+        self.settings: dict[str, Any] = description["settings"]
         """the settings that all units share, as JSON values"""
 
     def _create(self, run_id: str, settings: Mapping[str, Any]) -> None:
         (self.path / "segments").mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".run.json.{os.getpid()}"
-        format_ = {"format": FOLDER_FORMAT, "format_version": FORMAT_VERSION}
-        temporary.write_text(json.dumps(format_ | {"run_id": run_id, "settings": dict(settings)}))
-        fsync(temporary)
-        with contextlib.suppress(FileExistsError):  # of several processes the first creates it
-            os.link(temporary, self.path / "run.json")
-        temporary.unlink()
-        fsync(self.path)
+        description = {"format": FOLDER_FORMAT, "format_version": FORMAT_VERSION, "run_id": run_id}
+        with self.planning():
+            if not (self.path / "run.json").exists():  # of several processes the first creates it
+                atomic_write_text(self.path / "run.json", json.dumps(description | {"settings": dict(settings)}))
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
         """A lock for the one process that plans units; others wait for it."""
         with translate_os_errors(self.path):
-            lock = (self.path / ".plan.lock").open("w")
+            lock = Lock(self.path / "plan", wait=True)
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left behind: locks that nobody holds, unfinished copies, and parts of units
+        that are closed. What a process is using stays.
+        """
+        closed = self.closed()
+        for path in segment_files(self.path):
+            if parse_name(path.name)["unit"] in closed:
+                self._remove_part(path)
+        for left in [*(self.path / "segments").glob(".*.new"), *(self.path / "segments").glob(".*.lock")]:
+            with contextlib.suppress(StoreError, OSError), Lock(left.with_name(left.name[1 : -len(left.suffix)])):
+                if left.suffix == ".new":
+                    left.unlink(missing_ok=True)
 
     def closed(self) -> set[str]:
         """The units that have a closed segment. Items of theirs that failed are in `failures`."""
@@ -94,7 +102,7 @@ class Folder:
         `options` are those of `Writer.create`. Raises StoreError if the unit is finished or was begun with another
         plan; with `overwrite`, earlier attempts are ignored.
         """
-        if not _UNIT_NAME.fullmatch(unit):
+        if not UNIT_NAME.fullmatch(unit):
             raise StoreError(f"{unit!r} cannot be the name of a unit: use letters, digits, '_', '-' and '.'")
         files = [path for path in segment_files(self.path) if parse_name(path.name)["unit"] == unit]
         attempt = 1 + max((int(parse_name(path.name)["attempt"]) for path in files), default=0)
@@ -142,7 +150,8 @@ class Folder:
 
 
 def check_free(path: Path) -> None:
-    """Raises StoreError if a run folder cannot be created at the path because something else is there."""
+    """Raises ValueError if a run folder cannot be created at the path: something else is there, or it is an address."""
+    check_local(path)
     if path.is_dir() and not is_folder(path) and any(not _is_of_a_run(entry.name) for entry in path.iterdir()):
         raise StoreError(f"{path} is not a run folder, and not empty: name a new or an empty folder")
     if path.exists() and not path.is_dir():
@@ -151,9 +160,8 @@ def check_free(path: Path) -> None:
 
 def _is_of_a_run(name: str) -> bool:
     """Whether an entry of a folder without run.json may belong to another process that is just creating the run."""
-    return name in ("run.json", "manifest.jsonl", "segments", "plan.jsonl", "failures") or name.startswith(
-        (".run.json", ".plan.lock")
-    )
+    names = ("run.json", "manifest.jsonl", "segments", "plan.jsonl", "failures")
+    return name in names or name.startswith((".run.json", ".plan.lock"))
 
 
 def is_folder(path: Path) -> bool:
@@ -164,9 +172,12 @@ def is_folder(path: Path) -> bool:
 def read_description(path: Path) -> dict[str, Any]:
     """The contents of run.json. Raises StoreError if it is unreadable, another program's, or of a newer version."""
     try:
-        description = json.loads((path / "run.json").read_text())
-        is_ours, version = description["format"] == FOLDER_FORMAT, int(description["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        description: dict[str, Any] = typed(load_json(read_text(path / "run.json")), Mapping[str, Any], "run.json")
+        version = typed(description.get("format_version"), int, "format_version")
+        if is_ours := description.get("format") == FOLDER_FORMAT:
+            typed(description.get("run_id"), str, "run_id")
+            typed(description.setdefault("settings", {}), Mapping[str, Any], "settings")
+    except (OSError, ValueError) as error:
         raise StoreError(f"{path} is not a run folder: its run.json cannot be read ({error})") from None
     if not is_ours:
         raise StoreError(f"{path} is not a run folder: dfengine did not write its run.json")

@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 
 from dfengine.store.file import schema, template
-from dfengine.store.file.errors import translate_os_errors
-from dfengine.store.file.files import check_name, publish_file, temporary_path
+from dfengine.store.file.errors import explain_error, translate_os_errors
+from dfengine.store.file.files import check_name, create, publish_file, temporary_path
 from dfengine.store.file.locks import Lock
 from dfengine.store.file.plan import Item, Plan, StoreError
 from dfengine.store.file.reader import Run, open_file
@@ -49,13 +49,14 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], 
             raise StoreError(f"{out} exists already: choose another name, or replace it with --overwrite")
         try:
             content = template.build_file(plan, compression=_compression_of(files[0]), attributes=attributes)
-            temporary.write_bytes(content)
+            with create(temporary) as file:
+                file.write(content)
             with opened_for_writing(temporary) as h5:
                 # All stay open until the end: HDF5 writes when a dataset is closed, and does not report a failure then.
                 targets = {path: h5["entry"][path] for path in schema.layout(plan)}
                 first = 0
-                for file, items in selection.items():
-                    with open_file(file) as run:
+                for source, items in selection.items():
+                    with open_file(source) as run:
                         _copy(run, items, targets, first)
                     first += len(items)
             publish_file(temporary, out)
@@ -114,7 +115,10 @@ def _copy(run: Run, items: Sequence[int], targets: dict[str, h5py.Dataset], firs
         for place, item in enumerate(items, start=first):
             if row.marker and has_equal_chunks:
                 for where in _marked_chunks(row, size, item, marks):
-                    _copy_chunk(source, target, [where.get(axis, 0) for axis in row.axis_names], place)
+                    chunk = _read_chunk(run, path, source, [where.get(axis, 0) for axis in row.axis_names])
+                    if chunk is not None:
+                        offset, filter_mask, content = chunk
+                        target.id.write_direct_chunk((place, *offset[1:]), content, filter_mask)
             elif not row.marker or marks[row.marker][item].any():
                 values = known[path][item] if path in known else run.read(path, {"item": item})
                 target[(place, *map(slice, values.shape))] = values
@@ -124,19 +128,25 @@ def _marked_chunks(
     row: schema.Dataset, size: dict[str, int], item: int, marks: dict[str, np.ndarray]
 ) -> Iterator[dict[str, int]]:
     """The indices, along the axes of chunk length 1, of every chunk of an item whose marker is set."""
-    axes = [axis for axis in row.axes.split() if not axis.endswith("*")]
     marker_axes = schema.MARKERS[row.marker].axis_names
-    for indices in itertools.product([item], *(range(size[axis]) for axis in axes[1:])):
-        where = dict(zip(axes, indices, strict=True))
-        if marks[row.marker][tuple(where[axis] for axis in marker_axes)]:
-            yield where
+    others = [axis for axis in row.axes.split() if not axis.endswith("*") and axis not in marker_axes]
+    for place in np.argwhere(marks[row.marker][item]).tolist():
+        for indices in itertools.product(*(range(size[axis]) for axis in others)):
+            yield dict(zip((*marker_axes, *others), (item, *place, *indices), strict=True))
 
 
-def _copy_chunk(source: h5py.Dataset, target: h5py.Dataset, offset: list[int], place: int) -> None:
-    if source.id.get_chunk_info_by_coord(tuple(offset)).byte_offset is None:
-        return  # never written: the method has no errors, or no scores
-    filter_mask, chunk = source.id.read_direct_chunk(tuple(offset))
-    target.id.write_direct_chunk((place, *offset[1:]), chunk, filter_mask)
+def _read_chunk(run: Run, path: str, dataset: h5py.Dataset, offset: list[int]) -> tuple[list[int], int, bytes] | None:
+    """A chunk as it is stored, with its offset and the filters it lacks; None if it was never written."""
+    try:
+        info = dataset.id.get_chunk_info_by_coord(tuple(offset))
+        if info.byte_offset is None:
+            return None  # the method has no errors, or no scores
+        if info.byte_offset + info.size > run.num_bytes:
+            raise ValueError("it ends before this chunk")
+        filter_mask, content = dataset.id.read_direct_chunk(tuple(offset))
+        return offset, filter_mask, content
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"{run.path} is damaged: {path} cannot be read ({explain_error(error)})") from error
 
 
 def _storage(dataset: h5py.Dataset) -> tuple[Any, ...]:

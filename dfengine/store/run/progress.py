@@ -83,7 +83,7 @@ def _folder_progress(path: Path, opened: RunFolder) -> RunProgress:
     newest = max((run for _, run in runs), key=_modified, default=None)
     return RunProgress(
         path,
-        max(opened.planned, len(opened)),
+        len(opened) if opened.finished else max(opened.planned, len(opened)),
         done,
         sum(failure.state == QUARANTINED for failure in opened.failures),
         opened.finished,
@@ -119,5 +119,7 @@ def _latest_map(run: Run) -> LatestMap | None:
         return None
     index, method, step = (int(place) for place in np.argwhere(done)[-1])
     item, name = run[index], run.plan.methods[method].name
+    if not np.isfinite(item.saliency(name)[step]).any():
+        return None
     timestep = item.timesteps[step].item()
     return LatestMap(item.prompt, item.seed, name, step, timestep, item.image, item.heatmap(name, step))

@@ -20,6 +20,7 @@ from dfengine.store.run.failures import QUARANTINED, failures, units_left
 from dfengine.store.run.folder import is_folder, read_description
 from dfengine.store.run.segments import Segment, list_segments, select_items
 from dfengine.store.run.units import planned_units
+from dfengine.text import printable
 
 if TYPE_CHECKING:
     import xarray
@@ -59,8 +60,10 @@ class RunFolder:
         self.units_left = [unit.name for unit in units_left(path, closed)]
         self.failures = list(failures(path))
         for file in self.lost:
-            warnings.warn(f"{path / 'segments' / file} is missing, although the manifest lists it", stacklevel=3)
+            missing = printable(path / "segments" / file)
+            warnings.warn(f"{missing} is missing, although the manifest lists it", stacklevel=3)
         self._files: OrderedDict[str, Run] = OrderedDict()
+        self._keys = {segment.file: list(segment.progress.keys) for segment in self.segments}
         self._places = select_items(segment.progress for segment in self.segments)
 
     def __enter__(self) -> RunFolder:
@@ -105,7 +108,11 @@ class RunFolder:
         """A segment's file, open. Only the most recently used files stay open."""
         if file not in self._files:
             path = self.path / "segments" / file
-            self._files[file] = open_file(path if path.exists() else path.with_name(final_name(file)))
+            run = open_file(path if path.exists() else path.with_name(final_name(file)))
+            if [item.key for item in run.plan.items] != self._keys[file]:
+                run.close()
+                raise StoreError(f"{path} has other items than manifest.jsonl says, which is an index: delete that")
+            self._files[file] = run
         self._files.move_to_end(file)
         if len(self._files) > _MAX_OPEN_FILES:
             self._files.popitem(last=False)[1].close()

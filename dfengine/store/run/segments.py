@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dfengine.store.file.files import read_text
+from dfengine.store.file.plain import load_json, typed
 from dfengine.store.file.plan import StoreError
 from dfengine.store.file.reader import open_file
 from dfengine.store.file.schema import MARKERS
@@ -56,12 +58,13 @@ class Segment:
 
     @classmethod
     def from_json(cls, line: str) -> Segment:
-        """The segment of a manifest line. Raises ValueError, KeyError or TypeError if the line is damaged."""
-        values = json.loads(line)
-        progress = ItemProgress(*(tuple(values[name]) for name in ("keys", "finished", "marks")))
-        if not len(progress.keys) == len(progress.finished) == len(progress.marks):
+        """The segment of a manifest line. Raises ValueError if the line is damaged."""
+        values = typed(load_json(line), Mapping[str, Any], "segment")
+        lists = {name: values.pop(name, None) for name in ("keys", "finished", "marks")}
+        segment: Segment = typed(values | {"progress": lists}, cls, "segment")
+        if len({len(values) for values in vars(segment.progress).values()}) > 1:
             raise ValueError(f"{line!r} is damaged")
-        return cls(values["file"], values["unit"], values["attempt"], progress)
+        return segment
 
     def to_json(self) -> str:
         named = {"file": self.file, "unit": self.unit, "attempt": self.attempt}
@@ -132,11 +135,11 @@ def parse_name(name: str) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> Iterator[Segment]:
     try:
-        lines = (path / "manifest.jsonl").read_text(errors="replace").splitlines()
-    except FileNotFoundError:
+        lines = read_text(path / "manifest.jsonl").splitlines()
+    except OSError:  # the segments themselves are still there
         return
     for line in lines:
         try:
             yield Segment.from_json(line)
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue  # cut off by a kill; the segment itself is still there

@@ -11,6 +11,7 @@ from dfengine.store.file.item import StoredItem
 from dfengine.store.file.reader import Run
 from dfengine.store.run.failures import QUARANTINED
 from dfengine.store.run.reader import RunFolder
+from dfengine.text import printable
 
 #: The most images, and the most segments and failures, that are listed.
 _MAX_LINES = 20
@@ -19,19 +20,27 @@ _MAX_LINES = 20
 def summary_lines(
     opened: Run | RunFolder, format_settings: Callable[[Mapping[str, Any]], str] = as_call
 ) -> Iterator[str]:
-    """The lines that `dfengine info` prints. `format_settings` formats the settings of an explainer."""
+    """The lines that `dfengine info` prints. `format_settings` formats the settings of an explainer.
+
+    A file may come from anybody: what a terminal would act on is escaped.
+    """
+    return map(printable, _lines(opened, format_settings))
+
+
+def _lines(opened: Run | RunFolder, format_settings: Callable[[Mapping[str, Any]], str]) -> Iterator[str]:
     summary = opened.summary()
     state = "finished" if summary["finished"] else "not finished"
     yield f"{summary['path']}: {state}, {summary['bytes'] / 1e6:.1f} MB"
     for environment in summary.get("environments", [summary.get("environment")]):
         model = ", ".join(summary.get("models", [summary.get("model")]))
         versions = ", ".join(f"{name} {environment[name]}" for name in ("dfengine", "torch") if name in environment)
-        yield f"  made with  {model} on {environment['device']}; {versions}"
+        yield f"  made with  {model} on {environment.get('device', 'an unknown device')}; {versions}"
     each = ""
     if "steps" in summary:
         each = f", {summary['steps']} steps each, {' × '.join(map(str, summary['image']))} pixels"
     duration = f", in {summary['seconds']:.1f} s" if summary["seconds"] else ""
-    planned = max(summary["items"], summary.get("planned", 0))
+    # Items of a plan can be the same work, which is done once.
+    planned = summary["items"] if summary["finished"] else max(summary["items"], summary.get("planned", 0))
     yield f"  images     {summary['trajectories']} of {planned}{each}{duration}"
     for name, method in summary["methods"].items():
         maps = f"{summary['maps_done'][name]} of {summary['maps_planned'][name]} maps"

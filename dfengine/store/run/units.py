@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfengine.store.file.errors import translate_os_errors
-from dfengine.store.file.files import append_lines
+from dfengine.store.file.errors import explain_error, translate_os_errors
+from dfengine.store.file.files import append_lines, check_regular
+from dfengine.store.file.plain import load_json, typed
+from dfengine.store.file.plan import StoreError
+
+#: Names of units are parts of file names.
+UNIT_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,14 @@ class Unit:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Unit:
-        """The unit of a line of the plan. Raises KeyError, TypeError or ValueError if the line is something else."""
-        lists = {name: tuple(values[name]) for name in ("schedules", "prompts")}
-        return cls(**dict(values) | lists | {"items": tuple(map(tuple, values["items"]))})
+        """The unit of a line of the plan. Raises ValueError if the line is something else."""
+        unit: Unit = typed(values, cls, "unit")
+        sizes = len(unit.prompts), len(unit.schedules)
+        if not UNIT_NAME.fullmatch(unit.name) or (unit.retry_of and not UNIT_NAME.fullmatch(unit.retry_of)):
+            raise ValueError(f"{unit.name!r} cannot be the name of a unit")
+        if any(not (0 <= prompt < sizes[0] and 0 <= schedule < sizes[1]) for prompt, schedule, _ in unit.items):
+            raise ValueError(f"{unit.name} has an item without its prompt or schedule")
+        return unit
 
 
 def plan_units(folder: Path, units: Iterable[Unit], *, spec: str = "") -> None:
@@ -58,24 +69,28 @@ def plan_units(folder: Path, units: Iterable[Unit], *, spec: str = "") -> None:
 
 def planned_specs(folder: Path) -> set[str]:
     """The digests of the sweeps that are planned completely."""
-    return {line["planned"] for line in _read_lines(folder) if set(line) == {"planned"}}
+    return {str(line["planned"]) for line in _read_lines(folder) if set(line) == {"planned"}}
 
 
 def planned_units(folder: Path) -> Iterator[Unit]:
     """The units of a run folder's plan, in order; none if it has no plan."""
     for line in _read_lines(folder):
         # A line that is not a unit is a sweep's digest, or was cut off by a kill: planning again adds what is missing.
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(ValueError):
             yield Unit.from_json(line)
 
 
 def _read_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    path = folder / "plan.jsonl"
     try:
-        with (folder / "plan.jsonl").open(encoding="utf-8", errors="replace") as file:
+        check_regular(path)
+        with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
-                    values = json.loads(line)
+                with contextlib.suppress(ValueError):
+                    values = load_json(line)
                     if isinstance(values, dict):
                         yield values
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {explain_error(error)}") from error
