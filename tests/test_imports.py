@@ -16,7 +16,7 @@ MAY_IMPORT = {
     component: set(components.split())
     for component, components in {
         "checks": "",
-        "tokens": "",
+        "tokens": "checks",
         "text": "",
         "files": "text",
         "dfkernels": "",
