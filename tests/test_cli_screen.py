@@ -39,9 +39,7 @@ def test_text_is_left_alone(text: str) -> None:
 def test_escapes_within_json_are_its_own() -> None:
     value = {"text": HOSTILE}
     assert json.loads(screen.printable(json.dumps(value))) == value
-    assert json.loads(screen.printable(json.dumps({"text": HOSTILE[:-1]}, ensure_ascii=False))) == {
-        "text": HOSTILE[:-1]
-    }
+    assert json.loads(screen.printable(json.dumps(value, ensure_ascii=False))) == value
 
 
 def test_everything_is_printed_by_the_screen() -> None:
@@ -51,7 +49,7 @@ def test_everything_is_printed_by_the_screen() -> None:
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in ("print", "typer.echo", "err.print", "screen.err.print")
+        and re.fullmatch(r"print|(typer\.)?echo|(screen\.)?err\.print", ast.unparse(node.func))
     }
     assert printing == {"screen.py"}
 
@@ -80,7 +78,7 @@ def test_hostile_files_and_options_are_shown_as_they_are(
     printed = run.stdout + run.stderr
     assert printed.replace("\n", "").isprintable(), printed
     if verb == "info":
-        assert printed.count("u009b2J") >= 3, "model, method and prompt"
+        assert printed.count("9b2J") >= 3, "model, method and prompt"
 
 
 def test_errors_notes_and_paths_are_shown_as_they_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -114,9 +112,8 @@ def test_a_log_has_a_line_now_and_then_and_one_at_the_end(
         bar.update(30)
     first, *others, last = capfd.readouterr().err.splitlines()
     assert first == "dfengine: loading the model"
-    assert any(
-        re.fullmatch(r"dfengine: explaining, maps: 20 of 30, [\d.]+ a minute, 0\.\d s left", line) for line in others
-    )
+    line = r"dfengine: explaining, maps: 20 of 30, [\d.]+ a minute, 0\.\d s left"
+    assert any(re.fullmatch(line, other) for other in others)
     assert re.fullmatch(r"dfengine: explaining, maps: 30 of 30, [\d.]+ a minute, 0\.0 s left", last)
 
 

@@ -104,8 +104,10 @@ def explain(
     if as_json:
         screen.say_json({"event": "Outcome", "file": str(out), "seconds": seconds})
         return
+    from dfengine.runtime.tuning import format_duration
+
     names = ", ".join(explainer.name for explainer in explainers)
-    screen.say(f"{out}: {num_steps} steps explained by {names}, in {seconds:.0f} s")
+    screen.say(f"{out}: {num_steps} steps explained by {names}, in {format_duration(seconds)}")
 
 
 def _check(prompt: str, out: Path, overwrite: bool, negative_prompt: str) -> None:

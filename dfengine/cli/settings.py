@@ -61,7 +61,8 @@ def _parameter(option: Option, entries: Mapping[str, Entry]) -> inspect.Paramete
     defaults = {next(one.default for one in entry.options if one.name == option.name) for entry in owners}
     plain = [entry for entry in owners if not _is_preset(entry)] or owners
     kind: Any = list[option.type] if option.is_repeated else option.type  # type: ignore[name-defined]
-    by_type: dict[type, Callable[..., Any]] = {int: options.integer, float: options.real}
+    whole = functools.partial(options.integer, high=2**63 - 1)  # the explainers know their limits
+    by_type: dict[type, Callable[..., Any]] = {int: whole, float: options.real}
     default = next(iter(defaults)) if len(defaults) == 1 else None
     default = " ".join(default) if isinstance(default, tuple) else default
     help = option.help + ("; repeat for several" if option.is_repeated else "")
