@@ -112,7 +112,7 @@ def test_the_fewest_fonts_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_fonts")
 @pytest.mark.filterwarnings("ignore:no installed font")
-@pytest.mark.parametrize("method", ["rise", "cam", "attention"])
+@pytest.mark.parametrize("method", ["rise", pytest.param("attention", marks=pytest.mark.soak)])
 def test_figures_of_chinese_prompts_have_texts_that_fit(method: str) -> None:
     """Measured in letters as wide as those of a Chinese font, one em."""
     result = random_result(CHINESE, steps=6)
