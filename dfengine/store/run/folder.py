@@ -174,7 +174,8 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = typed(load_json(read_text(path / "run.json")), Mapping[str, Any], "run.json")
         version = typed(description.get("format_version"), int, "format_version")
-        if is_ours := description.get("format") == FOLDER_FORMAT:
+        is_ours = description.get("format") == FOLDER_FORMAT
+        if is_ours and version <= FORMAT_VERSION:
             typed(description.get("run_id"), str, "run_id")
             typed(description.setdefault("settings", {}), Mapping[str, Any], "settings")
     except (OSError, ValueError) as error:
