@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,9 @@ _STALE_SECONDS = 600
 def published(path: Path) -> Iterator[Path]:
     """A path beside the given one, with its suffix, for a file that replaces it when the block ends without an error.
 
-    Processes that write the same file at once do not disturb each other: the last one's file stays.
+    Processes and threads that write the same file at once do not disturb each other: the last one's file stays.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_native_id()}.new{path.suffix}")
     remove_stale(path.parent, path.stem)
     temporary.unlink(missing_ok=True)
     try:

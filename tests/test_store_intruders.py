@@ -13,7 +13,7 @@ from dfengine import store
 from dfengine.store.file import template
 from dfengine.store.file.locks import Lock
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
