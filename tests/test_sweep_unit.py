@@ -68,6 +68,18 @@ def maps_by_item(folder):
         }
 
 
+def test_a_run_is_not_continued_with_other_weights(engine, folder):
+    """Neither in a unit that was begun, nor in another of the same model; another model has its own."""
+    first, second = unit_of("1"), dataclasses.replace(unit_of("2"), name="u-00001")
+    assert run_unit(engine, shared(Random()), folder, first)[-1] == Closed("u-00000")
+    changed = Engine(Analytic(lambda x, number: 0.1 * x), batch_size=4)
+    changed.denoiser.schedule = dataclasses.replace(changed.denoiser.schedule, prediction_type="v_prediction")
+    with pytest.raises(store.StoreError, match=r"was begun with other weights of analytic \(\w{16}, now \w{16}\): use"):
+        run_unit(changed, shared(Random()), folder, second)
+    other_model = dataclasses.replace(second, model={"model": "other"})
+    assert run_unit(changed, shared(Random()), folder, other_model)[-1] == Closed("u-00001")
+
+
 @pytest.mark.slow
 def test_maps_equal_those_of_explain(engine, folder):
     rise = Rise(7)

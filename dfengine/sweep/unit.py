@@ -63,6 +63,12 @@ def explain_unit(
         if unit.name in folder.closed():  # by another driver's worker, or by one that died before reporting it
             yield Closed(unit.name)
             return
+        weights = engine.denoiser.fingerprint()
+        if (first := folder.first_weights(unit.model, weights)) != weights:
+            raise store.StoreError(
+                f"{folder.path} was begun with other weights of {engine.denoiser.name} ({first}, now {weights}): use "
+                "those, or a new folder"
+            )
         failures = store.FailureLog(folder.path, unit, driver=driver)
         items, plan, refused = _plan_unit(engine, shared, unit, failures)
         if refused:

@@ -1,7 +1,7 @@
 """The writing side of a run folder, which holds the results of many processes.
 
     run/  run.json  manifest.jsonl  segments/<unit>.<attempt>.h5        (.part.h5 while it is written)
-          plan.jsonl  failures/<unit>.json                              (of a sweep)
+          plan.jsonl  weights.jsonl  failures/<unit>.json               (of a sweep)
 
 A unit is a group of items of one model and one shape. Its segments are its attempts, each of which continues the one
 before. The manifest is only an index of the closed segments.
@@ -96,6 +96,19 @@ class Folder:
         with lock:
             yield
 
+    def first_weights(self, model: Mapping[str, Any], weights: str) -> str:
+        """The fingerprint of a model's weights that the run began with: the given one, if this is its first process."""
+        path, described = self.path / "weights.jsonl", dict(model)
+        with self.planning(), translate_os_errors(path):
+            if path.exists():
+                for line in read_text(path).splitlines():
+                    with contextlib.suppress(ValueError):  # cut off by a kill
+                        values = typed(load_json(line), Mapping[str, Any], "weights.jsonl")
+                        if values.get("model") == described:
+                            return str(values.get("weights"))
+            append_lines(path, [json.dumps({"model": described, "weights": weights})])
+        return weights
+
     def segment(self, unit: str, plan: Plan, *, overwrite: bool = False, **options: Any) -> Writer:
         """A writer for the unit's next attempt, which continues all earlier ones and is listed when it closes.
 
@@ -160,7 +173,7 @@ def check_free(path: Path) -> None:
 
 def _is_of_a_run(name: str) -> bool:
     """Whether an entry of a folder without run.json may belong to another process that is just creating the run."""
-    names = ("run.json", "manifest.jsonl", "segments", "plan.jsonl", "failures")
+    names = ("run.json", "manifest.jsonl", "segments", "plan.jsonl", "weights.jsonl", "failures")
     return name in names or name.startswith((".run.json", ".plan.lock"))
 
 
