@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dfengine import Attention, Cam, Engine, Relevance, Rise
+from dfengine import Attention, Cam, Engine, Random, Relevance, Rise
 from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.job import Job
+from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.evaluate import Sanity, captions, prompts, run_sanity_checks, sanity
+from dfengine.evaluate.intervals import Interval
 from dfengine.evaluate.truth import auroc, has_distinct_colours, largest_region
-from dfengine.explain import Explainer
+from dfengine.explain import Explainer, StepMap
 from dfengine.shapes.world import COLOURS, Caption, render, sample_scenes
 
 
@@ -60,6 +62,30 @@ def test_the_embedded_model_passes(outcome: Sanity) -> None:
 
 
 @pytest.mark.soak
+def test_randomised_maps_are_made_with_other_masks(tiny: Denoiser) -> None:
+    """Maps that are nothing but their masks would otherwise agree with themselves."""
+    seeds: list[int] = []
+
+    class Masks(Random):
+        def explain(self, denoiser: Denoiser, trajectories: Sequence[Trajectory], done: Any = ()) -> Iterator[StepMap]:
+            seeds.extend(path.job.mask_seed for path in trajectories)
+            yield from Random().explain(denoiser, trajectories, done)
+
+    jobs = [Job("a red circle above a blue square on a gray background", (500,), seed=seed) for seed in (0, 1)]
+    layers = tiny.layers()
+    sampled = trajectories(tiny, jobs)
+    sanity._randomise(tiny, layers, [("conv", list(layers)[:1])], sampled, [Masks()], lambda *_: None)
+    own, randomised = seeds[:2], seeds[2:]
+    assert len(randomised) == 2
+    assert all(mine != other for mine, other in zip(own, randomised, strict=True))
+
+
+def test_an_interval_that_reaches_the_bar_does_not_pass(outcome: Sanity) -> None:
+    unsure = {"rise": {"all": Interval(0.6, 0.4, 0.75, 6)}}
+    failure = next(sanity._failures(dataclasses.replace(outcome, randomised=unsure)))
+    assert "rise hardly changes with random weights down to all: rank correlation 0.60 [0.40, 0.75]" in failure
+
+
 def test_the_weights_are_restored(embedded_model: Denoiser, outcome: Sanity) -> None:
     fresh = Engine.from_pretrained("shapes", device="cpu").denoiser
     ours, theirs = (one.unet.state_dict() for one in (embedded_model, fresh))  # type: ignore[attr-defined]

@@ -67,6 +67,25 @@ def test_two_engines_of_one_pipeline_in_two_threads(tiny_folder: Path) -> None:
                 np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
 
+def test_engines_of_one_pipeline_share_a_lock(tiny_folder: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    with quiet():
+        pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    first, second = Engine(pipeline), Engine(pipeline)
+
+    def use() -> None:
+        with second.denoiser.exclusive():
+            pass
+
+    with ThreadPoolExecutor(1) as threads:
+        with first.denoiser.exclusive():
+            waiting = threads.submit(use)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+        waiting.result(timeout=60)
+
+
 def test_a_thread_waits_while_another_uses_the_network(engine: Engine) -> None:
     with ThreadPoolExecutor(1) as threads:
         with engine.denoiser.exclusive():
