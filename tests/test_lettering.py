@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import soak
 from matplotlib.text import Text
 from test_figures import check_texts, random_result
 
@@ -112,7 +113,7 @@ def test_the_fewest_fonts_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_fonts")
 @pytest.mark.filterwarnings("ignore:no installed font")
-@pytest.mark.parametrize("method", ["rise", pytest.param("attention", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("method", ["rise", soak("attention")])
 def test_figures_of_chinese_prompts_have_texts_that_fit(method: str) -> None:
     """Measured in letters as wide as those of a Chinese font, one em."""
     result = random_result(CHINESE, steps=6)
