@@ -24,7 +24,7 @@ def typed(value: Any, hint: Any, place: str) -> Any:
     if type(value) is hint or hint is Any:
         return value
     origin, arguments = _parts(hint)
-    if origin is None and type(value) is dict and is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint) and type(value) is dict:
         hints = _hints(hint)
         if unknown := [name for name in value if name not in hints]:
             raise ValueError(f"{place} has {unknown[0]!r}, which is not known here")
