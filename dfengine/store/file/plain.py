@@ -24,13 +24,12 @@ def typed(value: Any, hint: Any, place: str) -> Any:
     if type(value) is hint or hint is Any:
         return value
     origin, arguments = _parts(hint)
-    if origin is None and type(value) is dict and is_dataclass(hint):
-        kind: Any = hint
-        hints = _hints(kind)
+    if isinstance(hint, type) and is_dataclass(hint) and type(value) is dict:
+        hints = _hints(hint)
         if unknown := [name for name in value if name not in hints]:
             raise ValueError(f"{place} has {unknown[0]!r}, which is not known here")
         try:
-            return kind(**{name: typed(member, hints[name], f"{place}.{name}") for name, member in value.items()})
+            return hint(**{name: typed(member, hints[name], f"{place}.{name}") for name, member in value.items()})
         except TypeError as error:
             raise ValueError(f"{place}: {error}") from None
     if origin is tuple and type(value) is list:
