@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer.main
 from analytic import Analytic
 from commands import dfengine_command, dfengine_fork
 
@@ -48,10 +49,30 @@ def test_everything_is_printed_by_the_screen() -> None:
         path.name
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and re.fullmatch(r"print|(typer\.)?echo|(screen\.)?err\.print", ast.unparse(node.func))
+        if isinstance(node, ast.Call) and re.fullmatch(r"print|.*echo|.*err\.print", ast.unparse(node.func))
     }
     assert printing == {"screen.py"}
+
+
+def test_choices_of_options_are_those_of_the_code() -> None:
+    from dfengine import evaluate
+    from dfengine.cli import build_app
+    from dfengine.explain.registry import PRESETS
+    from dfengine.models.attention import BACKENDS
+    from dfengine.models.loading import DTYPES
+    from dfengine.store.file.template import COMPRESSIONS
+
+    app = typer.main.get_command(build_app(["explain"]))
+    explain, games = app.commands["explain"], app.commands["evaluate"].commands["games"]  # type: ignore[attr-defined]
+    choices = {one.name: one.type_descriptor.choices for one in [*explain.params, *games.params] if one.name != "help"}
+    assert {name: values for name, values in choices.items() if values} == {
+        "preset": PRESETS,
+        "sampling": ("uniform", "early", "latter"),
+        "attention": BACKENDS,
+        "dtype": tuple(DTYPES),
+        "compression": COMPRESSIONS,
+        "distance": evaluate.DISTANCES,
+    }
 
 
 @pytest.fixture(scope="module")

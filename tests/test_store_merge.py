@@ -140,7 +140,7 @@ def test_invalid_merges_are_refused(tmp_path):
     second, out = write_run(tmp_path / "b.h5", other), tmp_path / "all.h5"
     with pytest.raises(
         store.StoreError,
-        match=r"b.h5 has other settings than .*a.h5: random \(removed\); methods.*merge files of equal settings",
+        match=r"b.h5 has other settings than .*a.h5: random \(removed\); keep_probability of .*merge files of equal",
     ):
         store.merge([first, second], out)
     with pytest.raises(store.StoreError, match="there is nothing to merge"):

@@ -189,8 +189,8 @@ def test_prompts_without_concepts_are_measured_word_by_word(engine: Engine) -> N
     (summary,) = study.summaries
     assert list(summary.lines) == list(studies.SCHEDULES)
     assert list(summary.lines["early"]) == ["red", "star", "black", "background"]
-    for prompts, seeds in (([], 1), (TWO, 0)):
-        with pytest.raises(ValueError, match="give at least one of each"):
+    for prompts, seeds, message in (([], 1, "there is no prompt"), (TWO, 0, "num_seeds 0 is not possible")):
+        with pytest.raises(ValueError, match=message):
             studies.concepts(engine, prompts, num_seeds=seeds)
     with pytest.raises(ValueError, match="does not know 'dog'"):
         studies.concepts(engine, [Prompt("a red dog")])

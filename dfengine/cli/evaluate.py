@@ -84,7 +84,7 @@ def games(
         raise ValueError(f"step {max(step)} is outside [0, {num_steps - 1}]: steps index the time-steps")
     if features is not None and not features.exists():
         raise FileNotFoundError(
-            f"{str(features)!r} does not exist: expected a folder or file of an extractor's weights"
+            f"there is no feature extractor at {str(features)!r}: expected its folder, or a file of its weights"
         )
     names = [*(method or []), *(name for number in table or [] for name in evaluate.TABLES[number])]
     default = () if given_maps else evaluate.TABLES[1]
