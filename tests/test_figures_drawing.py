@@ -582,7 +582,7 @@ def test_finished_maps_of_an_unfinished_folder_are_drawn(
         (["--limit", "0"], "'--limit'"),
         (["-o", "{}/run.part.h5"], "is a file: name a folder"),
         (["-o", "{}/no/folder"], "does not exist: create it first"),
-        (["-o", "{}/x.png", "--gif"], "is one picture: name one --method and one --item"),
+        (["-o", "{}/x.png", "--gif"], "--gif has no effect here: it is for a folder of figures"),
         (["-o", "{}/x.png", "--item", "0", "--item", "1"], "is one picture"),
         (["-o", "{}/x.png", "--method", "rise", "--method", "random"], "is one picture"),
         (["-o", "{}/x.gif"], "expected .png, .pdf or .svg"),

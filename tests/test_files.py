@@ -16,7 +16,7 @@ from dfengine.text import printable
     [
         ("a red circle, 猫, café, 👩‍🎨", "a red circle, 猫, café, 👩‍🎨"),
         ("\x1b]0;title\x07\x1b[2J", "\\x1b]0;title\\x07\\x1b[2J"),
-        ("\x9b31m", "\\x9b31m"),
+        ("\x9b31m", "\\u009b31m"),
         ("two\nlines\r\tand\u2028a third", "two\\nlines\\r\\tand\\u2028a third"),
         ("abc\u202ecba\u2066", "abc\\u202ecba\\u2066"),
         ("half \ud83d", "half \\ud83d"),

@@ -169,7 +169,7 @@ def test_inverted_relevance_is_detected(embedded_model: Denoiser, monkeypatch: p
 
 def test_requesting_too_many_captions_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "_MAX_ROUNDS", 0)
-    with pytest.raises(ValueError, match="the embedded world has fewer than 100000000000000000000 captions"):
+    with pytest.raises(ValueError, match=r"count 1[0]+ is not possible: expected a whole number from 1 to"):
         captions(10**20)
     with pytest.raises(ValueError, match="the embedded world has fewer than 30000 captions: 0 were found"):
         captions(30_000)

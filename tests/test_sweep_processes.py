@@ -274,10 +274,17 @@ def test_errors_are_one_line_before_anything_starts(described, tmp_path):
         ("sweep", str(tmp_path / "no.yaml"), "-o", run): "cannot be read: No such file or directory",
         ("sweep", spec, "-o", str(tmp_path / "other")): "is not a run folder, and not empty",
         ("sweep", spec, "-o", spec): "is a file: name a folder",
-        ("sweep", spec, "-o", run, "--workers", "0"): "0 workers are not possible: expected at least 1",
-        ("sweep", spec, "-o", run, "--device", "cuda:1"): "cuda:1' is not possible: expected cpu or cuda; GPUs are",
-        ("worker", spec, "-o", run, "--shard", "3/2"): "shard 3/2 is not possible: expected 1/2 to 2/2",
-        ("worker", spec, "-o", run, "--shard", "two"): "shard 'two' is not understood: expected I/N",
+        ("sweep", spec, "-o", run, "--workers", "0"): "'0' is not possible: expected a whole number from 1",
+        (
+            "sweep",
+            spec,
+            "-o",
+            run,
+            "--device",
+            "cuda:1",
+        ): "'--device': 'cuda:1' is not one of 'cpu', 'cuda'",
+        ("worker", spec, "-o", run, "--shard", "3/2"): "shard '3/2' is not understood: expected I/N with I from 1 to N",
+        ("worker", spec, "-o", run, "--shard", "two"): "shard 'two' is not understood: expected I/N with",
     }
     for command, message in mistakes.items():
         process = start(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -137,7 +138,9 @@ def _follower(out: Path, total: int, bar: progress.Bar, *, as_json: bool) -> Cal
         nonlocal has_begun
         if not has_begun:
             has_begun = True
-            with store.open(store.part_path(out)) as run:  # it may continue an interrupted one
+            done = 0
+            # The run may continue an interrupted one. If its writer has failed meanwhile, that says so itself.
+            with suppress(store.StoreError), store.open(store.part_path(out)) as run:
                 done = sum(run.summary()["maps_done"].values())
             bar.begin("explaining, maps", total, done)
             if as_json:

@@ -126,13 +126,21 @@ def _from_pretrained(source: str, *, dtype: torch.dtype, variant: str | None, re
 def _configurations(source: str, index: Path, revision: str | None) -> dict[str, Any]:
     """The configurations of a pipeline's networks by part, and its scheduler: all that can be read without weights."""
     import diffusers
+    from huggingface_hub import hf_hub_download
+
+    def read(part: str, name: str) -> dict[str, Any]:
+        file = index.parent / part / name
+        if not (file.exists() or Path(source).is_dir()):
+            file = Path(_local_first(hf_hub_download, source, name, subfolder=part, revision=revision))
+        config: dict[str, Any] = json.loads(file.read_text())
+        return config
 
     found: dict[str, Any] = {}
     for part, kind in json.loads(index.read_text()).items():
         cls = getattr(diffusers, str(kind[1]), None) if isinstance(kind, list) and kind[0] == "diffusers" else None
         if cls is not None:
             with contextlib.suppress(Exception):  # what is missing or damaged is reported by loading it
-                config = _local_first(cls.load_config, source, subfolder=part, revision=revision)
+                config = read(part, cls.config_name)
                 found[part] = cls.from_config(config) if part == "scheduler" else config
     return found
 
