@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from marks import soak
 from torch import Tensor, nn
 
 from dfengine import Attention, Cam, Engine, Relevance, Rise
@@ -164,10 +165,18 @@ RUNS: dict[Callable[[Any], None], tuple[tuple[Explainer, ...], float]] = {
 }
 
 
+#: One of each mechanism.
+QUICK = (own_product, dynamic_int8, group_offload, removed_hooks, data_parallel)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.ao")
 @pytest.mark.filterwarnings("ignore:.*(torch.ao.quantization|quantized tensor creation)")
-@pytest.mark.parametrize("change", RUNS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [*QUICK, *(soak(change) for change in RUNS if change not in QUICK)],
+    ids=lambda change: change.__name__,
+)
 def test_what_runs_has_the_maps_of_the_plain_network_and_the_rest_is_refused(
     tiny_folder: Path, expected: Callable[[Explainer], np.ndarray], change: Callable[[Any], None]
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import soak
 
 from dfengine import Attention, Cam, Engine, Lime, Random, Relevance, Rise
 from dfengine.engine import Explainers
@@ -41,7 +42,7 @@ def engine(tiny_folder: Path) -> Engine:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("explainer", [*EXPLAINERS[:2], *map(soak, EXPLAINERS[2:])], ids=lambda one: type(one).__name__)
 def test_two_threads_share_an_engine(engine: Engine, explainer: Explainers) -> None:
     alone = [maps(engine, prompt, explainer) for prompt in CAPTIONS]
     for _ in range(2):
