@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 #: Longer values are named by their type in messages.
@@ -60,9 +60,9 @@ def text(name: str, value: Any) -> str:
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Texts as a tuple, of one or a sequence of them. Raises ValueError for anything else."""
+    """Texts as a tuple, of one or several; of a mapping its keys. Raises ValueError for anything else."""
     members = [value] if isinstance(value, str) else value
-    if not hasattr(members, "__getitem__") or isinstance(members, bytes | Mapping):
+    if not isinstance(members, Iterable) or isinstance(members, bytes):
         raise mistake(name, value, "a list of texts")
     return tuple(text(name, member) for member in members)
 

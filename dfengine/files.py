@@ -2,9 +2,8 @@
 
 import contextlib
 import glob
-import os
 import re
-import threading
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ def published(path: Path) -> Iterator[Path]:
 
     Processes and threads that write the same file at once do not disturb each other: the last one's file stays.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_native_id()}.new{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.new{path.suffix}")
     remove_stale(path.parent, path.stem)
     temporary.unlink(missing_ok=True)
     try:
@@ -33,7 +32,9 @@ def published(path: Path) -> Iterator[Path]:
 
 def remove_stale(folder: Path, stem: str | None = None) -> None:
     """Remove what `published` had begun, of one file or of any, where its process was killed some time ago."""
-    for left in folder.glob(f".{'*' if stem is None else glob.escape(stem)}.[0-9]*.new*"):
+    for left in folder.glob(f".{'*' if stem is None else glob.escape(stem)}.*.new*"):
+        if not re.fullmatch(r"\..+\.[0-9a-f]{16}\.new(\.[^.]+)?", left.name):
+            continue
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 left.unlink()

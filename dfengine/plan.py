@@ -69,10 +69,15 @@ class Plan:
         """Some of the jobs, as a plan of their own."""
         return Plan(tuple(self.jobs[item] for item in items), self.explainers)
 
-    def file_plan(self, denoiser: Denoiser, *, previews: bool, mantissa_bits: int = 23) -> store.Plan:
-        """What a file of the run will hold. Jobs must have equally many steps."""
+    def file_plan(
+        self, denoiser: Denoiser, *, previews: bool, mantissa_bits: int = 23, weights: str | None = None
+    ) -> store.Plan:
+        """What a file of the run will hold. Jobs must have equally many steps.
+
+        `weights` is `denoiser.fingerprint()`, if that is known already.
+        """
         first, settings = self.jobs[0], {one.name: describe(one) for one in self.explainers}
-        weights = denoiser.fingerprint()
+        weights = denoiser.fingerprint() if weights is None else weights
         return store.Plan(
             items=tuple(
                 store.Item(

@@ -1,6 +1,7 @@
 """DF-CAM, relevance and attention through the engine, in one file with DF-RISE: stored, resumed, rejected."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from marks import soak
 
 import dfengine
-from dfengine import Attention, Cam, Engine, Relevance, Rise, store
+import dfengine.checks as checks
+from dfengine import Attention, Cam, Engine, Random, Relevance, Rise, store
 from dfengine.explain import Explainer, StepMap, describe, rebuild
+from dfengine.explain.base import _hints
 from dfengine.models import load
 from dfengine.result import Explanation
 
@@ -241,6 +244,33 @@ def test_tokenizers_that_disagree_are_rejected(saved: Callable[[str], Path]) -> 
     denoiser.pipeline.tokenizer_2.add_tokens("astronaut")  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"divide 'an astronaut' differently"):
         denoiser.tokens("an astronaut")
+
+
+def test_a_setting_of_any_type_may_be_declared() -> None:
+    """What is not a number, a switch or text is its explainer's own to check."""
+
+    @dataclass(frozen=True)
+    class Third(Random):
+        sizes: Sequence[int] = (1, 2)
+        side: int | str = "auto"
+        places: Any = None
+        ready: bool = field(init=False, default=True)
+
+    third = Third(sizes=(3,), side=4, places=np.eye(2))
+    assert (third.sizes, third.side, third.ready, Third(side="all").side) == ((3,), 4, True, "all")
+    Third.__annotations__["places"] = "Unknown"  # as under TYPE_CHECKING
+    _hints.cache_clear()
+    assert Third(sizes=(5,)).sizes == (5,)
+    _hints.cache_clear()
+
+
+def test_layers_may_come_from_any_collection() -> None:
+    names = {"conv_in": 1, "mid_block": 2}
+    assert checks.texts("layers", names) == checks.texts("layers", names.keys()) == tuple(names)
+    assert checks.texts("layers", (name for name in names)) == tuple(names)
+    for wrong in (b"conv_in", 3, [3]):
+        with pytest.raises(ValueError, match="layers .* is not possible: expected"):
+            checks.texts("layers", wrong)
 
 
 def test_textual_inversion_tokens_belong_to_their_placeholder(tiny_folder: Path) -> None:

@@ -57,13 +57,14 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_began_is_removed_later(tmp_path: Path) -> None:
-    stale, fresh, other = (tmp_path / name for name in (".a.1.new.png", ".a.2.new.png", ".run.h5.new"))
+    begun = [f".a.{number:016x}.new.png" for number in (1, 2)]
+    stale, fresh, other = (tmp_path / name for name in (*begun, ".notes.2024.new.txt"))
     for path in (stale, fresh, other):
         path.write_text("")
     for path in (stale, other):
         os.utime(path, (0, time.time() - 3600))
     remove_stale(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".a.2.new.png", ".run.h5.new"}
+    assert {path.name for path in tmp_path.iterdir()} == {begun[1], ".notes.2024.new.txt"}
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/run", "gs://b/x", "file:///tmp/x", "abfs://c@a/x"])

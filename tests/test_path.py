@@ -345,3 +345,13 @@ def test_other_lists_are_named_by_their_ends() -> None:
     assert schedule_name(exponential_timesteps(30, 60.5)) == "t = 999 … 74"
     assert schedule_name([900, 500]) == "t = 900 … 500"
     assert schedule_name([12]) == "t = 12"
+
+
+@pytest.mark.parametrize("sampling", ["early", "latter", [999, 500]])
+def test_a_prediction_of_noise_says_nothing_where_nothing_is_left_of_the_image(sampling: Any) -> None:
+    """Zero terminal SNR; v tells the image there, ε does not."""
+    config = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+    with pytest.raises(ValueError, match="at time-step 999 nothing is left of the image"):
+        NoiseSchedule.from_config(config).timesteps(sampling, 4)
+    NoiseSchedule.from_config(config | {"prediction_type": "v_prediction"}).timesteps(sampling, 4)
+    NoiseSchedule.from_config(config).timesteps([998, 3])

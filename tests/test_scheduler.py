@@ -437,3 +437,11 @@ def test_trajectories_reach_the_end_of_any_schedulers_list(
     replaced = [message for message in caplog.messages if "is replaced by" in message]
     expected = f"the sampler {name}Scheduler is replaced by deterministic first-order steps on its own list"
     assert [message.startswith(expected) for message in replaced] == [True] * (name != "FlowMatchEulerDiscrete")
+
+
+def test_a_subclass_of_a_scheduler_is_what_its_base_is() -> None:
+    class Mine(DDIMScheduler):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+
+    assert noise_schedule(Mine(**SD)).fingerprint() == noise_schedule(DDIMScheduler(**SD)).fingerprint()

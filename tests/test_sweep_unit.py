@@ -74,7 +74,9 @@ def test_a_run_is_not_continued_with_other_weights(engine, folder):
     assert run_unit(engine, shared(Random()), folder, first)[-1] == Closed("u-00000")
     changed = Engine(Analytic(lambda x, number: 0.1 * x), batch_size=4)
     changed.denoiser.schedule = dataclasses.replace(changed.denoiser.schedule, prediction_type="v_prediction")
-    with pytest.raises(store.StoreError, match=r"was begun with other weights of analytic \(\w{16}, now \w{16}\): use"):
+    with pytest.raises(
+        store.StoreError, match=r"begun with other weights of analytic in float32 \(\w{16}, now \w{16}\)"
+    ):
         run_unit(changed, shared(Random()), folder, second)
     other_model = dataclasses.replace(second, model={"model": "other"})
     assert run_unit(changed, shared(Random()), folder, other_model)[-1] == Closed("u-00001")

@@ -125,17 +125,24 @@ class Denoiser(ABC):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that results depend on, by name; by default those among its own attributes."""
+        """The networks that results depend on, by name; by default those among its own attributes.
+
+        A denoiser that keeps its networks elsewhere (in a list, in a denoiser it wraps) overrides this.
+        """
         return {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
 
     def fingerprint(self) -> str:
         """Identifies the weights and the path as they are now: another LoRA or scheduler changes it."""
+        with self.exclusive():
+            return self._fingerprint()
+
+    def _fingerprint(self) -> str:
         return hashlib.sha256(f"{fingerprint(self.networks)} {self.schedule.fingerprint()}".encode()).hexdigest()[:16]
 
     def exclusive(self) -> AbstractContextManager[None]:
         """While inside, no other thread uses the network, which is evaluated in torch's default settings.
 
-        Explainers hook modules, so that threads have to take turns; denoisers of the same network share the lock. The
+        Explainers hook modules, so that threads have to take turns, also those of denoisers that share a network. The
         caller's training mode, autocast and default dtype are what they were on leaving.
         """
         return self.turns()()
@@ -144,9 +151,10 @@ class Denoiser(ABC):
         """`exclusive`, to be entered many times: the network's modules, which are thousands, are listed only once."""
         networks = list(self.networks.values())
         with _creation:
-            lock = _locks.setdefault(networks[0] if networks else self, RLock())
+            locks = [_locks.setdefault(network, RLock()) for network in networks]
+            locks = locks or [vars(self).setdefault("_lock", RLock())]
         modules = [module for network in networks for module in network.modules()]
-        return partial(_turn, lock, modules, {"cpu", self.device.type})
+        return partial(_turn, sorted(locks, key=id), modules, {"cpu", self.device.type})
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -177,9 +185,14 @@ class Denoiser(ABC):
 
 
 @contextmanager
-def _turn(lock: AbstractContextManager[Any], modules: Sequence[nn.Module], devices: Iterable[str]) -> Iterator[None]:
-    """While inside: the lock, evaluation mode, no gradients, no autocast, float32 by default."""
-    with lock, torch.no_grad(), ExitStack() as state:
+def _turn(
+    locks: Sequence[AbstractContextManager[Any]], modules: Sequence[nn.Module], devices: Iterable[str]
+) -> Iterator[None]:
+    """While inside: the locks, evaluation mode, no gradients, no autocast, float32 by default."""
+    with ExitStack() as state:
+        for lock in locks:  # in one order everywhere, so that no two threads wait for each other
+            state.enter_context(lock)
+        state.enter_context(torch.no_grad())
         if torch.get_default_dtype() != torch.float32:
             state.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)

@@ -155,7 +155,7 @@ class NoiseSchedule:
                 return self._checked(self.uniform(num_steps) if self.uniform else _evenly(num_steps, total))
             if sampling not in ("early", "latter"):
                 raise ValueError(f"sampling {sampling!r} is not known: expected 'uniform', 'early', 'latter' or a list")
-            return exponential_timesteps(num_steps, gamma, sampling, total)
+            return self._checked(exponential_timesteps(num_steps, gamma, sampling, total))
         return self._checked(sampling)
 
     def _checked(self, timesteps: Iterable[float | SupportsIndex]) -> list[int] | list[float]:

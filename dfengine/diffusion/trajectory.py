@@ -118,6 +118,8 @@ def restore(
     """A trajectory from its stored parts."""
     device = denoiser.device
     a, b = denoiser.schedule.coefficients(torch.tensor(job.timesteps, device=device))
+    with denoiser.exclusive():
+        prompt, negative = denoiser.condition([job]), denoiser.condition([job], negative=True)
     return Trajectory(
         job=job,
         latents=latents.to(device),
@@ -126,8 +128,8 @@ def restore(
         signal=a.flatten(),
         noise=b.flatten(),
         image=image,
-        prompt=denoiser.condition([job]),
-        negative=denoiser.condition([job], negative=True),
+        prompt=prompt,
+        negative=negative,
     )
 
 

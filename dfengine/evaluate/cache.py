@@ -56,6 +56,8 @@ class GameCache:
         if key not in self._results and (path := self._path(key)) is not None and path.is_file():
             try:
                 self._results[key] = _read(path)
+            except MemoryError:
+                raise
             except Exception:  # the errors that a damaged archive raises are of any type
                 return None
         return self._results.get(key)

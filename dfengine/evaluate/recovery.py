@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy import stats
 
-from dfengine.evaluate.intervals import CORRELATIONS, Interval, mean_interval
+from dfengine.evaluate.intervals import CORRELATIONS, SHARES, Interval, mean_interval
 from dfengine.evaluate.truth import ConceptJudge, auroc, top_k_iou
 from dfengine.explain import StepMap
 from dfengine.result import heatmap
@@ -128,7 +128,8 @@ def centre_of_mass(heat: Float[ndarray, "H W"]) -> Float[ndarray, " 2"]:
 
 
 def _at_each_step(items: Sequence[Sequence[Mapping[str, float]]], name: str) -> list[Interval]:
-    return [mean_interval([one[name] for one in step], (0, np.inf)) for step in zip(*items, strict=True)]
+    limits = (0, np.inf) if name == "shift" else SHARES
+    return [mean_interval([one[name] for one in step], limits) for step in zip(*items, strict=True)]
 
 
 def _trend(items: Sequence[Sequence[Mapping[str, float]]], name: str) -> Interval:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -104,9 +106,12 @@ class Explainer(ABC):
 
 @cache
 def _hints(explainer: type[Explainer]) -> dict[str, Any]:
-    """The declared type of every setting."""
-    hints = typing.get_type_hints(explainer)
-    return {name: hints[name] for name in explainer.__dataclass_fields__}
+    """The declared type of every setting; none if annotations name what is not there when the program runs."""
+    try:
+        hints = typing.get_type_hints(explainer)
+    except NameError:
+        return {}
+    return {one.name: hints[one.name] for one in dataclasses.fields(explainer) if one.init}
 
 
 _SCALARS: dict[Any, Callable[[str, Any], Any]] = {
@@ -120,13 +125,20 @@ _SCALARS: dict[Any, Callable[[str, Any], Any]] = {
 def _plain(name: str, value: Any, hint: Any) -> Any:
     """A setting as a plain value of its type, a sequence as a tuple. Raises ValueError for a value of another type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(hint) if is_union else (hint,)
+    kinds = list(typing.get_args(hint)) if is_union else [hint]
     if value is None and type(None) in kinds:
         return None
     if callable(value) and any(typing.get_origin(kind) is Callable for kind in kinds):
         return value
-    if kinds[0] in _SCALARS:
-        return _SCALARS[kinds[0]](name, value)
-    if typing.get_origin(kinds[0]) is Sequence:
-        return checks.texts(name, value)
-    return value
+    kinds = [kind for kind in kinds if kind is not type(None) and typing.get_origin(kind) is not Callable]
+    known = [kind for kind in kinds if kind in _SCALARS or kind == Sequence[str]]
+    if not known or len(known) < len(kinds):
+        return value  # of a type that is checked by its explainer, if at all
+    for kind in known[:-1]:
+        with suppress(ValueError):
+            return _checked(name, value, kind)
+    return _checked(name, value, known[-1])
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    return _SCALARS[kind](name, value) if kind in _SCALARS else checks.texts(name, value)

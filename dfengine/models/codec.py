@@ -39,9 +39,7 @@ class Codec:
         """The latents of images in [0, 1], float32: their distribution's mode where the codec has one."""
         with self._in_working_dtype() as vae:
             parts = (2 * images - 1).to(vae.dtype).split(self._batch_size)
-            encoded = [vae.encode(part) for part in parts]
-            modes = [one.latent_dist.mode() if hasattr(one, "latent_dist") else one.latents for one in encoded]
-            latents = torch.cat(modes).float()
+            latents = torch.cat([_latents(vae.encode(part)) for part in parts]).float()
             mean, std = self._latent_statistics(latents)
             return (latents - mean) / std * vae.config.scaling_factor
 
@@ -69,3 +67,9 @@ class Codec:
             yield self._vae
         finally:
             nn.Module.to(self._vae, torch.float16)
+
+
+def _latents(encoded: Any) -> Tensor:
+    """Of a distribution of latents its mode."""
+    latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return latents

@@ -132,12 +132,12 @@ def _configurations(source: str, index: Path, revision: str | None) -> dict[str,
         file = index.parent / part / name
         if not (file.exists() or Path(source).is_dir()):
             file = Path(_local_first(hf_hub_download, source, name, subfolder=part, revision=revision))
-        config: dict[str, Any] = json.loads(file.read_text())
-        return config
+        return dict(json.loads(file.read_text()))
 
     found: dict[str, Any] = {}
     for part, kind in json.loads(index.read_text()).items():
-        cls = getattr(diffusers, str(kind[1]), None) if isinstance(kind, list) and kind[0] == "diffusers" else None
+        is_network = isinstance(kind, list) and len(kind) == 2 and kind[0] == "diffusers"
+        cls = getattr(diffusers, str(kind[1]), None) if is_network else None
         if cls is not None:
             with contextlib.suppress(Exception):  # what is missing or damaged is reported by loading it
                 config = read(part, cls.config_name)

@@ -56,7 +56,8 @@ def path_of(scheduler: Any) -> NoiseSchedule:
     if name.startswith("FlowMatch") or is_flow:
         return NoiseSchedule.flow(config.get("num_train_timesteps", 1000))
     # The class counts: `from_config` keeps entries of another class's configuration.
-    has_betas = "beta_schedule" in inspect.signature(type(scheduler)).parameters
+    constructors = [vars(base)["__init__"] for base in type(scheduler).__mro__ if "__init__" in vars(base)]
+    has_betas = any("beta_schedule" in inspect.signature(one).parameters for one in constructors)
     if has_betas and config.get("timestep_type", "discrete") == "discrete":
         return _diffusion(scheduler)
     kind = f"{name} (continuous time)" if has_betas else name

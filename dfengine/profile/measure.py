@@ -67,7 +67,6 @@ class Profile:
     """fast paths that this run does not take, and why"""
 
 
-@torch.no_grad()
 def profile(
     engine: Engine,
     rise: Rise,
@@ -81,6 +80,13 @@ def profile(
 
     `on_progress` receives the name of each measurement as it starts.
     """
+    with engine.denoiser.exclusive():
+        return _profile(engine, rise, job, images, seconds, on_progress)
+
+
+def _profile(
+    engine: Engine, rise: Rise, job: Job, images: int, seconds: float, on_progress: Callable[[str], object]
+) -> Profile:
     denoiser, steps = engine.denoiser, len(job.timesteps)
     clock = Clock(denoiser.device, seconds)
     on_progress("the batch size that fits")

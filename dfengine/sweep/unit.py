@@ -63,18 +63,20 @@ def explain_unit(
         if unit.name in folder.closed():  # by another driver's worker, or by one that died before reporting it
             yield Closed(unit.name)
             return
-        weights = engine.denoiser.fingerprint()
-        if (first := folder.first_weights(unit.model, weights)) != weights:
+        dtype, weights = str(engine.denoiser.dtype).removeprefix("torch."), engine.denoiser.fingerprint()
+        if (first := folder.first_weights({**unit.model, "dtype": dtype}, weights)) != weights:
             raise store.StoreError(
-                f"{folder.path} was begun with other weights of {engine.denoiser.name} ({first}, now {weights}): use "
-                "those, or a new folder"
+                f"{folder.path} was begun with other weights of {engine.denoiser.name} in {dtype} ({first}, now "
+                f"{weights}): use those, or a new folder"
             )
         failures = store.FailureLog(folder.path, unit, driver=driver)
-        items, plan, refused = _plan_unit(engine, shared, unit, failures)
+        items, plan, refused = _plan_unit(engine, shared, unit, failures, weights)
         if refused:
             yield Failed(unit.name, tuple(refused))
         if items:
-            described = plan.file_plan(engine.denoiser, previews=shared.previews, mantissa_bits=shared.mantissa_bits)
+            described = plan.file_plan(
+                engine.denoiser, previews=shared.previews, mantissa_bits=shared.mantissa_bits, weights=weights
+            )
             device = device_name(engine.denoiser.device)
             try:
                 with folder.segment(unit.name, described, compression=shared.compression, device=device) as writer:
@@ -86,7 +88,7 @@ def explain_unit(
 
 
 def _plan_unit(
-    engine: Engine, shared: SharedSettings, unit: store.Unit, failures: store.FailureLog
+    engine: Engine, shared: SharedSettings, unit: store.Unit, failures: store.FailureLog, weights: str
 ) -> tuple[list[int], Plan, list[store.Failure]]:
     """The items that are possible, their plan, and new failures of the others."""
     schedules = [Schedule(**one) for one in unit.schedules]
@@ -106,14 +108,14 @@ def _plan_unit(
     try:
         plan = engine.plan(list(jobs.values()), shared.explainers)
         if jobs:
-            plan.file_plan(engine.denoiser, previews=shared.previews)
+            plan.file_plan(engine.denoiser, previews=shared.previews, weights=weights)
         return list(jobs), plan, refused
     except ValueError:  # of one item or several: plan each alone to find them
         planned = {}
         for item, job in jobs.items():
             try:
                 alone = engine.plan([job], shared.explainers)
-                alone.file_plan(engine.denoiser, previews=shared.previews)
+                alone.file_plan(engine.denoiser, previews=shared.previews, weights=weights)
                 planned[item] = alone.jobs[0]
             except ValueError as error:
                 refuse(item, error)
@@ -123,11 +125,14 @@ def _plan_unit(
 def _distinct(jobs: Mapping[int, Job], unit: store.Unit) -> dict[int, Job]:
     """The jobs without those that an earlier one equals: schedules can differ in name and have the same time-steps."""
     first: dict[str, int] = {}
+    same: dict[tuple[int, int], None] = {}
     for item, job in jobs.items():
         equal = first.setdefault(json.dumps([job.prompt, job.negative_prompt, job.seed, job.settings]), item)
         if equal != item:
-            names = (unit.schedules[unit.items[one][1]]["sampling"] for one in (equal, item))
-            log.info("schedules %s and %s are the same on this model: their images are made once", *names)
+            same[unit.items[equal][1], unit.items[item][1]] = None
+    for pair in same:
+        names = (unit.schedules[schedule]["sampling"] for schedule in pair)
+        log.info("schedules %s and %s are the same on this model: their images are made once", *names)
     return {item: jobs[item] for item in first.values()}
 
 

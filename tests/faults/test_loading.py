@@ -37,6 +37,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "without a tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "the tokenizer does not tell how many tokens"),
     "without a unet": (lambda f: shutil.rmtree(f / "unet"), "could not be loaded"),
     "without a class": (lambda f: configured(f, "model_index.json", _class_name=[]), "names no pipeline class"),
+    "an empty part": (lambda f: configured(f, "model_index.json", unet=[]), "could not be loaded"),
+    "a list as configuration": (lambda f: f.joinpath("unet/config.json").write_text("[1]") and None, "could not be"),
     "no mapping": (lambda f: f.joinpath("model_index.json").write_text("[1]") and None, "names no pipeline class"),
     "huge": (lambda f: configured(f, "unet/config.json", sample_size=10**9), "sample_size is 1000000000"),
 }

@@ -110,7 +110,7 @@ class StableDiffusion(Denoiser):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        encoders = {part: getattr(self.pipeline, part) for part in self.text_encoders}
+        encoders = {part: unwrap(getattr(self.pipeline, part)) for part in self.text_encoders}
         return {"unet": self.unet, "vae": self.vae, **encoders}
 
     def predict(
@@ -294,10 +294,10 @@ def _check_parts(pipeline: Any, parts: Sequence[str]) -> None:
 
 def _check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """Raise ValueError for the configuration of a UNet with more inputs than a latent, a time-step and a prompt."""
-    channels = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != channels:
+    own, channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if own != channels:
         raise ValueError(
-            f"the UNet takes {unet['in_channels']} channels but latents have {channels}: UNets for inpainting or "
+            f"the UNet takes {own} channels but latents have {channels}: UNets for inpainting or "
             "editing are not supported; use the text-to-image model"
         )
     if unet.get("time_cond_proj_dim") is not None:

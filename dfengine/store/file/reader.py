@@ -238,6 +238,9 @@ def open_file(path: str | os.PathLike[str], item: type[StoredItem] = StoredItem)
     except StoreError:
         h5.close()
         raise
+    except MemoryError:
+        h5.close()
+        raise
     except Exception as error:  # the library's errors for damaged files are of any type
         h5.close()
         raise StoreError(f"{path} is damaged: its description cannot be read ({explain_error(error)})") from error

@@ -78,7 +78,10 @@ class Folder:
         for path in segment_files(self.path):
             if parse_name(path.name)["unit"] in closed:
                 self._remove_part(path)
-        for left in [*(self.path / "segments").glob(".*.new"), *(self.path / "segments").glob(".*.lock")]:
+        segments = self.path / "segments"
+        if working_path(segments / "u.1.h5").parent != segments:  # network storage: the locks are elsewhere
+            return
+        for left in [*segments.glob(".*.new"), *segments.glob(".*.lock")]:
             with contextlib.suppress(StoreError, OSError), Lock(left.with_name(left.name[1 : -len(left.suffix)])):
                 if left.suffix == ".new":
                     left.unlink(missing_ok=True)
