@@ -269,7 +269,7 @@ def test_layers_may_come_from_any_collection() -> None:
     assert checks.texts("layers", names) == checks.texts("layers", names.keys()) == tuple(names)
     assert checks.texts("layers", (name for name in names)) == tuple(names)
     for wrong in (b"conv_in", 3, [3]):
-        with pytest.raises(ValueError, match="layers .* is not possible: expected"):
+        with pytest.raises(ValueError, match=r"layers .* is not possible: expected"):
             checks.texts("layers", wrong)
 
 
