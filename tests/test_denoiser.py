@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dfengine.diffusion.denoiser import Condition
-from dfengine.diffusion.guidance import GuidedDenoiser
+from dfengine.diffusion.guidance import TARGETS, GuidedDenoiser
 from dfengine.diffusion.path import NoiseSchedule
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
@@ -61,6 +61,15 @@ def test_a_scale_of_one_or_less_is_the_prompt_alone_in_one_forward(scale: float)
     ours, other = guided(denoiser, "guided", (scale,) * 3)(x, T, ROWS), guided(denoiser, "conditional")(x, T, ROWS)
     assert_close(ours, other, rtol=0, atol=0)
     assert denoiser.batches == [4, 4]
+
+
+def test_scales_of_both_kinds_may_share_a_batch() -> None:
+    denoiser, x = network(), latents(3)
+    rows = torch.tensor([0, 1, 2])
+    ours = guided(denoiser, "guided", (0.5, 5.0, -1.0))(x, T[:3], rows).epsilon
+    conditional, unconditional = (guided(denoiser, target)(x, T[:3], rows).epsilon for target in TARGETS[::2])
+    assert_close(ours[[0, 2]], conditional[[0, 2]], rtol=0, atol=0)
+    assert_close(ours[1], unconditional[1] + 5 * (conditional[1] - unconditional[1]), rtol=0, atol=2e-5)
 
 
 def test_a_guided_forward_has_at_most_the_batch_size() -> None:

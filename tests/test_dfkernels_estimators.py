@@ -304,9 +304,10 @@ def test_ridge_errors_match_the_spread_over_noise(n: int) -> None:
 
 
 def test_ridge_with_one_score_has_an_infinite_error() -> None:
-    beta, error = dfkernels.ridge(torch.tensor([0.4]), 0, 0, SHAPE)
-    assert not beta.any()
-    assert error.isinf().all()
+    for shape in (SHAPE, (1, 1)):
+        beta, error = dfkernels.ridge(torch.tensor([0.4]), 0, 0, shape)
+        assert not beta.any()
+        assert error.isinf().all()
 
 
 def test_ridge_refuses_invalid_arguments() -> None:
