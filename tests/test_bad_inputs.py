@@ -26,7 +26,7 @@ def run_cases(folder: Path, stride: int) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.soak)])
 def test_bad_values_are_refused_by_name(tmp_path: Path, stride: int) -> None:
     """On the command line and in Python, before a model is read unless only the model knows what is possible."""
     cases = run_cases(tmp_path, stride)

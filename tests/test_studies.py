@@ -53,7 +53,7 @@ def assert_counted(reports: Reports, *stages: tuple[str, int]) -> None:
 # Games ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_games_have_tables_figures_and_a_cache(engine: Engine, tmp_path: Path) -> None:
     """Methods by name, explainers and another tool's maps; the second time from the cache."""
     theirs = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
