@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from dfengine import evaluate
 from dfengine import figures as drawing
 from dfengine.diffusion.job import Job
 from dfengine.engine import Engine
+from dfengine.explain import Explainer
 from dfengine.figures import Figure
 from dfengine.prompts import Prompt
 from dfengine.shapes.world import Caption
@@ -37,6 +38,19 @@ class TruthStudy(Study):
         return {"truth": drawing.recovery(bands, self.summaries[0].timesteps, columns=3, limits=(0, 1))}
 
 
+def _prepare(
+    engine: Engine,
+    prompts: Sequence[str | Prompt],
+    methods: Sequence[Method],
+    settings: Mapping[str, Any],
+    **arguments: Any,
+) -> tuple[list[Explainer], list[str]]:
+    """The methods with their settings, and the prompts' texts. Raises ValueError for what is not possible."""
+    check_request(engine, methods=methods, **settings, **arguments)
+    texts = texts_of(prompts)
+    return evaluate.make_methods(methods, **settings), texts
+
+
 def truth(
     engine: Engine,
     prompts: Sequence[str | Prompt],
@@ -53,18 +67,10 @@ def truth(
 
     Raises ValueError, before anything is computed, unless the prompts are captions of the embedded world.
     """
-    check_request(
-        engine,
-        methods=methods,
-        preset=preset,
-        num_masks=num_masks,
-        num_samples=num_samples,
-        num_steps=num_steps,
-        seed=seed,
-        on_progress=on_progress,
+    given = {"preset": preset, "num_masks": num_masks, "num_samples": num_samples}
+    explainers, texts = _prepare(
+        engine, prompts, methods, given, num_steps=num_steps, seed=seed, on_progress=on_progress
     )
-    texts = texts_of(prompts)
-    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
     evaluate.check_has_truth(engine.denoiser.image_shape, texts)
     captions, judge = [Caption.parse(text) for text in texts], evaluate.ConceptJudge()
     scenes = evaluate.scenes(len(texts), seed)
@@ -117,18 +123,10 @@ def recovery(
 
     Raises ValueError, before anything is computed, if no prompt is a caption whose shapes its colours distinguish.
     """
-    check_request(
-        engine,
-        methods=methods,
-        preset=preset,
-        num_masks=num_masks,
-        num_samples=num_samples,
-        num_steps=num_steps,
-        seed=seed,
-        on_progress=on_progress,
+    given = {"preset": preset, "num_masks": num_masks, "num_samples": num_samples}
+    explainers, texts = _prepare(
+        engine, prompts, methods, given, num_steps=num_steps, seed=seed, on_progress=on_progress
     )
-    texts = texts_of(prompts)
-    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
     evaluate.check_has_truth(engine.denoiser.image_shape, texts)
     jobs = make_jobs(engine, texts, seed, num_steps)
     events = stream(engine, jobs, explainers, "measuring", on_progress)
@@ -158,16 +156,9 @@ def sanity(
     on_progress: OnProgress = no_progress,
 ) -> SanityStudy:
     """Do maps depend on the weights and on the prompt? Raises ValueError if a method does not suit the model."""
-    check_request(
-        engine,
-        methods=methods,
-        preset=preset,
-        num_masks=num_masks,
-        num_samples=num_samples,
-        num_steps=num_steps,
-        seed=seed,
-        on_progress=on_progress,
+    given = {"preset": preset, "num_masks": num_masks, "num_samples": num_samples}
+    explainers, texts = _prepare(
+        engine, prompts, methods, given, num_steps=num_steps, seed=seed, on_progress=on_progress
     )
-    explainers = evaluate.make_methods(methods, preset=preset, num_masks=num_masks, num_samples=num_samples)
-    jobs = make_jobs(engine, texts_of(prompts), seed, num_steps)
+    jobs = make_jobs(engine, texts, seed, num_steps)
     return SanityStudy([evaluate.run_sanity_checks(engine.denoiser, jobs, explainers, on_progress=on_progress)])
