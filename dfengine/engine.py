@@ -168,7 +168,7 @@ class Engine:
             prompt=prompt,
             timesteps=tuple(self.denoiser.schedule.timesteps(sampling, operator.index(num_steps), gamma)),
             seed=operator.index(seed),
-            negative_prompt=negative_prompt or "",
+            negative_prompt="" if negative_prompt is None else negative_prompt,
             guidance=self.guidance if guidance is None else float(guidance),
             image=pixels,
         )
