@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dfengine import Random, store
 from dfengine.store import (
     FailureLog,
+    Folder,
     Unit,
     failures,
     plan_units,
@@ -150,7 +151,8 @@ def snapshot(path):
 
 def quarantine(path, unit, *items):
     for item in items:
-        FailureLog(path, unit).failed([item], f"item {item} is broken", for_good=True)
+        with Folder(path).planning():  # writers of failures have a lock, a worker that of its unit
+            FailureLog(path, unit).failed([item], f"item {item} is broken", for_good=True)
 
 
 @pytest.fixture

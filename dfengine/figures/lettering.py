@@ -54,7 +54,7 @@ class _Wrapper(textwrap.TextWrapper):
     def _split(self, text: str) -> list[str]:
         pieces: list[str] = []
         for chunk in super()._split(text):
-            is_divisible = columns(chunk) > self.width or UNSPACED.search(chunk)
+            is_divisible = not chunk.isspace() and (columns(chunk) > self.width or UNSPACED.search(chunk))
             pieces += map(_Piece, _PIECE.findall(chunk) if is_divisible else [chunk])
         return pieces
 
