@@ -68,7 +68,6 @@ def test_a_folder_is_read_as_one_run(path):
 
 def test_the_layout_of_a_folder(path):
     files = {str(file.relative_to(path)) for file in path.rglob("*")}
-    files -= {".plan.lock"}  # which other processes may wait for
     assert files == {"run.json", "manifest.jsonl", "segments", "segments/u0.1.h5", "segments/u1.1.h5"}
     lines = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
     assert lines[1] == {
@@ -277,7 +276,7 @@ def test_a_folder_that_another_process_is_creating(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "exists", late)
     assert store.Folder(path, run_id="second").run_id == "first"
-    assert sorted(os.listdir(path)) == [".plan.lock", "manifest.jsonl", "run.json", "segments"]
+    assert sorted(os.listdir(path)) == ["manifest.jsonl", "run.json", "segments"]
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def explain(
             overwrite=overwrite,
             compression=compression,
             mantissa_bits=mantissa_bits,
-            on_event=_follower(out, total, bar, as_json=as_json),
+            on_event=_follower(total, 0 if overwrite else _maps_done(out), bar, as_json=as_json),
         )
     seconds = time.monotonic() - started
     if as_json:
@@ -128,9 +128,20 @@ def _kept(out: Path) -> str:
     return f"completed work is in {part}; {screen.RESUME}" if part.exists() else ""
 
 
-def _follower(out: Path, total: int, bar: progress.Bar, *, as_json: bool) -> Callable[[Event], None]:
+def _maps_done(out: Path) -> int:
+    """How many maps an interrupted run has, which is going to be continued."""
+    from dfengine import store
+
+    part = store.part_path(out)
+    if part.exists():
+        with suppress(store.StoreError), store.open(part) as run:
+            return sum(run.summary()["maps_done"].values())
+    return 0
+
+
+def _follower(total: int, done: int, bar: progress.Bar, *, as_json: bool) -> Callable[[Event], None]:
     """The function to call with each event: it moves the bar, and prints the totals and then each event as JSON."""
-    from dfengine import StepMap, store
+    from dfengine import StepMap
 
     has_begun = False
 
@@ -138,10 +149,6 @@ def _follower(out: Path, total: int, bar: progress.Bar, *, as_json: bool) -> Cal
         nonlocal has_begun
         if not has_begun:
             has_begun = True
-            done = 0
-            # The run may continue an interrupted one. If its writer has failed meanwhile, that says so itself.
-            with suppress(store.StoreError), store.open(store.part_path(out)) as run:
-                done = sum(run.summary()["maps_done"].values())
             bar.begin("explaining, maps", total, done)
             if as_json:
                 screen.say_json({"event": "Started", "items": 1, "maps": total, "maps_done": done})

@@ -16,12 +16,11 @@ class Lock:
     """An exclusive lock of the writer of `path`, which the system releases when the process ends in any way.
 
     Raises Busy, naming the process, if another writer holds it, unless it is to `wait` for that writer; StoreError if
-    something else is in the place of the lock file. The file of a lock that others wait for stays: on network storage
-    one of them might go on with what was removed.
+    something else is in the place of the lock file.
     """
 
     def __init__(self, path: Path, *, wait: bool = False) -> None:
-        self._path, self._is_shared = path.with_name(f".{path.name}.lock"), wait
+        self._path = path.with_name(f".{path.name}.lock")
         while True:
             self._handle = self._open()
             try:
@@ -67,7 +66,6 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Release the lock and remove its file, unless others may be waiting for it."""
-        if not self._is_shared:
-            self._path.unlink(missing_ok=True)
+        """Release the lock and remove its file."""
+        self._path.unlink(missing_ok=True)
         os.close(self._handle)
