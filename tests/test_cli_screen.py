@@ -153,7 +153,7 @@ def test_the_rate_leaves_out_what_was_done_before(monkeypatch: pytest.MonkeyPatc
     assert str(bar) == "explaining, maps: 32 of 40, 2.0 a minute, 4 min left"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_json_begins_with_totals_also_of_a_resumed_run(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
 
@@ -174,7 +174,7 @@ def test_json_begins_with_totals_also_of_a_resumed_run(tmp_path: Path) -> None:
     assert last["event"] == "Outcome"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_terminated_run_says_what_it_kept(tmp_path: Path) -> None:
     out, part = tmp_path / "run.h5", tmp_path / "run.part.h5"
     process = dfengine_fork("explain", CAPTION, "-o", str(out), "--masks", "64", "--no-compile")

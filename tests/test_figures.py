@@ -579,7 +579,7 @@ def test_texts_fit_do_not_overlap_and_are_readable_in_a_column(
     assert min(text.get_fontsize() for text in texts(figure)) * 3.25 / figure.get_figwidth() >= 6
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_results_in_memory_and_from_a_file_are_drawn_identically(tiny_folder: Path, tmp_path: Path) -> None:
     explainers = [Rise(4), Cam(), Relevance(), Attention()]
     engine = Engine.from_pretrained(tiny_folder, device="cpu")

@@ -698,7 +698,7 @@ def test_a_map_that_is_the_same_everywhere_is_grey_and_says_so(visit: Visit, tmp
     expect(pane(page, "blank")).to_be_hidden()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_value_under_the_pointer(visit: Visit, single: Path, result: Result) -> None:
     page, rise, error = visit(single, "#step=3"), result.maps["rise"], result.errors["rise"]
     for row, column in np.ndindex(2, 3):
@@ -829,7 +829,7 @@ def test_lines_are_drawn_and_described(visit: Visit, single: Path, result: Resul
         np.testing.assert_allclose(points[:, 1], raw[word] / high, atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_images_side_by_side(visit: Visit, double: Path, result: Result, other: Result) -> None:
     assert result.previews is not None
     assert other.previews is not None
@@ -898,7 +898,7 @@ def assert_view(page: Page, text: str, title: str) -> None:
     expect(pane(page, "canvas")).to_have_attribute("aria-label", label)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_address_restores_the_view_and_invalid_parts_are_ignored(visit: Visit, double: Path) -> None:
     page = visit(double)
     for address, view in ADDRESSES.items():
@@ -1006,7 +1006,7 @@ FOCUSED = """() => {
 }"""
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_tab_reaches_every_control_in_order_with_visible_focus(visit: Visit, double: Path) -> None:
     page = visit(double, "#method=cam&other-item=1")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")

@@ -115,7 +115,7 @@ def test_the_weights_are_restored_after_an_interruption(
     assert all(torch.equal(v, before[k]) for k, v in embedded_model.unet.state_dict().items())  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_maps_that_do_not_depend_on_the_model_are_detected(
     embedded_model: Denoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
