@@ -63,7 +63,7 @@ bench: $(VENV)/.dev-ready
 # The studies of many images: about two hours.
 studies: $(VENV)/.dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python bench/estimators.py
-	OMP_NUM_THREADS=1 $(BIN)/python bench/defaults.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/rise_settings.py
 	$(BIN)/python bench/games.py
 
 # On a machine with a GPU, with the packages of its own (torch, triton, jaxtyping, pytest, scipy; from gpu-shapes on also

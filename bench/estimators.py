@@ -146,7 +146,7 @@ def check(engine: Engine, trajectory: Trajectory, step: int) -> None:
         for estimator in ESTIMATORS[score]:
             with record.checked(f"{score} {estimator} maps from partial sums"):
                 torch.testing.assert_close(partial[estimator][-1], single[estimator][0], **tolerance("estimate"))
-        rise = Rise(num_masks=count, score=score, estimator="coverage")
+        rise = Rise.paper(num_masks=count, score=score, estimator="coverage")
         (step_map,) = rise.explain(engine.denoiser, [trajectory], other_steps)
         distance = float(((single["coverage"][0].cpu() - step_map.saliency).abs() / step_map.error).max())
         record.check(

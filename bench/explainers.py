@@ -106,7 +106,7 @@ def main() -> None:
         "attention": (Attention(), lambda: plain.attention(generation, denoiser.latent_shape[1:]), "one generation"),
     }
     (trajectory,) = trajectories(denoiser, jobs[:1])
-    rise, other_steps = Rise(MASKS), [(0, step) for step in range(1, NUM_STEPS)]
+    rise, other_steps = Rise.paper(num_masks=MASKS), [(0, step) for step in range(1, NUM_STEPS)]
     rise_seconds = [timed(lambda: list(rise.explain(denoiser, [trajectory], other_steps)), device)[0] for _ in range(4)]
     rows = []
     for name, (explainer, baseline, description) in compared.items():

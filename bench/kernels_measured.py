@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(record.ROOT / "kernels"), str(record.ROOT / "tests")]
-from dfkernels import Sums, dispatch, estimators, games, reference  # noqa: E402
+from dfkernels import MaskDistribution, Sums, designs, dispatch, estimators, games, reference  # noqa: E402
 from tolerance import tolerance  # noqa: E402
 
 #: Entries, channels and sides of a batch: Stable Diffusion's latents, Stable Diffusion XL's, small ones.
@@ -62,7 +62,12 @@ def cases(n: int, c: int, h: int, w: int) -> Iterator[Case]:
         return {"seeds": row * 7919, "steps": row, "rows": order % ROWS, "indices": order}
 
     def apply_masks(kind: str) -> dict[str, Any]:
-        return {"latents": random(ROWS, c, h, w), **counters(), "kind": kind, "dtype": torch.float16}
+        return {
+            "latents": random(ROWS, c, h, w),
+            **counters(),
+            "distribution": MaskDistribution(kind=kind),
+            "dtype": torch.float16,
+        }
 
     def outputs() -> Tensor:
         return random(n, c, h, w).half().contiguous(memory_format=torch.channels_last)
@@ -87,10 +92,10 @@ def cases(n: int, c: int, h: int, w: int) -> Iterator[Case]:
         return {"sums": Sums.zeros(ROWS, (h, w), DEVICE), "scores": random(n, h, w), **counters()}
 
     latent_bytes = half * c * pixels
-    yield Case("draw_masks", "apply_masks", reference.draw_masks, draw_masks, pixels, "masks")
+    yield Case("draw_masks", "apply_masks", designs.draw_masks, draw_masks, pixels, "masks")
     for kind, name in (("gaussian", "apply_masks"), ("rise", "apply_masks_rise_float16")):
         inputs = partial(apply_masks, kind)
-        yield Case(f"apply_masks, {kind}", "apply_masks", reference.apply_masks, inputs, latent_bytes, name)
+        yield Case(f"apply_masks, {kind}", "apply_masks", designs.apply_masks, inputs, latent_bytes, name)
     yield Case("perturb", "perturb", games.perturb, perturb, latent_bytes, "perturb")
     for score, written in (("local", 4 * pixels), ("global", 4 * n)):
         inputs = partial(similarity, score)

@@ -31,7 +31,7 @@ def measure(recorder: record.Recorder, model: str, compiled: bool, seconds: floa
     """The profile of a model on this device; its waterfall of stages is printed."""
     engine = Engine.from_pretrained(model, random_weights=model in ARCHITECTURES, compile=compiled)
     prompt = "a red circle" if model == "shapes" else "a photo of a cat"
-    measured = profile(engine, Rise(500), engine.job(prompt, num_steps=30), seconds=seconds)
+    measured = profile(engine, Rise.paper(), engine.job(prompt, num_steps=30), seconds=seconds)
     check(engine, prompt, measured)
     print("\n".join(format_profile(measured)), "\n", file=sys.stderr)
     return recorder.environment(engine.denoiser.device) | dataclasses.asdict(measured)
@@ -43,7 +43,7 @@ def check(engine: Engine, prompt: str, measured: Profile) -> None:
     record.check(0 < share <= 1, f"{measured.model} reaches {share:.0%} of a matrix product's speed")
     denoiser = engine.denoiser
     (trajectory,) = trajectories(denoiser, [engine.job(prompt, num_steps=1)])
-    rise = Rise(NUM_CHECK_MASKS)
+    rise = Rise.paper(num_masks=NUM_CHECK_MASKS)
     (profiled,) = rise.explain(denoiser, [trajectory])
     denoiser.batch_size, denoiser.compiled = SMALL_BATCH, False
     (reference,) = rise.explain(denoiser, [trajectory])

@@ -16,7 +16,7 @@ import numpy as np
 import record
 import skimage
 import torch
-from dfkernels import estimators, reference
+from dfkernels import designs, estimators, reference
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -63,8 +63,8 @@ def cases(n: int, c: int, h: int, w: int) -> dict[str, Callable[[], object]]:
         "similarity ssim": lambda: reference.similarity(a, b, "ssim"),
         "similarity structure": lambda: reference.similarity(a, b),
         "similarity structure, global": lambda: reference.similarity(a, b, score="global"),
-        "draw_masks": lambda: reference.draw_masks(seed[rows], step[rows], indices, (h, w)),
-        "apply_masks": lambda: reference.apply_masks(b[None], seed, step, rows, indices),
+        "draw_masks": lambda: designs.draw_masks(seed[rows], step[rows], indices, (h, w)),
+        "apply_masks": lambda: designs.apply_masks(b[None], seed, step, rows, indices),
         "accumulate": lambda: accumulate(sums, slice(0, n)),
     }
 

@@ -12,13 +12,13 @@ import record
 #: The benchmarks that record rows. Each is the name of its script and of its result, and declares TABLES.
 BENCHMARKS = (
     "concepts",
-    "defaults",
     "estimators",
     "explainers",
     "games",
     "kernels_compiled",
     "kernels_measured",
     "profiles",
+    "rise_settings",
     "scores",
     "shapes_model",
     "store",

@@ -61,7 +61,7 @@ def configurations(
     def dfengine(target: str, batch: int, compiled: bool) -> Configuration:
         def run(masks: int) -> list[Any]:
             denoiser.batch_size, denoiser.compiled = batch, compiled
-            return list(Rise(masks, target=target).explain(denoiser, [trajectory]))
+            return list(Rise.paper(num_masks=masks, target=target).explain(denoiser, [trajectory]))
 
         # Complete batches, at least four, and enough of them to be timed.
         return Configuration("dfengine", target, batch, batch * max(4, -(-plain_masks // batch)), run, compiled)
@@ -79,7 +79,7 @@ def agreement(engine: Engine, plain: Plain, trajectory: Trajectory, target: str)
     shape, (step,) = engine.denoiser.latent_shape[1:], trajectory.explain_steps
     masks = dfkernels.masks(trajectory.job.mask_seed, step, 0, NUM_CHECK_MASKS, shape).numpy()
     expected, _ = plain.maps(iter(masks))
-    rise = Rise(NUM_CHECK_MASKS, target=target, estimator="sum")
+    rise = Rise.paper(num_masks=NUM_CHECK_MASKS, target=target, estimator="sum")
     (step_map,) = rise.explain(engine.denoiser, [trajectory])
     return float(spearmanr(expected.ravel(), step_map.saliency.numpy().ravel()).statistic)
 
@@ -248,7 +248,7 @@ def main() -> None:
     pipeline = other.denoiser.pipeline
     pipeline.unet.to(memory_format=torch.contiguous_format)  # as diffusers loads it
     job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
-    engine.prepare(engine.plan([], Rise()))
+    engine.prepare(engine.plan([], Rise.paper()))
     (trajectory,) = trajectories(engine.denoiser, [job])
     trajectory = replace(trajectory, explain_steps=[STEP])
     step = (trajectory.latents[STEP], job.timesteps[STEP], job.guidance)

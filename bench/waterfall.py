@@ -145,7 +145,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     )
     denoiser: Any = engine.denoiser
     denoiser.unet.to(memory_format=stage.layout)
-    engine.prepare(engine.plan([], Rise()))
+    engine.prepare(engine.plan([], Rise.paper()))
     disable(stage, denoiser)
     job = engine.job(PROMPT.get(options.model, "a photo of a cat"), num_steps=30)
     (trajectory,) = trajectories(denoiser, [job])
@@ -163,7 +163,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         if stage.plain:
             drawn = dfkernels.masks(job.mask_seed, STEP, 0, count, denoiser.latent_shape[1:])
             return loop.maps(iter(drawn.numpy()))[1]
-        (step_map,) = Rise(count, target=stage.target).explain(denoiser, [trajectory])
+        (step_map,) = Rise.paper(num_masks=count, target=stage.target).explain(denoiser, [trajectory])
         return step_map.saliency.numpy()
 
     explain(2 if stage.plain else denoiser.batch_size)

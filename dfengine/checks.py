@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 #: Longer values are named by their type in messages.
@@ -65,6 +65,14 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(members, Iterable) or isinstance(members, bytes):
         raise mistake(name, value, "a list of texts")
     return tuple(text(name, member) for member in members)
+
+
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """Whole numbers as a tuple, of one or several. Raises ValueError for anything else."""
+    members = value if isinstance(value, Iterable) and getattr(value, "ndim", True) else [value]
+    if isinstance(members, str | bytes | Mapping):
+        raise mistake(name, value, "a whole number, or several")
+    return tuple(whole_number(name, member) for member in members)
 
 
 def switch(name: str, value: Any) -> bool:

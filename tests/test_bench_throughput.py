@@ -1,22 +1,23 @@
 """The plain loop computes the engine's maps, checks stop wrong numbers, and tables show what was measured."""
 
 import re
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import defaults
 import dfkernels
 import numpy as np
 import profiles
 import pytest
+import rise_settings
 import throughput
 import torch
 import waterfall
 from marks import soak
 from plain import Plain
 
-from dfengine import Engine, Rise, evaluate
+from dfengine import Engine, Rise
 from dfengine.diffusion.trajectory import trajectories
 
 
@@ -121,16 +122,20 @@ def test_no_throughput_is_reported_if_the_maps_disagree() -> None:
 
 
 @pytest.mark.slow
-def test_no_default_is_compared_if_the_maps_or_the_truth_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = evaluate.scenes(2)
-    defaults.check_areas(rendered)
-    monkeypatch.setattr(defaults, "localisation_scores", lambda saliency, area: {"auroc": 0.9})
+def test_no_setting_is_compared_if_the_maps_or_the_truth_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.from_pretrained("shapes", device="cpu", batch_size=16)
+    monkeypatch.setattr(rise_settings, "BATCH", 16)
+    monkeypatch.setattr(rise_settings, "NUM_STEPS", 3)
+    monkeypatch.setattr(rise_settings, "STEPS", (1,))
+    (item,) = rise_settings.items(engine, 1)
+    rise_settings.check_areas([item])
+    rise_settings.check_maps(engine, item[0])
+    monkeypatch.setattr(rise_settings, "localisation_scores", lambda saliency, area: {"auroc": 0.9})
     with pytest.raises(SystemExit, match=r"the true area of '.*' has AUROC 0.9, expected 1"):
-        defaults.check_areas(rendered)
-    engine = Engine.from_pretrained("shapes", device="cpu")
-    monkeypatch.setattr(defaults, "agreement", lambda *_: 0.9)
-    with pytest.raises(SystemExit, match=r"rank correlation with the plain loop is 0.90000"):
-        defaults.check_map(engine)
+        rise_settings.check_areas([item])
+    monkeypatch.setattr(rise_settings._Ways, "maps", lambda _: defaultdict(lambda: torch.zeros(1, 16, 16)))
+    with pytest.raises(SystemExit, match="maps from shared forwards"):
+        rise_settings.check_maps(engine, item[0])
 
 
 @pytest.mark.slow

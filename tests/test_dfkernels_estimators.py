@@ -6,13 +6,13 @@ import dfkernels
 import numpy as np
 import pytest
 import torch
-from dfkernels import estimators
+from dfkernels import MaskDistribution, estimators
+from distributions import NAMES, distribution
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import tolerance
 from torch.testing import assert_close
 
-MASK_KINDS = dfkernels.reference.MASK_KINDS
 SHAPE = (7, 13)
 SEEDS, STEPS = torch.tensor([4, -9, 0]), torch.tensor([0, 6, 6])
 ROWS = torch.tensor([0, 1, 1, 2, 0, 1, -1, 2, 2, 0, 1, -1])
@@ -33,19 +33,17 @@ def moments(masks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 # Sums ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 def test_add_sums_each_rows_masks_and_scores(kind: str, score: str) -> None:
     scores = random_scores(score)
     sums = dfkernels.Sums.zeros(3, SHAPE)
-    dfkernels.add(sums, scores, SEEDS, STEPS, ROWS, INDICES, keep_probability=0.3, kind=kind, grid=3)
+    dfkernels.add(sums, scores, SEEDS, STEPS, ROWS, INDICES, distribution(kind, 0.3, 3))
     for row in range(3):
         in_row = row == ROWS
         masks = torch.cat(
             [
-                dfkernels.masks(
-                    SEEDS[row].item(), STEPS[row].item(), index, 1, SHAPE, keep_probability=0.3, kind=kind, grid=3
-                )
+                dfkernels.masks(SEEDS[row].item(), STEPS[row].item(), index, 1, SHAPE, distribution(kind, 0.3, 3))
                 for index in INDICES[in_row].tolist()
             ]
         )
@@ -57,17 +55,17 @@ def test_add_sums_each_rows_masks_and_scores(kind: str, score: str) -> None:
 @given(
     st.permutations(range(len(ROWS))),
     st.sets(st.integers(1, len(ROWS) - 1)),
-    st.sampled_from(MASK_KINDS),
+    st.sampled_from(NAMES),
     st.sampled_from(dfkernels.reference.SCORES),
 )
 def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[int], kind: str, score: str) -> None:
     scores = random_scores(score)
     complete, parts = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
-    dfkernels.add(complete, scores, SEEDS, STEPS, ROWS, INDICES, kind=kind)
+    dfkernels.add(complete, scores, SEEDS, STEPS, ROWS, INDICES, distribution(kind))
     bounds = [0, *sorted(cuts), len(ROWS)]
     for start, stop in pairwise(bounds):
         batch = torch.tensor(order[start:stop])
-        dfkernels.add(parts, scores[batch], SEEDS, STEPS, ROWS[batch], INDICES[batch], kind=kind)
+        dfkernels.add(parts, scores[batch], SEEDS, STEPS, ROWS[batch], INDICES[batch], distribution(kind))
     assert_close(parts.moments, complete.moments, **tolerance("add"))
 
 
@@ -81,15 +79,15 @@ def test_chunk_size_does_not_change_sums(monkeypatch: pytest.MonkeyPatch, score:
     assert_close(parts.moments, complete.moments, **tolerance("add"))
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 def test_poisoned_padding_changes_nothing(kind: str, score: str) -> None:
     scores, poisoned = random_scores(score), random_scores(score)
     poisoned[ROWS < 0] = torch.nan
     clean, padded = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
     real = ROWS >= 0
-    dfkernels.add(clean, scores[real], SEEDS, STEPS, ROWS[real], INDICES[real], kind=kind)
-    dfkernels.add(padded, poisoned, SEEDS, STEPS, ROWS, INDICES, kind=kind)
+    dfkernels.add(clean, scores[real], SEEDS, STEPS, ROWS[real], INDICES[real], distribution(kind))
+    dfkernels.add(padded, poisoned, SEEDS, STEPS, ROWS, INDICES, distribution(kind))
     assert torch.equal(padded.moments, clean.moments)
 
 
@@ -112,7 +110,7 @@ def test_running_sums_are_float64() -> None:
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("similarity", dfkernels.reference.SIMILARITIES)
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 def test_accumulate_equals_similarity_then_add(kind: str, similarity: str, score: str) -> None:
@@ -121,7 +119,7 @@ def test_accumulate_equals_similarity_then_add(kind: str, similarity: str, score
     outputs = 0.5 * references[ROWS] + 0.5 * torch.randn(len(ROWS), 3, *SHAPE, generator=g)
     outputs[ROWS < 0] = torch.nan
     window = {"window": 5, "sigma": 1.1, "data_range": 2.0}
-    masks = {"keep_probability": 0.4, "grid": 3}
+    masks = distribution(kind, 0.4, 3)
 
     fused, apart = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
     means = dfkernels.accumulate(
@@ -132,11 +130,10 @@ def test_accumulate_equals_similarity_then_add(kind: str, similarity: str, score
         STEPS,
         ROWS,
         INDICES,
+        masks,
         similarity=similarity,
         score=score,
-        mask_kind=kind,
         **window,
-        **masks,
     )
     for entry, (row, index) in enumerate(zip(ROWS.tolist(), INDICES.tolist(), strict=True)):
         if row < 0:
@@ -144,7 +141,7 @@ def test_accumulate_equals_similarity_then_add(kind: str, similarity: str, score
             continue
         one = dfkernels.similarity(outputs[entry : entry + 1], references[row], similarity, score, **window)
         place = torch.tensor([row]), torch.tensor([index])
-        dfkernels.add(apart, one, SEEDS, STEPS, *place, kind=kind, **masks)
+        dfkernels.add(apart, one, SEEDS, STEPS, *place, masks)
         assert_close(means[entry], one.mean(), **tolerance("similarity"))
     assert_close(fused.moments, apart.moments, **tolerance("similarity"))
 
@@ -217,18 +214,18 @@ def test_too_few_masks_give_no_error_bar(estimator: str) -> None:
     assert dfkernels.estimate(one, estimator)[1].isinf().all()
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", ["gaussian", "rise", "cells"])
 @pytest.mark.parametrize("score", dfkernels.reference.SCORES)
 def test_standard_errors_match_the_spread_over_seeds(kind: str, score: str) -> None:
     repeats, n, shape = 400, 60, (3, 4)
     seeds, steps = torch.arange(repeats), torch.zeros(repeats, dtype=torch.int64)
     rows, indices = seeds.repeat_interleave(n), torch.arange(n).repeat(repeats)
-    masks = dfkernels.draw_masks(seeds[rows], steps[rows], indices, shape, kind=kind, grid=2).float()
+    masks = dfkernels.draw_masks(seeds[rows], steps[rows], indices, shape, distribution(kind, grid=2)).float()
     signal = 0.3 * masks + 0.3 * masks.roll(1, -1) if score == "local" else 0.5 * masks.mean((1, 2))
     scores = 0.2 + signal + 0.2 * torch.randn(signal.shape, generator=torch.Generator().manual_seed(1))
 
     sums = dfkernels.Sums.zeros(repeats, shape)
-    dfkernels.add(sums, scores, seeds, steps, rows, indices, kind=kind, grid=2)
+    dfkernels.add(sums, scores, seeds, steps, rows, indices, distribution(kind, grid=2))
     for estimator in estimators.ESTIMATORS:
         value, error = dfkernels.estimate(sums, estimator)
         # 400 repeats determine a standard deviation to 4 % per pixel, and to about 2 % over twelve dependent pixels.
@@ -255,15 +252,15 @@ def numpy_ridge(x: np.ndarray, scores: np.ndarray, penalty: float) -> tuple[np.n
     return beta, np.sqrt(variance * np.diag(inverse @ x.T @ x @ inverse))
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", ["gaussian", "rise", "cells"])
 @pytest.mark.parametrize("n", [2, 30, 34, 35, 36, 90])
 @pytest.mark.parametrize("penalty", [1.0, 7.0])
 def test_ridge_equals_numpy(monkeypatch: pytest.MonkeyPatch, kind: str, n: int, penalty: float) -> None:
     monkeypatch.setattr(estimators, "CHUNK_PIXELS", 35 * 17)  # chunks of 17 masks, the last one shorter
     scores = random_scores("global", n)
-    mask = {"keep_probability": 0.3, "kind": kind, "grid": 3}
-    ours = dfkernels.ridge(scores, 8, 2, (5, 7), penalty=penalty, first=40, **mask)
-    x = dfkernels.masks(8, 2, 40, n, (5, 7), **mask).flatten(1).double().numpy() - 0.3
+    law = distribution(kind, 0.3, 3)
+    ours = dfkernels.ridge(scores, 8, 2, (5, 7), law, penalty=penalty, first=40)
+    x = dfkernels.masks(8, 2, 40, n, (5, 7), law).flatten(1).double().numpy() - 0.3
     for map_, theirs in zip(ours, numpy_ridge(x, scores.double().numpy(), penalty), strict=True):
         assert map_.dtype == torch.float32
         if map_ is ours[1] and n < 35:  # fewer masks than pixels
@@ -281,13 +278,26 @@ def test_primal_and_dual_agree(n: int) -> None:
     assert_close(primal, estimators._dual(iter(chunks), y, 1.0), **tolerance("add"))
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("cell", [1, 2, 4])
+@pytest.mark.parametrize("count", [40, 100])
+def test_ridge_regresses_on_cells(cell: int, count: int) -> None:
+    law, scores = MaskDistribution(0.4, cells=(cell,)), random_scores("global", count)
+    rows, columns = -(-5 // cell), -(-7 // cell)
+    x = dfkernels.masks(8, 2, 0, count, (rows, columns), MaskDistribution(0.4)).flatten(1).double().numpy() - 0.4
+    for ours, theirs in zip(
+        dfkernels.ridge(scores, 8, 2, (5, 7), law), numpy_ridge(x, scores.double().numpy(), 1.0), strict=True
+    ):
+        expected = np.kron(theirs.reshape(rows, columns), np.ones((cell, cell)))[:5, :7]
+        np.testing.assert_allclose(ours.numpy(), expected, **tolerance("ridge"))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rise", "cells"])
 def test_ridge_recovers_a_linear_score(kind: str) -> None:
     weights = torch.linspace(-1, 1, 12).reshape(3, 4)
-    masks = dfkernels.masks(5, 0, 0, 4000, (3, 4), kind=kind, grid=4).float()
-    beta, error = dfkernels.ridge(0.7 + (masks * weights).sum((1, 2)), 5, 0, (3, 4), kind=kind, grid=4)
+    masks = dfkernels.masks(5, 0, 0, 4000, (3, 4), distribution(kind, grid=4)).float()
+    beta, error = dfkernels.ridge(0.7 + (masks * weights).sum((1, 2)), 5, 0, (3, 4), distribution(kind, grid=4))
     # The penalty shrinks β by κ over the eigenvalues of XᵀX: 1000 for Gaussian masks, down to about 30 for smooth ones.
-    assert (beta - weights).abs().max() < (0.003 if kind == "gaussian" else 0.05)
+    assert (beta - weights).abs().max() < (0.05 if kind == "rise" else 0.003)
     assert (error < 0.01).all()
 
 
@@ -315,3 +325,105 @@ def test_ridge_refuses_invalid_arguments() -> None:
         dfkernels.ridge(torch.ones(3), 0, 0, SHAPE, penalty=0.0)
     with pytest.raises(ValueError, match="got no scores: ridge needs the score of at least one mask"):
         dfkernels.ridge(torch.ones(0), 0, 0, SHAPE)
+
+
+# Orthogonal designs --------------------------------------------------------------------------------------------------
+
+
+def local_scores(masks: torch.Tensor, seed: int, noise: float = 0.0) -> torch.Tensor:
+    """A score at every pixel that depends on the pixel, its neighbour and a pair of others, plus noise."""
+    m = masks.double()
+    values = 0.5 * m + 0.3 * m.roll(1, 2) + 0.4 * m.roll(3, 2) * m.roll(2, 1)
+    return (values + noise * torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))).float()
+
+
+def sums_of(law: MaskDistribution, count: int, seed: int, noise: float = 0.0) -> dfkernels.Sums:
+    """Sums of masks 0 … count − 1 of one row and `local_scores`."""
+    size = law.randomisation
+    sums = dfkernels.Sums.zeros(1, (8, 8), randomisations=-(-count // size) if size else 0)
+    masks = dfkernels.masks(seed, 0, 0, count, (8, 8), law)
+    zero = torch.zeros(count, dtype=torch.int64)
+    dfkernels.add(
+        sums, local_scores(masks, seed, noise), torch.tensor([seed]), zero[:1], zero, torch.arange(count), law
+    )
+    return sums
+
+
+@pytest.mark.parametrize("estimator", ["sum", "coverage", "contrast"])
+def test_maps_of_a_design_are_those_of_all_its_masks(estimator: str) -> None:
+    law = MaskDistribution(design="orthogonal", block=16)
+    apart = sums_of(law, 72, 5)  # the last randomisation is half complete
+    together = dfkernels.Sums(apart.moments.sum(0, keepdim=True))
+    assert apart.count.tolist() == [72]
+    saliency, error = dfkernels.estimate(apart, estimator)
+    assert_close(saliency, dfkernels.estimate(together, estimator)[0], **tolerance("estimate"))
+    # Its error is the spread of the four complete ones.
+    each = torch.cat([dfkernels.estimate(dfkernels.Sums(one[None]), estimator)[0] for one in apart.moments[:4]])
+    expected = each.std(0) / 2 if estimator != "sum" else each.std(0) * 2
+    assert_close(error[0], expected, **tolerance("estimate"))
+
+
+def test_fewer_than_four_randomisations_have_no_error() -> None:
+    law = MaskDistribution(design="orthogonal", block=16)
+    assert dfkernels.estimate(sums_of(law, 63, 5), "contrast")[1].isinf().all()
+    assert dfkernels.estimate(sums_of(law, 64, 5), "contrast")[1].isfinite().all()
+
+
+def test_a_design_has_less_error_than_independent_masks_and_says_how_much() -> None:
+    designed, independent = MaskDistribution(design="orthogonal", block=32), MaskDistribution()
+    maps, errors = {}, {}
+    for law in (designed, independent):
+        drawn = [dfkernels.estimate(sums_of(law, 128, seed, noise=0.05), "contrast") for seed in range(60)]
+        maps[law], errors[law] = (torch.cat(one) for one in zip(*drawn, strict=True))
+    spread = {law: of.std(0).square().mean().sqrt() for law, of in maps.items()}
+    assert spread[designed] < 0.9 * spread[independent]
+    assert_close(maps[designed].mean(), maps[independent].mean(), atol=0.01, rtol=0)
+    for law in maps:  # √E[error²] is what repeats show: four randomisations, 60 repeats, 64 pixels
+        assert abs(errors[law].square().mean().sqrt() / spread[law] - 1) < 0.1
+
+
+def test_ridge_errors_of_a_design_are_the_spread_over_repeats() -> None:
+    law = MaskDistribution(cells=(2,), design="orthogonal", block=32)
+    weights = torch.linspace(-0.3, 0.3, 64).reshape(8, 8) + 0.1
+    betas, errors = [], []
+    for seed in range(60):
+        masks = dfkernels.masks(seed, 0, 0, 256, (8, 8), law).float()
+        noise = 0.5 * torch.randn(256, generator=torch.Generator().manual_seed(seed))
+        interaction = (masks * masks.roll(3, 1) * masks.roll(5, 2)).sum((1, 2))
+        beta, error = dfkernels.ridge((masks * weights).sum((1, 2)) + interaction + noise, seed, 0, (8, 8), law)
+        betas.append(beta)
+        errors.append(error)
+    spread = torch.stack(betas).std(0)
+    assert abs(torch.stack(errors).square().mean().sqrt() / spread.square().mean().sqrt() - 1) < 0.1
+    # A block of fewer masks than cells, or fewer than four blocks, says nothing.
+    for block, count in ((8, 256), (32, 96)):
+        few = MaskDistribution(cells=(2,), design="orthogonal", block=block)
+        assert dfkernels.ridge(torch.rand(count), 0, 0, (8, 8), few)[1].isinf().all()
+
+
+# What is compared ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("similarity", ["structure", "mse", "cosine"])
+@pytest.mark.parametrize("score", dfkernels.reference.SCORES)
+def test_a_reading_compares_what_output_and_input_say_together(similarity: str, score: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    outputs, inputs = (torch.randn(len(ROWS), 2, *SHAPE, generator=g) for _ in range(2))
+    references, reading = torch.randn(3, 2, *SHAPE, generator=g), torch.tensor([[1.0, 0.0], [-0.3, 2.0], [0.0, 1.5]])
+    read, apart = dfkernels.Sums.zeros(3, SHAPE), dfkernels.Sums.zeros(3, SHAPE)
+    counters = (SEEDS, STEPS, ROWS, INDICES)
+    compared = {"similarity": similarity, "score": score}
+    means = dfkernels.accumulate(outputs, references, read, *counters, **compared, inputs=inputs, reading=reading)
+    factors = reading[ROWS.clamp(min=0)][..., None, None, None]
+    expected = dfkernels.accumulate(
+        factors[:, 0] * outputs + factors[:, 1] * inputs, references, apart, *counters, **compared
+    )
+    assert_close(means, expected, **tolerance("similarity"), equal_nan=True)
+    assert_close(read.moments, apart.moments, **tolerance("similarity"))
+
+
+def test_a_reading_needs_inputs_of_the_outputs_shape() -> None:
+    outputs, references = torch.zeros(len(ROWS), 2, *SHAPE), torch.zeros(3, 2, *SHAPE)
+    arguments = (outputs, references, dfkernels.Sums.zeros(3, SHAPE), SEEDS, STEPS, ROWS, INDICES)
+    with pytest.raises(ValueError, match="got a reading without inputs, or inputs without a reading"):
+        dfkernels.accumulate(*arguments, reading=torch.ones(3, 2))

@@ -1,16 +1,23 @@
 """Philox, masks and masked latents against the published algorithm in scalar Python."""
 
+import math
+
 import dfkernels
 import pytest
 import torch
 import torch.nn.functional as F
+from dfkernels import MaskDistribution, designs
+from distributions import NAMES, distribution
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import hadamard
+from scipy.stats import kstest
 from tolerance import tolerance
 from torch.testing import assert_close
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
+PARTS = ((0, 1), (1, 12), (13, 7))
 
 
 def philox_scalar(counter: list[int], key: list[int]) -> list[int]:
@@ -69,7 +76,7 @@ def test_first_mask_by_hand() -> None:
 
 @pytest.mark.parametrize(("threshold", "kept"), [(0x6627E8D5, False), (0x6627E8D5 + 1, True), (0x6627E8D5 + 0.6, True)])
 def test_a_pixel_is_kept_below_the_rounded_threshold(threshold: float, kept: bool) -> None:
-    mask = dfkernels.masks(0, 0, 0, 1, (1, 1), keep_probability=threshold / 2**32)
+    mask = dfkernels.masks(0, 0, 0, 1, (1, 1), distribution("gaussian", threshold / 2**32))
     assert mask.item() is kept
 
 
@@ -77,7 +84,7 @@ def test_a_pixel_is_kept_below_the_rounded_threshold(threshold: float, kept: boo
 def test_gaussian_masks_equal_the_scalar_specification(
     seed: int, step: int, first: int, shape: tuple[int, int], p: float
 ) -> None:
-    masks = dfkernels.masks(seed, step, first, 3, shape, keep_probability=p)
+    masks = dfkernels.masks(seed, step, first, 3, shape, distribution("gaussian", p))
     threshold = round(p * 2**32)
     for n, mask in enumerate(masks.flatten(1).tolist()):
         assert mask == [random_uint32_scalar(seed, step, first + n, j, 0) < threshold for j in range(len(mask))]
@@ -93,16 +100,16 @@ def test_gaussian_masks_equal_the_scalar_specification(
 def test_rise_masks_equal_torch_interpolation(
     seed: int, step: int, shape: tuple[int, int], p: float, grid: int
 ) -> None:
-    masks = dfkernels.masks(seed, step, 5, 2, shape, keep_probability=p, kind="rise", grid=grid)
+    masks = dfkernels.masks(seed, step, 5, 2, shape, distribution("rise", p, grid))
     expected = torch.stack([rise_scalar(seed, step, n, shape, p, grid) for n in (5, 6)])
     assert masks.dtype == torch.float32
     assert_close(masks, expected, **tolerance("masks_rise"))
 
 
-@pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", ["gaussian", "rise"])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_keep_rate(kind: str, p: float) -> None:
-    masks = dfkernels.masks(3, 2, 0, 2000, (16, 16), keep_probability=p, kind=kind).double()
+    masks = dfkernels.masks(3, 2, 0, 2000, (16, 16), distribution(kind, p)).double()
     # 2000 masks of 256 independent pixels, or of 64 independent cells (weighted unevenly by the crop: at least 40).
     independent = 2000 * (256 if kind == "gaussian" else 40)
     assert abs(masks.mean().item() - p) < 4 * (p * (1 - p) / independent) ** 0.5
@@ -126,14 +133,16 @@ def test_masks_pixels_steps_and_seeds_are_uncorrelated() -> None:
         assert abs(4 * (base * other).mean().item()) < 4 / (500 * 256) ** 0.5, name
 
 
-@pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_masks_do_not_depend_on_batch_or_order(kind: str) -> None:
-    complete = dfkernels.masks(11, 4, 0, 20, (7, 13), kind=kind)
-    parts = [dfkernels.masks(11, 4, first, count, (7, 13), kind=kind) for first, count in ((0, 1), (1, 12), (13, 7))]
+    complete = dfkernels.masks(11, 4, 0, 20, (7, 13), distribution(kind))
+    parts = [
+        dfkernels.masks(11, 4, first, count, (7, 13), distribution(kind)) for first, count in ((0, 1), (1, 12), (13, 7))
+    ]
     assert torch.equal(torch.cat(parts), complete)
 
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    drawn = dfkernels.draw_masks(torch.full((20,), 11), torch.full((20,), 4), order, (7, 13), kind=kind)
+    drawn = dfkernels.draw_masks(torch.full((20,), 11), torch.full((20,), 4), order, (7, 13), distribution(kind))
     assert torch.equal(drawn, complete[order])
 
 
@@ -151,10 +160,6 @@ def test_a_negative_seed_is_its_64_bit_pattern() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keep_probability": 0.0}, r"keep_probability 0\.0 is outside \(0, 1\)"),
-        ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
-        ({"keep_probability": float("nan")}, "keep_probability nan"),
-        ({"kind": "lime"}, "unknown mask kind 'lime': choose one of gaussian, rise"),
         ({"count": -1}, "count -1 is negative"),
         ({"first": -1}, r"masks -1 to 0 are outside \[0, 2\*\*32\)"),
         ({"first": 2**32 - 1}, "masks 4294967295 to 4294967296 are outside"),
@@ -162,7 +167,6 @@ def test_a_negative_seed_is_its_64_bit_pattern() -> None:
         ({"step": 2**32}, "step 4294967296 is outside"),
         ({"seed": 2**64}, "does not fit in 64 bits"),
         ({"shape": (0, 4)}, r"mask shape \(0, 4\)"),
-        ({"grid": 0}, "grid 0"),
     ],
 )
 def test_errors_name_the_remedy(change: dict, message: str) -> None:
@@ -171,49 +175,187 @@ def test_errors_name_the_remedy(change: dict, message: str) -> None:
         dfkernels.masks(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep_probability": 0.0}, r"keep_probability 0\.0 is outside \(0, 1\)"),
+        ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
+        ({"keep_probability": float("nan")}, "keep_probability nan"),
+        ({"kind": "lime"}, "unknown mask kind 'lime': choose one of gaussian, rise"),
+        ({"grid": 0}, "grid 0"),
+        ({"cells": ()}, r"cells \(\) are not possible: give 1 to 4 sizes of 1 to 127 latent pixels"),
+        ({"cells": (2, 0)}, r"cells \(2, 0\) are not possible"),
+        ({"cells": (1, 2, 3, 4, 5)}, "are not possible"),
+        ({"cells": (128,)}, "are not possible"),
+        ({"design": "latin"}, "unknown design 'latin': choose one of iid, orthogonal"),
+        ({"kind": "rise", "cells": (2,)}, "rise masks have a grid of their own"),
+        ({"kind": "rise", "design": "orthogonal"}, "rise masks have a grid of their own"),
+        ({"design": "orthogonal", "keep_probability": 0.3}, r"keeps half of the cells, not 0\.3: use iid"),
+        ({"design": "orthogonal", "block": 24}, "block 24 is not a power of two from 2 to 2048"),
+        ({"design": "orthogonal", "block": 1}, "block 1 is not"),
+        ({"design": "orthogonal", "block": 4096}, "block 4096 is not"),
+    ],
+)
+def test_errors_of_distributions_name_the_remedy(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskDistribution(**change)
+
+
+# Cells and designs ---------------------------------------------------------------------------------------------------
+
+
+def cells_scalar(mask: torch.Tensor, cell: int, shift: tuple[int, int]) -> dict[tuple[int, int], bool]:
+    """The value of every cell of a mask, which must be the same at all of its pixels."""
+    values: dict[tuple[int, int], bool] = {}
+    for y, row in enumerate(mask.tolist()):
+        for x, value in enumerate(row):
+            assert values.setdefault(((y + shift[0]) // cell, (x + shift[1]) // cell), value) == value
+    return values
+
+
+@pytest.mark.parametrize("seed", [3, 2**63 + 5])
+def test_cells_equal_the_scalar_specification(seed: int) -> None:
+    shape, law = (7, 13), MaskDistribution(0.3, cells=(3, 2), shifted=True)
+    begin = [random_uint32_scalar(seed, 2, 0, axis, 5) for axis in (0, 1)]
+    for n in (0, 1, 2, 12, 13, 101):
+        cell, turn = (3, 2)[n % 2], n // 2
+        shift = ((begin[0] + turn) % cell, (begin[1] + turn + turn // cell) % cell)
+        (mask,) = dfkernels.masks(seed, 2, n, 1, shape, law)
+        columns = -(-13 // cell) + 1
+        for (y, x), kept in cells_scalar(mask, cell, shift).items():
+            assert kept == (random_uint32_scalar(seed, 2, n, y * columns + x, 0) < round(0.3 * 2**32))
+
+
+def test_shifts_visit_every_place_once_in_as_many_blocks() -> None:
+    for cell in (2, 3, 4):
+        turns = range(cell**2)
+        assert len({(turn % cell, (turn + turn // cell) % cell) for turn in turns}) == cell**2
+
+
+def signs(law: MaskDistribution, shape: tuple[int, int], first: int = 0, count: int = 0) -> torch.Tensor:
+    """±1 of every mask and pixel."""
+    return 2 * dfkernels.masks(9, 4, first, count or law.randomisation, shape, law).double() - 1
+
+
+@pytest.mark.parametrize(("cell", "block", "shifted"), [(4, 32, False), (4, 64, True), (8, 8, False), (2, 128, False)])
+def test_an_orthogonal_design_balances_every_pair_of_cells(cell: int, block: int, shifted: bool) -> None:
+    law = MaskDistribution(cells=(cell,), shifted=shifted, design="orthogonal", block=block)
+    for first in (0, block, 7 * block):
+        gram = torch.einsum("nyx,nvu->yxvu", *(2 * [signs(law, (16, 16), first)])).reshape(256, 256)
+        # Pixels of one cell are the same in every mask, all others are uncorrelated.
+        assert set(gram.unique().tolist()) == {0, block}
+        area = (gram == block).sum(1)
+        assert shifted or (area == cell * cell).all()
+
+
+def test_every_tile_of_an_orthogonal_design_is_balanced() -> None:
+    law = MaskDistribution(design="orthogonal", block=64)  # tiles of 8 × 4 pixels
+    tiles = signs(law, (16, 16)).reshape(64, 2, 8, 4, 4).permute(1, 3, 0, 2, 4).reshape(8, 64, 32)
+    assert torch.equal(tiles.transpose(1, 2) @ tiles, 64 * torch.eye(32, dtype=torch.float64).expand(8, -1, -1))
+    # Tiles are permuted independently: no two hold the same columns.
+    across = (tiles[0].T @ tiles[1]).abs()
+    assert 0 < across.mean() < 32
+
+
+@pytest.mark.parametrize("block", [2, 4, 16, 2048])
+@pytest.mark.parametrize("cells", [(1,), (2, 4, 8), (5,)])
+def test_masks_of_an_orthogonal_design_come_with_their_complements(block: int, cells: tuple[int, ...]) -> None:
+    law = MaskDistribution(cells=cells, shifted=len(cells) > 1, design="orthogonal", block=block)
+    drawn = signs(law, (9, 7))
+    assert torch.equal(drawn[0::2], -drawn[1::2])
+    assert not drawn.sum(0).any()
+
+
+def test_an_orthogonal_design_equals_scipys_hadamard_array() -> None:
+    law = MaskDistribution(cells=(2,), design="orthogonal", block=32)
+    (first, second, third, fourth), array = philox_scalar([0, 3, 4, 6], [9, 0]), hadamard(16)
+    drawn = dfkernels.masks(9, 4, 3 * 32, 32, (8, 8), law)
+
+    def permute(x: int, one: int, two: int) -> int:
+        for shift in (0, 10, 20):
+            x = ((one >> shift) % 1024 // 2 * 2 + 1) * x + (two >> shift) % 1024
+            x = x % 16 ^ x % 16 >> 2
+        return x
+
+    assert sorted(permute(j, first, second) for j in range(16)) == list(range(16))
+    for n, mask in enumerate(drawn):
+        for (y, x), kept in cells_scalar(mask, 2, (0, 0)).items():
+            j = 4 * y + x
+            sign = 1 - 2 * (random_uint32_scalar(9, 4, 3, j, 7) >> 31)
+            entry = array[permute(n // 2, third, fourth), permute(j, first, second)] * sign * (1 - 2 * (n % 2))
+            assert kept == (entry < 0)
+
+
+def test_permutations_mix() -> None:
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 2**32, (20_000, 2, 1), generator=g)
+    for order in (2, 8, 32, 1024):
+        x = designs.permuted(torch.arange(order).expand(len(words), -1), *words.expand(-1, -1, order).unbind(1), order)
+        assert torch.equal(x.sort(1).values, torch.arange(order).expand_as(x))
+        # Every number goes everywhere, and no difference of two is preferred.
+        for one in (x[:, 0], x[:, -1], x[:, 0] ^ x[:, 1]):
+            assert torch.bincount(one).max() < 2 * len(x) / order + 30 if order > 2 else True
+
+
+@pytest.mark.parametrize(
+    ("num_masks", "shape", "law", "block"),
+    [
+        (256, (16, 16), {"cells": (4,)}, 32),  # 16 cells need 32
+        (256, (16, 16), {"cells": (1,)}, 64),  # four randomisations
+        (256, (16, 16), {"cells": (2, 4)}, 32),  # of two sizes
+        (300, (16, 16), {"cells": (1,)}, 64),
+        (3, (16, 16), {"cells": (1,)}, 2),
+        (10**6, (64, 64), {"cells": (1,)}, 2048),
+        (10**6, (5, 5), {"cells": (4,), "shifted": True}, 32),  # 3 × 3 cells
+    ],
+)
+def test_the_block_of_an_orthogonal_design(num_masks: int, shape: tuple[int, int], law: dict, block: int) -> None:
+    assert dfkernels.orthogonal_block(num_masks, shape, MaskDistribution(**law)) == block
+
+
 # Apply masks ---------------------------------------------------------------------------------------------------------
 
 SEEDS, STEPS = torch.tensor([4, -9]), torch.tensor([0, 6])
 ROWS, INDICES = torch.tensor([1, 0, -1, 1, 1]), torch.tensor([0, 0, 3, 1, 2])
 
 
-@pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_apply_masks_multiplies_each_rows_latent(kind: str, channels: int) -> None:
     latents = torch.randn(2, channels, 7, 13, generator=torch.Generator().manual_seed(0))
-    masked = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, keep_probability=0.3, kind=kind, grid=3)
+    masked = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, distribution(kind, 0.3, 3))
     assert masked.is_contiguous(memory_format=torch.channels_last)
     for entry, row, index in zip(masked, ROWS.tolist(), INDICES.tolist(), strict=True):
         if row < 0:
             assert not entry.any()
             continue
         seed, step = SEEDS[row].item(), STEPS[row].item()
-        mask = dfkernels.masks(seed, step, index, 1, (7, 13), keep_probability=0.3, kind=kind, grid=3)
+        mask = dfkernels.masks(seed, step, index, 1, (7, 13), distribution(kind, 0.3, 3))
         assert_close(entry, latents[row] * mask, **tolerance("apply_masks"))
 
 
-@pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_apply_masks_in_another_dtype_and_with_poisoned_padding(kind: str) -> None:
     latents = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(1))
-    exact = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind)
+    exact = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, distribution(kind))
     assert exact.dtype == torch.float32
-    half = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind, dtype=torch.float16)
+    half = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, distribution(kind), dtype=torch.float16)
     assert half.dtype == torch.float16
     assert_close(half, exact.half(), **tolerance("apply_masks"))
 
     latents[0] = torch.nan
-    poisoned = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, kind=kind, dtype=torch.float16)
+    poisoned = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, distribution(kind), dtype=torch.float16)
     assert not poisoned[2].any()
     assert_close(poisoned[3:], half[3:], **tolerance("apply_masks"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", dfkernels.reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_the_hot_path_never_waits_for_the_device(kind: str) -> None:
     # Meta tensors hold no values, so reading one on the host (.item(), a boolean index) raises.
     seeds, steps, rows, indices = (tensor.to("meta") for tensor in (SEEDS, STEPS, ROWS, INDICES))
     latents = torch.empty(2, 3, 7, 13, device="meta")
-    masked = dfkernels.apply_masks(latents, seeds, steps, rows, indices, kind=kind)
+    masked = dfkernels.apply_masks(latents, seeds, steps, rows, indices, distribution(kind))
     sums = dfkernels.Sums.zeros(2, (7, 13), "meta")
     for similarity in dfkernels.reference.SIMILARITIES:
         for score in dfkernels.reference.SCORES:
@@ -225,8 +367,44 @@ def test_the_hot_path_never_waits_for_the_device(kind: str) -> None:
                 steps,
                 rows,
                 indices,
+                distribution(kind),
                 similarity=similarity,
                 score=score,
-                mask_kind=kind,
             )
             assert means.shape == (5,)
+
+
+# Fill ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_fill_takes_the_place_of_dropped_pixels(kind: str) -> None:
+    latents = torch.randn(2, 5, 7, 13, generator=torch.Generator().manual_seed(0))
+    fill = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 0.5], [-1.0, 0.0, 0.0, 0.0, 7.0, 2.0]])
+    masked = dfkernels.apply_masks(latents, SEEDS, STEPS, ROWS, INDICES, distribution(kind), fill=fill)
+    for entry, row, index in zip(masked, ROWS.tolist(), INDICES.tolist(), strict=True):
+        if row < 0:
+            assert not entry.any()
+            continue
+        place = (SEEDS[row : row + 1], STEPS[row : row + 1], torch.tensor([index]))
+        mask = dfkernels.draw_masks(*place, (7, 13), distribution(kind)).float()
+        noise = designs.normal(*place, 5, 91)[0].unflatten(1, (7, 13))
+        filled = fill[row, :5, None, None] + fill[row, 5] * noise
+        assert_close(entry, mask * latents[row] + (1 - mask) * filled, **tolerance("normal"))
+
+
+def test_normal_numbers_equal_the_scalar_specification() -> None:
+    drawn = designs.normal(*(torch.tensor([x]) for x in (9, 4, 3)), 6, 5)[0]
+    for channel, pixel in ((0, 0), (1, 0), (2, 3), (3, 4), (4, 1), (5, 4)):
+        words = philox_scalar([pixel * 2 + channel // 4, 3, 4, 8], [9, 0])
+        u, v = ((word // 2**9 + 0.5) / 2**23 for word in words[channel % 4 // 2 * 2 :][:2])
+        angle = 2 * math.pi * v
+        expected = math.sqrt(-2 * math.log(u)) * (math.sin(angle) if channel % 2 else math.cos(angle))
+        assert drawn[channel, pixel].item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_normal_numbers_are_normal() -> None:
+    drawn = designs.normal(torch.arange(200), torch.zeros(200, dtype=torch.int64), torch.arange(200), 4, 256)
+    assert kstest(drawn.flatten().double().numpy(), "norm").pvalue > 1e-3
+    channels = torch.corrcoef(drawn.transpose(0, 1).flatten(1))
+    assert (channels - torch.eye(4)).abs().max() < 4.5 / (200 * 256) ** 0.5

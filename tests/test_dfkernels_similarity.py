@@ -34,6 +34,7 @@ def formula(kind: str, mu_a: Array, mu_b: Array, var_a: Array, var_b: Array, cov
         "contrast_structure": contrast_structure,
         "contrast": (2 * sd_a * sd_b + c2) / (sd_a**2 + sd_b**2 + c2),
         "ssim": luminance * contrast_structure,
+        "mse": -(var_a + var_b - 2 * cov + (mu_a - mu_b) ** 2),
     }[kind]
 
 
@@ -168,7 +169,7 @@ def test_low_precision_inputs_are_scored_in_float32(kind: str, score: str, dtype
 def test_identical_inputs_score_one(kind: str, score: str) -> None:
     a = images(2, 3, 7, 13)[0].float()
     ours = dfkernels.similarity(a, a, kind, score)
-    assert_close(ours, torch.ones_like(ours), **tolerance("similarity"))
+    assert_close(ours, torch.full_like(ours, 0 if kind == "mse" else 1), **tolerance("similarity"))
 
 
 def test_a_negated_input_scores_minus_one_up_to_the_constant() -> None:
@@ -222,7 +223,8 @@ def test_an_offset_costs_structure_no_precision(score: str) -> None:
 def test_data_range_scales_with_the_inputs(kind: str, score: str) -> None:
     a, b = (0.03 * x for x in images(2, 2, 7, 13))  # small, so that the constants matter
     scaled = dfkernels.similarity(8 * a, 8 * b, kind, score, data_range=8.0)
-    assert_close(scaled, dfkernels.similarity(a, b, kind, score), **tolerance("similarity_float64"))
+    expected = dfkernels.similarity(a, b, kind, score) * (64 if kind == "mse" else 1)
+    assert_close(scaled, expected, **tolerance("similarity_float64"))
 
 
 def test_channels_are_averaged() -> None:

@@ -6,13 +6,13 @@ import inspect
 import dfkernels
 import pytest
 import torch
-from dfkernels import dispatch, estimators, games, reference
+from dfkernels import MaskDistribution, designs, dispatch, estimators, games, reference
 from torch.testing import assert_close
 
 OPERATIONS = {
-    "apply_masks": reference.apply_masks,
-    "draw_masks": reference.draw_masks,
-    "masks": reference.masks,
+    "apply_masks": designs.apply_masks,
+    "draw_masks": designs.draw_masks,
+    "masks": designs.masks,
     "perturb": games.perturb,
     "similarity": reference.similarity,
     "add": estimators.add,
@@ -52,16 +52,16 @@ def test_on_a_gpu_the_kernel_runs(monkeypatch: pytest.MonkeyPatch, gpu: None) ->
         "apply_masks",
         lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs),
     )
-    ours = dfkernels.apply_masks(LATENTS, ONE, ONE, ONE, indices=ONE, keep_probability=0.3)
+    ours = dfkernels.apply_masks(LATENTS, ONE, ONE, ONE, indices=ONE, distribution=MaskDistribution(0.3))
     assert calls == [1]
-    assert_close(ours, reference.apply_masks(LATENTS, ONE, ONE, ONE, ONE, keep_probability=0.3))
+    assert_close(ours, designs.apply_masks(LATENTS, ONE, ONE, ONE, ONE, MaskDistribution(0.3)))
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: dfkernels.apply_masks(LATENTS, ONE, ONE, ONE, ONE, kind="rise", grid=33),
-        lambda: dfkernels.masks(0, 0, 0, 1, (3, 5), kind="rise", grid=33, device="cpu"),
+        lambda: dfkernels.apply_masks(LATENTS, ONE, ONE, ONE, ONE, MaskDistribution(kind="rise", grid=33)),
+        lambda: dfkernels.masks(0, 0, 0, 1, (3, 5), MaskDistribution(kind="rise", grid=33), device="cpu"),
         lambda: dfkernels.similarity(LATENTS.clone().requires_grad_(), LATENTS[0]).sum().backward(),
     ],
     ids=["large grid", "large grid without tensors", "gradient"],
@@ -100,6 +100,6 @@ def test_gpus_that_triton_does_not_support_run_the_reference(monkeypatch: pytest
 @pytest.mark.gpu
 def test_on_a_real_gpu_operations_equal_the_reference() -> None:
     masked = dfkernels.apply_masks(*(x.cuda() for x in (LATENTS, ONE, ONE, ONE, ONE)))
-    assert_close(masked.cpu(), reference.apply_masks(LATENTS, ONE, ONE, ONE, ONE))
+    assert_close(masked.cpu(), designs.apply_masks(LATENTS, ONE, ONE, ONE, ONE))
     drawn = dfkernels.masks(3, 1, 4, 2, (7, 13), device="cuda")
-    assert torch.equal(drawn.cpu(), reference.masks(3, 1, 4, 2, (7, 13)))
+    assert torch.equal(drawn.cpu(), designs.masks(3, 1, 4, 2, (7, 13)))

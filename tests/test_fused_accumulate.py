@@ -6,9 +6,10 @@ from unittest.mock import patch
 import dfkernels
 import pytest
 import torch
-from dfkernels import estimators, reference
+from dfkernels import MaskDistribution, estimators, reference
 from dfkernels.fused import accumulate as fused
 from dfkernels.fused.similarity import prepare
+from distributions import NAMES, distribution
 from fused import DEVICE, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,6 @@ SEEDS, STEPS = torch.tensor([4, -9, 0, 7], device=DEVICE), torch.tensor([0, 2**3
 ROWS = torch.tensor([2, 0, -1, 0, 3, 3, 0, 0, 0, 0, -1, 2], device=DEVICE)
 INDICES = torch.tensor([9, 0, 2, 1, 0, 2**32 - 1, 2, 3, 4, 5, 0, 1], device=DEVICE)
 COUNTERS = (SEEDS, STEPS, ROWS, INDICES)
-MASK = {"keep_probability": 0.4, "grid": 3}
 
 
 def random_outputs(c: int, h: int, w: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +66,9 @@ def per_mask(sums: estimators.Sums) -> torch.Tensor:
         ("structure", "gaussian"),
         ("ssim", "rise"),
         *(soak(s, "gaussian") for s in reference.SIMILARITIES if s != "structure"),
+        ("mse", "pyramid"),
         soak("structure", "rise"),
+        *(soak("structure", kind) for kind in ("cells", "orthogonal", "pyramid")),
     ],
 )
 def test_accumulate_equals_the_estimators(score: str, similarity: str, kind: str) -> None:
@@ -77,27 +79,67 @@ def test_accumulate_equals_the_estimators(score: str, similarity: str, kind: str
         "window": 3,
         "sigma": 1.1,
         "data_range": 2.0,
-        "mask_kind": kind,
     }
     ours, theirs = random_sums(5, 3), random_sums(5, 3)
     with poisoned():
-        means = fused.accumulate(outputs, references, ours, *COUNTERS, **options, **MASK)
-    expected = estimators.accumulate(outputs, references, theirs, *COUNTERS, **options, **MASK)
+        means = fused.accumulate(outputs, references, ours, *COUNTERS, distribution(kind, 0.4, 3), **options)
+    expected = estimators.accumulate(outputs, references, theirs, *COUNTERS, distribution(kind, 0.4, 3), **options)
     assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
     assert means.dtype == torch.float32
     assert_close(means, expected, **tolerance("similarity_fused"), equal_nan=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("score", reference.SCORES)
+@pytest.mark.parametrize(
+    ("similarity", "dtype", "layout"),
+    [
+        ("structure", torch.float16, torch.channels_last),
+        ("mse", torch.float32, torch.contiguous_format),
+        soak("cosine", torch.float16, torch.channels_last),
+        soak("ssim", torch.bfloat16, torch.contiguous_format),
+    ],
+)
+def test_a_reading_is_taken_in_the_same_pass(
+    score: str, similarity: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    outputs, references = random_outputs(2, 5, 3, dtype)
+    inputs = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
+    reading = torch.tensor([[-0.4, 1.3], [1.0, 0.0], [0.7, 0.0], [-1.5, 2.0]], device=DEVICE)
+    given = {"similarity": similarity, "score": score, "reading": reading}
+    ours, theirs = random_sums(5, 3), random_sums(5, 3)
+    with poisoned():
+        means = fused.accumulate(
+            outputs.contiguous(memory_format=layout), references, ours, *COUNTERS, **given,
+            inputs=inputs.contiguous(memory_format=torch.channels_last),
+        )  # fmt: skip
+    expected = estimators.accumulate(outputs, references, theirs, *COUNTERS, **given, inputs=inputs)
+    assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
+    assert_close(means, expected, **tolerance("similarity_fused"), equal_nan=True)
+
+
+@pytest.mark.slow
+def test_randomisations_are_kept_apart() -> None:
+    law = MaskDistribution(cells=(2, 1), design="orthogonal", block=2)
+    scores, indices = random_scores("local", 5, 3), torch.arange(len(ROWS), device=DEVICE)
+    ours, theirs = (estimators.Sums.zeros(4, (5, 3), DEVICE, randomisations=3) for _ in range(2))
+    with poisoned():
+        fused.add(ours, scores, SEEDS, STEPS, ROWS, indices, law)
+    estimators.add(theirs, scores, SEEDS, STEPS, ROWS, indices, law)
+    assert_close(ours.moments, theirs.moments, **tolerance("add"))
+    assert torch.count_nonzero(theirs.moments[:, 0, 0, 0, 0]) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("score", reference.SCORES)
 @pytest.mark.parametrize(("h", "w"), [(7, 5), (1, 1), (5, 34)])
 def test_add_equals_the_estimators(kind: str, score: str, h: int, w: int) -> None:
     scores, ours, theirs = random_scores(score, h, w), random_sums(h, w), random_sums(h, w)
     with poisoned():
-        fused.add(ours, scores, *COUNTERS, kind=kind, **MASK)
-    estimators.add(theirs, scores, *COUNTERS, kind=kind, **MASK)
-    assert_close(per_mask(ours), per_mask(theirs), **tolerance("add" if kind == "gaussian" else "add_rise_fused"))
+        fused.add(ours, scores, *COUNTERS, distribution(kind, 0.4, 3))
+    estimators.add(theirs, scores, *COUNTERS, distribution(kind, 0.4, 3))
+    assert_close(per_mask(ours), per_mask(theirs), **tolerance("add_rise_fused" if kind == "rise" else "add"))
 
 
 @pytest.mark.soak
@@ -164,19 +206,20 @@ def test_more_rows_than_entries(score: str) -> None:
 @given(
     st.permutations(range(len(ROWS))),
     st.sets(st.integers(1, len(ROWS) - 1)),
-    st.sampled_from(reference.MASK_KINDS),
+    st.sampled_from(NAMES),
     st.sampled_from(reference.SCORES),
 )
 def test_any_split_in_any_order_gives_the_same_sums(order: list[int], cuts: set[int], kind: str, score: str) -> None:
     outputs, references = random_outputs(2, 5, 3)
     # test_fused_similarity covers the other local scores; a local cosine is quick to interpret.
-    options = {"similarity": "cosine" if score == "local" else "ssim", "score": score, "mask_kind": kind, **MASK}
+    options = {"similarity": "cosine" if score == "local" else "ssim", "score": score}
     complete, parts = random_sums(5, 3), random_sums(5, 3)
-    means = fused.accumulate(outputs, references, complete, *COUNTERS, **options)
+    law = distribution(kind, 0.4, 3)
+    means = fused.accumulate(outputs, references, complete, *COUNTERS, law, **options)
     for start, stop in pairwise([0, *sorted(cuts), len(ROWS)]):
         batch = torch.tensor(order[start:stop], device=DEVICE)
         place = (SEEDS, STEPS, ROWS[batch], INDICES[batch])
-        part = fused.accumulate(outputs[batch], references, parts, *place, **options)
+        part = fused.accumulate(outputs[batch], references, parts, *place, law, **options)
         # A mask's score has identical bits in any batch; sums agree to float64 rounding.
         assert torch.equal(part.nan_to_num(), means[batch].nan_to_num())
     assert_close(parts.moments, complete.moments, **tolerance("add"))
@@ -269,9 +312,6 @@ def test_plan_cuts_each_row_into_short_segments_in_order(rows: list[int], length
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
-        ({"mask_kind": "lime"}, "unknown mask kind 'lime': choose one of gaussian, rise"),
-        ({"grid": 0}, "grid 0"),
         ({"similarity": "frechet"}, "unknown similarity 'frechet'"),
         ({"score": "map"}, "unknown score 'map'"),
         ({"window": 4}, "window 4 is not a positive odd number"),
@@ -301,7 +341,7 @@ def full_size(score: str) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tenso
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("score", reference.SCORES)
 def test_stable_diffusion_size(kind: str, score: str) -> None:
     outputs, references, counters = full_size(score)
@@ -309,16 +349,18 @@ def test_stable_diffusion_size(kind: str, score: str) -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with poisoned():
-        means = dfkernels.accumulate(outputs, references, ours, *counters, score=score, mask_kind=kind)
+        means = dfkernels.accumulate(outputs, references, ours, *counters, distribution(kind), score=score)
     used = torch.cuda.max_memory_allocated() - before
     assert used < 4 * len(outputs) * 64 * 64, "as much memory as a float32 map per mask"
-    same = dfkernels.accumulate(outputs, references, again, *counters, score=score, mask_kind=kind)
+    same = dfkernels.accumulate(outputs, references, again, *counters, distribution(kind), score=score)
     assert torch.equal(ours.moments, again.moments)
     assert torch.equal(means.nan_to_num(), same.nan_to_num())
     for start in range(0, 4096, 256):
         part = slice(start, start + 256)
         place = (*counters[:2], counters[2][part], counters[3][part])
-        expected = estimators.accumulate(outputs[part].float(), references, theirs, *place, score=score, mask_kind=kind)
+        expected = estimators.accumulate(
+            outputs[part].float(), references, theirs, *place, distribution(kind), score=score
+        )
         assert_close(means[part], expected, **tolerance("similarity_fused"), equal_nan=True)
     assert_close(per_mask(ours), per_mask(theirs), **tolerance("accumulate_fused"))
 

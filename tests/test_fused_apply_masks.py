@@ -6,9 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dfkernels import counters, reference
+from dfkernels import MaskDistribution, counters, designs
 from dfkernels.fused import apply_masks as fused
 from dfkernels.fused import mask
+from distributions import NAMES, distribution
 from fused import DEVICE, ODD_SHAPES, exact_in, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,14 +34,16 @@ def latents(c: int, h: int, w: int, dtype: torch.dtype = torch.float32, r: int =
 
 
 def masking_tolerance(kind: str, dtype: torch.dtype) -> dict[str, float]:
-    return tolerance("apply_masks" if kind == "gaussian" else f"apply_masks_rise_{str(dtype).removeprefix('torch.')}")
+    return tolerance(f"apply_masks_rise_{str(dtype).removeprefix('torch.')}" if kind == "rise" else "apply_masks")
 
 
-def assert_equals_reference(x: torch.Tensor, kind: str = "gaussian", **settings: object) -> None:
-    arguments = (x, SEEDS, STEPS, ROWS, INDICES)
+def assert_equals_reference(
+    x: torch.Tensor, kind: str = "gaussian", p: float = 0.5, grid: int = 8, **settings: object
+) -> None:
+    arguments = (x, SEEDS, STEPS, ROWS, INDICES, distribution(kind, p, grid))
     with poisoned():
-        ours = fused.apply_masks(*arguments, kind=kind, **settings)
-    expected = reference.apply_masks(*arguments, kind=kind, **settings)
+        ours = fused.apply_masks(*arguments, **settings)
+    expected = designs.apply_masks(*arguments, **settings)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_close(ours, expected, **masking_tolerance(kind, ours.dtype))
 
@@ -106,51 +109,56 @@ def test_random_numbers_equal_the_specification(
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-@pytest.mark.parametrize(("kind", "grid"), [("gaussian", 8), ("rise", 8), ("rise", 1), ("rise", 3), ("rise", 32)])
+@pytest.mark.parametrize(("kind", "grid"), [*((name, 8) for name in NAMES), ("rise", 1), ("rise", 3), ("rise", 32)])
 def test_masks_equal_the_reference(shape: tuple[int, int], kind: str, grid: int) -> None:
-    arguments, settings = (SEEDS, STEPS, INDICES[:3], shape), {"kind": kind, "grid": grid, "keep_probability": 0.3}
+    arguments = SEEDS, STEPS, INDICES[:3], shape, distribution(kind, 0.3, grid)
     with poisoned():
-        ours = fused.draw_masks(*arguments, **settings)
-    expected = reference.draw_masks(*arguments, **settings)
-    assert_close(ours, expected, **tolerance("masks" if kind == "gaussian" else "masks_rise"))
+        ours = fused.draw_masks(*arguments)
+    assert_close(ours, designs.draw_masks(*arguments), **tolerance("masks_rise" if kind == "rise" else "masks"))
 
 
 # p·2³² rounds to 0, 1, 2³¹ − 1 and 2³¹ (the sign bit of 32), to a drawn number and one above, 2³² − 1 and 2³².
 @pytest.mark.parametrize(
     "threshold", [0.25, 1, 2**31 - 1, 2**31, 0x6627E8D5, 0x6627E8D5 + 0.6, 2**32 - 1, 2**32 - 0.25]
 )
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", ["gaussian", "rise", "cells"])
 def test_thresholds_are_compared_unsigned(threshold: float, kind: str) -> None:
-    arguments, settings = (0, 0, 0, 2, (5, 7)), {"kind": kind, "keep_probability": threshold / 2**32}
-    expected = reference.masks(*arguments, **settings)
-    ours = fused.masks(*arguments, **settings, device=DEVICE)
-    assert_close(ours.cpu(), expected, **tolerance("masks" if kind == "gaussian" else "masks_rise"))
+    arguments = 0, 0, 0, 2, (5, 7), distribution(kind, threshold / 2**32)
+    ours = fused.masks(*arguments, device=DEVICE)
+    assert_close(ours.cpu(), designs.masks(*arguments), **tolerance("masks_rise" if kind == "rise" else "masks"))
 
 
 def test_only_the_highest_threshold_keeps_the_highest_number() -> None:
     # Found by search: word 2 of counter (0, 105672652, 0, 0), key 0, is ffffffff.
     for threshold, kept in ((2**32 - 1, False), (2**32 - 0.25, True)):
-        for masks in (reference.masks, fused.masks):
-            mask_ = masks(0, 0, 105672652, 1, (1, 4), keep_probability=threshold / 2**32, device=DEVICE)
+        for masks in (designs.masks, fused.masks):
+            mask_ = masks(0, 0, 105672652, 1, (1, 4), MaskDistribution(threshold / 2**32), device=DEVICE)
             assert mask_.tolist() == [[[True, True, kept, True]]]
 
 
 @triton.jit
-def _weights_at(pixels, out, k0, k1, step, index, h, w, threshold, GRID: tl.constexpr, KIND: tl.constexpr):
+def _weights_at(
+    pixels, out, k0, k1, step, index, h, w, threshold, cells, bits,
+    GRID: tl.constexpr, KIND: tl.constexpr, LEVELS: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
     at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
     zero = tl.load(pixels).to(tl.uint32) * 0
     pixel = tl.load(pixels + at)
-    weight = mask.weights_at(pixel, zero + k0, zero + k1, zero + step, zero + index, h, w, threshold, GRID, KIND)
+    weight = mask.weights_at(
+        pixel, zero + k0, zero + k1, zero + step, zero + index, h, w, threshold, cells, bits,
+        GRID, KIND, LEVELS, SHIFTED,
+    )  # fmt: skip
     tl.store(out + at, weight)
 
 
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_weights_at_arbitrary_pixels(kind: str) -> None:
     pixels = torch.randperm(91, generator=torch.Generator().manual_seed(0))[:32].reshape(4, 8)
     out = torch.full((4, 8), torch.nan, device=DEVICE)
     at = pixels.to(DEVICE, torch.int32)
-    _weights_at[(1,)](at, out, 7, 5, 3, 11, 7, 13, round(0.3 * 2**32), GRID=3, KIND=kind)
-    (mask_,) = reference.masks(7 + (5 << 32), 3, 11, 1, (7, 13), keep_probability=0.3, kind=kind, grid=3)
+    law = distribution(kind, 0.3, 3)
+    _weights_at[(1,)](at, out, 7, 5, 3, 11, 7, 13, **mask.runtime_arguments(law), **mask.constants(law))
+    (mask_,) = designs.masks(7 + (5 << 32), 3, 11, 1, (7, 13), law)
     assert_close(out.cpu(), mask_.flatten()[pixels].float(), **tolerance("masks_rise"))
 
 
@@ -158,21 +166,31 @@ def test_weights_at_arbitrary_pixels(kind: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_apply_masks_equals_the_reference(shape: tuple[int, int], kind: str) -> None:
-    assert_equals_reference(latents(4, *shape), kind, keep_probability=0.3, grid=3)
+    assert_equals_reference(latents(4, *shape), kind, 0.3, 3)
 
 
 @pytest.mark.parametrize("c", [1, 3, 16, 17])
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_any_number_of_channels(c: int, kind: str) -> None:
     assert_equals_reference(latents(c, 7, 13), kind)
 
 
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize(("dtype", "out"), [*itertools.product(DTYPES, (None, *DTYPES)), (torch.float64, None)])
 def test_any_dtype(kind: str, dtype: torch.dtype, out: torch.dtype | None) -> None:
     assert_equals_reference(exact_in(out or dtype, latents(4, 5, 3, dtype)), kind, dtype=out)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("c", [1, 4, 17])
+def test_a_fill_equals_the_reference(kind: str, c: int) -> None:
+    fill = torch.randn(3, c + 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    arguments = latents(c, 7, 5), SEEDS, STEPS, ROWS, INDICES, distribution(kind)
+    with poisoned():
+        ours = fused.apply_masks(*arguments, fill=fill)
+    assert_close(ours, designs.apply_masks(*arguments, fill=fill), **tolerance("normal"))
 
 
 @pytest.mark.slow
@@ -182,7 +200,7 @@ def test_blocks_of_a_large_image_meet(shape: tuple[int, int]) -> None:
     x = latents(16, *shape, dtype=torch.float16, r=1)
     with poisoned():
         ours = fused.apply_masks(x, SEEDS[:1], STEPS[:1], one, one + 5)
-    assert_close(ours, reference.apply_masks(x, SEEDS[:1], STEPS[:1], one, one + 5), **tolerance("apply_masks"))
+    assert_close(ours, designs.apply_masks(x, SEEDS[:1], STEPS[:1], one, one + 5), **tolerance("apply_masks"))
 
 
 @pytest.mark.slow
@@ -203,11 +221,11 @@ def test_padding_yields_zeros_for_nan_latents() -> None:
 
 def test_strided_and_int32_vectors() -> None:
     x = latents(3, 7, 13).contiguous(memory_format=torch.channels_last)
-    expected = reference.apply_masks(x, SEEDS, STEPS, ROWS, INDICES)
+    expected = designs.apply_masks(x, SEEDS, STEPS, ROWS, INDICES)
     apart = (torch.stack((vector, vector + 1), 1)[:, 0] for vector in (SEEDS, STEPS, ROWS, INDICES))
     assert_close(fused.apply_masks(x, *apart), expected, **tolerance("apply_masks"))
     one, small = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.tensor([3, 1], device=DEVICE)
-    expected = reference.apply_masks(x, SEEDS, one.new_full((3,), 2), one, small)
+    expected = designs.apply_masks(x, SEEDS, one.new_full((3,), 2), one, small)
     narrow = (tensor.to(torch.int32) for tensor in (one.new_full((3,), 2), one, small))
     assert_close(fused.apply_masks(x, SEEDS, *narrow), expected, **tolerance("apply_masks"))
 
@@ -218,19 +236,7 @@ def test_no_entries() -> None:
     assert fused.draw_masks(none, none, none, (7, 13)).shape == (0, 7, 13)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keep_probability": 1.0}, r"keep_probability 1\.0 is outside \(0, 1\)"),
-        ({"kind": "lime"}, "unknown mask kind 'lime': choose one of gaussian, rise"),
-        ({"grid": 0}, "grid 0"),
-    ],
-)
-def test_errors_match_the_reference(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused.apply_masks(latents(3, 7, 13), SEEDS, STEPS, ROWS, INDICES, **change)
-    with pytest.raises(ValueError, match=message):
-        fused.masks(0, 0, 0, 1, (7, 13), device=DEVICE, **change)
+def test_errors_match_the_reference() -> None:
     with pytest.raises(ValueError, match="masks -1 to 0 are outside"):
         fused.masks(0, 0, -1, 2, (7, 13), device=DEVICE)
 
@@ -239,15 +245,15 @@ def test_errors_match_the_reference(change: dict, message: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stable_diffusion_size(kind: str, dtype: torch.dtype) -> None:
     x = latents(4, 64, 64, dtype, r=8)
     row, index = torch.arange(8, device=DEVICE), torch.arange(1000, device=DEVICE)
     entries = (row - 4, row, index % 9 - 1, index)
     with poisoned():
-        ours = fused.apply_masks(x, *entries, kind=kind)
-    assert_close(ours, reference.apply_masks(x, *entries, kind=kind), **masking_tolerance(kind, dtype))
+        ours = fused.apply_masks(x, *entries, distribution(kind))
+    assert_close(ours, designs.apply_masks(x, *entries, distribution(kind)), **masking_tolerance(kind, dtype))
 
 
 @pytest.mark.gpu
@@ -260,7 +266,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     drawn = fused.draw_masks(SEEDS[rows], STEPS[rows], indices, (side, side))
     assert masked.numel() > 2**31
     for part in (slice(0, 4), slice(n // 2 - 2, n // 2 + 2), slice(n - 4, n)):
-        expected = reference.apply_masks(x, SEEDS, STEPS, rows[part], indices[part])
+        expected = designs.apply_masks(x, SEEDS, STEPS, rows[part], indices[part])
         assert_close(masked[part], expected, **tolerance("apply_masks"))
-        masks = reference.draw_masks(SEEDS[rows[part]], STEPS[rows[part]], indices[part], (side, side))
+        masks = designs.draw_masks(SEEDS[rows[part]], STEPS[rows[part]], indices[part], (side, side))
         assert torch.equal(drawn[part], masks)

@@ -4,8 +4,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from dfkernels import estimators, reference
+from dfkernels import designs, estimators
 from dfkernels.fused import ridge as fused
+from distributions import NAMES, distribution
 from fused import DEVICE
 from tolerance import tolerance
 from torch.testing import assert_close
@@ -19,9 +20,9 @@ def random_scores(n: int) -> torch.Tensor:
 
 @pytest.mark.grid
 @pytest.mark.parametrize("count", [7, 15, 41])  # fewer masks than pixels, as many, more
-@pytest.mark.parametrize("kind", reference.MASK_KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_ridge_equals_the_estimators(count: int, kind: str) -> None:
-    settings = {"keep_probability": 0.3, "kind": kind, "grid": 3, "penalty": 0.5, "first": 2**32 - 41}
+    settings = {"distribution": distribution(kind, 0.3, 3), "penalty": 0.5, "first": 2**32 - 41}
     with patch.object(fused, "EXACT_COUNT", 16):
         ours = fused.ridge(random_scores(count), -7, 2, SHAPE, **settings)
     for mine, theirs in zip(ours, estimators.ridge(random_scores(count), -7, 2, SHAPE, **settings), strict=True):
@@ -32,8 +33,8 @@ def test_ridge_equals_the_estimators(count: int, kind: str) -> None:
 def test_normal_equations_are_exact() -> None:
     y = random_scores(37).double()
     with patch.object(fused, "EXACT_COUNT", 16):
-        gram, projected = fused.normal_equations(y, 5, 1, SHAPE, 0.25, 3)
-    x = reference.masks(5, 1, 3, 37, SHAPE, keep_probability=0.25, device=DEVICE).flatten(1).double() - 0.25
+        gram, projected = fused.normal_equations(y, 5, 1, SHAPE, distribution("gaussian", 0.25), 3)
+    x = designs.masks(5, 1, 3, 37, SHAPE, distribution("gaussian", 0.25), device=DEVICE).flatten(1).double() - 0.25
     assert torch.equal(gram, x.T @ x)  # multiples of 1/16
     assert_close(projected, x.T @ y, **tolerance("add"))
 
@@ -48,8 +49,6 @@ def test_errors_match_the_estimators() -> None:
         fused.ridge(random_scores(20), 0, 0, SHAPE, penalty=0.0)
     with pytest.raises(ValueError, match="got no scores: ridge needs"):
         fused.ridge(random_scores(0), 0, 0, SHAPE)
-    with pytest.raises(ValueError, match="unknown mask kind 'lime'"):
-        fused.ridge(random_scores(20), 0, 0, SHAPE, kind="lime")
 
 
 @pytest.mark.gpu

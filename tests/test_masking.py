@@ -13,7 +13,7 @@ from dfengine.diffusion.denoiser import Condition
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain import Rise
-from dfengine.explain.masking import RiseForwards
+from dfengine.explain.rise_forwards import RiseForwards
 from dfengine.models import adapt
 from dfengine.models.architectures import build
 from dfengine.models.loading import quiet

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import warnings
+from functools import partial
 from typing import Any
 
 import dfkernels
@@ -17,6 +18,8 @@ from torch.testing import assert_close
 from dfengine.diffusion.path import NoiseSchedule
 from dfengine.explain import Rise, StepMap
 
+#: Independent masks of pixels, and the predictions themselves.
+pixels = partial(Rise, output="epsilon", similarity="structure", cell=1, shifted=False, design="iid")
 PIXEL = (2, 3)
 SHAPE = (6, 5)
 C2 = 0.03**2
@@ -37,8 +40,8 @@ def explain_one(denoiser: Analytic, rise: Rise, latents: torch.Tensor | None = N
 def expected_masks(rise: Rise, denoiser: Analytic, latents: torch.Tensor) -> torch.Tensor:
     """The masks of step 0, drawn independently of the explainer."""
     job = denoiser.trajectory(latents).job
-    options = {"keep_probability": rise.keep_probability, "kind": rise.mask_kind}
-    return dfkernels.masks(job.mask_seed, 0, 0, rise.num_masks, denoiser.latent_shape[1:], **options)
+    shape = denoiser.latent_shape[1:]
+    return dfkernels.masks(job.mask_seed, 0, 0, rise.num_masks, shape, rise.distribution(shape))
 
 
 def opposite_structure(pattern: torch.Tensor) -> float:
@@ -48,7 +51,7 @@ def opposite_structure(pattern: torch.Tensor) -> float:
 
 
 def test_coverage_of_the_decisive_pixel_is_one(pattern: torch.Tensor) -> None:
-    denoiser, rise = Analytic(switch(PIXEL, pattern)), Rise(500, score="global", estimator="coverage")
+    denoiser, rise = Analytic(switch(PIXEL, pattern)), pixels(500, score="global", estimator="coverage")
     step_map = explain_one(denoiser, rise)
     masks = expected_masks(rise, denoiser, torch.ones(1, 2, *SHAPE))
     low = opposite_structure(pattern)
@@ -60,13 +63,13 @@ def test_coverage_of_the_decisive_pixel_is_one(pattern: torch.Tensor) -> None:
 
 
 def test_contrast_is_the_drop_in_score_when_the_pixel_is_hidden(pattern: torch.Tensor) -> None:
-    step_map = explain_one(Analytic(switch(PIXEL, pattern)), Rise(400, score="global", estimator="contrast"))
+    step_map = explain_one(Analytic(switch(PIXEL, pattern)), pixels(400, score="global", estimator="contrast"))
     assert step_map.saliency[PIXEL] == pytest.approx(1 - opposite_structure(pattern), abs=1e-4)
     assert step_map.error[PIXEL] == pytest.approx(0, abs=1e-4)
 
 
 def test_sum_is_algorithm_one_as_printed(pattern: torch.Tensor) -> None:
-    denoiser, rise = Analytic(switch(PIXEL, pattern)), Rise(70, score="global", estimator="sum")
+    denoiser, rise = Analytic(switch(PIXEL, pattern)), pixels(70, score="global", estimator="sum")
     step_map = explain_one(denoiser, rise)
     masks = expected_masks(rise, denoiser, torch.ones(1, 2, *SHAPE)).float()
     scores = torch.where(masks[:, PIXEL[0], PIXEL[1]] > 0, 1.0, opposite_structure(pattern))
@@ -82,7 +85,7 @@ def test_ridge_recovers_the_weight_of_every_pixel() -> None:
     def first_mean(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.mean((1, 2, 3))
 
-    step_map = explain_one(denoiser, Rise(4000, score="global", similarity=first_mean))
+    step_map = explain_one(denoiser, pixels(4000, score="global", similarity=first_mean))
     expected = torch.zeros(SHAPE)
     expected[1:3, 2:5] = 1 / 6
     assert_close(step_map.saliency, expected, rtol=0, atol=1e-3)
@@ -94,7 +97,7 @@ def test_local_scores_are_assigned_to_their_pixel() -> None:
         return 1 - (a - b).abs().mean(1)
 
     denoiser = Analytic(lambda x_t, _: x_t)
-    rise = Rise(64, similarity=pointwise, estimator="contrast")
+    rise = pixels(64, similarity=pointwise, estimator="contrast")
     step_map = explain_one(denoiser, rise)
     assert_close(step_map.saliency, torch.ones(SHAPE))
     summed = explain_one(denoiser, dataclasses.replace(rise, estimator="sum"))
@@ -112,7 +115,7 @@ def test_local_structure_highlights_a_pixel_that_changes_its_neighbourhood() -> 
         hidden = (x_t[:, :1, 4, 5, None, None] == 0).float()
         return pattern * (1 - 2 * hidden * neighbourhood)
 
-    step_map = explain_one(Analytic(answer, (1, 11, 12)), Rise(600, window=3, sigma=0.5, estimator="contrast"))
+    step_map = explain_one(Analytic(answer, (1, 11, 12)), pixels(600, window=3, sigma=0.5, estimator="contrast"))
     assert divmod(int(step_map.saliency.argmax()), 12) == (4, 5)
     assert step_map.saliency[4, 5] > 1.5
     # Far from it the score is 1 for every mask.
@@ -126,8 +129,8 @@ def test_the_map_does_not_depend_on_the_batch_size(batch_size: int) -> None:
         return torch.tanh(x_t.roll(1, 2) + 0.3 * x_t.roll(1, 3)) * x_t
 
     latents = torch.randn(3, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
-    expected = list(Rise(37).explain(d := Analytic(answer, batch_size=7), [d.trajectory(latents)]))
-    actual = list(Rise(37).explain(d := Analytic(answer, batch_size=batch_size), [d.trajectory(latents)]))
+    expected = list(pixels(37).explain(d := Analytic(answer, batch_size=7), [d.trajectory(latents)]))
+    actual = list(pixels(37).explain(d := Analytic(answer, batch_size=batch_size), [d.trajectory(latents)]))
     assert [m.step for m in actual] == [0, 1, 2]
     assert len({*d.batches[1:]}) == 1 or batch_size == 1000
     for a, b in zip(actual, expected, strict=True):
@@ -140,28 +143,28 @@ def test_items_share_batches_but_not_masks() -> None:
     denoiser = Analytic(lambda x_t, _: x_t, batch_size=64)
     latents = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
     paths = [denoiser.trajectory(latents), denoiser.trajectory(latents, seed=1), denoiser.trajectory(latents, "2")]
-    maps = list(Rise(10).explain(denoiser, paths))
+    maps = list(pixels(10).explain(denoiser, paths))
     assert [(m.item, m.step) for m in maps] == [(i, k) for i in range(3) for k in range(2)]
     assert denoiser.batches == [6, 60]
     for one, other in itertools.combinations(maps, 2):
         assert (one.scores != other.scores).any()
     for item, path in enumerate(paths):
-        for step_map, single in zip(maps[2 * item :], Rise(10).explain(denoiser, [path]), strict=False):
+        for step_map, single in zip(maps[2 * item :], pixels(10).explain(denoiser, [path]), strict=False):
             assert_close(step_map.saliency, single.saliency)
 
 
 def test_completed_steps_are_skipped() -> None:
     denoiser = Analytic(lambda x_t, _: x_t, batch_size=9)
     path = denoiser.trajectory(torch.randn(4, 2, *SHAPE, generator=torch.Generator().manual_seed(1)))
-    complete = list(Rise(9).explain(denoiser, [path]))
+    complete = list(pixels(9).explain(denoiser, [path]))
     denoiser.batches.clear()
-    remaining = list(Rise(9).explain(denoiser, [path], done={(0, 0), (0, 2)}))
+    remaining = list(pixels(9).explain(denoiser, [path], done={(0, 0), (0, 2)}))
     assert [m.step for m in remaining] == [1, 3]
     # One batch of references, and one for each step that is not done.
     assert denoiser.batches == [4, 9, 9]
     for step_map in remaining:
         assert_close(step_map.saliency, complete[step_map.step].saliency)
-    assert list(Rise(9).explain(denoiser, [path], done={(0, k) for k in range(4)})) == []
+    assert list(pixels(9).explain(denoiser, [path], done={(0, k) for k in range(4)})) == []
 
 
 def test_targets_use_different_predictions() -> None:
@@ -175,7 +178,7 @@ def test_targets_use_different_predictions() -> None:
 
     for target, factor in (("conditional", 1.0), ("guided", 2.0), ("unconditional", 0.0)):
         references.clear()
-        explain_one(denoiser, Rise(2, similarity=similarity, score="global", estimator="sum", target=target))
+        explain_one(denoiser, pixels(2, similarity=similarity, score="global", estimator="sum", target=target))
         assert_close(references[0], torch.full((2, *SHAPE), factor))
 
 
@@ -183,7 +186,7 @@ def test_early_stop_saves_masks_once_the_map_has_converged(pattern: torch.Tensor
     # Two equal latents with different masks: one pixel decides, so both maps converge after few masks.
     denoiser = Analytic(switch(PIXEL, pattern), batch_size=50)
     latents = torch.ones(2, 2, *SHAPE)
-    rise = Rise(1000, score="global", estimator="contrast", stop_at_error=0.2)
+    rise = pixels(1000, score="global", estimator="contrast", stop_at_error=0.2)
     (first, second) = sorted(rise.explain(denoiser, [denoiser.trajectory(latents)]), key=lambda m: m.step)
     counts = [int(m.scores.isfinite().sum()) for m in (first, second)]
     for step_map, count in zip((first, second), counts, strict=True):
@@ -209,9 +212,9 @@ def test_early_stop_is_at_the_first_check_whose_mean_error_is_small_enough() -> 
         signal = np.sqrt(np.var(step_map.saliency.numpy(), ddof=1) - np.mean(step_map.error.numpy() ** 2))
         return int(step_map.scores.isfinite().sum()), float(step_map.error.mean() / signal)
 
-    count, share = explained(Rise(2000, stop_at_error=0.1))
+    count, share = explained(pixels(2000, stop_at_error=0.1))
     assert share < 0.1
-    _, earlier_share = explained(Rise(count - 64))
+    _, earlier_share = explained(pixels(count - 64))
     assert earlier_share >= 0.1
 
 
@@ -225,18 +228,18 @@ def test_no_early_stop_accepts_pure_noise(settings: dict[str, Any]) -> None:
 
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
-        rise = Rise(640, similarity=noise, stop_at_error=1.0, **settings)
+        rise = pixels(640, similarity=noise, stop_at_error=1.0, **settings)
         assert explain_one(Analytic(lambda x_t, _: x_t), rise).scores.isfinite().all()
 
 
 def test_no_early_stop_of_a_ridge_has_fewer_masks_than_twice_the_pixels(pattern: torch.Tensor) -> None:
-    step_map = explain_one(Analytic(switch(PIXEL, pattern)), Rise(512, score="global", stop_at_error=0.5))
+    step_map = explain_one(Analytic(switch(PIXEL, pattern)), pixels(512, score="global", stop_at_error=0.5))
     height, width = SHAPE
     assert 2 * height * width <= int(step_map.scores.isfinite().sum()) < 512
 
 
 def test_early_stop_draws_all_masks_without_convergence() -> None:
-    step_map = explain_one(Analytic(lambda x_t, _: torch.ones_like(x_t)), Rise(130, stop_at_error=1e-9))
+    step_map = explain_one(Analytic(lambda x_t, _: torch.ones_like(x_t)), pixels(130, stop_at_error=1e-9))
     assert step_map.scores.isfinite().all()
 
 
@@ -249,7 +252,7 @@ def test_standard_error_matches_the_spread_over_masks() -> None:
     denoiser = Analytic(answer, batch_size=512)
     latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
     paths = [denoiser.trajectory(latents, seed=seed) for seed in range(300)]
-    maps = list(Rise(60).explain(denoiser, paths))
+    maps = list(pixels(60).explain(denoiser, paths))
     spread = torch.stack([m.saliency for m in maps]).std(0)
     reported = torch.stack([m.error for m in maps]).square().mean(0).sqrt()
     assert_close(reported, spread, rtol=0.15, atol=0)
@@ -258,7 +261,7 @@ def test_standard_error_matches_the_spread_over_masks() -> None:
 def test_frechet_needs_an_extractor_and_prefers_similar_images(pattern: torch.Tensor) -> None:
     denoiser = Analytic(switch(PIXEL, pattern))
     denoiser.schedule = dataclasses.replace(denoiser.schedule, prediction_type="sample")
-    rise = Rise(200, similarity="frechet", score="global", estimator="contrast")
+    rise = pixels(200, similarity="frechet", score="global", estimator="contrast")
     with pytest.raises(ValueError, match="no extractor"):
         explain_one(denoiser, rise)
     denoiser.features = lambda images: images.flatten(1)
@@ -277,7 +280,7 @@ def test_frechet_is_finite_where_nothing_is_left_of_the_image(pattern: torch.Ten
     denoiser.features = lambda images: images.flatten(1)
     path = denoiser.trajectory(torch.rand(1, 2, *SHAPE) + 0.1)
     path = dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=(999,)))
-    (step_map,) = Rise(200, similarity="frechet", score="global", estimator="contrast").explain(denoiser, [path])
+    (step_map,) = pixels(200, similarity="frechet", score="global", estimator="contrast").explain(denoiser, [path])
     assert divmod(int(step_map.saliency.argmax()), SHAPE[1]) == PIXEL
 
 
@@ -287,7 +290,7 @@ def test_frechet_equals_the_formula_by_hand() -> None:
     denoiser = Analytic(lambda x_t, _: 0.1 * x_t, shape)
     denoiser.features = lambda images: images[:, 0].flatten(1)
     latents = torch.tensor([[[[0.1, 0.2], [0.3, 0.4]]]])
-    rise = Rise(1, similarity="frechet", score="global", estimator="sum")
+    rise = pixels(1, similarity="frechet", score="global", estimator="sum")
     step_map = explain_one(denoiser, rise, latents)
     (mask,) = expected_masks(rise, denoiser, latents)
     alpha_bar = float(denoiser.schedule.alpha_bar[0])
@@ -308,16 +311,17 @@ def test_every_similarity_of_equal_predictions_is_one(similarity: str, score: st
     # A denoiser that ignores its input gives the same prediction for every mask.
     pattern = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(5))
     denoiser = Analytic(lambda x_t, _: pattern.expand_as(x_t))
-    rise = Rise(20, similarity=similarity, score=score, mask_kind=masks, grid=3, estimator="coverage")
-    assert_close(explain_one(denoiser, rise).saliency, torch.ones(SHAPE), rtol=1e-4, atol=1e-4)
+    rise = pixels(20, similarity=similarity, score=score, mask_kind=masks, grid=3, estimator="coverage")
+    expected = torch.full(SHAPE, 0.0 if similarity == "mse" else 1.0)
+    assert_close(explain_one(denoiser, rise).saliency, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_too_few_masks_for_the_ridge_give_a_warning(pattern: torch.Tensor) -> None:
     with pytest.warns(UserWarning, match="59 masks are few .* wants 60"):
-        explain_one(Analytic(switch(PIXEL, pattern)), Rise(59, score="global"))
+        explain_one(Analytic(switch(PIXEL, pattern)), pixels(59, score="global"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        explain_one(Analytic(switch(PIXEL, pattern)), Rise(60, score="global"))
+        explain_one(Analytic(switch(PIXEL, pattern)), pixels(60, score="global"))
 
 
 @pytest.mark.parametrize(
@@ -329,6 +333,14 @@ def test_too_few_masks_for_the_ridge_give_a_warning(pattern: torch.Tensor) -> No
         ({"keep_probability": 1.0}, r"outside \(0, 1\)"),
         ({"keep_probability": float("nan")}, "keep_probability nan is not possible: expected a finite number"),
         ({"mask_kind": "grid"}, "mask_kind 'grid' .* gaussian, rise"),
+        ({"output": "v"}, "output 'v' is not known: expected one of x0, epsilon"),
+        ({"cell": 0}, r"cells \(0,\) are not possible: give 1 to 4 sizes of 1 to 127"),
+        ({"cell": (2, 200)}, "are not possible"),
+        ({"design": "latin"}, "design 'latin' is not known: expected one of iid, orthogonal"),
+        ({"design": "orthogonal", "keep_probability": 0.3}, "keeps half of the cells, not 0.3: use iid"),
+        ({"design": "orthogonal", "mask_kind": "rise"}, "rise masks have a grid of their own"),
+        ({"fill": "blur"}, "fill 'blur' is not known: expected one of zero, noise"),
+        ({"null": "random"}, "null 'random' is not known: expected one of identity, frozen"),
         ({"grid": 0}, "grid 0 is not possible"),
         ({"similarity": "psnr"}, "similarity 'psnr' .* structure"),
         ({"score": "both"}, "score 'both'"),
@@ -349,16 +361,16 @@ def test_invalid_settings_are_rejected(settings: dict, message: str) -> None:
 def test_a_similarity_of_the_wrong_shape_is_rejected() -> None:
     denoiser = Analytic(lambda x_t, _: x_t)
     with pytest.raises(ValueError, match=r"returned \(3,\) for 3 masks, but score='local' expects \('n', 6, 5\)"):
-        explain_one(denoiser, Rise(3, similarity=lambda a, b: a.mean((1, 2, 3))))
+        explain_one(denoiser, pixels(3, similarity=lambda a, b: a.mean((1, 2, 3))))
     # One score for all masks is not one score per mask.
     with pytest.raises(ValueError, match=r"returned \(\) for 3 masks"):
-        explain_one(denoiser, Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean()))
+        explain_one(denoiser, pixels(3, score="global", estimator="sum", similarity=lambda a, b: a.mean()))
     with pytest.raises(ValueError, match=r"returned \(1, 6, 5\) for 3 masks"):
-        explain_one(denoiser, Rise(3, similarity=lambda a, b: a.mean((0, 1))[None]))
+        explain_one(denoiser, pixels(3, similarity=lambda a, b: a.mean((0, 1))[None]))
 
 
 def test_non_finite_scores_give_a_warning() -> None:
-    rise = Rise(3, score="global", estimator="sum", similarity=lambda a, b: a.mean((1, 2, 3)) * torch.nan)
+    rise = pixels(3, score="global", estimator="sum", similarity=lambda a, b: a.mean((1, 2, 3)) * torch.nan)
     with pytest.warns(UserWarning, match="not finite"):
         explain_one(Analytic(lambda x_t, _: x_t), rise)
 
@@ -374,7 +386,7 @@ def test_every_mask_is_evaluated_once(masks: int, steps: int, batch_size: int) -
         batch_sizes.append(len(a))
         return a.sum((1, 2, 3))
 
-    rise = Rise(masks, similarity=total, score="global", estimator="sum")
+    rise = pixels(masks, similarity=total, score="global", estimator="sum")
     for step_map in rise.explain(denoiser, [path]):
         expected_mask = dfkernels.masks(path.job.mask_seed, step_map.step, 0, masks, SHAPE)
         assert_close(step_map.scores, 2.0 * expected_mask.sum((1, 2)))
@@ -384,3 +396,125 @@ def test_every_mask_is_evaluated_once(masks: int, steps: int, batch_size: int) -
         )
         assert step_map.error[~is_covered].isinf().all()
     assert sum(batch_sizes) == masks * steps
+
+
+# x0, cells, fills and null baselines ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+@pytest.mark.parametrize("output", ["x0", "epsilon"])
+def test_what_is_compared_is_read_with_the_masked_input(prediction_type: str, output: str) -> None:
+    denoiser = Analytic(lambda x_t, _: 0.3 * x_t + x_t.roll(1, 2))
+    denoiser.schedule = dataclasses.replace(denoiser.schedule, prediction_type=prediction_type)
+    latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    path = dataclasses.replace(denoiser.trajectory(latents), explain_steps=(0,))
+    path = dataclasses.replace(path, job=dataclasses.replace(path.job, timesteps=(600,)))
+    rise = pixels(6, output=output, similarity="mse", score="global", estimator="sum")
+    (step_map,) = rise.explain(denoiser, [path])
+    times = torch.tensor([600])
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        prediction = denoiser.schedule.to_x0_and_eps(denoiser.answer(x, None), x, times)
+        return prediction.x0 if output == "x0" else prediction.epsilon
+
+    masks = dfkernels.masks(path.job.mask_seed, 0, 0, 6, SHAPE).float()
+    expected = [-(read(latents * mask) - read(latents)).square().mean() for mask in masks]
+    assert_close(step_map.scores, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cell_of_pixels_is_kept_and_dropped_as_one(pattern: torch.Tensor) -> None:
+    rise = pixels(64, score="global", estimator="contrast", cell=3, design="orthogonal")
+    step_map = explain_one(Analytic(switch(PIXEL, pattern)), rise)
+    cells = step_map.saliency.unfold(0, 3, 3)
+    assert (cells.amax(-1) == cells.amin(-1)).all()
+    assert divmod(int(step_map.saliency.argmax()), SHAPE[1]) == (0, 3)  # the first pixel of its cell
+    # A balanced design leaves nothing to chance: all of the other cells' contrasts are zero.
+    expected = torch.zeros(SHAPE)
+    expected[:3, 3:] = 1 - opposite_structure(pattern)
+    assert_close(step_map.saliency, expected, rtol=1e-4, atol=1e-4)
+    assert step_map.error.max() < 1e-6
+
+
+def test_shifted_cells_resolve_single_pixels(pattern: torch.Tensor) -> None:
+    rise = pixels(1024, score="global", estimator="contrast", cell=3, shifted=True, design="orthogonal")
+    step_map = explain_one(Analytic(switch(PIXEL, pattern)), rise)
+    assert divmod(int(step_map.saliency.argmax()), SHAPE[1]) == PIXEL
+    # A pixel shares its cell with a neighbour in two of three shifts along each axis.
+    whole = 1 - opposite_structure(pattern)
+    assert step_map.saliency[PIXEL] == pytest.approx(whole, abs=1e-4)
+    assert step_map.saliency[PIXEL[0], PIXEL[1] + 1] == pytest.approx(whole * 2 / 3, abs=0.15)
+    assert step_map.saliency[PIXEL[0] + 3, PIXEL[1]] == pytest.approx(0, abs=0.15)
+
+
+def test_the_default_design_depends_on_the_masks() -> None:
+    assert Rise().distribution((16, 16)).design == "orthogonal"
+    assert Rise(keep_probability=0.3).distribution((16, 16)).design == "iid"
+    assert Rise(mask_kind="rise").distribution((16, 16)).design == "iid"
+    assert Rise(cell=2).cell == Rise(cell=[2]).cell == (2,)
+
+
+@pytest.mark.parametrize("num_masks", [3, 70, 256])
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_orthogonal_maps_do_not_depend_on_the_batch_size(num_masks: int, batch_size: int) -> None:
+    latents = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    rise = Rise(num_masks, cell=(2, 3))
+    maps = []
+    for size in (batch_size, 1000):
+        denoiser = Analytic(lambda x_t, _: torch.tanh(x_t.roll(1, 2)) * x_t, batch_size=size)
+        maps.append(list(rise.explain(denoiser, [denoiser.trajectory(latents), denoiser.trajectory(latents, seed=1)])))
+    for one, other in zip(*maps, strict=True):
+        assert_close(one.saliency, other.saliency, rtol=1e-5, atol=1e-6)
+        assert_close(one.error, other.error, rtol=1e-4, atol=1e-6)
+        assert one.error.isfinite().all() == (num_masks > 3)
+
+
+def test_an_early_stop_of_a_design_ends_a_randomisation(pattern: torch.Tensor) -> None:
+    rise = pixels(1024, score="global", estimator="contrast", cell=2, design="orthogonal", stop_at_error=0.3)
+    size = rise.distribution(SHAPE).randomisation
+    step_map = explain_one(Analytic(switch(PIXEL, pattern)), rise)
+    count = int(step_map.scores.isfinite().sum())
+    assert 4 * size <= count < 1024
+    assert count % size == 0
+
+
+def test_the_identity_shows_the_masks_alone() -> None:
+    denoiser = Analytic(lambda x_t, _: torch.full_like(x_t, torch.nan))
+    latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    rise = pixels(64, similarity="mse", window=1, estimator="contrast", null="identity")
+    step_map = explain_one(denoiser, rise, latents)
+    # f(x) = x: a dropped pixel is off by itself, a kept one by nothing.
+    assert_close(step_map.saliency, latents[0].square().mean(0), rtol=1e-5, atol=1e-6)
+    assert denoiser.batches == []
+
+
+def test_the_frozen_answer_leaves_the_input_alone() -> None:
+    denoiser = Analytic(lambda x_t, _: x_t.roll(1, 2))
+    latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    rise = pixels(64, output="x0", similarity="mse", window=1, estimator="contrast", null="frozen")
+    step_map = explain_one(denoiser, rise, latents)
+    a, _ = denoiser.schedule.coefficients(torch.tensor([0]))
+    # x0 = (R⊙M − b ε(R)) / a: what is missing of a dropped pixel is R/a.
+    assert_close(step_map.saliency, (latents[0] / a[0]).square().mean(0), rtol=1e-4, atol=1e-6)
+    assert denoiser.batches == [1]
+    # Nothing is missing of ε.
+    epsilon = explain_one(denoiser, dataclasses.replace(rise, output="epsilon"), latents)
+    assert_close(epsilon.saliency, torch.zeros(SHAPE))
+
+
+def test_a_noise_fill_has_the_path_s_mean_and_scale() -> None:
+    seen: list[torch.Tensor] = []
+
+    def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        seen.append(x_t)
+        return x_t
+
+    denoiser = Analytic(answer, (2, 12, 12), batch_size=64)
+    path = denoiser.trajectory(torch.stack([torch.full((2, 12, 12), 3.0), torch.full((2, 12, 12), 5.0)]))
+    a, b = torch.tensor([0.6, 0.8]), torch.tensor([0.8, 0.6])
+    path = dataclasses.replace(path, signal=a, noise=b, explain_steps=(0,))
+    list(pixels(64, fill="noise").explain(denoiser, [path]))
+    filled = torch.cat(seen[1:])
+    filled = filled[filled != 3.0]
+    # The mean colour is that of the last step's x0 = 5 / 0.8; a and b are the explained step's.
+    assert filled.mean().item() == pytest.approx(0.6 * 5 / 0.8, abs=0.03)
+    assert filled.std().item() == pytest.approx(0.8, abs=0.02)

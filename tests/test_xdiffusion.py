@@ -387,9 +387,7 @@ def test_output_specs_of_a_job() -> None:
     assert (spec.num_masks, spec.has_error, spec.layers) == (7, True, {})
     assert XDiffusionCam().output_spec(denoiser, job).layers == {"features": (2, 2)}
     assert (XDiffusionRise().num_masks, XDiffusionRise().name, XDiffusionCam().name) == (500, "rise", "cam")
-    assert XDiffusionRise().settings == Rise(
-        500, similarity="structure", estimator="sum", window=15, sigma=1.5, target="guided"
-    )
+    assert XDiffusionRise().settings == Rise.paper(estimator="sum", window=15, sigma=1.5, target="guided")
 
 
 @pytest.mark.parametrize("similarity", ["luminance", "contrast_structure", "ssim", "frechet", "structure_contrast"])

@@ -64,7 +64,7 @@ def _parameter(option: Option, entries: Mapping[str, Entry]) -> inspect.Paramete
     whole = functools.partial(options.integer, high=2**63 - 1)  # the explainers know their limits
     by_type: dict[type, Callable[..., Any]] = {int: whole, float: options.real}
     default = next(iter(defaults)) if len(defaults) == 1 else None
-    default = " ".join(default) if isinstance(default, tuple) else default
+    default = " ".join(map(str, default)) if isinstance(default, tuple) else default
     help = option.help + ("; repeat for several" if option.is_repeated else "")
     return inspect.Parameter(
         option.name,
@@ -100,5 +100,5 @@ def _flags(option: Option) -> list[str]:
     if option.type is bool:
         return [f"{flag}/--no{flag[1:]}"]
     if option.is_repeated:
-        return [flag, flag.removesuffix("s")]
+        return list(dict.fromkeys([flag, flag.removesuffix("s")]))
     return [flag, "--" + flag.removeprefix("--num-")] if option.name.startswith("num_") else [flag]

@@ -44,17 +44,18 @@ class GuidedDenoiser:
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Prediction:
         """x0 and ε for each latent."""
-        return self.schedule.to_x0_and_eps(self._predict(x_t, timesteps, rows), x_t, timesteps)
+        return self.schedule.to_x0_and_eps(self.output(x_t, timesteps, rows), x_t, timesteps)
 
     def epsilon(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
         """ε alone."""
-        return self.schedule.epsilon(self._predict(x_t, timesteps, rows), x_t, timesteps)
+        return self.schedule.epsilon(self.output(x_t, timesteps, rows), x_t, timesteps)
 
-    def _predict(
+    def output(
         self, x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"], rows: Int[Tensor, " n"] | int
     ) -> Float[Tensor, "n c h w"]:
+        """The network's own output, or with guidance that of its two: linear, as what is read from it is."""
         if self.target != "guided":
             return self._network(x_t, timesteps, rows)
         both = (rows, rows + self._count) if isinstance(rows, int) else torch.stack([rows, rows + self._count])

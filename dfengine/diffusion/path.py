@@ -189,31 +189,51 @@ class NoiseSchedule:
         Both come straight from the output wherever it allows, never one through the other: at a = 0 (zero-terminal
         SNR) ε says nothing about x0.
         """
-        a, b = self.coefficients(timesteps)
-        epsilon, output = self.epsilon(output, x_t, timesteps), output.float()
-        match self.prediction_type:
-            case "v_prediction":
-                return Prediction(a * x_t.float() - b * output, epsilon)
-            case "flow_prediction":
-                return Prediction((x_t.float() - b * output) / (a + b), epsilon)
-            case "sample":
-                return Prediction(output, epsilon)
-        return Prediction((x_t.float() - b * output) / a, epsilon)
+        return Prediction(self._read("x0", output, x_t, timesteps), self._read("epsilon", output, x_t, timesteps))
 
     def epsilon(
         self, output: Float[Tensor, "n c h w"], x_t: Float[Tensor, "n c h w"], timesteps: Shaped[Tensor, " n"]
     ) -> Float[Tensor, "n c h w"]:
         """ε alone, as `to_x0_and_eps` has it, float32."""
-        output = output.float()
-        if self.prediction_type == "epsilon":
-            return output
+        return self._read("epsilon", output, x_t, timesteps)
+
+    def _read(
+        self,
+        what: str,
+        output: Float[Tensor, "n c h w"],
+        x_t: Float[Tensor, "n c h w"],
+        timesteps: Shaped[Tensor, " n"],
+    ) -> Float[Tensor, "n c h w"]:
+        if self.is_output(what):
+            return output.float()
+        of_output, of_input = self.reading(what, timesteps)
+        return of_output * output.float() + of_input * x_t.float()
+
+    def is_output(self, what: str) -> bool:
+        """Whether the network's output itself is `what`, "x0" or "epsilon"."""
+        return what == {"epsilon": "epsilon", "sample": "x0"}.get(self.prediction_type)
+
+    def reading(
+        self, what: str, timesteps: Shaped[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n 1 1 1"], Float[Tensor, "n 1 1 1"]]:
+        """The factors of the network's output and of its input that add up to `what`, "x0" or "epsilon".
+
+                           x0                    ε
+        epsilon            (x_t − b ε) / a       ε
+        v_prediction       a x_t − b v           b x_t + a v
+        sample             x0                    (x_t − a x0) / b
+        flow_prediction    (x_t − b u) / (a+b)   (x_t + a u) / (a+b)
+        """
         a, b = self.coefficients(timesteps)
+        is_x0 = what == "x0"
         match self.prediction_type:
             case "v_prediction":
-                return a * output + b * x_t.float()
+                return (-b, a) if is_x0 else (a, b)
             case "flow_prediction":
-                return (x_t.float() + a * output) / (a + b)
-        return (x_t.float() - a * output) / b
+                return (-b if is_x0 else a) / (a + b), 1 / (a + b)
+            case "sample":
+                return (torch.ones_like(a), torch.zeros_like(a)) if is_x0 else (-a / b, 1 / b)
+        return (-b / a, 1 / a) if is_x0 else (torch.ones_like(a), torch.zeros_like(a))
 
     def step(self, prediction: Prediction, next_timesteps: Shaped[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
         """x_next = a_next·x0 + b_next·ε: DDIM without noise (Eq. 4, σ = 0), which for flow matching is Euler's step.

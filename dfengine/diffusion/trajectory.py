@@ -52,6 +52,11 @@ class Trajectory:
         """Indices of the steps to explain."""
         return self.explain_steps or range(len(self.latents))
 
+    @property
+    def mean_colour(self) -> Float[Tensor, " c"]:
+        """Each channel's mean over pixels of the clean latent that the last step predicts."""
+        return ((self.latents[-1] - self.noise[-1] * self.epsilon[-1]) / self.signal[-1]).mean((1, 2))
+
     def __len__(self) -> int:
         return len(self.latents)
 

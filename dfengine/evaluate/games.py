@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import dfkernels
 import torch
 import torch.nn.functional as F
+from dfkernels.designs import normal
 from jaxtyping import Float
 from torch import Tensor
 
+from dfengine.checks import one_of
 from dfengine.diffusion.denoiser import Condition, Denoiser, Features
 from dfengine.diffusion.guidance import GuidedDenoiser
 from dfengine.diffusion.path import END
@@ -23,6 +25,10 @@ from dfengine.diffusion.trajectory import Trajectory
 from dfengine.runtime.batching import in_batches
 
 GAMES = ("deletion", "insertion")
+#: What deletion puts in a pixel's place, and insertion begins with: zero and a blur, or noise without content.
+REFILLS = ("zero", "noise")
+#: The mask index of the games' fresh noise, which no mask of an explainer has.
+_BLANK = 2**32 - 1
 
 #: The blur of the released code: pixels a side, and standard deviation.
 _WINDOW, _SIGMA = 11, 5.0
@@ -77,19 +83,38 @@ def play(
     extract: Features,
     *,
     xdiffusion: bool = False,
+    refill: str = "zero",
 ) -> dict[str, list[GameCurves]]:
     """Both games of every map of every trajectory, at the one step that each trajectory explains.
 
     Curves of all maps and items share batches; what all maps of an item have in common (nothing, all deleted, all
     blurred) is computed once. `xdiffusion` plays as the authors' released code does: only positive saliency counts, and
-    insertion's blur is `xdiffusion_blur`. Raises ValueError if a map does not rank its pixels.
+    insertion's blur is `xdiffusion_blur`. With `refill="noise"` both games stay in the data's distribution: deletion
+    puts `noisy_blanks` in the place of 0, insertion begins with them. Raises ValueError if a map does not rank its
+    pixels, or for an unknown refill.
     """
+    one_of("refill", refill, REFILLS)
     saliency = torch.stack([to_latent_size(maps[name], denoiser, name, positive=xdiffusion) for name in maps])
     saliency = (saliency.relu() if xdiffusion else saliency).to(denoiser.device)
     blur = xdiffusion_blur if xdiffusion else dfkernels.blur
     latents = torch.stack([trajectory.latents[trajectory.steps[0]] for trajectory in trajectories])
-    features, mse = _GameBatch(denoiser, trajectories, latents, blur(latents), saliency, extract).play()
+    if refill == "noise":
+        nothing = begin = noisy_blanks(trajectories)
+    else:
+        nothing, begin = torch.zeros_like(latents), blur(latents)
+    features, mse = _GameBatch(denoiser, trajectories, latents, nothing, begin, saliency, extract).play()
     return {name: [GameCurves(*item) for item in zip(features[m], mse[m], strict=True)] for m, name in enumerate(maps)}
+
+
+def noisy_blanks(trajectories: Sequence[Trajectory]) -> Float[Tensor, "items c h w"]:
+    """a·c + b·n' of each trajectory's step, n' fresh noise by counter and c the mean colour: noise without content."""
+    blanks = []
+    for one in trajectories:
+        step, shape = one.steps[0], one.latents.shape[1:]
+        seed, at, index = (torch.tensor([x], device=one.latents.device) for x in (one.job.mask_seed, step, _BLANK))
+        fresh = normal(seed, at, index, shape[0], shape[1] * shape[2])[0].view(shape)
+        blanks.append(one.signal[step] * one.mean_colour[:, None, None] + one.noise[step] * fresh)
+    return torch.stack(blanks)
 
 
 class _GameBatch:
@@ -100,7 +125,8 @@ class _GameBatch:
         denoiser: Denoiser,
         trajectories: Sequence[Trajectory],
         latents: Float[Tensor, "items c h w"],
-        blurred: Float[Tensor, "items c h w"],
+        nothing: Float[Tensor, "items c h w"],
+        begin: Float[Tensor, "items c h w"],
         saliency: Float[Tensor, "maps items h w"],
         extract: Features,
     ) -> None:
@@ -118,7 +144,7 @@ class _GameBatch:
             "guided",
             [job.guidance for job in jobs],
         )
-        start, fill = torch.stack([latents, blurred], 1), torch.stack([torch.zeros_like(latents), latents], 1)
+        start, fill = torch.stack([latents, begin], 1), torch.stack([nothing, latents], 1)
         self.start, self.fill = (one.repeat(num_maps, 1, 1, 1, 1).flatten(0, 1) for one in (start, fill))
         self.ranks = dfkernels.ranks(saliency.flatten(0, 1)).repeat_interleave(len(GAMES), 0)
 

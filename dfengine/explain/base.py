@@ -114,11 +114,13 @@ def _hints(explainer: type[Explainer]) -> dict[str, Any]:
     return {one.name: hints[one.name] for one in dataclasses.fields(explainer) if one.init}
 
 
-_SCALARS: dict[Any, Callable[[str, Any], Any]] = {
+_CHECKS: dict[Any, Callable[[str, Any], Any]] = {
     int: checks.whole_number,
     float: checks.finite_number,
     bool: checks.switch,
     str: checks.text,
+    Sequence[int]: checks.whole_numbers,
+    Sequence[str]: checks.texts,
 }
 
 
@@ -131,14 +133,10 @@ def _plain(name: str, value: Any, hint: Any) -> Any:
     if callable(value) and any(typing.get_origin(kind) is Callable for kind in kinds):
         return value
     kinds = [kind for kind in kinds if kind is not type(None) and typing.get_origin(kind) is not Callable]
-    known = [kind for kind in kinds if kind in _SCALARS or kind == Sequence[str]]
+    known = [kind for kind in kinds if kind in _CHECKS]
     if not known or len(known) < len(kinds):
         return value  # of a type that is checked by its explainer, if at all
     for kind in known[:-1]:
         with suppress(ValueError):
-            return _checked(name, value, kind)
-    return _checked(name, value, known[-1])
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    return _SCALARS[kind](name, value) if kind in _SCALARS else checks.texts(name, value)
+            return _CHECKS[kind](name, value)
+    return _CHECKS[known[-1]](name, value)

@@ -145,9 +145,14 @@ class _LimeForwards(MaskedForwards):
         return masked.contiguous(memory_format=torch.channels_last)
 
     def accumulate(
-        self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
+        self,
+        outputs: Float[Tensor, "n c h w"],
+        masked: Float[Tensor, "n c h w"],
+        rows: Int[Tensor, " n"],
+        indices: Int[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
-        return dfkernels.similarity(outputs, self.references[rows], "structure", "global")
+        compared = self.read(outputs, masked, rows)
+        return dfkernels.similarity(compared, self.references[rows], "structure", "global")
 
     def estimate(self, row: int, num_masks: int) -> tuple[Tensor, ...]:
         """Nothing: the regression needs only the scores, on the host."""

@@ -239,8 +239,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
     alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for alternative in alternatives:
         arguments = typing.get_args(alternative)
-        is_repeated = bool(arguments) and alternative is not str and arguments[0] is str
-        plain = str if is_repeated else alternative
+        is_repeated = bool(arguments) and arguments[0] in (int, str)
+        plain = arguments[0] if is_repeated else alternative
         if plain in (int, float, bool, str):
             return Option(field.name, plain, field.default, field.metadata.get("help", ""), is_repeated)
     raise TypeError(f"the setting {field.name!r} is {hint}: expected int, float, bool, str or a sequence of str")

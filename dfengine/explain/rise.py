@@ -6,6 +6,8 @@ those predictions are to the unmasked one when the pixel is kept.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import dfkernels
 import torch
+from dfkernels import MaskDistribution
 from torch import Tensor
 
 from dfengine.diffusion.denoiser import Denoiser
@@ -20,11 +23,27 @@ from dfengine.diffusion.guidance import TARGETS
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
-from dfengine.explain.masking import RiseForwards
 from dfengine.explain.registry import checked, register
+from dfengine.explain.rise_forwards import RiseForwards
 
 SIMILARITIES = (*dfkernels.SIMILARITIES, "frechet")
 ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")
+OUTPUTS = ("x0", "epsilon")
+NULLS = ("identity", "frozen")
+
+#: The settings of the paper's equations.
+PAPER: dict[str, Any] = {
+    "num_masks": 500,
+    "output": "epsilon",
+    "similarity": "structure",
+    "score": "local",
+    "estimator": "coverage",
+    "cell": 1,
+    "shifted": False,
+    "design": "iid",
+    "fill": "zero",
+    "target": "conditional",
+}
 
 #: Masks a step, at most: the score of each is stored.
 _MAX_MASKS = 2**24
@@ -57,21 +76,33 @@ class Rise(Explainer):
     the mean with it dropped ("contrast"), or the ridge regression of a global score on the masks ("ridge").
     """
 
-    num_masks: int = option(500, "masks a step; with stop_at_error, at most")
-    keep_probability: float = option(0.5, "share of latent pixels that a mask keeps, in (0, 1)")
-    mask_kind: str = option("gaussian", "gaussian (every pixel independently) or rise (a smooth random grid)")
-    grid: int = option(8, "cells a side of a rise mask")
+    num_masks: int = option(256, "masks a step; with stop_at_error, at most")
+    output: str = option("x0", "what is compared: x0 (the clean latent that a prediction implies) or epsilon")
     similarity: str | Callable[[Tensor, Tensor], Tensor] = option("structure", ", ".join(SIMILARITIES))
     """by name, or a function (a [n, c, h, w], b [c, h, w]) → scores, [n, h, w] if local and [n] if global"""
     score: str = option("local", "local (a map of scores a mask) or global (a number a mask)")
     estimator: str | None = option(
-        None, "sum, coverage, contrast or ridge; by default coverage (local) or ridge (global)"
+        None, "sum, coverage, contrast or ridge; by default contrast (local) or ridge (global)"
     )
+    cell: Sequence[int] | int = option(
+        (4,), "side in latent pixels of a gaussian mask's cells; several sizes: a pyramid"
+    )
+    shifted: bool = option(True, "let the grid of cells begin at a random place")
+    design: str | None = option(
+        None, "orthogonal (balanced masks) or iid (independent ones); orthogonal by default, if gaussian with p = 0.5"
+    )
+    keep_probability: float = option(0.5, "share of latent pixels that a mask keeps, in (0, 1)")
+    mask_kind: str = option("gaussian", "gaussian (every cell independently) or rise (a smooth random grid)")
+    grid: int = option(8, "cells a side of a rise mask")
+    fill: str = option("zero", "what a dropped pixel becomes: zero, or noise (a noisy latent without content)")
     window: int = option(11, "side in pixels of the Gaussian window of local statistics, odd")
     sigma: float = option(1.5, "standard deviation of that window in latent pixels")
     target: str = option("conditional", "prediction to explain: conditional, guided or unconditional")
     stop_at_error: float | None = option(
         None, "end a step once its mean standard error is this share of the signal's standard deviation, at most 1"
+    )
+    null: str | None = option(
+        None, "in the network's place: identity (f(x) = x) or frozen (f(R) whatever is masked), to hold a map against"
     )
     name: str = option("rise", "name that the maps are stored under")
 
@@ -93,23 +124,29 @@ class Rise(Explainer):
             raise ValueError(
                 f"stop_at_error {self.stop_at_error} is outside (0, 1]: beyond 1 a map may be nothing but noise"
             )
+        self._check_choice("output", OUTPUTS)
         self._check_choice("mask_kind", dfkernels.MASK_KINDS)
+        if self.design is not None:
+            self._check_choice("design", dfkernels.DESIGNS)
+        self._check_choice("fill", dfkernels.FILLS)
         self._check_choice("score", dfkernels.SCORES)
         self._check_choice("target", TARGETS)
         if not callable(self.similarity):
             self._check_choice("similarity", SIMILARITIES)
         if self.estimator is not None:
             self._check_choice("estimator", ESTIMATORS)
+        if self.null is not None:
+            self._check_choice("null", NULLS)
         if self.score == "local" and self.estimator == "ridge":
             raise ValueError("the ridge estimator regresses one score a mask: it needs score='global'")
         if self.score == "local" and self.similarity == "frechet":
             raise ValueError("the Fréchet similarity compares whole images: it needs score='global'")
+        self._distribution()
 
     @classmethod
     def paper(cls, **settings: Any) -> Rise:
-        """The equations as printed: structure of ε, local scores, the printed sum in its scale-free form."""
-        printed = {"similarity": "structure", "score": "local", "target": "conditional"}
-        return cls(**printed | checked(cls, settings))
+        """The equations as printed: masks of independent pixels, structure of ε, the sum in its scale-free form."""
+        return cls(**PAPER | checked(cls, settings))
 
     @classmethod
     def xdiffusion(cls, **settings: Any) -> Explainer:
@@ -121,7 +158,34 @@ class Rise(Explainer):
     @property
     def resolved_estimator(self) -> str:
         """The estimator in force."""
-        return self.estimator or ("coverage" if self.score == "local" else "ridge")
+        return self.estimator or ("contrast" if self.score == "local" else "ridge")
+
+    def distribution(self, shape: tuple[int, int]) -> MaskDistribution:
+        """What the masks of a latent of (h, w) pixels are drawn from."""
+        law = self._distribution()
+        if law.design == "iid":
+            return law
+        return dataclasses.replace(law, block=dfkernels.orthogonal_block(self.num_masks, shape, law))
+
+    def _distribution(self) -> MaskDistribution:
+        """The distribution whatever the latent. Raises ValueError for settings that exclude each other."""
+        is_gaussian = self.mask_kind == "gaussian"
+        cells = (self.cell,) if isinstance(self.cell, int) else tuple(self.cell)
+        by_default = "orthogonal" if is_gaussian and self.keep_probability == 0.5 else "iid"
+        return MaskDistribution(
+            self.keep_probability,
+            self.mask_kind,
+            self.grid,
+            cells=cells if is_gaussian else (1,),
+            shifted=self.shifted and is_gaussian,
+            design=self.design or by_default,
+        )
+
+    def min_masks(self, shape: tuple[int, int]) -> int:
+        """The masks that a good map wants at least: of a ridge twice the cells that it tells apart."""
+        if self.resolved_estimator != "ridge":
+            return 1
+        return 2 * math.prod(self.distribution(shape).field(shape)[1])
 
     def num_forwards(self, num_steps: int) -> int:
         return num_forwards(num_steps, self.num_masks, self.target)
@@ -137,11 +201,11 @@ class Rise(Explainer):
     ) -> Iterator[StepMap]:
         """Batches fill across masks, steps and items."""
         self._check_features(denoiser)
-        _, height, width = denoiser.latent_shape
-        if self.resolved_estimator == "ridge" and self.num_masks < 2 * height * width:
+        wanted = self.min_masks(denoiser.latent_shape[1:])
+        if self.num_masks < wanted:
             warnings.warn(
-                f"{self.num_masks} masks are few for the ridge of a global score on {height}×{width} pixels: "
-                f"it wants {2 * height * width} or more",
+                f"{self.num_masks} masks are few for the ridge of a global score on {wanted // 2} cells: "
+                f"it wants {wanted} or more",
                 stacklevel=2,
             )
         yield from RiseForwards(self, denoiser, trajectories, done).run()

@@ -24,9 +24,9 @@ from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
 from dfengine.explain.cam import Cam, by_layer, feature_gradients, weighted_map
 from dfengine.explain.lime import Lime
-from dfengine.explain.masking import RiseForwards
 from dfengine.explain.registry import register
 from dfengine.explain.rise import Rise, check_num_masks
+from dfengine.explain.rise_forwards import RiseForwards
 from dfengine.explain.steps import Steps, check_loss_scale, with_loss_scaling
 
 SIMILARITIES = ("structure", "contrast", "cosine")
@@ -76,9 +76,14 @@ class XDiffusionRise(Explainer):
         """The nearest settings of `Rise`: masks, target and sums are those."""
         return Rise(
             num_masks=self.num_masks,
-            keep_probability=0.5,
+            output="epsilon",
+            similarity="structure",
             score="local",
             estimator="sum",
+            cell=1,
+            shifted=False,
+            design="iid",
+            keep_probability=0.5,
             window=WINDOW,
             sigma=SIGMA,
             target="guided",
@@ -121,10 +126,15 @@ class _XDiffusionForwards(RiseForwards):
         self.references[rows] = self.denoiser.schedule.step(prediction, self.next_timesteps[real])
 
     def accumulate(
-        self, outputs: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], indices: Int[Tensor, " n"]
+        self,
+        outputs: Float[Tensor, "n c h w"],
+        masked: Float[Tensor, "n c h w"],
+        rows: Int[Tensor, " n"],
+        indices: Int[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
+        epsilon = self.read(outputs, masked, rows)
         return self.add(
-            released_similarity(outputs, self.references[rows.clamp(min=0)], self.similarity), rows, indices
+            released_similarity(epsilon, self.references[rows.clamp(min=0)], self.similarity), rows, indices
         )
 
 

@@ -23,7 +23,7 @@ from dfengine.diffusion.trajectory import Trajectory
 from dfengine.engine import Engine
 from dfengine.events import Event, Generated
 from dfengine.explain import Rise
-from dfengine.explain.masking import RiseForwards
+from dfengine.explain.rise_forwards import RiseForwards
 from dfengine.runtime.tuning import synchronize
 from dfengine.store import Writer
 
@@ -49,7 +49,7 @@ class BatchStages:
 
     def score(self) -> None:
         # The time does not depend on the values, so the masked latents stand in for the network's output.
-        self._forwards.score(self._masked, self._rows, self._indices)
+        self._forwards.score(self._masked, self._masked, self._rows, self._indices)
 
     def maps(self) -> None:
         list(self._forwards.step_maps([[0]], self._forwards.num_masks))

@@ -111,7 +111,7 @@ def parse_explainer(value: Any, preset: str) -> Explainer:
     values = {}
     for key, setting in settings.items():
         if key != "preset":
-            setting = [setting] if key in repeated and isinstance(setting, str) else setting
+            setting = [setting] if key in repeated and isinstance(setting, int | str) else setting
             setting = tuple(setting) if isinstance(setting, list) else setting
             try:
                 values[key] = TypeAdapter(types[key]).validate_python(setting, strict=True)

@@ -1,6 +1,7 @@
 """The operations DF-RISE is built on: counter-based masks, similarity scores, running sums and map estimators."""
 
 from dfkernels.counters import philox, random_uint32
+from dfkernels.designs import DESIGNS, FILLS, MASK_KINDS, MaskDistribution, orthogonal_block
 from dfkernels.dispatch import (
     accumulate,
     add,
@@ -14,13 +15,16 @@ from dfkernels.dispatch import (
 )
 from dfkernels.estimators import ESTIMATORS, Sums, estimate
 from dfkernels.games import blur, ranks
-from dfkernels.reference import MASK_KINDS, SCORES, SIMILARITIES
+from dfkernels.reference import SCORES, SIMILARITIES
 
 __all__ = [
+    "DESIGNS",
     "ESTIMATORS",
+    "FILLS",
     "MASK_KINDS",
     "SCORES",
     "SIMILARITIES",
+    "MaskDistribution",
     "Sums",
     "accumulate",
     "add",
@@ -29,6 +33,7 @@ __all__ = [
     "draw_masks",
     "estimate",
     "masks",
+    "orthogonal_block",
     "perturb",
     "philox",
     "random_uint32",

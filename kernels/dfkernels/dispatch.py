@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dfkernels import estimators, games, reference
+from dfkernels import designs, estimators, games, reference
+from dfkernels.designs import MaskDistribution
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,7 +50,8 @@ def fused_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device 
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     device = tensors[0].device if tensors else torch.device(kwargs.get("device") or torch.get_default_device())
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if needs_gradient or kwargs.get("grid", 0) > MAX_RISE_GRID or not supports_triton(device):
+    grids = [one.grid for one in (*args, *kwargs.values()) if isinstance(one, MaskDistribution) and one.kind == "rise"]
+    if needs_gradient or max(grids, default=0) > MAX_RISE_GRID or not supports_triton(device):
         return None
     return device
 
@@ -83,9 +85,9 @@ def warn_without_triton() -> None:
     )
 
 
-apply_masks = with_fused(reference.apply_masks, "apply_masks")
-draw_masks = with_fused(reference.draw_masks, "apply_masks")
-masks = with_fused(reference.masks, "apply_masks")
+apply_masks = with_fused(designs.apply_masks, "apply_masks")
+draw_masks = with_fused(designs.draw_masks, "apply_masks")
+masks = with_fused(designs.masks, "apply_masks")
 perturb = with_fused(games.perturb, "perturb")
 similarity = with_fused(reference.similarity, "similarity")
 add = with_fused(estimators.add, "accumulate")

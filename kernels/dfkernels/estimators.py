@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from dfkernels import reference
-from dfkernels.reference import draw_masks, masks
+from dfkernels.designs import MIN_RANDOMISATIONS, PIXELS, MaskDistribution, draw_masks, masks
 
 #: "contrast" compares kept with dropped pixels, unrelated to SSIM's contrast term (`reference.SIMILARITIES`).
 ESTIMATORS = ("sum", "coverage", "contrast")
@@ -33,16 +33,36 @@ class Sums:
     They suffice for every estimator of `estimate`, any mask kind and score. The sums of disjoint sets of masks add up.
     """
 
-    moments: Float64[Tensor, "r 3 3 h w"]
+    moments: Float64[Tensor, "rows 3 3 h w"]
+    randomisations: int = 0
+    """of an orthogonal design, whose sums are kept apart: those of row r begin at moments[r · randomisations]; 0 if
+    masks are independent"""
 
     @classmethod
-    def zeros(cls, rows: int, shape: tuple[int, int], device: torch.device | str | None = None) -> "Sums":
-        return cls(torch.zeros(rows, 3, 3, *shape, dtype=torch.float64, device=device))
+    def zeros(
+        cls,
+        rows: int,
+        shape: tuple[int, int],
+        device: torch.device | str | None = None,
+        *,
+        randomisations: int = 0,
+    ) -> "Sums":
+        count = rows * max(1, randomisations)
+        return cls(torch.zeros(count, 3, 3, *shape, dtype=torch.float64, device=device), randomisations)
 
     @property
     def count(self) -> Float64[Tensor, " r"]:
         """The number N of masks in each row's sums."""
-        return self.moments[:, 0, 0, 0, 0]
+        return self.moments[:, 0, 0, 0, 0].unflatten(0, (-1, max(1, self.randomisations))).sum(1)
+
+    def targets(
+        self, rows: Int[Tensor, " n"], indices: Int[Tensor, " n"], distribution: MaskDistribution
+    ) -> Int[Tensor, " n"]:
+        """Which of `moments` each entry is added to; −1 for padding."""
+        if not self.randomisations:
+            return rows
+        place = rows * self.randomisations + indices // distribution.randomisation
+        return torch.where(rows < 0, rows, place)
 
 
 def add(
@@ -52,34 +72,29 @@ def add(
     steps: Int[Tensor, " r"],
     rows: Int[Tensor, " n"],
     indices: Int[Tensor, " n"],
-    *,
-    keep_probability: float = 0.5,
-    kind: str = "gaussian",
-    grid: int = 8,
+    distribution: MaskDistribution = PIXELS,
 ) -> None:
     """Add a batch to the sums in place: moments[row_n] += Mⁱ sʲ. The masks are drawn again from their counters.
 
-    Padding (row −1) adds nothing, whatever its score. Sums from different batches agree to float64 rounding; the same
-    batches in the same order give identical bits.
+    Sums of several randomisations are kept apart by the masks' indices. Padding (row −1) adds nothing, whatever its
+    score. Sums from different batches agree to float64 rounding; the same batches in the same order give the same bits.
     """
     h, w = sums.moments.shape[-2:]
+    targets = sums.targets(rows, indices, distribution).clamp(min=0)
     on_cpu = rows.device.type == "cpu"
     chunk = max(1, CHUNK_SUMS // (h * w)) if on_cpu else max(1, len(rows))
     for part in range(0, len(rows), chunk):
         at = slice(part, part + chunk)
         row, is_entry = rows[at].clamp(min=0), (rows[at] >= 0)[:, None, None]
-        m = draw_masks(
-            seeds[row], steps[row], indices[at], (h, w), keep_probability=keep_probability, kind=kind, grid=grid
-        )
-        m = torch.where(is_entry, m, 0.0).double()
+        m = torch.where(is_entry, draw_masks(seeds[row], steps[row], indices[at], (h, w), distribution), 0.0).double()
         s = torch.where(is_entry, scores[at] if scores.ndim == 3 else scores[at, None, None], 0.0).double().expand_as(m)
         one = is_entry.double().expand_as(m)
         batch = torch.stack((one, m, m * m), 1)[:, :, None] * torch.stack((one, s, s * s), 1)[:, None]
         # On a GPU index_add_ uses float atomics, whose order varies from run to run; on a CPU index_put_ is slow.
         if on_cpu:
-            sums.moments.index_add_(0, row, batch)
+            sums.moments.index_add_(0, targets[at], batch)
         else:
-            sums.moments.index_put_((row,), batch, accumulate=True)
+            sums.moments.index_put_((targets[at],), batch, accumulate=True)
 
 
 def accumulate(
@@ -90,26 +105,31 @@ def accumulate(
     steps: Int[Tensor, " r"],
     rows: Int[Tensor, " n"],
     indices: Int[Tensor, " n"],
+    distribution: MaskDistribution = PIXELS,
     *,
     similarity: str = "structure",
     score: str = "local",
     window: int = 11,
     sigma: float = 1.5,
     data_range: float = 1.0,
-    keep_probability: float = 0.5,
-    mask_kind: str = "gaussian",
-    grid: int = 8,
+    inputs: Float[Tensor, "n c h w"] | None = None,
+    reading: Float[Tensor, "r 2"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """The mean score of each mask, s_i = similarity(epsilon_i, references[row_i]); NaN for padding (row −1).
+    """The mean score of each mask, s_i = similarity(a_i, references[row_i]); NaN for padding (row −1).
+
+    a_i is outputs[i] = f(R⊙M_i), or what that says together with the network's own input: with `reading`,
+    a_i = reading[row_i, 0] · outputs[i] + reading[row_i, 1] · inputs[i], which x0 and ε are of every parametrisation.
 
     Also adds the scores to the sums in place (see `add`). Raises ValueError if a setting is out of range.
     """
     reference.check_similarity(outputs, references[0], similarity, score, window, sigma, data_range)
+    reference.check_reading(outputs, inputs, reading)
     row = rows.clamp(min=0)
     scores = reference.similarity_by_row(
-        outputs, references, row, similarity, score, window=window, sigma=sigma, data_range=data_range
-    )
-    add(sums, scores, seeds, steps, rows, indices, keep_probability=keep_probability, kind=mask_kind, grid=grid)
+        reference.read(outputs, inputs, reading, row), references, row, similarity, score,
+        window=window, sigma=sigma, data_range=data_range,
+    )  # fmt: skip
+    add(sums, scores, seeds, steps, rows, indices, distribution)
     return torch.where(rows >= 0, scores if score == "global" else scores.mean((1, 2)), torch.nan)
 
 
@@ -122,23 +142,51 @@ def estimate(sums: Sums, estimator: str) -> tuple[Float[Tensor, "r h w"], Float[
 
     With fractional masks (RISE) a score counts in both means of the contrast; their covariance is subtracted. A pixel
     that no mask keeps (for contrast, also one that none drops) takes the map's mean over the other pixels. Its error is
-    ∞, as is the error of any pixel with fewer than two (effective) samples. Raises ValueError for an unknown estimator.
+    ∞, as is the error of any pixel with fewer than two (effective) samples.
+
+    Sums of several randomisations have the spread of the complete ones' maps for an error, ∞ where fewer than four
+    are. Raises ValueError for an unknown estimator.
     """
-    (n, s, s2), (m, ms, ms2), (m2, m2s, m2s2) = (powers.unbind(1) for powers in sums.moments.unbind(1))
+    if estimator not in ESTIMATORS:
+        names = ", ".join(ESTIMATORS)
+        raise ValueError(f"unknown estimator {estimator!r}: choose one of {names}, or call ridge() with the scores")
+    if not sums.randomisations:
+        return _estimate(sums.moments, estimator)
+    apart = sums.moments.unflatten(0, (-1, sums.randomisations))
+    saliency, _ = _estimate(apart.sum(1), estimator)
+    each = _estimate(sums.moments, estimator)[0].unflatten(0, (-1, sums.randomisations))
+    counts = apart[:, :, 0, 0, 0, 0]  # the first is the largest
+    return saliency, spread(each, counts == counts[:, :1], sum_of_all=estimator == "sum")
+
+
+def spread(
+    maps: Float[Tensor, "r k h w"], is_complete: Bool[Tensor, "r k"], *, sum_of_all: bool = False
+) -> Float[Tensor, "r h w"]:
+    """The standard error of the mean (or sum) of k randomisations' maps: √(Var/k) (√(k·Var)) of the complete ones."""
+    used = is_complete[:, :, None, None]
+    k = used.sum(1)
+    mean = torch.where(used, maps, 0).sum(1) / k
+    variance = torch.where(used, maps - mean[:, None], 0).square().sum(1) / (k - 1)
+    error = (variance * k if sum_of_all else variance / k).sqrt()
+    return torch.where((k >= MIN_RANDOMISATIONS) & error.isfinite(), error, torch.inf)
+
+
+def _estimate(
+    moments: Float64[Tensor, "r 3 3 h w"], estimator: str
+) -> tuple[Float[Tensor, "r h w"], Float[Tensor, "r h w"]]:
+    """The map and its error if masks are independent."""
+    (n, s, s2), (m, ms, ms2), (m2, m2s, m2s2) = (powers.unbind(1) for powers in moments.unbind(1))
     kept = _WeightedMean(m, m2, ms, m2s, m2s2)
     if estimator == "sum":
         value, variance, samples = ms, n / (n - 1) * (m2s2 - ms**2 / n), n
     elif estimator == "coverage":
         value, variance, samples = kept.mean, kept.variance, kept.samples
-    elif estimator == "contrast":
+    else:
         dropped = _WeightedMean(n - m, n - 2 * m + m2, s - ms, s - 2 * ms + m2s, s2 - 2 * ms2 + m2s2)
         shared = (ms2 - m2s2) - (kept.mean + dropped.mean) * (ms - m2s) + kept.mean * dropped.mean * (m - m2)
         value = kept.mean - dropped.mean
         variance = kept.variance + dropped.variance - 2 * shared / (kept.weight * dropped.weight)
         samples = torch.minimum(kept.samples, dropped.samples)
-    else:
-        names = ", ".join(ESTIMATORS)
-        raise ValueError(f"unknown estimator {estimator!r}: choose one of {names}, or call ridge() with the scores")
 
     defined = (m > 0) & (m < n) if estimator == "contrast" else m > 0
     mean = torch.where(defined, value, 0).sum((1, 2), keepdim=True) / defined.sum((1, 2), keepdim=True).clamp(min=1)
@@ -179,10 +227,8 @@ def ridge(
     seed: int,
     step: int,
     shape: tuple[int, int],
+    distribution: MaskDistribution = PIXELS,
     *,
-    keep_probability: float = 0.5,
-    kind: str = "gaussian",
-    grid: int = 8,
     penalty: float = 1.0,
     first: int = 0,
 ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
@@ -191,30 +237,54 @@ def ridge(
         β = (XᵀX + κ)⁻¹ Xᵀy,   X = M − p,   y = s − s̄,   κ the penalty
         error² = σ̂² diag[(XᵀX + κ)⁻¹ XᵀX (XᵀX + κ)⁻¹],   σ̂² = ‖y − Xβ‖² / tr (I − H)²,   H = X (XᵀX + κ)⁻¹ Xᵀ
 
-    β(λ) estimates how much keeping λ adds to the score. Solved in float64: an h·w × h·w system for N ≥ h·w scores, else
-    the equivalent N × N one, whose errors are ∞: with fewer masks than pixels the penalty, not the scores, decides how
-    far β is from its mean over many masks. Raises ValueError without scores or for a penalty ≤ 0.
+    β estimates how much keeping a cell (`MaskDistribution.field`) adds to the score, and pixels have their cell's.
+    Solved in float64: a k × k system of the k cells for N ≥ k scores, else the equivalent N × N one, whose errors are
+    ∞: with fewer masks than cells the penalty, not the scores, decides how far β is from its mean over many masks.
+
+    Of an orthogonal design the errors are the spread of the maps of its randomisations (`spread`), each with its share
+    of the penalty; ∞ if one has fewer masks than cells. Raises ValueError without scores or for a penalty ≤ 0.
     """
     check_ridge(scores, penalty)
-    y = scores.double() - scores.double().mean()
+    field, cells = distribution.field(shape)
+    solve = partial(_ridge, seed=seed, step=step, shape=cells, distribution=field)
+    beta, error = solve(scores.double(), penalty=penalty, first=first)
+    if distribution.design == "orthogonal":
+        size, start = distribution.randomisation, -first % distribution.randomisation
+        parts = [(k, scores[k : k + size].double()) for k in range(start, len(scores) - size + 1, size)]
+        error = torch.full_like(error, torch.inf)
+        if len(parts) >= MIN_RANDOMISATIONS and size >= cells[0] * cells[1]:
+            maps = torch.stack([solve(y, penalty=penalty / len(parts), first=first + k)[0] for k, y in parts])
+            error = spread(maps[None], torch.ones(1, len(parts), dtype=torch.bool, device=maps.device))[0]
+    return tuple(distribution.to_pixels(x.float(), shape) for x in (beta, error))  # type: ignore[return-value]  # two
 
-    sample = partial(
-        masks, seed, step, shape=shape, keep_probability=keep_probability, kind=kind, grid=grid, device=y.device
-    )
+
+def _ridge(
+    y: Float64[Tensor, " n"],
+    *,
+    seed: int,
+    step: int,
+    shape: tuple[int, int],
+    distribution: MaskDistribution,
+    penalty: float,
+    first: int,
+) -> tuple[Float64[Tensor, "h w"], Float64[Tensor, "h w"]]:
+    """β and its error if masks are independent."""
+    y = y - y.mean()
 
     def design_matrix() -> DesignMatrix:
         chunk = max(1, CHUNK_PIXELS // (shape[0] * shape[1]))
         for start in range(0, len(y), chunk):
             part = slice(start, min(start + chunk, len(y)))
+            drawn = masks(seed, step, first + start, part.stop - start, shape, distribution, device=y.device)
             # A mask of either kind has mean p at every pixel.
-            yield part, sample(first + start, part.stop - start).flatten(1).double() - keep_probability
+            yield part, drawn.flatten(1).double() - distribution.keep_probability
 
     if len(y) < shape[0] * shape[1]:
         beta = _dual(design_matrix(), y, penalty)
         error = torch.full_like(beta, torch.inf)
     else:
         beta, error = _primal(design_matrix(), y, penalty)
-    return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
+    return beta.unflatten(0, shape), error.unflatten(0, shape)
 
 
 def check_ridge(scores: Tensor, penalty: float) -> None:

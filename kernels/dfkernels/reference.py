@@ -1,4 +1,4 @@
-"""The specification of masks and similarity scores in plain PyTorch, short enough to read as mathematics.
+"""The specification of similarity scores in plain PyTorch, short enough to read as mathematics.
 
 Symbols: n masks in a batch, r rows (one row per item and step), c channels, λ a pixel of the h × w latent, M a mask,
 s a score. `rows[i]` is the row of batch entry i; −1 marks padding.
@@ -11,15 +11,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfkernels.counters import GAUSSIAN_STREAM, RISE_GRID_STREAM, RISE_SHIFT_STREAM, random_uint32
-
-#: "gaussian" is the paper's word for masks that threshold Gaussian noise. Their pixels are independent Bernoulli(p).
-MASK_KINDS = ("gaussian", "rise")
 #: "contrast" is SSIM's comparison of σ_a with σ_b, unrelated to the estimator of that name (`estimators.ESTIMATORS`).
-SIMILARITIES = ("structure", "luminance", "contrast_structure", "contrast", "ssim", "cosine")
+SIMILARITIES = ("structure", "luminance", "contrast_structure", "contrast", "ssim", "cosine", "mse")
 SCORES = ("local", "global")
 
 #: Elements scored at a time on a CPU, so that they and the intermediate results stay in its cache.
@@ -27,124 +23,6 @@ CHUNK_ELEMENTS = 2**16
 
 #: The average E of [n, c, h, w]: over all pixels, or over a window around each pixel.
 Average = Callable[[Tensor], Tensor]
-
-
-# Masks ---------------------------------------------------------------------------------------------------------------
-
-
-def draw_masks(
-    seeds: Int[Tensor, " n"],
-    steps: Int[Tensor, " n"],
-    indices: Int[Tensor, " n"],
-    shape: tuple[int, int],
-    *,
-    keep_probability: float = 0.5,
-    kind: str = "gaussian",
-    grid: int = 8,
-) -> Bool[Tensor, "n h w"] | Float[Tensor, "n h w"]:
-    """One mask per entry, a function of (seed, step, mask index, pixel) only.
-
-    `gaussian`: M(λ) = 1[z > τ], z ~ N(0, 1), p = 1 − Φ(τ), drawn as 1[random integer λ < round(p·2³²)]; bool.
-    `rise`: a grid × grid field of Bernoulli(p), upsampled and shifted (see `_rise_masks`); float32 in [0, 1], mean p.
-
-    `seeds` hold 64 bits each (negative values represent seeds from 2⁶³); `steps` and `indices` lie in [0, 2³²).
-    Raises ValueError if a setting is out of range.
-    """
-    check_mask(shape, keep_probability, kind, grid)
-    if kind == "rise":
-        return _rise_masks(seeds, steps, indices, shape, keep_probability, grid)
-    pixels = random_uint32(seeds, steps, indices, shape[0] * shape[1], GAUSSIAN_STREAM)
-    return (pixels < round(keep_probability * 2**32)).unflatten(1, shape)
-
-
-def _rise_masks(
-    seeds: Int[Tensor, " n"],
-    steps: Int[Tensor, " n"],
-    indices: Int[Tensor, " n"],
-    shape: tuple[int, int],
-    keep_probability: float,
-    grid: int,
-) -> Float[Tensor, "n h w"]:
-    """RISE (Petsiuk et al. 2018): an s × s field, bilinear to (s+1)·⌈h/s⌉ × (s+1)·⌈w/s⌉, shifted, cropped to h × w.
-
-    Half-pixel centres, edges replicated: pixel i of an upsampled side of `span` pixels reads the field at
-    (i + ½)·s/span − ½. The vertical shift is number 0 of the shift stream modulo ⌈h/s⌉, the horizontal shift number 1
-    modulo ⌈w/s⌉.
-    """
-    field = random_uint32(seeds, steps, indices, grid * grid, RISE_GRID_STREAM) < round(keep_probability * 2**32)
-    field = field.to(torch.float32).unflatten(1, (grid, grid))
-    shifts = random_uint32(seeds, steps, indices, 2, RISE_SHIFT_STREAM)
-    for axis, size in enumerate(shape):
-        cell = -(-size // grid)
-        span = (grid + 1) * cell
-        pixel = torch.arange(size, device=seeds.device) + shifts[:, axis, None] % cell
-        # In units of 1/(2·span) the position is an integer, so its floor and fraction are the same on every device.
-        position = ((2 * pixel + 1) * grid - span).clamp(min=0).unsqueeze(2 - axis)
-        low = position // (2 * span)
-        fraction = (position % (2 * span)).to(torch.float32) / (2 * span)
-        below, above = (field.take_along_dim(i, axis + 1) for i in (low, (low + 1).clamp(max=grid - 1)))
-        field = below + fraction * (above - below)
-    return field
-
-
-def masks(
-    seed: int,
-    step: int,
-    first: int,
-    count: int,
-    shape: tuple[int, int],
-    *,
-    keep_probability: float = 0.5,
-    kind: str = "gaussian",
-    grid: int = 8,
-    device: torch.device | str | None = None,
-) -> Bool[Tensor, "count h w"] | Float[Tensor, "count h w"]:
-    """Masks `first` to `first + count − 1` of a 64-bit seed and a step index; see `draw_masks`.
-
-    The same on every device and for every batch size. Raises ValueError if an argument is out of range.
-    """
-    seeds, steps, indices = mask_counters(seed, step, first, count, device)
-    return draw_masks(seeds, steps, indices, shape, keep_probability=keep_probability, kind=kind, grid=grid)
-
-
-def mask_counters(
-    seed: int, step: int, first: int, count: int, device: torch.device | str | None
-) -> tuple[Int[Tensor, " count"], Int[Tensor, " count"], Int[Tensor, " count"]]:
-    """The arguments of `masks` as the seeds, steps and indices that `draw_masks` takes."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed {seed} does not fit in 64 bits: reduce it modulo 2**64")
-    if not 0 <= step < 2**32:
-        raise ValueError(f"step {step} is outside [0, 2**32): give the index of the step in the list, from 0")
-    if count < 0:
-        raise ValueError(f"count {count} is negative: ask for 0 masks or more")
-    if not 0 <= first <= 2**32 - count:
-        raise ValueError(f"masks {first} to {first + count - 1} are outside [0, 2**32): for more, use another seed")
-    signed = (seed + 2**63) % 2**64 - 2**63
-    seeds, steps = (torch.full((count,), value, dtype=torch.int64, device=device) for value in (signed, step))
-    return seeds, steps, torch.arange(first, first + count, device=device)
-
-
-def apply_masks(
-    latents: Float[Tensor, "r c h w"],
-    seeds: Int[Tensor, " r"],
-    steps: Int[Tensor, " r"],
-    rows: Int[Tensor, " n"],
-    indices: Int[Tensor, " n"],
-    *,
-    keep_probability: float = 0.5,
-    kind: str = "gaussian",
-    grid: int = 8,
-    dtype: torch.dtype | None = None,
-) -> Float[Tensor, "n c h w"]:
-    """Masked latents x_i = R[row_i] ⊙ M(seed[row_i], step[row_i], index_i), channels-last; zeros for padding.
-
-    All channels share the mask. `dtype` defaults to the latents' own; the product is rounded to it once.
-    """
-    h, w = latents.shape[-2:]
-    row = rows.clamp(min=0)
-    mask = draw_masks(seeds[row], steps[row], indices, (h, w), keep_probability=keep_probability, kind=kind, grid=grid)
-    masked = torch.where((rows >= 0)[:, None, None, None], latents[row] * mask[:, None], 0.0)
-    return masked.to(dtype or latents.dtype).contiguous(memory_format=torch.channels_last)
 
 
 # Similarity ----------------------------------------------------------------------------------------------------------
@@ -168,10 +46,11 @@ def similarity(
         contrast             (2σ_a σ_b + C₂) / (σ_a² + σ_b² + C₂)
         ssim                 luminance · contrast_structure
         cosine               a·b / (‖a‖ ‖b‖), over channels (`local`) or all elements (`global`); 0 where a or b is 0
+        mse                  −E[(a − b)²], negated so that it is a similarity, at most 0
 
-    All in [−1, 1]. Statistics are computed per channel over all pixels (`global`) or over a Gaussian window (`local`;
-    `window` pixels wide, standard deviation `sigma`) whose weights are renormalised inside the border; scores are the
-    mean over channels. L is `data_range`, a constant, so that a score does not depend on the rest of its batch.
+    All others in [−1, 1]. Statistics are computed per channel over all pixels (`global`) or over a Gaussian window
+    (`local`; `window` pixels wide, standard deviation `sigma`) whose weights are renormalised inside the border; scores
+    are the mean over channels. L is `data_range`, a constant, so that a score does not depend on the rest of its batch.
     Computed in float32, or in float64 if an input is float64. Raises ValueError for an unknown kind or score, for
     shapes that do not match and for settings out of range.
     """
@@ -196,13 +75,16 @@ def similarity_by_row(
     dtype = torch.promote_types(torch.promote_types(a.dtype, references.dtype), torch.float32)
     b = references.to(dtype, memory_format=torch.channels_last)
     average = partial(_window_mean, window=window, sigma=sigma) if score == "local" else _pixel_mean
-    b_statistics = None if kind == "cosine" else _statistics(b, average)
+    b_statistics = None if kind in ("cosine", "mse") else _statistics(b, average)
     chunk = max(1, CHUNK_ELEMENTS // a[:1].numel()) if a.device.type == "cpu" and a.numel() else max(1, len(a))
 
     scores = []
     for start in range(0, max(1, len(a)), chunk):
         x, row = a[start : start + chunk].to(dtype, memory_format=torch.channels_last), rows[start : start + chunk]
-        if b_statistics is None:
+        if kind == "mse":
+            value = -average((x - b[row]).square().mean(1, keepdim=True))[:, 0]
+            scores.append(value if score == "local" else value[:, 0, 0])
+        elif b_statistics is None:
             x, y = (x, b[row]) if score == "local" else (x.flatten(1), b[row].flatten(1))
             scores.append(F.cosine_similarity(x, y))
         else:
@@ -210,6 +92,19 @@ def similarity_by_row(
             value = _ssim_term(_statistics(x, average), y_statistics, kind, average, data_range)
             scores.append(value.mean(1) if score == "local" else value.mean((1, 2, 3)))
     return torch.cat(scores)
+
+
+def read(
+    outputs: Float[Tensor, "n c h w"],
+    inputs: Float[Tensor, "n c h w"] | None,
+    reading: Float[Tensor, "r 2"] | None,
+    rows: Int[Tensor, " n"],
+) -> Float[Tensor, "n c h w"]:
+    """reading[row_i, 0] · outputs[i] + reading[row_i, 1] · inputs[i], float32; the outputs if there is no reading."""
+    if inputs is None or reading is None:
+        return outputs
+    of_output, of_input = reading[rows, :, None, None, None].unbind(1)
+    return of_output * outputs.to(of_output.dtype) + of_input * inputs.to(of_input.dtype)
 
 
 class _Statistics(NamedTuple):
@@ -281,17 +176,6 @@ def _window_mean(x: Float[Tensor, "*n h w"], window: int, sigma: float) -> Float
 # Argument checks -----------------------------------------------------------------------------------------------------
 
 
-def check_mask(shape: tuple[int, int], keep_probability: float, kind: str, grid: int) -> None:
-    if kind not in MASK_KINDS:
-        raise ValueError(f"unknown mask kind {kind!r}: choose one of {', '.join(MASK_KINDS)}")
-    if not 0 < keep_probability < 1:
-        raise ValueError(f"keep_probability {keep_probability} is outside (0, 1): 0.5 keeps half of the pixels")
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"mask shape {tuple(shape)} is not (h, w), both at least 1: give the latent's size")
-    if grid < 1:
-        raise ValueError(f"grid {grid} is not positive: give the cells per side, 1 or more (RISE uses 8)")
-
-
 def check_similarity(a: Tensor, b: Tensor, kind: str, score: str, window: int, sigma: float, data_range: float) -> None:
     if kind not in SIMILARITIES:
         raise ValueError(f"unknown similarity {kind!r}: choose one of {', '.join(SIMILARITIES)}")
@@ -302,6 +186,13 @@ def check_similarity(a: Tensor, b: Tensor, kind: str, score: str, window: int, s
     check_window(window, sigma)
     if not data_range > 0:
         raise ValueError(f"data_range {data_range} is not positive: give the L of SSIM's constants (1 by default)")
+
+
+def check_reading(outputs: Tensor, inputs: Tensor | None, reading: Tensor | None) -> None:
+    if (inputs is None) != (reading is None):
+        raise ValueError("got a reading without inputs, or inputs without a reading: give both, or neither")
+    if inputs is not None and inputs.shape != outputs.shape:
+        raise ValueError(f"got inputs {tuple(inputs.shape)} for outputs {tuple(outputs.shape)}, expected one shape")
 
 
 def check_window(window: int, sigma: float) -> None:

@@ -15,10 +15,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfkernels import estimators, reference
-from dfkernels.fused.apply_masks import threshold
+from dfkernels.designs import PIXELS, MaskDistribution, check_shape
+from dfkernels.fused.apply_masks import DISTRIBUTIONS
 from dfkernels.fused.configuration import Configuration
-from dfkernels.fused.mask import load_entry, weights_at
-from dfkernels.fused.similarity import LAYOUTS, ReferenceStatistics, prepare, score_numbers, strided, tiles
+from dfkernels.fused.mask import NOT_SPECIALISED, constants, load_entry, runtime_arguments, weights_at
+from dfkernels.fused.similarity import (
+    INPUT_TYPES,
+    LAYOUTS,
+    ReferenceStatistics,
+    prepare,
+    read_arguments,
+    score_numbers,
+    strided,
+    tiles,
+)
 from dfkernels.fused.statistics import TILE_H, TILE_W, local_score, tile_pixels
 
 #: Masks per segment, at least and at most, and the number of programs that fills a device: small batches are cut finely
@@ -33,12 +43,13 @@ BLOCK, ADD_WARPS = 256, 2
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def _segment_sums(
-    scores, stride_n, stride_c, stride_p, targets, b, mean, variance, offset, C, rate, c1, c2,
-    seeds, steps, rows, indices, order, bounds, partials, means, h, w, threshold,
-    SCORES: tl.constexpr, KIND: tl.constexpr, RADIUS: tl.constexpr, MASKS: tl.constexpr, GRID: tl.constexpr,
-    MAPS: tl.constexpr,
+    scores, stride_n, stride_c, stride_p, input, input_n, input_c, input_p, reading,
+    targets, b, mean, variance, offset, C, rate, c1, c2,
+    seeds, steps, rows, indices, order, bounds, partials, means, h, w, threshold, cells, bits,
+    SCORES: tl.constexpr, SIMILARITY: tl.constexpr, RADIUS: tl.constexpr, READS: tl.constexpr, GRID: tl.constexpr,
+    KIND: tl.constexpr, LEVELS: tl.constexpr, SHIFTED: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
     """partials[segment, k, λ] = Σ Mⁱ sʲ over the masks of a segment on one tile, 3i + j = k + 1; float64.
 
@@ -69,16 +80,24 @@ def _segment_sums(
         if SCORES == "outputs":
             target = tl.load(targets + n)
             start = target * C * h * w
+            of_output = 1.0
+            of_input = 0.0
+            if READS:
+                of_output = tl.load(reading + 2 * n)
+                of_input = tl.load(reading + 2 * n + 1)
             score = local_score(
-                scores + n * stride_n, stride_c, stride_p, b + start, mean + start, variance + start,
-                offset + target * C, y, x, h, w, C, rate, c1, c2, KIND, RADIUS,
+                scores + n * stride_n, stride_c, stride_p, input + n * input_n, input_c, input_p, of_output, of_input,
+                b + start, mean + start, variance + start, offset + target * C,
+                y, x, h, w, C, rate, c1, c2, SIMILARITY, RADIUS, READS,
             ).to(tl.float64)  # fmt: skip
             tl.store(means + n * count + tile, tl.sum(tl.where(inside, score, 0.0)))
         elif SCORES == "maps":
             score = tl.load(scores + n * stride_n + pixel * stride_p, mask=inside, other=0.0).to(tl.float64)
         else:
             score = tl.zeros((TILE_H, TILE_W), tl.float64) + tl.load(scores + n * stride_n).to(tl.float64)
-        m = weights_at(pixel, k0, k1, step, index, h, w, threshold, GRID, MASKS).to(tl.float64)
+        m = weights_at(
+            pixel, k0, k1, step, index, h, w, threshold, cells, bits, GRID, KIND, LEVELS, SHIFTED
+        ).to(tl.float64)  # fmt: skip
         s_sum += score
         s2_sum += score * score
         m_sum += m
@@ -166,21 +185,16 @@ def add(
     steps: Int[Tensor, " r"],
     rows: Int[Tensor, " n"],
     indices: Int[Tensor, " n"],
-    *,
-    keep_probability: float = 0.5,
-    kind: str = "gaussian",
-    grid: int = 8,
+    distribution: MaskDistribution = PIXELS,
 ) -> None:
     """`estimators.add` to float64 rounding."""
-    h, w = sums.moments.shape[-2:]
-    reference.check_mask((h, w), keep_probability, kind, grid)
     form = "maps" if scores.ndim == 3 else "numbers"
     scores = scores.contiguous()
-    unused = (scores,) * 5
+    pixels = (scores.stride(0), 0, 1)
+    unused = (scores, 0, 0, 1, *(scores,) * 6, 1, 0.0, 0.0, 0.0)
     _sum(
-        sums, (scores, scores.stride(0), 0, 1, *unused, 1, 0.0, 0.0, 0.0),
-        {"SCORES": form, "KIND": "structure", "RADIUS": 0}, scores, (seeds, steps, rows, indices),
-        keep_probability, kind, grid,
+        sums, (scores, *pixels, *unused), {"SCORES": form, "SIMILARITY": "structure", "RADIUS": 0, "READS": False},
+        scores, (seeds, steps, rows, indices), distribution,
     )  # fmt: skip
 
 
@@ -192,15 +206,15 @@ def accumulate(
     steps: Int[Tensor, " r"],
     rows: Int[Tensor, " n"],
     indices: Int[Tensor, " n"],
+    distribution: MaskDistribution = PIXELS,
     *,
     similarity: str = "structure",
     score: str = "local",
     window: int = 11,
     sigma: float = 1.5,
     data_range: float = 1.0,
-    keep_probability: float = 0.5,
-    mask_kind: str = "gaussian",
-    grid: int = 8,
+    inputs: Float[Tensor, "n c h w"] | None = None,
+    reading: Float[Tensor, "r 2"] | None = None,
 ) -> Float[Tensor, " n"]:
     """`estimators.accumulate` with float32 scores; float64 inputs are left to the reference.
 
@@ -208,14 +222,13 @@ def accumulate(
     """
     n, c, h, w = outputs.shape
     settings: dict[str, Any] = {"window": window, "sigma": sigma, "data_range": data_range}
-    mask_settings: dict[str, Any] = {"keep_probability": keep_probability, "kind": mask_kind, "grid": grid}
     rows = rows.long()
     counters, targets = (seeds, steps, rows, indices), rows.contiguous()
     if isinstance(references, Tensor):
         if torch.float64 in (outputs.dtype, references.dtype):
             return estimators.accumulate(
-                outputs, references, sums, *counters, similarity=similarity, score=score, **settings,
-                keep_probability=keep_probability, mask_kind=mask_kind, grid=grid,
+                outputs, references, sums, *counters, distribution, similarity=similarity, score=score, **settings,
+                inputs=inputs, reading=reading,
             )  # fmt: skip
         reference.check_similarity(outputs, references[0], similarity, score, **settings)
         if len(references) > n:  # prepare one reference per entry, fewer than one per row
@@ -223,15 +236,18 @@ def accumulate(
             targets = torch.where(rows < 0, rows, torch.arange(n, device=rows.device))
         references = prepare(references, similarity, score, **settings)
     references.check(similarity, score, **settings)
+    reference.check_reading(outputs, inputs, reading)
+    by_entry = None if reading is None else reading[rows.clamp(min=0)]
     if score == "global":
-        numbers = score_numbers(outputs, references, targets)
-        add(sums, numbers, *counters, **mask_settings)
+        numbers = score_numbers(outputs, references, targets, inputs, by_entry)
+        add(sums, numbers, *counters, distribution)
         return numbers
-    reference.check_mask((h, w), keep_probability, mask_kind, grid)
     b, means = references, torch.empty((n, tiles(h, w)), dtype=torch.float64, device=outputs.device)
     _sum(
-        sums, (*strided(outputs), targets, b.pixels, b.mean, b.variance, b.offset, c, b.rate, *b.constants),
-        {"SCORES": "outputs", "KIND": b.kind, "RADIUS": b.radius}, means, counters, **mask_settings,
+        sums, (*strided(outputs), *read_arguments(outputs, inputs, by_entry), targets, b.pixels, b.mean, b.variance,
+               b.offset, c, b.rate, *b.constants),
+        {"SCORES": "outputs", "SIMILARITY": b.kind, "RADIUS": b.radius, "READS": reading is not None}, means,
+        counters, distribution,
     )  # fmt: skip
     return torch.where(rows >= 0, means.sum(1) / (h * w), torch.nan).float()
 
@@ -239,29 +255,30 @@ def accumulate(
 def _sum(
     sums: estimators.Sums,
     score_arguments: tuple[Any, ...],
-    constants: dict[str, Any],
+    score_constants: dict[str, Any],
     means: Tensor,
     counters: tuple[Tensor, ...],
-    keep_probability: float,
-    kind: str,
-    grid: int,
+    distribution: MaskDistribution,
 ) -> None:
-    """Sum the masks of each segment, then add each row's segments to its moments in place."""
-    num_rows, _, _, h, w = sums.moments.shape
+    """Sum the masks of each segment, then add each target's segments to its moments in place."""
+    num_targets, _, _, h, w = sums.moments.shape
+    check_shape((h, w))
     counters = tuple(x.contiguous() for x in counters)
-    rows = counters[2]
+    _, _, rows, indices = counters
     n = len(rows)
     if n == 0:
         return
-    plan = _plan(rows.long(), num_rows, min(SEGMENT_MAX, max(SEGMENT_MIN, n * tiles(h, w) // PROGRAMS)))
-    segments, maps = len(plan.bounds) - 1, 5 if kind == "gaussian" else 8
+    targets = sums.targets(rows.long(), indices, distribution)
+    plan = _plan(targets, num_targets, min(SEGMENT_MAX, max(SEGMENT_MIN, n * tiles(h, w) // PROGRAMS)))
+    segments, maps = len(plan.bounds) - 1, 5 if distribution.is_binary else 8
     partials = torch.empty((segments, maps, h, w), dtype=torch.float64, device=rows.device)
     _segment_sums[(segments * tiles(h, w),)](
-        *score_arguments, *counters, plan.order, plan.bounds, partials, means, h, w, threshold(keep_probability),
-        **constants, MASKS=kind, GRID=grid, MAPS=maps, num_warps=1, maxnreg=REGISTERS,
+        *score_arguments, *counters, plan.order, plan.bounds, partials, means, h, w,
+        **runtime_arguments(distribution), **score_constants, **constants(distribution), MAPS=maps,
+        num_warps=1, maxnreg=REGISTERS,
     )  # fmt: skip
     moments = sums.moments.contiguous()
-    _add_segments[(num_rows * triton.cdiv(h * w, BLOCK),)](
+    _add_segments[(num_targets * triton.cdiv(h * w, BLOCK),)](
         partials, plan.first, plan.segment_of_row, moments, h * w, MAPS=maps, BLOCK=BLOCK, num_warps=ADD_WARPS
     )
     if moments is not sums.moments:
@@ -272,33 +289,37 @@ def _sum(
 
 
 def configurations() -> list[Configuration]:
-    """Every similarity, both forms of given scores and both mask kinds, the largest grid and sides of one pixel."""
+    """Every similarity, both forms of given scores, every form of masks, the largest grid and sides of one pixel."""
     types = {
         **dict.fromkeys(("targets", "seeds", "steps", "rows", "indices", "order", "bounds"), "*i64:16"),
-        **dict.fromkeys(("b", "mean", "variance", "offset"), "*fp32:16"),
+        **dict.fromkeys(("b", "mean", "variance", "offset", "reading"), "*fp32:16"),
         **dict.fromkeys(("partials", "means"), "*fp64:16"),
         **dict.fromkeys(("rate", "c1", "c2"), "fp32"),
-        "C": "i32", "h": "i32:16", "w": "i32:16", "threshold": "i64",
+        **INPUT_TYPES,
+        "C": "i32", "h": "i32:16", "w": "i32:16", "threshold": "i64", "cells": "i32", "bits": "i32",
     }  # fmt: skip
 
     def config(
-        masks: str, scores: str, kind: str, dtype: str, strides: Any, grid: int = 8, **sides: int
+        masks: MaskDistribution, scores: str, kind: str, dtype: str, strides: Any, *, reads: bool = False, **sides: int
     ) -> Configuration:
         runtime = types | strides[0] | {"scores": f"*{dtype}:16"}
-        mask_constants = {"MASKS": masks, "GRID": grid, "MAPS": 5 if masks == "gaussian" else 8}
-        constants = {"SCORES": scores, "KIND": kind, "RADIUS": 5, **mask_constants, **strides[1], **sides}
+        settings = {"SCORES": scores, "SIMILARITY": kind, "RADIUS": 5, "READS": reads, "input_c": 1, **constants(masks)}
+        settings |= {"MAPS": 5 if masks.is_binary else 8, **strides[1], **sides}
         return Configuration(
-            _segment_sums, {k: v for k, v in runtime.items() if k not in sides}, constants, 1, REGISTERS
+            _segment_sums, {k: v for k, v in runtime.items() if k not in sides}, settings, 1, REGISTERS
         )
 
     sums = {"partials": "*fp64:16", "first": "*i64:16", "segment_of_row": "*i64:16", "moments": "*fp64:16"}
     contiguous = ({"stride_n": "i32:16", "stride_c": "i32:16"}, {"stride_p": 1})
     configs = []
-    for masks in reference.MASK_KINDS:
-        kinds = reference.SIMILARITIES if masks == "gaussian" else ("structure", "ssim")
+    for masks in DISTRIBUTIONS:
+        kinds = reference.SIMILARITIES if masks == PIXELS else ("structure", "mse")
         configs += [config(masks, "outputs", kind, *layout) for kind in kinds for layout in LAYOUTS]
+        configs += [config(masks, "outputs", kind, *LAYOUTS[0], reads=True) for kind in kinds]
         configs += [config(masks, scores, "structure", "fp32", contiguous) for scores in ("maps", "numbers")]
-        configs += [config(masks, "outputs", "ssim", *LAYOUTS[0], grid, h=1, w=1) for grid in (1, 32)]
-        maps = {"MAPS": 5 if masks == "gaussian" else 8, "BLOCK": BLOCK}
-        configs.append(Configuration(_add_segments, sums | {"pixels": "i32:16"}, maps, ADD_WARPS))
+    rise = [MaskDistribution(kind="rise", grid=grid) for grid in (1, 32)]
+    configs += [config(masks, "outputs", "ssim", *LAYOUTS[0], h=1, w=1) for masks in (PIXELS, *rise)]
+    for maps in (5, 8):
+        settings = {"MAPS": maps, "BLOCK": BLOCK}
+        configs.append(Configuration(_add_segments, sums | {"pixels": "i32:16"}, settings, ADD_WARPS))
     return configs

@@ -1,16 +1,27 @@
-"""The masks of `reference.draw_masks` inside kernels: Philox on 32-bit counters, evaluated for any pixels of a mask.
+"""The masks of `designs.draw_masks` inside kernels: Philox on 32-bit counters, evaluated for any pixels of a mask.
 
-Device functions only. A mask is a function of (seed, step, mask index, pixel), so a kernel can draw whatever part of a
-mask it needs, and no mask is stored.
+Device functions, and their arguments. A mask is a function of (seed, step, mask index, pixel), so a kernel can draw
+whatever part of a mask it needs, and no mask is stored.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from dfkernels.designs import MaskDistribution
+
+#: The runtime arguments of `weights`, which kernels are not specialised on.
+NOT_SPECIALISED = ["threshold", "cells", "bits"]
 
 # The streams of `counters`, repeated because kernels can only read constexpr globals.
 GAUSSIAN_STREAM = tl.constexpr(0)
 RISE_GRID_STREAM = tl.constexpr(1)
 RISE_SHIFT_STREAM = tl.constexpr(2)
+CELL_SHIFT_STREAM = tl.constexpr(5)
+PERMUTATION_STREAM = tl.constexpr(6)
+SIGN_STREAM = tl.constexpr(7)
+FILL_STREAM = tl.constexpr(8)
 
 
 @triton.jit
@@ -70,26 +81,114 @@ def keeps(word, threshold):
 
 
 @triton.jit
-def weights(first, k0, k1, step, index, h, w, threshold, GRID: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def weights(
+    first, k0, k1, step, index, h, w, threshold, cells, bits,
+    GRID: tl.constexpr, KIND: tl.constexpr, LEVELS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """M at pixels first … first + BLOCK − 1 of one mask, float32 in [0, 1]; `first` and BLOCK are multiples of four.
 
     Values past the end of the image (h·w) are meaningless; the caller masks them out.
     """
-    if KIND == "rise":
-        weight = _rise(first + tl.arange(0, BLOCK), k0, k1, step, index, h, w, threshold, GRID)
-    else:
+    if KIND == "pixels":
         weight = keeps(random_uint32(first, k0, k1, step, index, GAUSSIAN_STREAM, BLOCK), threshold).to(tl.float32)
+    else:
+        pixel = first + tl.arange(0, BLOCK)
+        weight = weights_at(
+            pixel, k0, k1, step, index, h, w, threshold, cells, bits, GRID, KIND, LEVELS, SHIFTED
+        )  # fmt: skip
     return weight
 
 
 @triton.jit
-def weights_at(pixel, k0, k1, step, index, h, w, threshold, GRID: tl.constexpr, KIND: tl.constexpr):
-    """M at arbitrary pixels (non-negative int32, y·w + x) of one mask, float32 in [0, 1]; for two-dimensional tiles."""
+def weights_at(
+    pixel, k0, k1, step, index, h, w, threshold, cells, bits,
+    GRID: tl.constexpr, KIND: tl.constexpr, LEVELS: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """M at arbitrary pixels (non-negative int32, y·w + x) of one mask, float32 in [0, 1]; for two-dimensional tiles.
+
+    KIND is "pixels", "cells", "orthogonal" or "rise"; see `form`. `cells` has the sides of the LEVELS sizes of cells, 8
+    bits each; an orthogonal design has order 2^bits.
+    """
     if KIND == "rise":
         weight = _rise(pixel, k0, k1, step, index, h, w, threshold, GRID)
-    else:
+    elif KIND == "pixels":
         weight = keeps(random_uint32_at(pixel, k0, k1, step, index, GAUSSIAN_STREAM), threshold).to(tl.float32)
+    else:
+        block = index
+        if KIND == "orthogonal":
+            block = index >> (bits + 1).to(tl.uint32)
+        cell = cells
+        if LEVELS > 1:
+            cell = (cells >> (8 * (block % LEVELS).to(tl.int32))) & 255
+        y, x = pixel // w, pixel % w
+        rows, columns = tl.cdiv(h, cell), tl.cdiv(w, cell)
+        if SHIFTED:
+            zero = block * 0
+            begin_y, begin_x, _, _ = philox(zero, zero, step, zero + CELL_SHIFT_STREAM, k0, k1)
+            side, turn = cell.to(tl.uint64), (block // LEVELS).to(tl.uint64)
+            y += ((begin_y.to(tl.uint64) + turn) % side).to(tl.int32)
+            x += ((begin_x.to(tl.uint64) + turn + turn // side) % side).to(tl.int32)
+            rows += (cell > 1).to(tl.int32)
+            columns += (cell > 1).to(tl.int32)
+        y, x = y // cell, x // cell
+        if KIND == "orthogonal":
+            place = (index & ((2 << bits) - 1).to(tl.uint32)).to(tl.int32)
+            weight = _orthogonal(y, x, rows, columns, place, bits, k0, k1, step, block)
+        else:
+            word = random_uint32_at(y * columns + x, k0, k1, step, block, GAUSSIAN_STREAM)
+            weight = keeps(word, threshold).to(tl.float32)
     return weight
+
+
+@triton.jit
+def _orthogonal(y, x, rows, columns, place, bits, k0, k1, step, block):
+    """The cells in rows y and columns x of one mask of an orthogonal design; see `designs._orthogonal`."""
+    fits = rows * columns <= (1 << bits)
+    tile_rows = tl.where(fits, rows, 1 << ((bits + 1) // 2))
+    tile_columns = tl.where(fits, columns, 1 << (bits // 2))
+    tile = y // tile_rows * tl.cdiv(columns, tile_columns) + x // tile_columns
+    column = y % tile_rows * tile_columns + x % tile_columns
+    zero = (tile * 0).to(tl.uint32)
+    counter = (tile.to(tl.uint32), zero + block, zero + step, zero + PERMUTATION_STREAM)
+    first, second, third, fourth = philox(counter[0], counter[1], counter[2], counter[3], k0, k1)
+    column = _permuted(column, first, second, bits)
+    row = _permuted(place // 2 + column * 0, third, fourth, bits)
+    sign = (random_uint32_at(y * columns + x, k0, k1, step, block, SIGN_STREAM) >> 31).to(tl.int32)
+    parity = row & column
+    parity ^= parity >> 8
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return ((parity ^ sign ^ place) & 1).to(tl.float32)
+
+
+@triton.jit
+def _permuted(number, first, second, bits):
+    """A random permutation of [0, 2^bits); see `designs.permuted`."""
+    half = tl.maximum(1, (bits + 1) // 2)
+    for shift in tl.static_range(0, 30, 10):
+        factor = ((first >> shift) & 1023).to(tl.int32) | 1
+        number = (factor * number + ((second >> shift) & 1023).to(tl.int32)) & ((1 << bits) - 1)
+        number ^= number >> half
+    return number
+
+
+@triton.jit
+def normal(pixel, channel, C, k0, k1, step, index):
+    """Standard normal numbers for pixels and channels, which broadcast; see `designs.normal`."""
+    position = (pixel * ((C + 3) // 4) + channel // 4).to(tl.uint32)
+    zero = position * 0
+    w0, w1, w2, w3 = philox(position, zero + index, zero + step, zero + FILL_STREAM, k0, k1)
+    lane = channel % 4
+    radius = tl.sqrt_rn(-2.0 * tl.log(_unit(tl.where(lane < 2, w0, w2))))
+    angle = 6.283185307179586 * _unit(tl.where(lane < 2, w1, w3))
+    return radius * tl.where(lane % 2 == 0, tl.cos(angle), tl.sin(angle))
+
+
+@triton.jit
+def _unit(word):
+    """The number in (0, 1) of a random word's upper 23 bits."""
+    return ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
 
 
 @triton.jit
@@ -134,3 +233,30 @@ def _gather(field, cell):
 @triton.jit
 def _lerp(below, above, weight):
     return below + weight * (above - below)
+
+
+# Host ----------------------------------------------------------------------------------------------------------------
+
+
+def form(distribution: MaskDistribution) -> str:
+    """The KIND of a distribution's masks inside kernels."""
+    if distribution.kind == "rise" or distribution.design == "orthogonal":
+        return "rise" if distribution.kind == "rise" else "orthogonal"
+    return "pixels" if distribution.cells == (1,) else "cells"
+
+
+def runtime_arguments(distribution: MaskDistribution) -> dict[str, int]:
+    """The arguments of `weights` that a launch does not specialise on."""
+    bits = (distribution.block // 2).bit_length() - 1
+    return {"threshold": distribution.threshold, "cells": distribution.packed_cells, "bits": bits}
+
+
+def constants(distribution: MaskDistribution) -> dict[str, Any]:
+    """The `tl.constexpr` arguments of `weights`; a grid only where there is one, so that nothing compiles in vain."""
+    kind = form(distribution)
+    return {
+        "GRID": distribution.grid if kind == "rise" else 8,
+        "KIND": kind,
+        "LEVELS": len(distribution.cells),
+        "SHIFTED": distribution.shifted and max(distribution.cells) > 1,
+    }

@@ -1,12 +1,11 @@
 """`estimators.ridge` on a GPU: products of Gaussian masks are counts, exact on half-precision matrix units."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dfkernels import estimators
+from dfkernels.designs import PIXELS, MaskDistribution
 from dfkernels.fused.apply_masks import masks
 
 #: Masks per matrix product. Half precision represents every integer up to 2¹¹, so a sum of this many zeros and ones is
@@ -19,35 +18,32 @@ def ridge(
     seed: int,
     step: int,
     shape: tuple[int, int],
+    distribution: MaskDistribution = PIXELS,
     *,
-    keep_probability: float = 0.5,
-    kind: str = "gaussian",
-    grid: int = 8,
     penalty: float = 1.0,
     first: int = 0,
 ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """`estimators.ridge`, to which fewer masks than pixels and (fractional) RISE masks are left."""
-    mask_settings: dict[str, Any] = {"keep_probability": keep_probability, "kind": kind, "grid": grid}
-    if kind != "gaussian" or len(scores) < shape[0] * shape[1]:
-        return estimators.ridge(scores, seed, step, shape, **mask_settings, penalty=penalty, first=first)
+    """`estimators.ridge`, to which fewer masks than cells, orthogonal designs and RISE masks are left."""
+    field, cells = distribution.field(shape)
+    if not field.is_binary or field.design != "iid" or len(scores) < cells[0] * cells[1]:
+        return estimators.ridge(scores, seed, step, shape, distribution, penalty=penalty, first=first)
     estimators.check_ridge(scores, penalty)
     y = scores.double() - scores.double().mean()
-    gram, projected = normal_equations(y, seed, step, shape, keep_probability, first)
-    beta, error = estimators.solve_normal_equations(gram, projected, y, penalty)
-    return beta.unflatten(0, shape).float(), error.unflatten(0, shape).float()
+    gram, projected = normal_equations(y, seed, step, cells, field, first)
+    solved = estimators.solve_normal_equations(gram, projected, y, penalty)
+    beta, error = (distribution.to_pixels(x.unflatten(0, cells).float(), shape) for x in solved)
+    return beta, error
 
 
 def normal_equations(
-    y: Float64[Tensor, " n"], seed: int, step: int, shape: tuple[int, int], keep_probability: float, first: int
+    y: Float64[Tensor, " n"], seed: int, step: int, shape: tuple[int, int], distribution: MaskDistribution, first: int
 ) -> tuple[Float64[Tensor, "hw hw"], Float64[Tensor, " hw"]]:
     """XᵀX and Xᵀy for X = M − p: XᵀX = MᵀM − p (m 1ᵀ + 1 mᵀ) + N p², m = Σ_n M_n, which is the diagonal of MᵀM."""
-    pixels = shape[0] * shape[1]
+    pixels, keep_probability = shape[0] * shape[1], distribution.keep_probability
     gram, projected = y.new_zeros(pixels, pixels), y.new_zeros(pixels)
     for start in range(0, len(y), EXACT_COUNT):
         part = y[start : start + EXACT_COUNT]
-        m = masks(
-            seed, step, first + start, len(part), shape, keep_probability=keep_probability, device=y.device
-        ).flatten(1)
+        m = masks(seed, step, first + start, len(part), shape, distribution, device=y.device).flatten(1)
         half = m.half()
         with torch.autocast(y.device.type, enabled=False):  # bfloat16 rounds integers above 2⁸
             gram += half.T @ half

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfkernels import reference
 from dfkernels.fused.configuration import Configuration
-from dfkernels.fused.statistics import TILE_H, TILE_W, clamped, cosine, local_score, term, tile_pixels
+from dfkernels.fused.statistics import TILE_H, TILE_W, clamped, cosine, local_score, read, term, tile_pixels
 
 #: Elements (pixels × channels) and most channels of a block of the global score: 8 elements per thread.
 BLOCK_ELEMENTS, MAX_CHANNELS, GLOBAL_WARPS = 1024, 16, 4
@@ -34,32 +34,43 @@ def _local_score(
     y, x = tile_pixels(tl.program_id(0) % tiles, h, w)
     row = tl.load(rows + n)
     at = row * C * h * w
+    a += n * stride_n
     score = local_score(
-        a + n * stride_n, stride_c, stride_p, b + at, mean + at, variance + at, offset + row * C,
-        y, x, h, w, C, rate, c1, c2, KIND, RADIUS,
+        a, stride_c, stride_p, a, stride_c, stride_p, 1.0, 0.0, b + at, mean + at, variance + at, offset + row * C,
+        y, x, h, w, C, rate, c1, c2, KIND, RADIUS, False,
     )  # fmt: skip
     inside = (y < h)[:, None] & (x < w)[None, :]
     tl.store(out + n * h * w + y[:, None] * w + x[None, :], score, mask=inside)
 
 
 @triton.jit
-def _load(a, stride_c, stride_p, channel, pixel, C, pixels):
-    """A block of an entry, float32 [BLOCK, CHANNELS], zero outside the image."""
+def _read(
+    a, stride_c, stride_p, input, input_c, input_p, of_output, of_input, channel, pixel, C, pixels,
+    READS: tl.constexpr,
+):  # fmt: skip
+    """A block of an entry, float32 [BLOCK, CHANNELS], zero outside the image; see `reference.read`."""
     inside = (pixel < pixels) & (channel < C)
-    value = tl.load(a + channel.to(tl.int64) * stride_c + pixel * stride_p, mask=inside, other=0.0)
-    return value.to(tl.float32)
+    at, at_input = channel.to(tl.int64) * stride_c + pixel * stride_p, channel.to(tl.int64) * input_c + pixel * input_p
+    return read(a, input, at, at_input, of_output, of_input, inside, READS)
 
 
 @triton.jit
 def _global_score(
-    a, stride_n, stride_c, stride_p, b, mean, variance, offset, rows, out, pixels, C, c1, c2,
-    KIND: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    a, stride_n, stride_c, stride_p, input, input_n, input_c, input_p, reading,
+    b, mean, variance, offset, rows, out, pixels, C, c1, c2,
+    KIND: tl.constexpr, READS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[n] = s of one entry, with statistics over all pixels of a channel; NaN for padding (row −1)."""
     n = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + n)
     a += n * stride_n
+    input += n * input_n
     b += tl.maximum(row, 0) * C * pixels
+    of_output = 1.0
+    of_input = 0.0
+    if READS:
+        of_output = tl.load(reading + 2 * n)
+        of_input = tl.load(reading + 2 * n + 1)
     score = 0.0
     aa = 0.0
     bb = 0.0
@@ -69,26 +80,37 @@ def _global_score(
         sum_aa = tl.zeros((BLOCK, CHANNELS), tl.float32)
         sum_ab = tl.zeros((BLOCK, CHANNELS), tl.float32)
         sum_bb = tl.zeros((BLOCK, CHANNELS), tl.float32)
-        if KIND != "cosine":
+        if KIND != "cosine" and KIND != "mse":
             for first in range(0, pixels, BLOCK):
                 pixel = first + tl.arange(0, BLOCK)[:, None]
-                sum_a += _load(a, stride_c, stride_p, channel, pixel, C, pixels)
+                sum_a += _read(
+                    a, stride_c, stride_p, input, input_c, input_p, of_output, of_input, channel, pixel, C, pixels,
+                    READS,
+                )  # fmt: skip
         # The second pass reads the entry from the caches.
         offset_a = tl.sum(sum_a, 0)[None, :] / pixels
         sum_a = tl.zeros((BLOCK, CHANNELS), tl.float32)
         for first in range(0, pixels, BLOCK):
             pixel = first + tl.arange(0, BLOCK)[:, None]
-            value = _load(a, stride_c, stride_p, channel, pixel, C, pixels)
+            value = _read(
+                a, stride_c, stride_p, input, input_c, input_p, of_output, of_input, channel, pixel, C, pixels, READS
+            )
             value = tl.where(pixel < pixels, value - offset_a, 0.0)
-            other = _load(b, pixels, 1, channel, pixel, C, pixels)
-            sum_a += value
-            sum_aa += value * value
-            sum_ab += value * other
-            sum_bb += other * other
+            inside = (pixel < pixels) & (channel < C)
+            other = tl.load(b + channel.to(tl.int64) * pixels + pixel, mask=inside, other=0.0)
+            if KIND == "mse":
+                sum_aa += (value - other) * (value - other)
+            else:
+                sum_a += value
+                sum_aa += value * value
+                sum_ab += value * other
+                sum_bb += other * other
         if KIND == "cosine":
             score += tl.sum(sum_ab)
             aa += tl.sum(sum_aa)
             bb += tl.sum(sum_bb)
+        elif KIND == "mse":
+            score -= tl.sum(sum_aa) / pixels
         else:
             at = tl.maximum(row, 0) * C + channel
             mean_b = tl.load(mean + at, mask=channel < C, other=0.0)
@@ -111,7 +133,7 @@ class ReferenceStatistics:
     """The statistics of b = f(R) of each row, computed once and used by every mask of the row.
 
     `offset` is the mean of a channel and `pixels` is b minus it; `mean` and `variance` are those of `pixels` over the
-    window around each pixel (`local`) or over the channel (`global`). For the cosine `offset` is 0.
+    window around each pixel (`local`) or over the channel (`global`). For cosine and MSE `offset` is 0.
     """
 
     kind: str
@@ -161,7 +183,7 @@ def prepare(
     """The statistics of f(R) of each row, which `accumulate` accepts; computed in float64, stored in float32."""
     h, w = references.shape[-2:]
     exact = references.double()
-    offset = exact.mean((2, 3)) * (kind != "cosine")
+    offset = exact.mean((2, 3)) * (kind not in ("cosine", "mse"))
     centred = exact - offset[..., None, None]
 
     def average(x: Tensor) -> Tensor:
@@ -219,16 +241,27 @@ def score_maps(
 
 
 def score_numbers(
-    a: Float[Tensor, "n c h w"], b: ReferenceStatistics, rows: Int[Tensor, " n"]
+    a: Float[Tensor, "n c h w"],
+    b: ReferenceStatistics,
+    rows: Int[Tensor, " n"],
+    inputs: Float[Tensor, "n c h w"] | None = None,
+    reading: Float[Tensor, "n 2"] | None = None,
 ) -> Float32[Tensor, " n"]:
     """s_n of each entry against its row; NaN for padding (row −1)."""
     n, c, h, w = a.shape
     out = torch.empty(n, dtype=torch.float32, device=a.device)
     _global_score[(n,)](
-        *strided(a), b.pixels, b.mean, b.variance, b.offset, rows, out, h * w, c, *b.constants,
-        KIND=b.kind, **_blocks(c), num_warps=GLOBAL_WARPS,
+        *strided(a), *read_arguments(a, inputs, reading), b.pixels, b.mean, b.variance, b.offset, rows, out, h * w, c,
+        *b.constants, KIND=b.kind, READS=reading is not None, **_blocks(c), num_warps=GLOBAL_WARPS,
     )  # fmt: skip
     return out
+
+
+def read_arguments(
+    a: Float[Tensor, "n c h w"], inputs: Float[Tensor, "n c h w"] | None, reading: Float[Tensor, "n 2"] | None
+) -> tuple[Any, ...]:
+    """The network's inputs, their strides and each entry's factors; something that is not read if there are none."""
+    return *strided(a if inputs is None else inputs), (a if reading is None else reading.float().contiguous())
 
 
 def tiles(h: int, w: int) -> int:
@@ -257,6 +290,8 @@ def _blocks(channels: int) -> dict[str, int]:
 CHANNELS_LAST = ({"stride_n": "i32:16", "stride_p": "i32"}, {"stride_c": 1})
 CHANNELS_FIRST = ({"stride_n": "i32:16", "stride_c": "i32:16"}, {"stride_p": 1})
 ANY_STRIDES: tuple[dict[str, str], dict[str, int]] = ({"stride_n": "i64", "stride_c": "i32", "stride_p": "i32"}, {})
+#: The network's inputs, which `apply_masks` makes channels-last.
+INPUT_TYPES = {"input": "*fp16:16", "input_n": "i32:16", "input_p": "i32"}
 LAYOUTS = (("fp16", CHANNELS_LAST), ("bf16", CHANNELS_LAST), ("fp32", CHANNELS_FIRST), ("fp32", ANY_STRIDES))
 
 
@@ -271,9 +306,10 @@ def configurations() -> list[Configuration]:
         constants = {"KIND": kind, "RADIUS": radius, **strides[1], **sides}
         return Configuration(_local_score, runtime, constants, 1, LOCAL_REGISTERS)
 
-    def global_config(kind: str, a: str, strides: Any, c: int = 4) -> Configuration:
-        types = shared | strides[0] | {"a": f"*{a}:16", "pixels": "i32:16"}
-        return Configuration(_global_score, types, {"KIND": kind, **_blocks(c), **strides[1]}, num_warps=GLOBAL_WARPS)
+    def global_config(kind: str, a: str, strides: Any, c: int = 4, reads: bool = False) -> Configuration:
+        types = shared | strides[0] | {"a": f"*{a}:16", "pixels": "i32:16"} | INPUT_TYPES | {"reading": "*fp32:16"}
+        settings = {"KIND": kind, "READS": reads, **_blocks(c), **strides[1], "input_c": 1}
+        return Configuration(_global_score, types, settings, num_warps=GLOBAL_WARPS)
 
     return [
         *(
@@ -284,5 +320,6 @@ def configurations() -> list[Configuration]:
         ),
         *(local_config("ssim", a, strides, radius) for a, strides in LAYOUTS for radius in (0, 20)),
         *(global_config("ssim", a, strides, c) for a, strides in LAYOUTS for c in (1, 16)),
+        *(global_config(kind, *LAYOUTS[0], reads=True) for kind in ("structure", "mse")),
         local_config("ssim", "fp32", ANY_STRIDES, h=1, w=1),
     ]

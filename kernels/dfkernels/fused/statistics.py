@@ -55,10 +55,22 @@ def cosine(ab, aa, bb):
 
 
 @triton.jit
-def row_sums(a, stride, offset, b, y, x, w, rate, RADIUS: tl.constexpr):
+def read(a, input, at, at_input, of_output, of_input, inside, READS: tl.constexpr):
+    """What the network's output says, float32, 0 outside; see `reference.read`."""
+    value = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+    if READS:
+        value = of_output * value + of_input * tl.load(input + at_input, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def row_sums(
+    a, stride, input, input_stride, of_output, of_input, offset, b, y, x, w, rate,
+    KIND: tl.constexpr, RADIUS: tl.constexpr, READS: tl.constexpr,
+):  # fmt: skip
     """Σ g, Σ g a, Σ g a² and Σ g a b over the taps of row y around each column x, with `offset` subtracted from a.
 
-    Each of shape [TILE_W].
+    Each of shape [TILE_W]. For the mean squared difference Σ g (a − b)² takes the place of Σ g a.
     """
     g_sum = tl.zeros((TILE_W,), tl.float32)
     a_sum = tl.zeros((TILE_W,), tl.float32)
@@ -69,19 +81,25 @@ def row_sums(a, stride, offset, b, y, x, w, rate, RADIUS: tl.constexpr):
         column = x[None, :] + tap
         inside = (tap <= RADIUS) & (column >= 0) & (column < w)
         pixel = y * w + column
-        value = tl.load(a + pixel * stride, mask=inside, other=0.0).to(tl.float32) - offset
+        value = read(a, input, pixel * stride, pixel * input_stride, of_output, of_input, inside, READS) - offset
         other = tl.load(b + pixel, mask=inside, other=0.0)
         weight = tl.where(inside, tl.exp2(rate * (tap * tap).to(tl.float32)), 0.0)
-        weighted = tl.where(inside, weight * value, 0.0)
         g_sum += tl.sum(weight, 0)
-        a_sum += tl.sum(weighted, 0)
-        aa_sum += tl.sum(weighted * value, 0)
-        ab_sum += tl.sum(weighted * other, 0)
+        if KIND == "mse":
+            a_sum += tl.sum(tl.where(inside, weight * (value - other) * (value - other), 0.0), 0)
+        else:
+            weighted = tl.where(inside, weight * value, 0.0)
+            a_sum += tl.sum(weighted, 0)
+            aa_sum += tl.sum(weighted * value, 0)
+            ab_sum += tl.sum(weighted * other, 0)
     return g_sum, a_sum, aa_sum, ab_sum
 
 
 @triton.jit
-def window_means(a, stride, offset, b, y, x, top, bottom, w, rate, RADIUS: tl.constexpr):
+def window_means(
+    a, stride, input, input_stride, of_output, of_input, offset, b, y, x, top, bottom, w, rate,
+    KIND: tl.constexpr, RADIUS: tl.constexpr, READS: tl.constexpr,
+):  # fmt: skip
     """The window's means of a, a² and a b around each pixel of a tile, with `offset` subtracted from a.
 
     Each of shape [TILE_H, TILE_W]: Σ_k g_k x_{λ+k} / Σ_k g_k over the k for which λ + k is inside the image,
@@ -92,14 +110,17 @@ def window_means(a, stride, offset, b, y, x, top, bottom, w, rate, RADIUS: tl.co
     mean_aa = tl.zeros((TILE_H, TILE_W), tl.float32)
     mean_ab = tl.zeros((TILE_H, TILE_W), tl.float32)
     for row in range(top, bottom):
-        g_sum, a_sum, aa_sum, ab_sum = row_sums(a, stride, offset, b, row, x, w, rate, RADIUS)
+        g_sum, a_sum, aa_sum, ab_sum = row_sums(
+            a, stride, input, input_stride, of_output, of_input, offset, b, row, x, w, rate, KIND, RADIUS, READS
+        )
         tap = row - y
         inside = (tap >= -RADIUS) & (tap <= RADIUS)
         weight = tl.where(inside, tl.exp2(rate * (tap * tap).to(tl.float32)), 0.0)[:, None]
         norm += weight * g_sum[None, :]
         mean_a += weight * a_sum[None, :]
-        mean_aa += weight * aa_sum[None, :]
-        mean_ab += weight * ab_sum[None, :]
+        if KIND != "mse":
+            mean_aa += weight * aa_sum[None, :]
+            mean_ab += weight * ab_sum[None, :]
     # At least 1 (the centre tap) inside the image; it may be 0 outside, where nothing is stored.
     norm = tl.maximum(norm, 1.0)
     return mean_a / norm, mean_aa / norm, mean_ab / norm
@@ -107,12 +128,14 @@ def window_means(a, stride, offset, b, y, x, top, bottom, w, rate, RADIUS: tl.co
 
 @triton.jit
 def local_score(
-    a, stride_c, stride_p, b, mean, variance, offset, y, x, h, w, C, rate, c1, c2,
-    KIND: tl.constexpr, RADIUS: tl.constexpr,
+    a, stride_c, stride_p, input, input_c, input_p, of_output, of_input, b, mean, variance, offset,
+    y, x, h, w, C, rate, c1, c2,
+    KIND: tl.constexpr, RADIUS: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
-    """s(λ) of one entry on a tile [TILE_H, TILE_W]: the mean over channels of an SSIM term, or the cosine.
+    """s(λ) of one entry on a tile [TILE_H, TILE_W]: the mean over channels of an SSIM term, the cosine, or −MSE.
 
-    `a` points to the entry's f(R⊙M); `b`, `mean`, `variance` and `offset` to the `ReferenceStatistics` of its row.
+    `a` points to the entry's f(R⊙M) and `input` to its R⊙M (see `read`); `b`, `mean`, `variance` and `offset` to the
+    `ReferenceStatistics` of its row.
     """
     inside = (y < h)[:, None] & (x < w)[None, :]
     pixel = y[:, None] * w + x[None, :]
@@ -124,8 +147,9 @@ def local_score(
     bb = tl.zeros((TILE_H, TILE_W), tl.float32)
     for channel in range(C):
         a_c = a + tl.cast(channel, tl.int64) * stride_c
+        input_channel = input + tl.cast(channel, tl.int64) * input_c
         at = tl.cast(channel, tl.int64) * (h * w)
-        value = tl.load(a_c + pixel * stride_p, mask=inside, other=0.0).to(tl.float32)
+        value = read(a_c, input_channel, pixel * stride_p, pixel * input_p, of_output, of_input, inside, READS)
         if KIND == "cosine":
             other = tl.load(b + at + pixel, mask=inside, other=0.0)
             total += value * other
@@ -134,11 +158,19 @@ def local_score(
         else:
             # Subtracting the tile's mean, which is close to every window's, keeps the digits of the variance.
             offset_a = tl.sum(value) / size
-            mean_a, mean_aa, mean_ab = window_means(a_c, stride_p, offset_a, b + at, y, x, top, bottom, w, rate, RADIUS)
-            mean_b = tl.load(mean + at + pixel, mask=inside, other=0.0)
-            var_b = tl.load(variance + at + pixel, mask=inside, other=0.0)
-            offset_b = tl.load(offset + channel)
-            var_a = clamped(mean_aa - mean_a * mean_a)
-            cov = mean_ab - mean_a * mean_b
-            total += term(KIND, mean_a + offset_a, mean_b + offset_b, var_a, var_b, cov, c1, c2)
+            if KIND == "mse":
+                offset_a = 0.0
+            mean_a, mean_aa, mean_ab = window_means(
+                a_c, stride_p, input_channel, input_p, of_output, of_input, offset_a, b + at, y, x, top, bottom, w,
+                rate, KIND, RADIUS, READS,
+            )  # fmt: skip
+            if KIND == "mse":
+                total -= mean_a
+            else:
+                mean_b = tl.load(mean + at + pixel, mask=inside, other=0.0)
+                var_b = tl.load(variance + at + pixel, mask=inside, other=0.0)
+                offset_b = tl.load(offset + channel)
+                var_a = clamped(mean_aa - mean_a * mean_a)
+                cov = mean_ab - mean_a * mean_b
+                total += term(KIND, mean_a + offset_a, mean_b + offset_b, var_a, var_b, cov, c1, c2)
     return cosine(total, aa, bb) if KIND == "cosine" else total / C

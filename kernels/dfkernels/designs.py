@@ -1,0 +1,368 @@
+"""Random masks: how they are distributed, and how each is drawn by counter. The specification in plain PyTorch.
+
+Symbols: n masks in a batch, r rows (one row per item and step), c channels, λ a pixel of the h × w latent, M a mask.
+`rows[i]` is the row of batch entry i; −1 marks padding.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from dfkernels.counters import (
+    CELL_SHIFT_STREAM,
+    FILL_STREAM,
+    GAUSSIAN_STREAM,
+    PERMUTATION_STREAM,
+    RISE_GRID_STREAM,
+    RISE_SHIFT_STREAM,
+    SIGN_STREAM,
+    random_uint32,
+)
+
+#: "gaussian" is the paper's word for masks that threshold Gaussian noise. Their cells are independent Bernoulli(p).
+MASK_KINDS = ("gaussian", "rise")
+DESIGNS = ("iid", "orthogonal")
+#: What a dropped pixel becomes.
+FILLS = ("zero", "noise")
+
+#: Sizes of cells that masks may have at once, and the largest: four of them fit into 32 bits.
+MAX_LEVELS, MAX_CELL = 4, 127
+#: Masks of one block of an orthogonal design, at most.
+MAX_BLOCK = 2048
+#: Errors under an orthogonal design come from the spread of so many randomisations, at least.
+MIN_RANDOMISATIONS = 4
+
+
+@dataclass(frozen=True)
+class MaskDistribution:
+    """What masks are drawn from. Raises ValueError if a setting is out of range, or settings exclude each other.
+
+    `gaussian`: every cell is kept with probability p: M = 1[z > τ], z ~ N(0, 1), p = 1 − Φ(τ). A cell is a square of
+    `cells` latent pixels a side; of several sizes (a pyramid), masks take turns. `shifted` grids of cells begin at
+    different places in turn, so that cells of different masks overlap.
+
+    `rise`: a grid × grid field of Bernoulli(p), upsampled and shifted (see `_rise_masks`); values in [0, 1], mean p.
+
+    `iid`: masks are independent. `orthogonal`: in each block of `block` masks every cell is kept by exactly half of
+    them, and every pair of cells of a tile of block/2 cells by exactly a quarter (see `_orthogonal`); gaussian, p = ½.
+    """
+
+    keep_probability: float = 0.5
+    kind: str = "gaussian"
+    grid: int = 8
+    """cells a side of a rise mask"""
+    cells: tuple[int, ...] = (1,)
+    shifted: bool = False
+    design: str = "iid"
+    block: int = 2
+    """masks in one randomisation of an orthogonal design: a power of two"""
+
+    def __post_init__(self) -> None:
+        if self.kind not in MASK_KINDS:
+            raise ValueError(f"unknown mask kind {self.kind!r}: choose one of {', '.join(MASK_KINDS)}")
+        if not 0 < self.keep_probability < 1:
+            raise ValueError(f"keep_probability {self.keep_probability} is outside (0, 1): 0.5 keeps half")
+        if self.grid < 1:
+            raise ValueError(f"grid {self.grid} is not positive: give the cells per side, 1 or more (RISE uses 8)")
+        if not 1 <= len(self.cells) <= MAX_LEVELS or not all(1 <= cell <= MAX_CELL for cell in self.cells):
+            raise ValueError(
+                f"cells {self.cells} are not possible: give 1 to {MAX_LEVELS} sizes of 1 to {MAX_CELL} latent pixels"
+            )
+        if self.design not in DESIGNS:
+            raise ValueError(f"unknown design {self.design!r}: choose one of {', '.join(DESIGNS)}")
+        if self.kind == "rise" and (self.design != "iid" or self.cells != (1,) or self.shifted):
+            raise ValueError("rise masks have a grid of their own: cells and orthogonal designs are for gaussian ones")
+        if self.design == "orthogonal":
+            if self.keep_probability != 0.5:
+                raise ValueError(f"an orthogonal design keeps half of the cells, not {self.keep_probability}: use iid")
+            if not 2 <= self.block <= MAX_BLOCK or self.block & (self.block - 1):
+                raise ValueError(f"block {self.block} is not a power of two from 2 to {MAX_BLOCK}")
+
+    @property
+    def threshold(self) -> int:
+        """A random 32-bit integer below it keeps its cell; up to 2³² inclusive."""
+        return round(self.keep_probability * 2**32)
+
+    @property
+    def packed_cells(self) -> int:
+        """The sizes of cells in one number, 8 bits each."""
+        return sum(cell << 8 * level for level, cell in enumerate(self.cells))
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether masks are 0 or 1 everywhere."""
+        return self.kind == "gaussian"
+
+    @property
+    def randomisation(self) -> int:
+        """Masks after which an orthogonal design begins anew, all sizes of cells included; 0 if masks are i.i.d."""
+        return self.block * len(self.cells) if self.design == "orthogonal" else 0
+
+    def num_cells(self, shape: tuple[int, int], cell: int) -> tuple[int, int]:
+        """Rows and columns of cells of one size."""
+        extra = int(self.shifted and cell > 1)
+        return -(-shape[0] // cell) + extra, -(-shape[1] // cell) + extra
+
+    def field(self, shape: tuple[int, int]) -> tuple["MaskDistribution", tuple[int, int]]:
+        """The distribution and the shape of the smallest fields that masks of a shape are made of by `to_pixels`.
+
+        The cells' values where cells have one size and place, otherwise the masks themselves.
+        """
+        if len(self.cells) > 1 or self.shifted:
+            return self, shape
+        return replace(self, cells=(1,)), self.num_cells(shape, self.cells[0])
+
+    def to_pixels(self, field: Shaped[Tensor, "*n a b"], shape: tuple[int, int]) -> Shaped[Tensor, "*n h w"]:
+        """Each pixel's value of a field."""
+        if field.shape[-2:] == shape:
+            return field
+        cell = self.cells[0]
+        return field.repeat_interleave(cell, -2).repeat_interleave(cell, -1)[..., : shape[0], : shape[1]]
+
+
+PIXELS = MaskDistribution()
+
+
+def orthogonal_block(num_masks: int, shape: tuple[int, int], distribution: MaskDistribution) -> int:
+    """The `block` for so many masks: enough to tell all cells apart, or less, so that there are four randomisations."""
+    most = 2 * max(math.prod(distribution.num_cells(shape, cell)) for cell in distribution.cells)
+    affordable = max(2, min(MAX_BLOCK, num_masks // (MIN_RANDOMISATIONS * len(distribution.cells))))
+    return min(1 << (most - 1).bit_length(), 1 << (affordable.bit_length() - 1))
+
+
+# Drawing -------------------------------------------------------------------------------------------------------------
+
+
+def draw_masks(
+    seeds: Int[Tensor, " n"],
+    steps: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    shape: tuple[int, int],
+    distribution: MaskDistribution = PIXELS,
+) -> Bool[Tensor, "n h w"] | Float[Tensor, "n h w"]:
+    """One mask per entry, a function of (seed, step, mask index, pixel) only: bool, of rise masks float32.
+
+    `seeds` hold 64 bits each (negative values represent seeds from 2⁶³); `steps` and `indices` lie in [0, 2³²).
+    Raises ValueError if the shape is not possible.
+    """
+    check_shape(shape)
+    threshold = distribution.threshold
+    if distribution.kind == "rise":
+        return _rise_masks(seeds, steps, indices, shape, threshold, distribution.grid)
+    if distribution.cells == (1,) and distribution.design == "iid":
+        pixels = random_uint32(seeds, steps, indices, shape[0] * shape[1], GAUSSIAN_STREAM)
+        return (pixels < threshold).unflatten(1, shape)
+    return _cell_masks(seeds, steps, indices, shape, distribution)
+
+
+def _cell_masks(
+    seeds: Int[Tensor, " n"],
+    steps: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    shape: tuple[int, int],
+    distribution: MaskDistribution,
+) -> Bool[Tensor, "n h w"]:
+    """Masks of cells: pixel (y, x) has the value of cell ⌊(y + dy)/cell⌋ · columns + ⌊(x + dx)/cell⌋.
+
+    Masks (of an orthogonal design: blocks of them) take the sizes of cells in turn. The b-th of a size has dy = oy + b
+    and dx = ox + b + ⌊b/cell⌋ modulo the cell, so that cell² of them have every place once; oy, ox are numbers 0 and 1
+    of the shift's stream for mask 0. dy = dx = 0 unless cells are shifted.
+    """
+    levels = len(distribution.cells)
+    blocks = indices // distribution.block if distribution.design == "orthogonal" else indices
+    cell = (torch.full_like(blocks, distribution.packed_cells) >> 8 * (blocks % levels)) & 255
+    extra = ((cell > 1) & distribution.shifted).long()
+    rows, columns = ((size + cell - 1) // cell + extra for size in shape)
+    begin = random_uint32(seeds, steps, torch.zeros_like(blocks), 2, CELL_SHIFT_STREAM)
+    turn = blocks // levels
+    shifts = (begin + torch.stack((turn, turn + turn // cell), 1)) % cell[:, None] * int(distribution.shifted)
+    y, x = (
+        (torch.arange(size, device=seeds.device) + shifts[:, axis, None]) // cell[:, None]
+        for axis, size in enumerate(shape)
+    )
+    number = (y * columns[:, None])[:, :, None] + x[:, None, :]
+    if distribution.design == "orthogonal":
+        kept = _orthogonal(seeds, steps, blocks, indices % distribution.block, (rows, columns), shape, distribution)
+    else:
+        count = max(math.prod(distribution.num_cells(shape, one)) for one in distribution.cells)
+        kept = random_uint32(seeds, steps, blocks, count, GAUSSIAN_STREAM) < distribution.threshold
+    return kept.gather(1, number.flatten(1)).unflatten(1, shape)
+
+
+def _orthogonal(
+    seeds: Int[Tensor, " n"],
+    steps: Int[Tensor, " n"],
+    blocks: Int[Tensor, " n"],
+    places: Int[Tensor, " n"],
+    cells: tuple[Int[Tensor, " n"], Int[Tensor, " n"]],
+    shape: tuple[int, int],
+    distribution: MaskDistribution,
+) -> Bool[Tensor, "n cells"]:
+    """Which cells the mask at each place in [0, block) of its block keeps.
+
+    A Sylvester–Hadamard array of order D = 2ᵏ = block/2 has the entries (−1)^parity(i AND j), so nothing is stored.
+    Place 2i has row i, place 2i + 1 its complement (fold-over); column j belongs to a cell. Rows and columns are
+    permuted, and the signs of columns drawn, at random by block. More than D cells are divided into tiles of
+    2^⌈k/2⌉ × 2^⌊k/2⌋, each of which is such a design by itself, permuted independently.
+    """
+    order, k = distribution.block // 2, (distribution.block // 2).bit_length() - 1
+    rows, columns = (size[:, None] for size in cells)
+    fits = rows * columns <= order
+    tile_rows, tile_columns = torch.where(fits, rows, 1 << (k + 1) // 2), torch.where(fits, columns, 1 << k // 2)
+    grids = [distribution.num_cells(shape, cell) for cell in distribution.cells]
+    num_tiles = max(1 if r * c <= order else -(-r >> (k + 1) // 2) * -(-c >> k // 2) for r, c in grids)
+    cell = torch.arange(max(r * c for r, c in grids), device=seeds.device)
+    y, x = cell // columns, cell % columns
+    tile = y // tile_rows * ((columns + tile_columns - 1) // tile_columns) + x // tile_columns
+    column = y % tile_rows * tile_columns + x % tile_columns
+
+    words = random_uint32(seeds, steps, blocks, 4 * num_tiles, PERMUTATION_STREAM).unflatten(1, (num_tiles, 4))
+    # A grid of fewer cells has numbers that no pixel reads.
+    words = words.take_along_dim(tile.clamp(max=num_tiles - 1)[:, :, None], 1)
+    column = permuted(column, words[..., 0], words[..., 1], order)
+    row = permuted((places // 2)[:, None].expand_as(column), words[..., 2], words[..., 3], order)
+    sign = random_uint32(seeds, steps, blocks, len(cell), SIGN_STREAM) >> 31
+    return (_parity(row & column) ^ sign ^ places[:, None] & 1).bool()
+
+
+def permuted(
+    number: Int[Tensor, "*n"], first: Int[Tensor, "*n"], second: Int[Tensor, "*n"], order: int
+) -> Int[Tensor, "*n"]:
+    """A random permutation of [0, order), order = 2ᵏ ≤ 2¹⁰, drawn by two 32-bit words.
+
+    Three rounds of x ← a·x + b modulo 2ᵏ, x ← x ⊕ ⌊x / 2^⌈k/2⌉⌋ with a odd, each a bijection; round r has ten bits of
+    each word, from bit 10·r on.
+    """
+    half = max(1, order.bit_length() // 2)
+    for shift in (0, 10, 20):
+        number = ((first >> shift & 1023 | 1) * number + (second >> shift & 1023)) % order
+        number = number ^ number >> half
+    return number
+
+
+def _parity(number: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+    """Whether the number of ones among the lowest 16 bits is odd."""
+    for shift in (8, 4, 2, 1):
+        number = number ^ number >> shift
+    return number & 1
+
+
+def _rise_masks(
+    seeds: Int[Tensor, " n"],
+    steps: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    shape: tuple[int, int],
+    threshold: int,
+    grid: int,
+) -> Float[Tensor, "n h w"]:
+    """RISE (Petsiuk et al. 2018): an s × s field, bilinear to (s+1)·⌈h/s⌉ × (s+1)·⌈w/s⌉, shifted, cropped to h × w.
+
+    Half-pixel centres, edges replicated: pixel i of an upsampled side of `span` pixels reads the field at
+    (i + ½)·s/span − ½. The vertical shift is number 0 of the shift stream modulo ⌈h/s⌉, the horizontal shift number 1
+    modulo ⌈w/s⌉.
+    """
+    field = random_uint32(seeds, steps, indices, grid * grid, RISE_GRID_STREAM) < threshold
+    field = field.to(torch.float32).unflatten(1, (grid, grid))
+    shifts = random_uint32(seeds, steps, indices, 2, RISE_SHIFT_STREAM)
+    for axis, size in enumerate(shape):
+        cell = -(-size // grid)
+        span = (grid + 1) * cell
+        pixel = torch.arange(size, device=seeds.device) + shifts[:, axis, None] % cell
+        # In units of 1/(2·span) the position is an integer, so its floor and fraction are the same on every device.
+        position = ((2 * pixel + 1) * grid - span).clamp(min=0).unsqueeze(2 - axis)
+        low = position // (2 * span)
+        fraction = (position % (2 * span)).to(torch.float32) / (2 * span)
+        below, above = (field.take_along_dim(i, axis + 1) for i in (low, (low + 1).clamp(max=grid - 1)))
+        field = below + fraction * (above - below)
+    return field
+
+
+def masks(
+    seed: int,
+    step: int,
+    first: int,
+    count: int,
+    shape: tuple[int, int],
+    distribution: MaskDistribution = PIXELS,
+    *,
+    device: torch.device | str | None = None,
+) -> Bool[Tensor, "count h w"] | Float[Tensor, "count h w"]:
+    """Masks `first` to `first + count − 1` of a 64-bit seed and a step index; see `draw_masks`.
+
+    The same on every device and for every batch size. Raises ValueError if an argument is out of range.
+    """
+    return draw_masks(*mask_counters(seed, step, first, count, device), shape, distribution)
+
+
+def mask_counters(
+    seed: int, step: int, first: int, count: int, device: torch.device | str | None
+) -> tuple[Int[Tensor, " count"], Int[Tensor, " count"], Int[Tensor, " count"]]:
+    """The arguments of `masks` as the seeds, steps and indices that `draw_masks` takes."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed {seed} does not fit in 64 bits: reduce it modulo 2**64")
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step {step} is outside [0, 2**32): give the index of the step in the list, from 0")
+    if count < 0:
+        raise ValueError(f"count {count} is negative: ask for 0 masks or more")
+    if not 0 <= first <= 2**32 - count:
+        raise ValueError(f"masks {first} to {first + count - 1} are outside [0, 2**32): for more, use another seed")
+    signed = (seed + 2**63) % 2**64 - 2**63
+    seeds, steps = (torch.full((count,), value, dtype=torch.int64, device=device) for value in (signed, step))
+    return seeds, steps, torch.arange(first, first + count, device=device)
+
+
+def check_shape(shape: tuple[int, int]) -> None:
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"mask shape {tuple(shape)} is not (h, w), both at least 1: give the latent's size")
+
+
+# Masking -------------------------------------------------------------------------------------------------------------
+
+
+def apply_masks(
+    latents: Float[Tensor, "r c h w"],
+    seeds: Int[Tensor, " r"],
+    steps: Int[Tensor, " r"],
+    rows: Int[Tensor, " n"],
+    indices: Int[Tensor, " n"],
+    distribution: MaskDistribution = PIXELS,
+    *,
+    fill: Float[Tensor, "r c_and_one"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "n c h w"]:
+    """Masked latents x_i = R[row_i] ⊙ M_i + F_i ⊙ (1 − M_i), channels-last; zeros for padding.
+
+    All channels share the mask M_i = M(seed[row_i], step[row_i], index_i). F is 0, or with `fill` fresh noise around a
+    constant: F_i(k, λ) = fill[row_i, k] + fill[row_i, c] · n', n' ~ N(0, 1) by counter (`normal`). `dtype` defaults to
+    the latents' own; the result is rounded to it once.
+    """
+    c, h, w = latents.shape[1:]
+    row = rows.clamp(min=0)
+    mask = draw_masks(seeds[row], steps[row], indices, (h, w), distribution)[:, None]
+    masked = latents[row] * mask
+    if fill is not None:
+        noise = normal(seeds[row], steps[row], indices, c, h * w).unflatten(2, (h, w))
+        mean, scale = fill[row, :c, None, None], fill[row, c, None, None, None]
+        filled = mean + scale * noise
+        masked = torch.where(mask, latents[row], filled) if distribution.is_binary else masked + filled * (1 - mask)
+    masked = torch.where((rows >= 0)[:, None, None, None], masked, 0.0)
+    return masked.to(dtype or latents.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def normal(
+    seeds: Int[Tensor, " n"], steps: Int[Tensor, " n"], indices: Int[Tensor, " n"], channels: int, pixels: int
+) -> Float[Tensor, "n channels pixels"]:
+    """Standard normal numbers for every mask, channel and pixel, float32, by Box and Muller.
+
+    Channel k of pixel λ has place k mod 4 of Philox at counter (λ·⌈c/4⌉ + ⌊k/4⌋, mask index, step, stream). Places 0
+    and 1 are √(−2 ln u₀) times cos 2πu₁ and sin 2πu₁, places 2 and 3 the same of u₂ and u₃; u = (⌊word/2⁹⌋ + ½)/2²³.
+    """
+    groups = -(-channels // 4)
+    words = random_uint32(seeds, steps, indices, 4 * groups * pixels, FILL_STREAM)
+    u = ((words >> 9).float() + 0.5) / 2**23
+    radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]
+    numbers = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
+    return numbers.view(len(words), pixels, 4 * groups)[:, :, :channels].transpose(1, 2)
