@@ -32,7 +32,7 @@ def test_the_plain_loop_computes_the_engines_maps(target: str) -> None:
     masks = dfkernels.masks(job.mask_seed, 1, 0, 20, engine.denoiser.latent_shape[1:]).numpy()
     as_printed, coverage = plain.maps(iter(masks))
     for estimator, expected in (("sum", as_printed), ("coverage", coverage)):
-        rise = Rise(20, target=target, estimator=estimator)
+        rise = Rise.paper(num_masks=20, target=target, estimator=estimator)
         (step_map,) = rise.explain(engine.denoiser, [trajectory], {(0, 0), (0, 2)})
         np.testing.assert_allclose(step_map.saliency.numpy(), expected, rtol=1e-3, atol=1e-3)
 

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from dfengine.evaluate import scenes
 from dfengine.explain import StepMap, describe, rebuild
 from dfengine.explain.lime import downsample_labels
 
+#: LIME with quickshift's segments, as the literal implementation has.
+few = partial(Lime, segmentation="quickshift")
 SHAPE = (6, 5)
 C3 = 0.03**2 / 2
 IMAGES = [scene.image for scene in scenes(4, seed=3)]
@@ -124,7 +127,7 @@ def lime_literally(
 def test_lime_equals_its_literal_implementation(target: str) -> None:
     denoiser = Analytic(mix, (2, *SHAPE), batch_size=7)
     path = path_of(denoiser, 2, guidance=3.0)
-    for step_map in Lime(25, target=target).explain(denoiser, [path]):
+    for step_map in few(25, target=target).explain(denoiser, [path]):
         saliency, scores = lime_literally(denoiser, path, step_map.step, 25, target)
         assert step_map.scores is not None
         assert_close(step_map.scores.double(), torch.from_numpy(scores), **tolerance("similarity"))
@@ -137,11 +140,11 @@ def test_the_regression_is_a_weighted_ridge_with_an_intercept() -> None:
     generator = np.random.default_rng(0)
     kept, scores = generator.random((50, 6)) < 0.5, generator.normal(3, 1, 50)
     kept[0], kept[1] = True, False
-    assert_close(Lime().regress(kept, scores), regress_literally(kept, scores), rtol=1e-9, atol=1e-9)
+    assert_close(few().regress(kept, scores), regress_literally(kept, scores), rtol=1e-9, atol=1e-9)
     # A wide kernel gives all samples the same weight, and a large penalty shrinks the coefficients to zero.
-    flat, x = Lime(width=1e6, alpha=1e-9).regress(kept, scores), np.column_stack([kept, np.ones(50)])
+    flat, x = few(width=1e6, alpha=1e-9).regress(kept, scores), np.column_stack([kept, np.ones(50)])
     assert_close(flat, np.linalg.lstsq(x, scores)[0][:-1], rtol=1e-6, atol=1e-6)
-    assert np.abs(Lime(alpha=1e9).regress(kept, scores)).max() < 1e-6
+    assert np.abs(few(alpha=1e9).regress(kept, scores)).max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -175,11 +178,11 @@ def test_the_distance_is_halved_until_the_latent_has_four_segments(monkeypatch: 
         return answers[options["max_dist"]]
 
     monkeypatch.setattr("skimage.segmentation.quickshift", fake_quickshift)
-    segments = Lime().segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
+    segments = few().segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
     np.testing.assert_array_equal(segments, [[0, 1], [2, 3]])
     assert calls == [{"kernel_size": 4, "max_dist": distance, "ratio": 0.2} for distance in (200, 100, 50)]
     monkeypatch.setitem(answers, 7.0, quarters)
-    Lime(kernel_size=2, max_distance=7, ratio=0.9).segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
+    few(kernel_size=2, max_distance=7, ratio=0.9).segment(np.zeros((8, 8, 3), np.uint8), (2, 2))
     assert calls[-1] == {"kernel_size": 2, "max_dist": 7, "ratio": 0.9}
 
 
@@ -197,12 +200,12 @@ def test_the_distance_is_halved_until_the_latent_has_four_segments(monkeypatch: 
     ],
 )
 def test_a_constant_image_is_segmented(image: tuple[int, int], shape: tuple[int, int], min_segments: int) -> None:
-    segments = Lime().segment(np.full((*image, 3), 128, np.uint8), shape)
+    segments = few().segment(np.full((*image, 3), 128, np.uint8), shape)
     assert segments.shape == shape
     assert np.unique(segments).tolist() == list(range(int(segments.max()) + 1))
     assert segments.max() + 1 >= min_segments
     denoiser = Analytic(mix, (1, *shape))
-    (step_map,) = Lime(10).explain(denoiser, [path_of(denoiser, image=np.full((*image, 3), 128, np.uint8))])
+    (step_map,) = few(10).explain(denoiser, [path_of(denoiser, image=np.full((*image, 3), 128, np.uint8))])
     assert step_map.saliency.isfinite().all()
 
 
@@ -210,10 +213,19 @@ def test_a_constant_image_is_segmented(image: tuple[int, int], shape: tuple[int,
 def test_images_with_few_segments_are_segmented_like_the_literal_implementation() -> None:
     for image in (*IMAGES[1:3], np.full((20, 30, 3), 9, np.uint8)):
         for shape in ((2, 2), (3, 7)):
-            np.testing.assert_array_equal(Lime().segment(image, shape), segment_literally(image, shape))
+            np.testing.assert_array_equal(few().segment(image, shape), segment_literally(image, shape))
 
 
 @pytest.mark.slow
+def test_an_image_has_about_as_many_segments_as_asked_for() -> None:
+    for image in IMAGES:
+        for count in (8, 32):
+            segments = Lime(num_segments=count).segment(image, (16, 16))
+            assert segments.shape == (16, 16)
+            assert np.unique(segments).tolist() == list(range(int(segments.max()) + 1))
+            assert 0.6 * count < segments.max() + 1 <= 1.3 * count
+
+
 def test_samples_are_counter_based_and_the_first_keeps_all_segments() -> None:
     inputs: list[torch.Tensor] = []
 
@@ -226,7 +238,7 @@ def test_samples_are_counter_based_and_the_first_keeps_all_segments() -> None:
         dataclasses.replace(denoiser.trajectory(torch.ones(2, 2, *SHAPE), seed=seed), image=torch.from_numpy(image))
         for seed, image in ((0, IMAGES[0]), (2**40 + 1, IMAGES[1]))
     ]
-    list(Lime(13).explain(denoiser, paths))
+    list(few(13).explain(denoiser, paths))
     masks = torch.cat(inputs[1:])  # after the references
     assert len(masks) == 56
     assert not masks[52:].any()
@@ -250,7 +262,7 @@ def explain_all(
 
     denoiser = Analytic(answer, (2, *SHAPE), batch_size=batch_size)
     paths = [path_of(denoiser, 3, IMAGES[item], seed=item) for item in items]
-    step_maps = list(Lime(20).explain(denoiser, paths, done or set()))
+    step_maps = list(few(20).explain(denoiser, paths, done or set()))
     assert len({(m.item, m.step) for m in step_maps}) == len(step_maps)
     if max_batch < batch_size:
         assert denoiser.batch_size <= max_batch
@@ -285,7 +297,7 @@ def test_completed_maps_are_skipped_and_the_others_are_bit_identical() -> None:
         assert torch.equal(one.saliency, complete[key].saliency)
         assert torch.equal(one.scores, complete[key].scores)
     denoiser = Analytic(mix, (2, *SHAPE))
-    assert list(Lime(5).explain(denoiser, [path_of(denoiser)], {(0, 0)})) == []
+    assert list(few(5).explain(denoiser, [path_of(denoiser)], {(0, 0)})) == []
     assert denoiser.batches == []
 
 
@@ -299,7 +311,7 @@ def test_a_non_finite_prediction_affects_only_its_own_map() -> None:
     latents[1, :, 5, 4] = 0
     path = dataclasses.replace(denoiser.trajectory(latents), image=torch.from_numpy(IMAGES[0]))
     with pytest.warns(UserWarning, match="a map is not finite"):
-        first, second = Lime(20).explain(denoiser, [path])
+        first, second = few(20).explain(denoiser, [path])
     assert first.saliency.isnan().all()
     assert second.saliency.isfinite().all()
     assert second.scores.isfinite().all()
@@ -310,6 +322,11 @@ def test_a_non_finite_prediction_affects_only_its_own_map() -> None:
     [
         ({"num_samples": 1}, "1 samples .* at least 2"),
         ({"num_samples": 2**25}, "33554432 samples .* at most"),
+        (
+            {"segmentation": "felzenszwalb"},
+            "segmentation 'felzenszwalb' is not known: expected one of slic, quickshift",
+        ),
+        ({"num_segments": 1}, "1 segments are not possible: expected 2 to 1048576"),
         ({"kernel_size": 0}, r"kernel_size 0\.0"),
         ({"kernel_size": 0.5}, r"kernel_size 0\.5 .* at least 1 pixel"),
         ({"max_distance": -1}, "max_distance"),
@@ -321,14 +338,14 @@ def test_a_non_finite_prediction_affects_only_its_own_map() -> None:
 )
 def test_invalid_settings_are_rejected(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Lime(**settings)
+        few(**settings)
 
 
 def test_settings_are_plain_numbers_and_survive_a_round_trip() -> None:
-    lime = Lime(7, kernel_size=3, width=np.float64(0.5), target="guided", name="other")
+    lime = few(7, kernel_size=3, width=np.float64(0.5), target="guided", name="other")
     assert {type(value) for value in dataclasses.asdict(lime).values()} == {int, float, str}
     assert rebuild(json.loads(json.dumps(describe(lime)))) == lime
-    assert (lime.num_samples, lime.num_forwards(3), Lime(7).num_forwards(3)) == (7, 48, 24)
+    assert (lime.num_samples, lime.num_forwards(3), few(7).num_forwards(3)) == (7, 48, 24)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +356,7 @@ def engine(tiny_folder: Path) -> Engine:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_maps", [1, 2])
 def test_resuming_an_interrupted_run_gives_identical_bits(engine: Engine, tmp_path: Path, num_maps: int) -> None:
-    prompt, lime, step_maps = "a red circle on a gray background", Lime(6), list[StepMap]()
+    prompt, lime, step_maps = "a red circle on a gray background", few(6), list[StepMap]()
     uninterrupted = engine.explain(prompt, lime, num_steps=3)
 
     def interrupt_after(limit: int) -> Callable[[Any], None]:

@@ -45,7 +45,7 @@ def test_every_explainer_is_registered_with_its_label_and_form() -> None:
 
 def test_options_are_the_fields_of_the_dataclass() -> None:
     options = {option.name: option for option in entries()["rise"].options}
-    assert options["num_masks"] == Option("num_masks", int, 500, options["num_masks"].help)
+    assert options["num_masks"] == Option("num_masks", int, 256, options["num_masks"].help)
     assert (options["estimator"].type, options["estimator"].default) == (str, None)
     assert (options["stop_at_error"].type, options["similarity"].type) == (float, str)
     assert "name" not in options
@@ -59,7 +59,7 @@ def test_options_are_the_fields_of_the_dataclass() -> None:
     ("name", "preset", "settings", "expected"),
     [
         ("rise", "default", {"num_masks": 7}, Rise(7)),
-        ("rise", "paper", {"num_masks": 7, "window": 5}, Rise(7, similarity="structure", score="local", window=5)),
+        ("rise", "paper", {"num_masks": 7, "window": 5}, Rise.paper(num_masks=7, window=5)),
         ("rise", "xdiffusion", {"num_masks": 7, "similarity": "cosine"}, XDiffusionRise(7, "cosine")),
         ("cam", "xdiffusion", {"loss_scale": 2.0, "name": "x"}, XDiffusionCam(2.0, "x")),
         ("lime", "xdiffusion", {"num_samples": 9, "alpha": 2.0}, XDiffusionLime(9, alpha=2.0)),
@@ -102,31 +102,36 @@ def test_every_explainer_says_in_a_line_what_is_hot(entry) -> None:
     ("rise", "meaning"),
     [
         (
-            Rise(score="local", estimator="coverage"),
-            "under the masks that keep this pixel, the prediction keeps its structure here: a base rate, no "
+            Rise(),
+            "the predicted clean latent here keeps more of its structure with this place kept than with it hidden.",
+        ),
+        (
+            Rise.paper(),
+            "under the masks that keep this pixel, the predicted noise keeps its structure here: a base rate, no "
             "attribution.",
         ),
         (
-            Rise(score="local", estimator="sum", similarity="cosine"),
-            "summed over the masks that keep this pixel, the prediction stays similar (cosine) here: a base rate, no "
-            "attribution.",
+            Rise.paper(estimator="sum", similarity="cosine"),
+            "summed over the masks that keep this pixel, the predicted noise stays similar (cosine) here: a base rate, "
+            "no attribution.",
         ),
         (
-            Rise(score="local", estimator="contrast"),
-            "here the prediction keeps more of its structure with this pixel kept than with it hidden.",
-        ),
-        (
-            Rise(score="global", estimator="ridge", target="guided"),
-            "the whole guided prediction keeps more of its structure with this pixel kept than with it hidden.",
-        ),
-        (
-            Rise(score="global", estimator="contrast", similarity=lambda a, b: a),
-            "the whole prediction stays more similar (a function of the caller's) with this pixel kept than with it "
+            Rise(score="global", estimator="ridge", target="guided", cell=1),
+            "the whole guided predicted clean latent keeps more of its structure with this pixel kept than with it "
             "hidden.",
         ),
         (
-            Rise(score="global", estimator="coverage"),
-            "under the masks that keep this pixel, the whole prediction keeps its structure.",
+            Rise(score="global", estimator="contrast", similarity=lambda a, b: a),
+            "the whole predicted clean latent stays more similar (a function of the caller's) with this place kept than "
+            "with it hidden.",
+        ),
+        (
+            Rise(score="global", estimator="coverage", output="epsilon"),
+            "under the masks that keep this place, the whole predicted noise keeps its structure.",
+        ),
+        (
+            Rise(null="frozen"),
+            "nothing of the network, a baseline to hold its map against (f(R) whatever is masked).",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
 
+from dfengine import checks
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.guidance import TARGETS
 from dfengine.diffusion.job import Job
@@ -24,8 +25,11 @@ from dfengine.explain.masking import MaskedForwards
 from dfengine.explain.registry import checked, register
 from dfengine.explain.rise import check_num_masks, num_forwards
 
-#: An image is divided into at least so many segments.
+SEGMENTATIONS = ("slic", "quickshift")
+#: Quickshift's segments of an image, at least.
 MIN_SEGMENTS = 4
+#: Slic's, at most: more than any latent has pixels.
+_MAX_SEGMENTS = 2**20
 
 
 @register(
@@ -37,12 +41,14 @@ MIN_SEGMENTS = 4
 class Lime(Explainer):
     """Which segments of the image the prediction relies on: ridge regression of the structure score on kept segments.
 
-    Segments are quickshift's of the image, carried over to the latent; hidden ones are zero. The score is structure
+    Segments of the image are carried over to the latent; hidden ones are zero. The score is structure
     (Eq. 7) over all pixels. Samples are drawn by counter, and the first keeps everything; each has the weight
     √exp(−d²/width²), d its cosine distance from the first.
     """
 
     num_samples: int = option(1000, "samples a step")
+    segmentation: str = option("slic", "slic (about num_segments of like size) or quickshift (as few as 4)")
+    num_segments: int = option(32, "slic: segments of the image, about")
     kernel_size: float = option(4.0, "quickshift: kernel size in pixels")
     max_distance: float = option(200.0, "quickshift: distance of separate segments, halved until there are at least 4")
     ratio: float = option(0.2, "quickshift: weight of colour against distance")
@@ -59,6 +65,9 @@ class Lime(Explainer):
                 raise ValueError(f"{setting} {getattr(self, setting)} is not possible: expected a number above 0")
         if self.kernel_size < 1:
             raise ValueError(f"kernel_size {self.kernel_size} is not possible: quickshift needs at least 1 pixel")
+        checks.one_of("segmentation", self.segmentation, SEGMENTATIONS)
+        if not 2 <= self.num_segments <= _MAX_SEGMENTS:
+            raise ValueError(f"{self.num_segments} segments are not possible: expected 2 to {_MAX_SEGMENTS}")
         check_num_masks(self.num_samples, "samples")
         if self.num_samples < 2:
             raise ValueError(f"{self.num_samples} samples are not possible: expected at least 2")
@@ -88,9 +97,11 @@ class Lime(Explainer):
             yield from _LimeForwards(self, denoiser, trajectories, done).run()
 
     def segment(self, image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
-        """Quickshift's segments of an image at the latent's size, numbered from 0."""
-        from skimage.segmentation import quickshift
+        """The segments of an image at the latent's size, numbered from 0."""
+        from skimage.segmentation import quickshift, slic
 
+        if self.segmentation == "slic":
+            return downsample_labels(slic(image, n_segments=self.num_segments, start_label=0), shape)
         distance = float(self.max_distance)
         while True:
             fine = quickshift(image, kernel_size=self.kernel_size, max_dist=distance, ratio=self.ratio)

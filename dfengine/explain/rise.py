@@ -1,7 +1,7 @@
-"""DF-RISE: which pixels of a noisy latent must be visible for the prediction to keep its structure (Algorithm 1).
+"""DF-RISE: which places of a noisy latent must be visible for the prediction to keep its structure (Algorithm 1).
 
-Random masks hide latent pixels, the network predicts from each masked latent, and a pixel's saliency is how similar
-those predictions are to the unmasked one when the pixel is kept.
+Random masks hide parts of the latent, the network predicts from each masked latent, and a pixel's saliency is how much
+more similar those predictions are to the unmasked one with the pixel kept than with it hidden.
 """
 
 from __future__ import annotations
@@ -53,27 +53,36 @@ _MAX_CELLS, _MAX_WINDOW = 4096, 4095
 
 def _hot(rise: Rise) -> str:
     """What high values of a map of DF-RISE mean; coverage and sum of local scores are base rates."""
+    if rise.null is not None:
+        null = "f is the identity" if rise.null == "identity" else "f(R) whatever is masked"
+        return f"nothing of the network, a baseline to hold its map against ({null})."
     measure = rise.similarity if isinstance(rise.similarity, str) else "a function of the caller's"
     is_structure = measure == "structure"
     keeps = "keeps its structure" if is_structure else f"stays similar ({measure})"
     keeps_more = "keeps more of its structure" if is_structure else f"stays more similar ({measure})"
-    kind = "" if rise.target == "conditional" else f"{rise.target} "
+    what = "clean latent" if rise.output == "x0" else "noise"
+    predicted = "predicted" if rise.target == "conditional" else f"{rise.target} predicted"
+    place = "this pixel" if rise.mask_kind == "rise" or set(rise.cells) == {1} else "this place"
     if rise.resolved_estimator in ("contrast", "ridge"):
-        place = f"here the {kind}prediction" if rise.score == "local" else f"the whole {kind}prediction"
-        return f"{place} {keeps_more} with this pixel kept than with it hidden."
+        subject = f"the {predicted} {what} here" if rise.score == "local" else f"the whole {predicted} {what}"
+        return f"{subject} {keeps_more} with {place} kept than with it hidden."
     masks = "summed over" if rise.resolved_estimator == "sum" else "under"
     if rise.score == "global":
-        return f"{masks} the masks that keep this pixel, the whole {kind}prediction {keeps}."
-    return f"{masks} the masks that keep this pixel, the {kind}prediction {keeps} here: a base rate, no attribution."
+        return f"{masks} the masks that keep {place}, the whole {predicted} {what} {keeps}."
+    return f"{masks} the masks that keep {place}, the {predicted} {what} {keeps} here: a base rate, no attribution."
 
 
 @register("rise", label="DF-RISE", hot=_hot)
 @dataclass(frozen=True)
 class Rise(Explainer):
-    """Which latent pixels must be visible for the prediction to keep its structure, by random masks (Eqs. 8, 9).
+    """Which places must be visible for the prediction to keep its structure, by random masks (Eqs. 8, 9).
 
-    The map of a step is Σ M·s ("sum", as printed), Σ M·s / Σ M ("coverage"), the mean score with a pixel kept minus
-    the mean with it dropped ("contrast"), or the ridge regression of a global score on the masks ("ridge").
+    The map of a step is the mean score with a pixel kept minus the mean with it dropped ("contrast"), Σ M·s / Σ M
+    ("coverage"), Σ M·s ("sum", as printed), or the ridge regression of a global score on the masks ("ridge"). Coverage
+    and sum of local scores are base rates, not attributions: they show where structure survives anything.
+
+    Errors of an orthogonal design are the spread of its randomisations, of which it has at least four; those of
+    independent masks follow from the scores.
     """
 
     num_masks: int = option(256, "masks a step; with stop_at_error, at most")
@@ -87,7 +96,7 @@ class Rise(Explainer):
     cell: Sequence[int] | int = option(
         (4,), "side in latent pixels of a gaussian mask's cells; several sizes: a pyramid"
     )
-    shifted: bool = option(True, "let the grid of cells begin at a random place")
+    shifted: bool = option(True, "move the grid by half a cell every other time, so that cells overlap")
     design: str | None = option(
         None, "orthogonal (balanced masks) or iid (independent ones); orthogonal by default, if gaussian with p = 0.5"
     )
@@ -160,6 +169,11 @@ class Rise(Explainer):
         """The estimator in force."""
         return self.estimator or ("contrast" if self.score == "local" else "ridge")
 
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """The sizes of cells."""
+        return (self.cell,) if isinstance(self.cell, int) else tuple(self.cell)
+
     def distribution(self, shape: tuple[int, int]) -> MaskDistribution:
         """What the masks of a latent of (h, w) pixels are drawn from."""
         law = self._distribution()
@@ -170,13 +184,12 @@ class Rise(Explainer):
     def _distribution(self) -> MaskDistribution:
         """The distribution whatever the latent. Raises ValueError for settings that exclude each other."""
         is_gaussian = self.mask_kind == "gaussian"
-        cells = (self.cell,) if isinstance(self.cell, int) else tuple(self.cell)
         by_default = "orthogonal" if is_gaussian and self.keep_probability == 0.5 else "iid"
         return MaskDistribution(
             self.keep_probability,
             self.mask_kind,
             self.grid,
-            cells=cells if is_gaussian else (1,),
+            cells=self.cells if is_gaussian else (1,),
             shifted=self.shifted and is_gaussian,
             design=self.design or by_default,
         )

@@ -265,6 +265,8 @@ class XDiffusionLime(Lime):
     The segments of the five largest coefficients are painted: their green is the image's brightest value.
     """
 
+    segmentation: str = option("quickshift", "quickshift, as released, or slic")
+
     def segment(self, image: UInt8[ndarray, "H W 3"], shape: tuple[int, int]) -> Int[ndarray, "h w"]:
         """Quickshift's segments of the resized image, numbered from 0."""
         return super().segment((resize(image, shape) * 255).round().astype(np.uint8), shape)

@@ -19,13 +19,11 @@ LIME_STREAM = 3
 """LIME: one number per segment; the mask index is the sample"""
 RANDOM_STREAM = 4
 """The random baseline: one number per pixel, in row-major order"""
-CELL_SHIFT_STREAM = 5
-"""Shifted cells: number 0 gives the vertical shift, number 1 the horizontal shift"""
-PERMUTATION_STREAM = 6
+PERMUTATION_STREAM = 5
 """Orthogonal designs: four words per tile; the mask index is the block"""
-SIGN_STREAM = 7
+SIGN_STREAM = 6
 """Orthogonal designs: one number per cell, in row-major order; the mask index is the block"""
-FILL_STREAM = 8
+FILL_STREAM = 7
 """Noise in place of dropped pixels: four words per pixel and four channels"""
 
 UINT32_MASK = 0xFFFFFFFF

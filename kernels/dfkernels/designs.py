@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dfkernels.counters import (
-    CELL_SHIFT_STREAM,
     FILL_STREAM,
     GAUSSIAN_STREAM,
     PERMUTATION_STREAM,
@@ -30,6 +29,8 @@ FILLS = ("zero", "noise")
 
 #: Sizes of cells that masks may have at once, and the largest: four of them fit into 32 bits.
 MAX_LEVELS, MAX_CELL = 4, 127
+#: Grids of shifted cells of one size.
+NUM_SHIFTS = 2
 #: Masks of one block of an orthogonal design, at most.
 MAX_BLOCK = 2048
 #: Errors under an orthogonal design come from the spread of so many randomisations, at least.
@@ -41,8 +42,8 @@ class MaskDistribution:
     """What masks are drawn from. Raises ValueError if a setting is out of range, or settings exclude each other.
 
     `gaussian`: every cell is kept with probability p: M = 1[z > τ], z ~ N(0, 1), p = 1 − Φ(τ). A cell is a square of
-    `cells` latent pixels a side; of several sizes (a pyramid), masks take turns. `shifted` grids of cells begin at
-    different places in turn, so that cells of different masks overlap.
+    `cells` latent pixels a side; of several sizes (a pyramid), masks take turns. `shifted` grids are moved by half a
+    cell along both axes every other time, so that cells of different masks overlap.
 
     `rise`: a grid × grid field of Bernoulli(p), upsampled and shifted (see `_rise_masks`); values in [0, 1], mean p.
 
@@ -98,13 +99,17 @@ class MaskDistribution:
 
     @property
     def randomisation(self) -> int:
-        """Masks after which an orthogonal design begins anew, all sizes of cells included; 0 if masks are i.i.d."""
-        return self.block * len(self.cells) if self.design == "orthogonal" else 0
+        """Masks after which an orthogonal design begins anew, all sizes and shifts included; 0 without a design."""
+        return self.block * self.num_grids if self.design == "orthogonal" else 0
+
+    @property
+    def num_grids(self) -> int:
+        """Grids of cells, which masks (of an orthogonal design: blocks of them) have in turn."""
+        return len(self.cells) * (NUM_SHIFTS if self.shifted and max(self.cells) > 1 else 1)
 
     def num_cells(self, shape: tuple[int, int], cell: int) -> tuple[int, int]:
         """Rows and columns of cells of one size."""
-        extra = int(self.shifted and cell > 1)
-        return -(-shape[0] // cell) + extra, -(-shape[1] // cell) + extra
+        return -(-shape[0] // cell), -(-shape[1] // cell)
 
     def field(self, shape: tuple[int, int]) -> tuple["MaskDistribution", tuple[int, int]]:
         """The distribution and the shape of the smallest fields that masks of a shape are made of by `to_pixels`.
@@ -129,7 +134,7 @@ PIXELS = MaskDistribution()
 def orthogonal_block(num_masks: int, shape: tuple[int, int], distribution: MaskDistribution) -> int:
     """The `block` for so many masks: enough to tell all cells apart, or less, so that there are four randomisations."""
     most = 2 * max(math.prod(distribution.num_cells(shape, cell)) for cell in distribution.cells)
-    affordable = max(2, min(MAX_BLOCK, num_masks // (MIN_RANDOMISATIONS * len(distribution.cells))))
+    affordable = max(2, min(MAX_BLOCK, num_masks // (MIN_RANDOMISATIONS * distribution.num_grids)))
     return min(1 << (most - 1).bit_length(), 1 << (affordable.bit_length() - 1))
 
 
@@ -165,23 +170,19 @@ def _cell_masks(
     shape: tuple[int, int],
     distribution: MaskDistribution,
 ) -> Bool[Tensor, "n h w"]:
-    """Masks of cells: pixel (y, x) has the value of cell ⌊(y + dy)/cell⌋ · columns + ⌊(x + dx)/cell⌋.
+    """Masks of cells: pixel (y, x) has the value of cell ⌊(y + d)/cell⌋ · columns + ⌊(x + d)/cell⌋.
 
-    Masks (of an orthogonal design: blocks of them) take the sizes of cells in turn. The b-th of a size has dy = oy + b
-    and dx = ox + b + ⌊b/cell⌋ modulo the cell, so that cell² of them have every place once; oy, ox are numbers 0 and 1
-    of the shift's stream for mask 0. dy = dx = 0 unless cells are shifted.
+    Masks (of an orthogonal design: blocks of them) take the sizes of cells in turn. If cells are shifted, the b-th of a
+    size has d = (b mod 2) · ⌊cell/2⌋, otherwise d = 0. What would be a row or column of cells more belongs to the last.
     """
     levels = len(distribution.cells)
     blocks = indices // distribution.block if distribution.design == "orthogonal" else indices
     cell = (torch.full_like(blocks, distribution.packed_cells) >> 8 * (blocks % levels)) & 255
-    extra = ((cell > 1) & distribution.shifted).long()
-    rows, columns = ((size + cell - 1) // cell + extra for size in shape)
-    begin = random_uint32(seeds, steps, torch.zeros_like(blocks), 2, CELL_SHIFT_STREAM)
-    turn = blocks // levels
-    shifts = (begin + torch.stack((turn, turn + turn // cell), 1)) % cell[:, None] * int(distribution.shifted)
+    rows, columns = ((size + cell - 1) // cell for size in shape)
+    shift = blocks // levels % NUM_SHIFTS * (cell // 2) * int(distribution.shifted)
     y, x = (
-        (torch.arange(size, device=seeds.device) + shifts[:, axis, None]) // cell[:, None]
-        for axis, size in enumerate(shape)
+        ((torch.arange(size, device=seeds.device) + shift[:, None]) // cell[:, None]).minimum(count[:, None] - 1)
+        for size, count in zip(shape, (rows, columns), strict=True)
     )
     number = (y * columns[:, None])[:, :, None] + x[:, None, :]
     if distribution.design == "orthogonal":

@@ -18,10 +18,9 @@ NOT_SPECIALISED = ["threshold", "cells", "bits"]
 GAUSSIAN_STREAM = tl.constexpr(0)
 RISE_GRID_STREAM = tl.constexpr(1)
 RISE_SHIFT_STREAM = tl.constexpr(2)
-CELL_SHIFT_STREAM = tl.constexpr(5)
-PERMUTATION_STREAM = tl.constexpr(6)
-SIGN_STREAM = tl.constexpr(7)
-FILL_STREAM = tl.constexpr(8)
+PERMUTATION_STREAM = tl.constexpr(5)
+SIGN_STREAM = tl.constexpr(6)
+FILL_STREAM = tl.constexpr(7)
 
 
 @triton.jit
@@ -123,14 +122,10 @@ def weights_at(
         y, x = pixel // w, pixel % w
         rows, columns = tl.cdiv(h, cell), tl.cdiv(w, cell)
         if SHIFTED:
-            zero = block * 0
-            begin_y, begin_x, _, _ = philox(zero, zero, step, zero + CELL_SHIFT_STREAM, k0, k1)
-            side, turn = cell.to(tl.uint64), (block // LEVELS).to(tl.uint64)
-            y += ((begin_y.to(tl.uint64) + turn) % side).to(tl.int32)
-            x += ((begin_x.to(tl.uint64) + turn + turn // side) % side).to(tl.int32)
-            rows += (cell > 1).to(tl.int32)
-            columns += (cell > 1).to(tl.int32)
-        y, x = y // cell, x // cell
+            shift = ((block // LEVELS) & 1).to(tl.int32) * (cell // 2)
+            y += shift
+            x += shift
+        y, x = tl.minimum(y // cell, rows - 1), tl.minimum(x // cell, columns - 1)
         if KIND == "orthogonal":
             place = (index & ((2 << bits) - 1).to(tl.uint32)).to(tl.int32)
             weight = _orthogonal(y, x, rows, columns, place, bits, k0, k1, step, block)
