@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 #: Longer values are named by their type in messages.
@@ -65,6 +65,13 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(members, Iterable) or isinstance(members, bytes):
         raise mistake(name, value, "a list of texts")
     return tuple(text(name, member) for member in members)
+
+
+def texts_by_text(name: str, value: Any) -> dict[str, tuple[str, ...]]:
+    """A mapping from a text to one or several as a dict of tuples. Raises ValueError for anything else."""
+    if not isinstance(value, Mapping):
+        raise mistake(name, value, "a mapping to lists of texts, such as {'circle': ['star', 'ring']}")
+    return {text(name, key): texts(name, members) for key, members in value.items()}
 
 
 def switch(name: str, value: Any) -> bool:

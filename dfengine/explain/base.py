@@ -51,6 +51,8 @@ class StepMap:
     """each token's relevance"""
     word_maps: Float[Tensor, "words h w"] | None = None
     """each word's map"""
+    word_errors: Float[Tensor, "words h w"] | None = None
+    """standard error of each word's map, infinite where nothing was measured"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class OutputSpec:
     """the tokens that `relevance` has a value for"""
     words: Sequence[str] = ()
     """the words that `word_maps` has a map for"""
+    has_word_errors: bool = False
+    """whether the words' maps have errors; the same for every job of a run"""
+    num_forwards: int | None = None
+    """network evaluations a step, if the prompt decides how many; None where `Explainer.num_forwards` says it"""
 
 
 @dataclass(frozen=True)
@@ -114,16 +120,28 @@ def _hints(explainer: type[Explainer]) -> dict[str, Any]:
     return {one.name: hints[one.name] for one in dataclasses.fields(explainer) if one.init}
 
 
-_SCALARS: dict[Any, Callable[[str, Any], Any]] = {
+class FrozenMapping(dict[str, tuple[str, ...]]):
+    """A mapping among the settings, hashable like all of them; to JSON it is a plain object."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none, since it may change
+        return hash(frozenset(self.items()))
+
+
+_CHECKS: dict[Any, Callable[[str, Any], Any]] = {
     int: checks.whole_number,
     float: checks.finite_number,
     bool: checks.switch,
     str: checks.text,
+    Sequence[str]: checks.texts,
+    Mapping[str, Sequence[str]]: lambda name, value: FrozenMapping(checks.texts_by_text(name, value)),
 }
 
 
 def _plain(name: str, value: Any, hint: Any) -> Any:
-    """A setting as a plain value of its type, a sequence as a tuple. Raises ValueError for a value of another type."""
+    """A setting as a plain value of its type, a sequence as a tuple, a mapping as a hashable one.
+
+    Raises ValueError for a value of another type.
+    """
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = list(typing.get_args(hint)) if is_union else [hint]
     if value is None and type(None) in kinds:
@@ -131,14 +149,10 @@ def _plain(name: str, value: Any, hint: Any) -> Any:
     if callable(value) and any(typing.get_origin(kind) is Callable for kind in kinds):
         return value
     kinds = [kind for kind in kinds if kind is not type(None) and typing.get_origin(kind) is not Callable]
-    known = [kind for kind in kinds if kind in _SCALARS or kind == Sequence[str]]
+    known = [kind for kind in kinds if kind in _CHECKS]
     if not known or len(known) < len(kinds):
         return value  # of a type that is checked by its explainer, if at all
     for kind in known[:-1]:
         with suppress(ValueError):
-            return _checked(name, value, kind)
-    return _checked(name, value, known[-1])
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    return _SCALARS[kind](name, value) if kind in _SCALARS else checks.texts(name, value)
+            return _CHECKS[kind](name, value)
+    return _CHECKS[known[-1]](name, value)
