@@ -98,6 +98,7 @@ COMMANDS = {
     "evaluate recovery": [],
     "evaluate sanity": [],
     "evaluate truth": [],
+    "evaluate words": [],
     "profile": [],
     "layers": [],
 }
@@ -315,6 +316,7 @@ def python_cases() -> Iterator[tuple[str, str, Any, Any]]:
             for name, more in {
                 "games": {"num_steps": 2, "methods": ["random"], "distance": "mse"},
                 "truth": {"num_steps": 2, "methods": ["random"]},
+                "words": {"num_steps": 2, "methods": ["random"]},
                 "recovery": {"num_steps": 2, "methods": ["random"]},
                 "sanity": {"num_steps": 2, "methods": ["random"], "num_masks": None},
                 "concepts": {"num_steps": 2},
