@@ -245,7 +245,9 @@ class _Forwards:
             if changes is None:
                 continue
             for (row, k), change in zip(self.pairs[known.start : known.stop], changes, strict=True):
-                maps = [*maps, change] if k > 1 else [change]
+                if k == 1:
+                    maps = []
+                maps.append(change)
                 if is_pending[row] and k == len(self.rows[row][0].conditions) - 1:
                     yield row, torch.stack(maps)
 
