@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import dfengine
-from dfengine import Counterfactual, Engine, Random, StepMap
+from dfengine import Counterfactual, Engine, Random, StepMap, store
 from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory, trajectories
@@ -25,6 +25,7 @@ from dfengine.evaluate.truth import auroc
 from dfengine.explain import describe, hot, rebuild
 from dfengine.explain.counterfactual import EDITS, OUTPUTS
 from dfengine.explain.edits import Replacements
+from dfengine.report.packing import pack
 from dfengine.result import heatmap
 from dfengine.shapes import world
 from dfengine.shapes.world import Caption
@@ -402,7 +403,7 @@ def test_an_edit_that_the_model_reads_the_same_is_refused() -> None:
         ({"words": ()}, "needs at least one word"),
         ({"edit": "delete"}, "edit 'delete' is not known: expected one of auto, replace, remove, zero"),
         ({"output": "noise"}, "output 'noise' is not known: expected one of epsilon, x0"),
-        ({"num_replacements": 0}, "num_replacements 0 is not possible: expected at least 1"),
+        ({"num_replacements": 0}, "num_replacements 0 is not possible: expected 1 to 1000"),
         ({"replace": {"red": []}}, "replace 'red' by .* is not possible: expected at least one word"),
         ({"replace": {"red": ["blue", " "]}}, "replace 'red' by .* is not possible"),
         ({"replace": {"red": ["x"]}, "edit": "remove"}, "replace has no effect with edit='remove'"),
@@ -476,6 +477,49 @@ def test_a_file_without_replacements_has_no_errors(engine: Engine, tmp_path: Pat
         assert "curves/heat_error" not in run.layout
 
 
+def test_an_image_without_a_prompt_has_the_saliency_alone(engine: Engine, tmp_path: Path) -> None:
+    picture = np.full((3, 4, 3), 200, np.uint8)
+    result = engine.explain(
+        "", Counterfactual(), image=picture, negative_prompt="red", num_steps=1, out=tmp_path / "run.h5"
+    )
+    assert (result.words, result.word_maps, result.word_errors) == ((), None, None)
+    assert (result.maps["counterfactual"][0] > 0).tolist() == at({(0, 0): 1}).bool().tolist()
+
+
+def test_the_page_has_the_errors_of_words(engine: Engine) -> None:
+    result = engine.explain("red circle on", Counterfactual(), num_steps=2)
+    (method,) = pack(result, 0)[0]["methods"]
+    assert [(one["name"], "error" in one) for one in method["variants"]] == [
+        ("", False),
+        ("red", True),
+        ("circle", True),
+        ("on", True),
+    ]
+
+
+def test_errors_of_words_are_stored_if_the_plan_has_them(engine: Engine, tmp_path: Path) -> None:
+    plan = engine.plan([engine.job("red circle", num_steps=1)], Counterfactual()).file_plan(
+        engine.denoiser, previews=False
+    )
+    maps = np.zeros((2, 3, 4), np.float32)
+    with (
+        store.Writer.create(tmp_path / "run.h5", plan) as writer,
+        pytest.raises(ValueError, match="errors of the words' maps: in the plan, but not given"),
+    ):
+        writer.curves(0, 0, word_maps=maps)
+    before = json.loads(plan.to_json())
+    assert before["methods"][0].pop("has_word_error") is True
+    older = store.Plan.from_json(json.dumps(before))
+    assert not older.methods[0].has_word_error, "a file from before there were errors is read without"
+    with store.Writer.create(tmp_path / "older.h5", older) as writer:
+        with pytest.raises(ValueError, match="errors of the words' maps: given, but not in the plan"):
+            writer.curves(0, 0, word_maps=maps, word_errors=maps)
+        writer.curves(0, 0, word_maps=maps)
+    with dfengine.open(tmp_path / "older.h5") as run:
+        assert run[0].word_errors is None
+        assert (run[0].word_maps[:] == 0).all()
+
+
 def test_a_stream_may_have_several_explainers_of_words_but_a_result_has_one(engine: Engine) -> None:
     both = [Counterfactual(), Counterfactual(edit="remove", name="removed")]
     events = list(engine.stream([engine.job("red circle", num_steps=2)], both))
@@ -529,14 +573,14 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     options = ["-e", "counterfactual", "--word", "red circle", "--word", "square", "--replace", "circle=star, ring"]
     options += ["--replace", "circle=cross", "--num-replacements", "2", "--explained-output", "x0"]
-    run = dfengine_command("explain", CAPTION, "-o", str(out), "--steps", "2", *options)
+    run = dfengine_command("explain", CAPTION, "-o", str(out), "--steps", "1", *options)
     assert run.returncode == 0, run.stderr
     with dfengine.open(out) as opened:
         (item,) = opened
         assert item.settings["counterfactual"] == Counterfactual(
             ("red circle", "square"), replace={"circle": ["star", "ring", "cross"]}, num_replacements=2, output="x0"
         )
-        assert (item.words, item.word_maps.shape) == (("red circle", "square"), (2, 2, 16, 16))
+        assert (item.words, item.word_maps.shape) == (("red circle", "square"), (2, 1, 16, 16))
         assert np.isfinite(item.word_errors[:]).all()
     assert "replace={'circle': ('star', 'ring', 'cross')}" in dfengine_command("info", str(out)).stdout
     assert dfengine_command("figures", str(out), "-o", str(tmp_path / "words.png")).returncode == 0

@@ -24,6 +24,8 @@ from dfengine.tokens import concept_spans, remove
 EDITS = {"auto": "replaced or removed", "replace": "replaced", "remove": "removed", "zero": "zeroed in its encoding"}
 #: What is compared, in words.
 OUTPUTS = {"epsilon": "the predicted noise", "x0": "the predicted image"}
+#: Each is a forward a step.
+_MAX_REPLACEMENTS = 1000
 #: Words of a prompt, for estimates without one.
 _NUM_WORDS = 12
 
@@ -58,8 +60,10 @@ class Counterfactual(Explainer):
                 raise ValueError("counterfactual needs at least one word: name some, or leave words out for all")
         one_of("edit", self.edit, EDITS)
         one_of("output", self.output, OUTPUTS)
-        if self.num_replacements < 1:
-            raise ValueError(f"num_replacements {self.num_replacements} is not possible: expected at least 1")
+        if not 1 <= self.num_replacements <= _MAX_REPLACEMENTS:
+            raise ValueError(
+                f"num_replacements {self.num_replacements} is not possible: expected 1 to {_MAX_REPLACEMENTS}"
+            )
         for word, others in (self.replace or {}).items():
             if not others or not all(text.strip() for text in (word, *others)):
                 raise ValueError(f"replace {word!r} by {list(others)} is not possible: expected at least one word")
