@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dfengine.explain import (
         Attention,
         Cam,
+        Counterfactual,
         Lime,
         Random,
         Relevance,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attention",
     "Cam",
+    "Counterfactual",
     "Engine",
     "ExponentialDDIMScheduler",
     "Finished",

@@ -75,6 +75,13 @@ def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
     return tuple(whole_number(name, member) for member in members)
 
 
+def texts_by_text(name: str, value: Any) -> dict[str, tuple[str, ...]]:
+    """A mapping from a text to one or several as a dict of tuples. Raises ValueError for anything else."""
+    if not isinstance(value, Mapping):
+        raise mistake(name, value, "a mapping to lists of texts, such as {'circle': ['star', 'ring']}")
+    return {text(name, key): texts(name, members) for key, members in value.items()}
+
+
 def switch(name: str, value: Any) -> bool:
     """True or False. Raises ValueError for anything else."""
     if not _is_bool(value) or getattr(value, "ndim", None):

@@ -34,6 +34,7 @@ from dfengine.plan import Plan, plan
 from dfengine.recorder import Recorder
 from dfengine.runtime import tuning
 from dfengine.runtime.grouping import sample_groups
+from dfengine.shapes import world
 from dfengine.shapes.judge import Judge
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class Engine:
         if is_embedded:
             denoiser.name = denoiser.name.replace(str(shapes.FOLDER), "shapes")
             denoiser.features = Judge.load().to(denoiser.device).features
+            denoiser.alternatives = world.alternatives()
         guidance = shapes.GUIDANCE if is_embedded else None
         return cls(denoiser, batch_size=batch_size, guidance=guidance, compile=compile)
 
@@ -241,7 +243,7 @@ class Engine:
         """
         computed = Counter((item, name) for item, name, _ in done)
         num_forwards = times * sum(
-            explainer.num_forwards(len(planned.job.timesteps) - computed[item, explainer.name])
+            planned.num_forwards(explainer, len(planned.job.timesteps) - computed[item, explainer.name])
             for item, planned in enumerate(plan.jobs)
             for explainer in plan.explainers
         )

@@ -33,9 +33,19 @@ class PlannedJob:
         return tuple(word for spec in self.outputs.values() for word in spec.words)
 
     @property
+    def has_word_errors(self) -> bool:
+        """Whether the words' maps have errors."""
+        return any(spec.has_word_errors for spec in self.outputs.values())
+
+    @property
     def layers(self) -> dict[str, tuple[int, int]]:
         """The layers that have maps, and their resolutions."""
         return {name: size for spec in self.outputs.values() for name, size in spec.layers.items()}
+
+    def num_forwards(self, explainer: Explainer, num_steps: int) -> int:
+        """Network evaluations of one latent that an explainer takes for so many steps of the job, at most."""
+        per_step = self.outputs[explainer.name].num_forwards
+        return explainer.num_forwards(num_steps) if per_step is None else per_step * num_steps
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,16 @@ class Plan:
         """What high values of each explainer's maps mean, by its name: empty if it is not registered."""
         return {explainer.name: hot(explainer) for explainer in self.explainers}
 
+    def check_result(self) -> None:
+        """Raise ValueError if two explainers would fill what a result holds once."""
+        for planned in self.jobs:
+            for what in ("layers", "tokens", "words"):
+                names = [name for name, spec in planned.outputs.items() if getattr(spec, what)]
+                if len(names) > 1:
+                    raise ValueError(
+                        f"{' and '.join(names)} both output {what}, and a result holds one set: run them apart"
+                    )
+
     def select(self, items: Sequence[int]) -> Plan:
         """Some of the jobs, as a plan of their own."""
         return Plan(tuple(self.jobs[item] for item in items), self.explainers)
@@ -74,8 +94,9 @@ class Plan:
     ) -> store.Plan:
         """What a file of the run will hold. Jobs must have equally many steps.
 
-        `weights` is `denoiser.fingerprint()`, if that is known already.
+        `weights` is `denoiser.fingerprint()`, if that is known already. Raises ValueError as `check_result`.
         """
+        self.check_result()
         first, settings = self.jobs[0], {one.name: describe(one) for one in self.explainers}
         weights = denoiser.fingerprint() if weights is None else weights
         return store.Plan(
@@ -98,6 +119,7 @@ class Plan:
                     settings[explainer.name],
                     spec.num_masks,
                     has_error=spec.has_error,
+                    has_word_error=spec.has_word_errors,
                     has_layers=bool(spec.layers),
                     label=self.labels[explainer.name],
                     form=self.forms[explainer.name],
@@ -117,24 +139,12 @@ class Plan:
 
 
 def plan(denoiser: Denoiser, jobs: Sequence[Job], explainers: Sequence[Explainer]) -> Plan:
-    """Work out what a run will produce; nothing is computed.
-
-    Raises ValueError for what the model or a prompt lacks, and if two explainers would fill what a result holds once.
-    """
+    """Work out what a run will produce; nothing is computed. Raises ValueError for what the model or a prompt lacks."""
     by_prompt: dict[str, Mapping[str, OutputSpec]] = {}
     for job in jobs:
         if job.prompt not in by_prompt:
-            by_prompt[job.prompt] = _outputs(denoiser, job, explainers)
+            by_prompt[job.prompt] = {explainer.name: explainer.output_spec(denoiser, job) for explainer in explainers}
     return Plan(tuple(PlannedJob(job, by_prompt[job.prompt]) for job in jobs), tuple(explainers))
-
-
-def _outputs(denoiser: Denoiser, job: Job, explainers: Sequence[Explainer]) -> dict[str, OutputSpec]:
-    outputs = {explainer.name: explainer.output_spec(denoiser, job) for explainer in explainers}
-    for what in ("layers", "tokens", "words"):
-        names = [name for name, spec in outputs.items() if getattr(spec, what)]
-        if len(names) > 1:
-            raise ValueError(f"{' and '.join(names)} both output {what}, and a result holds one set: run them apart")
-    return outputs
 
 
 def item_key(denoiser: Denoiser, weights: str, job: Job, settings: Mapping[str, Any]) -> str:

@@ -31,7 +31,11 @@ class Recorder:
         writer: store.Writer | None = None,
         items: Sequence[int] | None = None,
     ) -> None:
-        """`items` are the places of the jobs in the writer's plan, by default in order."""
+        """`items` are the places of the jobs in the writer's plan, by default in order.
+
+        Raises ValueError if two explainers would fill what a result holds once.
+        """
+        plan.check_result()
         places = range(len(plan)) if items is None else items
         self._items = [
             _ItemRecorder(denoiser, plan, item, previews, writer, place) for item, place in enumerate(places)
@@ -115,6 +119,7 @@ class _ItemRecorder:
             layers={layer: tensor(stored.cam[layer][step]) for layer in spec.layers},
             relevance=tensor(stored.relevance[:, step]) if spec.tokens and stored.relevance is not None else None,
             word_maps=tensor(stored.word_maps[:, step]) if spec.words and stored.word_maps is not None else None,
+            word_errors=tensor(stored.word_errors[:, step]) if spec.words and stored.word_errors is not None else None,
         )
 
     def take_trajectory(self, trajectory: Trajectory) -> None:
@@ -148,14 +153,13 @@ class _ItemRecorder:
         self._keep(step_map)
         if self._writer is None:
             return
-        names = ("saliency", "error", "scores", "relevance", "word_maps")
+        names = ("saliency", "error", "scores", "relevance", "word_maps", "word_errors")
         values = {name: value.numpy() for name in names if (value := getattr(step_map, name)) is not None}
         if step_map.layers:
             layers = {name: part.numpy() for name, part in step_map.layers.items()}
             self._writer.cam(self._item, step_map.step, layers)
-        self._writer.curves(
-            self._item, step_map.step, relevance=values.pop("relevance", None), word_maps=values.pop("word_maps", None)
-        )
+        curves = {name: values.pop(name, None) for name in ("relevance", "word_maps", "word_errors")}
+        self._writer.curves(self._item, step_map.step, **curves)
         # Last, since it marks the step as done.
         self._writer.step(self._item, step_map.method, step_map.step, **values)
 
@@ -174,6 +178,8 @@ class _ItemRecorder:
             result.relevance[:, step] = step_map.relevance.numpy()
         if step_map.word_maps is not None and result.word_maps is not None:
             result.word_maps[:, step] = step_map.word_maps.numpy()
+        if step_map.word_errors is not None and result.word_errors is not None:
+            result.word_errors[:, step] = step_map.word_errors.numpy()
 
     def finish(self, seconds: float) -> None:
         """Note that the item is complete."""
@@ -211,6 +217,7 @@ def _empty_result(denoiser: Denoiser, plan: Plan, item: int) -> Result:
         relevance=None if tokens is None else empty(len(tokens)).T,
         words=words,
         word_maps=empty(len(words), height, width).swapaxes(0, 1) if words else None,
+        word_errors=empty(len(words), height, width).swapaxes(0, 1) if words and planned.has_word_errors else None,
         settings={explainer.name: explainer for explainer in plan.explainers},
         labels=plan.labels,
         forms=plan.forms,

@@ -42,6 +42,7 @@ class Explanation:
     relevance: Any
     words: Any
     word_maps: Any
+    word_errors: Any
     labels: Mapping[str, str] = MappingProxyType({})
     forms: Mapping[str, str] = MappingProxyType({})
     hots: Mapping[str, str] = MappingProxyType({})
@@ -49,7 +50,7 @@ class Explanation:
     def heatmap(self, name: str, step: int, layer: str | None = None) -> Float[ndarray, "H W"]:
         """One step's map in [0, 1] at the image's size: min–max (Eq. 9), then bilinear.
 
-        `name` is a method, or a word that has attention maps (the mean over all its occurrences); `layer` is one of
+        `name` is a method, or a word that has maps (the mean over all its occurrences); `layer` is one of
         DF-CAM's layers, "combined" by default.
         Raises ValueError for an unknown map or step, or one that is not computed yet.
         """
@@ -157,7 +158,9 @@ class Result(Explanation):
     relevance: Float[ndarray, "tokens steps"] | None = None
     words: Sequence[str] = ()
     word_maps: Float[ndarray, "words steps h w"] | None = None
-    """cross-attention map of each word; one row per occurrence unless words were named"""
+    """the map of each word; one row per occurrence unless words were named"""
+    word_errors: Float[ndarray, "words steps h w"] | None = None
+    """standard error of these maps, for methods that estimate it; infinite where nothing was measured"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """each explainer, by method"""
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -100,6 +100,25 @@ def find_occurrences(prompt: str, concept: str) -> list[Span]:
             f"{concept!r} is not in the prompt {prompt!r}: expected one of its words ({words}) or a phrase of them"
         )
     return occurrences
+
+
+def remove(prompt: str, spans: Iterable[Span]) -> str:
+    """The prompt without some of its characters and the space before them; what they kept apart stays apart."""
+    for start, stop in sorted(spans, reverse=True):
+        before, after = prompt[:start], prompt[stop:]
+        if regex.match(r"$|\s|\p{P}", after):
+            before = before.rstrip()
+        ends = [*regex.findall(r"\X", before)[-1:], *regex.findall(r"\X", after)[:1]]
+        is_joined = len(ends) == 2 and all(_IS_LETTER.match(end) and not UNSPACED.match(end) for end in ends)
+        prompt = f"{before} {after}" if is_joined else before + after
+    return prompt.strip()
+
+
+def substitute(prompt: str, texts: Mapping[Span, str]) -> str:
+    """The prompt with other texts in place of some of its characters."""
+    for start, stop in sorted(texts, reverse=True):
+        prompt = prompt[:start] + texts[start, stop] + prompt[stop:]
+    return prompt
 
 
 def folded(text: str) -> str:

@@ -39,6 +39,7 @@ WORDS = {
     "HxW": ["", "x", "64", "64x", "x64", "0x64", "-1x64", "64x64x64", "6.5x64"],
     "N": ["", "0", "-1", "x", "1.5", "nan", HUGE],
     "I/N": ["", "1", "0/3", "4/3", "a/b", "1/0", "-1/2", "1/2/3"],
+    "WORD=WORD,…": ["", "x", "=x", "x=", "x=,", "x=y,,z"],
     "NAME=FILE.npy": ["", "x", "x=", "=a.npy", "x=a.txt", "x=missing.npy", "x={text}.npy", "x={words}.npy"],
     "choice": ["no-such", "", "None"],
 }
@@ -57,6 +58,8 @@ TEXTS: dict[str, list[str] | None] = {
     "similarity": ["no-such", ""],
     "score": ["no-such", ""],
     "estimator": ["no-such", ""],
+    "edit": ["no-such", ""],
+    "output": ["no-such", ""],
     "title": None,
     "words": None,
     "layers": None,
@@ -95,6 +98,7 @@ COMMANDS = {
     "evaluate recovery": [],
     "evaluate sanity": [],
     "evaluate truth": [],
+    "evaluate words": [],
     "profile": [],
     "layers": [],
 }
@@ -205,6 +209,7 @@ VALUES: dict[str, list[Any]] = {
     "bool": [2, "yes", "", NAN, [], object(), np.zeros(2, bool)],
     "str": [3, b"x", [], ["a"], NAN, True, object(), "no-such", "a\0b"],
     "texts": [3, [3], {}, b"x", object(), [], NAN, [None]],
+    "mapping": [3, "x", ["x"], {"a": 3}, {"a": []}, {"a": [3]}, {"a": [""]}, {3: ["a"]}, {"": ["a"]}, NAN, object()],
     "function": [3, "x", [], True],
     "size": [3, "64x64", (1,), (0, 64), (-1, 5), (1.5, 2), (NAN, 1), (1, 2, 3), [], True, (True, 5)],
     "path": [3, [], NAN, True, object(), b"x"],
@@ -265,6 +270,8 @@ def kind_of(name: str, annotation: Any) -> str:
     if name in KINDS:
         return KINDS[name]
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if "Mapping[str, " in str(annotation):
+        return "mapping"
     if "Sequence[str]" in str(annotation):
         return "texts"
     for kind in ("bool", "int", "float", "str"):
@@ -309,6 +316,7 @@ def python_cases() -> Iterator[tuple[str, str, Any, Any]]:
             for name, more in {
                 "games": {"num_steps": 2, "methods": ["random"], "distance": "mse"},
                 "truth": {"num_steps": 2, "methods": ["random"]},
+                "words": {"num_steps": 2, "methods": ["random"]},
                 "recovery": {"num_steps": 2, "methods": ["random"]},
                 "sanity": {"num_steps": 2, "methods": ["random"], "num_masks": None},
                 "concepts": {"num_steps": 2},

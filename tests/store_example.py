@@ -13,7 +13,7 @@ PLAN = store.Plan(
     ),
     methods=(
         store.Method("rise", {"keep_probability": 0.5, "kind": "gaussian"}, num_masks=7, has_error=True),
-        store.Method("random", {"seed": 3}),
+        store.Method("random", {"seed": 3}, has_word_error=True),
     ),
     num_steps=3,
     latent=(2, 5, 6),
@@ -101,6 +101,8 @@ def curves(plan: store.Plan, item: int, step: int) -> dict[str, np.ndarray]:
         "relevance": random.random(len(planned.tokens)).astype(np.float32),
         "word_maps": random.random((len(planned.words), *plan.latent[1:])).astype(np.float32),
     }
+    if any(method.has_word_error for method in plan.methods):
+        arrays["word_errors"] = random.random(arrays["word_maps"].shape).astype(np.float32)
     return {name: values for name, values in arrays.items() if len(values)}
 
 
@@ -124,7 +126,11 @@ def fill(writer: store.Writer) -> None:
                 writer.cam(item, at, cam(plan, item, at))
             values, stored = (
                 curves(plan, item, at),
-                {"relevance": writer.has_relevance, "word_maps": writer.has_word_maps},
+                {
+                    "relevance": writer.has_relevance,
+                    "word_maps": writer.has_word_maps,
+                    "word_errors": writer.has_word_maps,
+                },
             )
             writer.curves(item, at, **{name: values[name] for name in values if not stored[name](item, at)})
         writer.finish(item, 1.5 + item)
@@ -155,8 +161,12 @@ def check(run: store.Run) -> int:
         for name, marker in (("relevance", "relevance_done"), ("word_maps", "heat_done")):
             for at in np.flatnonzero(run.marks(marker)[index]).tolist():
                 marks += 1
-                expected = curves(plan, index, at)[name]
-                equal(getattr(item, name)[:, at], rounded(plan, expected) if name == "word_maps" else expected)
+                expected = curves(plan, index, at)
+                equal(
+                    getattr(item, name)[:, at], rounded(plan, expected[name]) if name == "word_maps" else expected[name]
+                )
+                if name == "word_maps" and "word_errors" in expected:
+                    equal(item.word_errors[:, at], rounded(plan, expected["word_errors"]))
     return marks
 
 

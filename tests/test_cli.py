@@ -336,7 +336,10 @@ def test_a_traceback_never_reaches_the_user() -> None:
         ([CAPTION, "-e", "cam", "--layer", "middle"], "no layer is called 'middle': shapes has 22, from down_"),
         ([CAPTION, "-e", "cam", "--target", "guided"], "target 'guided' is not possible with DF-CAM"),
         ([CAPTION, *QUICK, "--layer", "mid*"], "--layers is a setting of cam: add -e cam"),
-        ([CAPTION, "-e", "cam", "--word", "red"], "--words is a setting of attention: add -e attention"),
+        (
+            [CAPTION, "-e", "cam", "--word", "red"],
+            "--words is a setting of attention and counterfactual: add -e attention",
+        ),
         ([CAPTION, *QUICK, "-e", "cam"], "--num-masks is a setting of rise and xdiffusion-rise: add -e rise"),
         ([CAPTION, *QUICK, "--preset", "old"], "'--preset': 'old' is not one of"),
         (["a \udcff cat", *QUICK], "expected text without lone surrogates"),

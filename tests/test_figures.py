@@ -525,14 +525,14 @@ UNFINISHED = np.full((5, 2, 3), np.nan, np.float32)
         (r"step -6 is outside \[0, 4\]", lambda result: figures.attention(result, steps=[-6])),
         (r"step 5 is outside \[0, 4\]", lambda result: figures.relevance(result, steps=[5])),
         ("'dog' is not in the prompt", lambda result: figures.relevance(result, ["dog"])),
-        ("no attention map of 'dog': expected one of a, red, cat", lambda result: figures.attention(result, ["dog"])),
-        ("no attention map of 'rise'", lambda result: figures.attention(result, ["rise"])),
+        ("no map of the word 'dog': expected one of a, red, cat", lambda result: figures.attention(result, ["dog"])),
+        ("no map of the word 'rise'", lambda result: figures.attention(result, ["rise"])),
         (
             "the result has no relevance: explain with",
             lambda result: figures.relevance(dataclasses.replace(result, tokens=None)),
         ),
         (
-            "no attention maps of words: the prompt 'a red cat' has no words",
+            "no maps of words: the prompt 'a red cat' has no words",
             lambda result: figures.attention(dataclasses.replace(result, words=())),
         ),
         (

@@ -11,6 +11,7 @@ def test_mean_intervals_cover_the_mean_as_often_as_they_claim() -> None:
     intervals = [mean_interval(rng.exponential(size=40).tolist()) for _ in range(100)]
     assert 0.86 <= np.mean([one.low <= 1 <= one.high for one in intervals]) <= 1
     assert mean_interval([2.0, 2.0, float("nan")]) == Interval(2, 2, 2, 2)
+    assert mean_interval([1.0] * 20 + [1 - 2e-16]).band == pytest.approx((1, 1, 1)), "equal but for rounding"
     assert mean_interval([]).count == 0
     assert np.isnan(mean_interval([float("nan")]).mean)
 

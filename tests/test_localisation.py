@@ -191,6 +191,19 @@ def test_attention_is_measured_with_the_map_of_the_targets_noun(prompt: str) -> 
     assert [swapped.steps["attention"][target]["pointing"][0].mean for target in TARGETS] == [0, 0, 1]
 
 
+def test_a_target_with_a_map_of_its_phrase_is_measured_with_that() -> None:
+    """ "circle" and "square" are mapped too, and would be found elsewhere."""
+    subject, other = np.zeros((2, 4), dtype=bool), np.zeros((2, 4), dtype=bool)
+    subject.flat[1] = other.flat[5] = True
+    names, peaks = ["circle", "Red Circle", "square", "blue square"], [0, 1, 2, 5]
+    words = np.eye(8)[peaks].reshape(-1, 2, 4)
+    areas = {"subject": subject, "object": other, "both": subject | other}
+    events = step_events({"attention": [[words[0]]]}, [[words]])
+    localisation = measure_localisation(events, lambda *_: areas, [PAIR], [7], lambda *_: names, "made up")
+    for target in TARGETS:
+        assert localisation.steps["attention"][target]["pointing"][0].mean == 1, target
+
+
 def test_attention_to_a_single_shape_is_measured_with_its_noun() -> None:
     words = np.eye(8)[: len(SINGLE.split())].reshape(-1, 2, 4)
     mask = words[2] > 0

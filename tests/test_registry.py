@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import pytest
 
 import dfengine
-from dfengine import Attention, Cam, Lime, Random, Relevance, Rise, XDiffusionCam, XDiffusionLime, XDiffusionRise
+from dfengine import (
+    Attention,
+    Cam,
+    Counterfactual,
+    Lime,
+    Random,
+    Relevance,
+    Rise,
+    XDiffusionCam,
+    XDiffusionLime,
+    XDiffusionRise,
+)
 from dfengine.diffusion.denoiser import Denoiser
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain import (
@@ -32,6 +43,7 @@ def test_every_explainer_is_registered_with_its_label_and_form() -> None:
         "cam": (Cam, "layers"),
         "relevance": (Relevance, "tokens"),
         "attention": (Attention, "words"),
+        "counterfactual": (Counterfactual, "words"),
         "lime": (Lime, "saliency"),
         "random": (Random, "saliency"),
         "xdiffusion-rise": (XDiffusionRise, "saliency"),
@@ -53,6 +65,9 @@ def test_options_are_the_fields_of_the_dataclass() -> None:
     assert (layers.type, layers.default, layers.is_repeated) == (str, ("*",), True)
     assert (words.type, words.default, words.is_repeated) == (str, None, True)
     assert [option.type for option in entries()["relevance"].options] == [bool, bool, float]
+    replace = {option.name: option for option in entries()["counterfactual"].options}["replace"]
+    assert (replace.type, replace.default, replace.is_repeated, replace.is_mapping) == (str, None, True, True)
+    assert not any(option.is_mapping for option in (layers, words))
 
 
 @pytest.mark.parametrize(
@@ -122,8 +137,8 @@ def test_every_explainer_says_in_a_line_what_is_hot(entry) -> None:
         ),
         (
             Rise(score="global", estimator="contrast", similarity=lambda a, b: a),
-            "the whole predicted clean latent stays more similar (a function of the caller's) with this place kept than "
-            "with it hidden.",
+            "the whole predicted clean latent stays more similar (a function of the caller's) with this place kept "
+            "than with it hidden.",
         ),
         (
             Rise(score="global", estimator="coverage", output="epsilon"),

@@ -268,7 +268,7 @@ def test_plot_draws_the_figure_of_the_form(options, draw) -> None:
         ({"method": "lime"}, "there is no map 'lime': expected one of rise, cam"),
         ({"method": "rise", "words": ["c"]}, "the figure of 'rise' takes no words: layers are for"),
         ({"layers": ["mid"], "words": ["c"]}, "the figure of 'rise' takes no layers or words"),
-        ({"words": ["d"]}, "no attention map of 'd'"),
+        ({"words": ["d"]}, "no map of the word 'd'"),
         ({"steps": [3]}, "step 3 is outside"),
     ],
 )

@@ -309,6 +309,7 @@ def test_only_errors_cam_and_heat_maps_are_rounded(tmp_path):
         "entry/cam/5x6/saliency",
         "entry/cam/3x3/saliency",
         "entry/curves/heat",
+        "entry/curves/heat_error",
     }
 
 

@@ -202,20 +202,20 @@ def test_prompts_without_concepts_are_measured_word_by_word(engine: Engine) -> N
 @pytest.mark.slow
 def test_truth_of_generated_and_rendered_images(engine: Engine) -> None:
     reports = Reports()
-    study = studies.truth(
-        engine, TWO, ("random", "lime", "attention"), num_steps=3, num_masks=4, num_samples=5, on_progress=reports
-    )
+    study = studies.truth(engine, TWO, ("random", "counterfactual", "attention"), num_steps=3, on_progress=reports)
     sources = ("generated images", "rendered scenes")
     assert_counted(reports, *((f"explaining {source}", 2 * (3 * 3 + 2)) for source in sources))
     assert tuple(summary.source for summary in study.summaries) == sources
     for summary in study.summaries:
-        assert list(summary.steps) == list(summary.overall) == ["random", "lime", "attention"]
+        assert list(summary.steps) == list(summary.overall) == ["random", "counterfactual", "attention"]
         assert summary.num_images + summary.num_excluded == 2
         for by_target in summary.steps.values():
             assert list(by_target) == list(TARGETS)
             assert all(list(by_score) == list(SCORES) for by_score in by_target.values())
             assert all(0 <= one.mean <= 1 for one in by_target["subject"]["auroc"])
     assert (study.summaries[1].num_images, study.summaries[1].num_excluded) == (2, 0)
+    found = study.summaries[1].overall["counterfactual"]
+    assert min(found["subject"]["auroc"].mean, found["object"]["auroc"].mean) > 0.9
     assert len(study.figures()["truth"].axes) == 6
     with pytest.raises(ValueError, match="in the embedded world alone"):
         studies.truth(engine, ["a cat"])
@@ -292,6 +292,7 @@ def test_games_on_the_command_line(run: Callable[..., tuple[int, str, str]], tmp
         (["concepts"], ["uniform", "early", "latter"]),
         (["truth", "--method", "random"], ["random"]),
         (["recovery", "--masks", "4"], ["rise", "cam"]),
+        (["words", "--method", "attention"], ["standard", "attention"]),
     ],
 )
 def test_other_studies_on_the_command_line(

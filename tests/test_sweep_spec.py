@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dfengine import Attention, Cam, Engine, Lime, Random, Relevance, Rise
+from dfengine import Attention, Cam, Counterfactual, Engine, Lime, Random, Relevance, Rise
 from dfengine.explain import XDiffusionCam, XDiffusionLime, XDiffusionRise
 from dfengine.sweep.spec import ModelSpec, Schedule, SharedSettings, Sweep, read
 
@@ -124,6 +124,10 @@ def test_only_prompts_and_explainers_are_required(read_lines):
         ("explainers: [{cam: {layers: mid*}}]", (Cam(layers=("mid*",)),)),
         ("explainers: [{attention: {words: cat}}]", (Attention(words=("cat",)),)),
         ("explainers: [{attention: {words: [cat]}}]", (Attention(words=("cat",)),)),
+        (
+            "explainers: [{counterfactual: {edit: replace, replace: {cat: [dog, cow], a: the}}}]",
+            (Counterfactual(edit="replace", replace={"cat": ("dog", "cow"), "a": ("the",)}),),
+        ),
         (
             "explainers: [xdiffusion-rise, xdiffusion-cam, xdiffusion-lime]",
             (XDiffusionRise(), XDiffusionCam(), XDiffusionLime()),
@@ -489,6 +493,7 @@ EXPLAINERS = (
     Cam(layers=("up*", "mid*"), target="unconditional", loss_scale=2, name="c"),
     Relevance(self_attention=False, name="v"),
     Attention(words=("red", "blue square"), name="a"),
+    Counterfactual(words=("red",), replace={"red": ("blue", "green")}, output="x0", name="w"),
     Lime(9, kernel_size=3, name="l"),
     Random(name="n"),
     XDiffusionRise(7, "cosine"),

@@ -1,4 +1,4 @@
-"""`dfengine evaluate games|truth|sanity|concepts|recovery`."""
+"""`dfengine evaluate games|truth|words|sanity|concepts|recovery`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from dfengine.cli.request import MOST_PROMPTS, Request, with_request
 if TYPE_CHECKING:
     import numpy as np
 
+    from dfengine.prompts import Prompt
     from dfengine.studies.base import OnProgress
 
 Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="random, lime, rise, cam, relevance, attention, rise-global, rise-grid, rise-frechet, rise-cosine, "
-        "rise-contrast, rise-luminance, rise-contrast_structure, rise-ssim; repeat for several",
+        help="random, lime, rise, cam, relevance, attention, counterfactual, rise-global, rise-grid, rise-frechet, "
+        "rise-cosine, rise-contrast, rise-luminance, rise-contrast_structure, rise-ssim; repeat for several",
     ),
 ]
 NumMasks = Annotated[
@@ -41,7 +42,7 @@ def build_evaluate() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         rich_markup_mode="rich",
     )
-    for verb in (games, truth, sanity, concepts, recovery):
+    for verb in (games, truth, words, sanity, concepts, recovery):
         app.command(verb.__name__)(with_request(verb))
     return app
 
@@ -122,6 +123,21 @@ def truth(
     _run(request, studies.truth, methods=method, num_masks=num_masks, num_samples=num_samples, num_steps=num_steps)
 
 
+def words(
+    request: Request,
+    method: Methods = None,
+    num_steps: options.NumSteps = 30,
+    num_masks: NumMasks = None,
+    num_samples: NumSamples = None,
+) -> None:
+    """Whether maps find what a word changes (counterfactual maps); on any model that takes prompts."""
+    from dfengine import evaluate, studies
+
+    prompts = request.given or evaluate.embedded_prompts(request.limit or MOST_PROMPTS, request.seed)
+    settings = {"methods": method, "num_masks": num_masks, "num_samples": num_samples, "num_steps": num_steps}
+    _run(request, studies.words, prompts, **settings)
+
+
 def recovery(
     request: Request,
     method: Methods = None,
@@ -181,14 +197,16 @@ def concepts(
     request.finish(study)
 
 
-def _run(request: Request, study_of: Callable[..., Any], **settings: Any) -> Any:
-    """Run a study of plain prompts with the settings that were given, and print it."""
+def _run(
+    request: Request, study_of: Callable[..., Any], prompts: Sequence[Prompt] | None = None, **settings: Any
+) -> Any:
+    """Run a study of prompts, by default plain ones, with the settings that were given, and print it."""
     names = settings["methods"] or inspect.signature(study_of).parameters["methods"].default
     _check_methods(request, names, num_masks=settings["num_masks"], num_samples=settings.get("num_samples"))
-    texts, engine = request.texts(), request.engine()
+    given, engine = prompts or request.texts(), request.engine()
     with _progress(request) as on_progress:
         study = study_of(
-            engine, texts, preset=request.preset, seed=request.seed, on_progress=on_progress, **_given(**settings)
+            engine, given, preset=request.preset, seed=request.seed, on_progress=on_progress, **_given(**settings)
         )
     request.finish(study)
     return study

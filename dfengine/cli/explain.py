@@ -22,7 +22,11 @@ def explain(
     out: Annotated[Path, options.path_option("-o", "--out", "--output", help="HDF5 file to write")],
     explainer: Annotated[
         list[str] | None,
-        typer.Option("-e", "--explainer", help="rise, cam, relevance, attention, lime, random …; repeat for several"),
+        typer.Option(
+            "-e",
+            "--explainer",
+            help="rise, cam, relevance, attention, counterfactual, lime, random …; repeat for several",
+        ),
     ] = None,
     preset: options.Preset = "default",
     num_steps: options.NumSteps = 30,

@@ -28,7 +28,9 @@ def with_settings(verb: Callable[..., None], entries: Mapping[str, Entry]) -> Ca
     @functools.wraps(verb)
     def command(**values: Any) -> None:
         given = {name: values.pop(name) for name in declared}
-        verb(**values, settings={name: value for name, value in given.items() if value not in (None, [])})
+        settings = {name: value for name, value in given.items() if value not in (None, [])}
+        mappings = {name: _mapping(value) for name, value in settings.items() if declared[name].is_mapping}
+        verb(**values, settings=settings | mappings)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     command.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -61,8 +63,10 @@ def _parameter(option: Option, entries: Mapping[str, Entry]) -> inspect.Paramete
     defaults = {next(one.default for one in entry.options if one.name == option.name) for entry in owners}
     plain = [entry for entry in owners if not _is_preset(entry)] or owners
     kind: Any = list[option.type] if option.is_repeated else option.type  # type: ignore[name-defined]
+    kind = list[Any] if option.is_mapping else kind
     whole = functools.partial(options.integer, high=2**63 - 1)  # the explainers know their limits
     by_type: dict[type, Callable[..., Any]] = {int: whole, float: options.real}
+    declare = _pairs if option.is_mapping else by_type.get(option.type, _plain)
     default = next(iter(defaults)) if len(defaults) == 1 else None
     default = " ".join(map(str, default)) if isinstance(default, tuple) else default
     help = option.help + ("; repeat for several" if option.is_repeated else "")
@@ -72,7 +76,7 @@ def _parameter(option: Option, entries: Mapping[str, Entry]) -> inspect.Paramete
         default=None,
         annotation=Annotated[
             kind | None,
-            by_type.get(option.type, _plain)(
+            declare(
                 *_flags(option),
                 help=help if default is None else f"{help} (default: {default})",
                 panel=f"Settings of {', '.join(entry.label for entry in plain)}",
@@ -85,13 +89,34 @@ def _plain(*flags: str, help: str, panel: str) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel=panel)
 
 
+def _pairs(*flags: str, help: str, panel: str) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=panel, parser=_pair, metavar="WORD=WORD,…")
+
+
+def _pair(text: str) -> tuple[str, list[str]]:
+    """A text and others, from A=B,C."""
+    word, _, rest = text.partition("=")
+    others = [one.strip() for one in rest.split(",")]
+    if not word.strip() or not all(others):
+        raise typer.BadParameter(f"{text!r} is not understood: expected a word and others, as in circle=star,ring")
+    return word.strip(), others
+
+
+def _mapping(pairs: Sequence[tuple[str, list[str]]]) -> dict[str, list[str]]:
+    """The others of each text; what is given again adds to them."""
+    mapping: dict[str, list[str]] = {}
+    for word, others in pairs:
+        mapping.setdefault(word, []).extend(others)
+    return mapping
+
+
 def _is_preset(entry: Entry) -> bool:
     """Whether it is what the preset xdiffusion makes of another explainer."""
     return entry.name.startswith("xdiffusion-")
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--explained-output" if name == "output" else "--" + name.replace("_", "-")  # --output names the file
 
 
 def _flags(option: Option) -> list[str]:

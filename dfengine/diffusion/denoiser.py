@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, RLock
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -86,6 +87,8 @@ class Denoiser(ABC):
     """whether `compile` has been called; shapes it was not compiled for run uncompiled"""
     features: Features | None = None
     """image features for comparisons of decoded images, if the model comes with them"""
+    alternatives: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """for a word or phrase of prompts others of the same kind, the first ones first, where the model comes with them"""
 
     def condition(self, jobs: Sequence[Job], *, negative: bool = False) -> Condition:
         """What the network is told about each job, or about its negative (the unconditional half of guidance).

@@ -57,6 +57,7 @@ def _arrays(result: Explanation) -> Iterator[tuple[str, Any]]:
         ("images/preview", result.previews),
         ("curves/relevance", result.relevance),
         ("curves/heat", result.word_maps),
+        ("curves/heat_error", result.word_errors),
     ):
         if values is not None:
             yield path, values

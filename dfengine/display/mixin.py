@@ -35,7 +35,8 @@ class DisplayMixin(Explanation):
         """The figure of a method's maps in the form that suits them, as `dfengine.figures.draw`; notebooks display it.
 
         Without `method`, the first one whose figure takes the given rows: `layers` of DF-CAM, `concepts` of relevance,
-        `words` of attention. Raises ValueError for what the result does not have or has not finished.
+        `words` of attention and counterfactual. Raises ValueError for what the result does not have or has not
+        finished.
         """
         from dfengine.figures.forms import draw, form_of
 
@@ -46,7 +47,7 @@ class DisplayMixin(Explanation):
         if rows and chosen not in fitting:
             raise ValueError(
                 f"the figure of {chosen!r} takes no {' or '.join(sorted(rows))}: layers are for methods with maps by "
-                "layer, concepts for relevance, words for attention"
+                "layer, concepts for relevance, words for attention and counterfactual"
             )
         return draw(self, chosen, steps, next(iter(rows.values()), None))
 

@@ -20,11 +20,13 @@ from dfengine.evaluate.prompts import captions, check_has_truth, embedded_prompt
 from dfengine.evaluate.recovery import Recovery, measure_recovery
 from dfengine.evaluate.sanity import Sanity, run_sanity_checks
 from dfengine.evaluate.truth import ConceptJudge
+from dfengine.evaluate.words import STANDARD, WordAgreement, measure_words, with_phrases
 
 __all__ = [
     "DISTANCES",
     "GAMES",
     "MIN_SET_SIZE",
+    "STANDARD",
     "TABLES",
     "VARIATIONS",
     "ConceptJudge",
@@ -42,6 +44,7 @@ __all__ = [
     "Recovery",
     "Sanity",
     "Scene",
+    "WordAgreement",
     "captions",
     "check_distance",
     "check_has_truth",
@@ -52,6 +55,7 @@ __all__ = [
     "measure_concepts",
     "measure_localisation",
     "measure_recovery",
+    "measure_words",
     "min_max",
     "play_games",
     "resolve_features",
@@ -60,4 +64,5 @@ __all__ = [
     "summarise_concepts",
     "summarise_games",
     "with_concepts",
+    "with_phrases",
 ]

@@ -13,6 +13,8 @@ NUM_RESAMPLES = 2000
 #: With fewer items the bootstrap's intervals are too narrow (of 2 items they miss half of the means), and Student's t
 #: takes its place.
 MIN_BOOTSTRAP_ITEMS = 12
+#: Values that differ by less than this share of the largest are equal: the bootstrap of rounding errors has no bounds.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ def mean_interval(values: Sequence[float], limits: tuple[float, float] = (-np.in
     """The mean of the finite values with its interval, NaN if no value is finite.
 
     The bootstrap's, bias-corrected (BCa), or Student's t of fewer than `MIN_BOOTSTRAP_ITEMS` values, within the limits.
-    The interval of a single value, or of equal values, has no width.
+    The interval of a single value, or of values that are equal up to rounding, has no width.
     """
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if not len(finite):
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     mean = float(finite.mean())
-    if np.ptp(finite) == 0:
+    if np.ptp(finite) <= _ROUNDING * np.abs(finite).max():
         return Interval(mean, mean, mean, len(finite))
     if len(finite) < MIN_BOOTSTRAP_ITEMS:
         interval = stats.t.interval(0.95, len(finite) - 1, loc=mean, scale=stats.sem(finite))

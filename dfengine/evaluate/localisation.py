@@ -86,8 +86,9 @@ def measure_localisation(
 ) -> Localisation:
     """Score the maps of an engine's stream of events; items have equally many steps.
 
-    `areas_of` returns the true areas of an item and its image, or None to exclude it. Attention is scored by the map of
-    the target's own noun; `words_of` lists the words that a method has maps of, for an item.
+    `areas_of` returns the true areas of an item and its image, or None to exclude it. Methods with maps of words are
+    scored by that of the target's phrase ("red circle"), or of its noun alone; `words_of` lists the words that a method
+    has maps of, for an item.
     Raises ValueError if every image is excluded.
     """
     areas: dict[int, Areas | None] = {}
@@ -160,9 +161,11 @@ def _maps_by_target(
     if step_map.word_maps is None:
         return maps
     words = [word.casefold() for word in words_of(step_map.method, step_map.item)]
-    rows = {"subject": words.index(caption.subject[1])}
+    phrases = caption.concepts
+    rows = {"subject": words.index(phrases["subject"] if phrases["subject"] in words else caption.subject[1])}
     if caption.object is not None:
-        rows["object"] = len(words) - 1 - words[::-1].index(caption.object[1])
+        own = phrases["object"] if phrases["object"] in words else caption.object[1]
+        rows["object"] = len(words) - 1 - words[::-1].index(own)
     word_maps = step_map.word_maps.numpy()
     by_noun = {target: word_maps[row] for target, row in rows.items()}
     return maps | by_noun | {"both": word_maps[list(rows.values())].mean(0)}

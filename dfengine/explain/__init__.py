@@ -3,6 +3,7 @@
 from dfengine.explain.attention import Attention
 from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
 from dfengine.explain.cam import Cam
+from dfengine.explain.counterfactual import Counterfactual
 from dfengine.explain.lime import Lime
 from dfengine.explain.random import Random
 from dfengine.explain.registry import describe, entries, entry_of, hot, is_serializable, make, rebuild, register
@@ -14,6 +15,7 @@ from dfengine.explain.xdiffusion import XDiffusionCam, XDiffusionLime, XDiffusio
 __all__ = [
     "Attention",
     "Cam",
+    "Counterfactual",
     "Explainer",
     "Lime",
     "OutputSpec",

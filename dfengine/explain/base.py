@@ -51,6 +51,8 @@ class StepMap:
     """each token's relevance"""
     word_maps: Float[Tensor, "words h w"] | None = None
     """each word's map"""
+    word_errors: Float[Tensor, "words h w"] | None = None
+    """standard error of each word's map, infinite where nothing was measured"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class OutputSpec:
     """the tokens that `relevance` has a value for"""
     words: Sequence[str] = ()
     """the words that `word_maps` has a map for"""
+    has_word_errors: bool = False
+    """whether the words' maps have errors; the same for every job of a run"""
+    num_forwards: int | None = None
+    """network evaluations a step, if the prompt decides how many; None where `Explainer.num_forwards` says it"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,13 @@ def _hints(explainer: type[Explainer]) -> dict[str, Any]:
     return {one.name: hints[one.name] for one in dataclasses.fields(explainer) if one.init}
 
 
+class FrozenMapping(dict[str, tuple[str, ...]]):
+    """A mapping among the settings, hashable like all of them; to JSON it is a plain object."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none, since it may change
+        return hash(frozenset(self.items()))
+
+
 _CHECKS: dict[Any, Callable[[str, Any], Any]] = {
     int: checks.whole_number,
     float: checks.finite_number,
@@ -121,11 +134,15 @@ _CHECKS: dict[Any, Callable[[str, Any], Any]] = {
     str: checks.text,
     Sequence[int]: checks.whole_numbers,
     Sequence[str]: checks.texts,
+    Mapping[str, Sequence[str]]: lambda name, value: FrozenMapping(checks.texts_by_text(name, value)),
 }
 
 
 def _plain(name: str, value: Any, hint: Any) -> Any:
-    """A setting as a plain value of its type, a sequence as a tuple. Raises ValueError for a value of another type."""
+    """A setting as a plain value of its type, a sequence as a tuple, a mapping as a hashable one.
+
+    Raises ValueError for a value of another type.
+    """
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = list(typing.get_args(hint)) if is_union else [hint]
     if value is None and type(None) in kinds:

@@ -42,6 +42,8 @@ class Option:
     help: str
     is_repeated: bool = False
     """whether it takes several values"""
+    is_mapping: bool = False
+    """whether each of these is a text with one or several others"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +211,7 @@ def rebuild(description: Mapping[str, Any]) -> Explainer:
     if unknown := set(settings) - {one.name for one in dataclasses.fields(entry.explainer)}:
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))} here: read the file with a newer dfengine")
     values = {
-        key: MissingCallable(value["function"]) if isinstance(value, dict) and set(value) == {"function"} else value
-        for key, value in settings.items()
+        key: MissingCallable(value["function"]) if _is_function(value) else value for key, value in settings.items()
     }
     try:
         return entry.explainer(**values)
@@ -227,6 +228,11 @@ def _settings(explainer: Explainer) -> dict[str, Any]:
     return {one.name: getattr(explainer, one.name) for one in dataclasses.fields(explainer)}
 
 
+def _is_function(value: Any) -> bool:
+    """Whether `describe` wrote a function's name. A setting that is a mapping has lists of texts."""
+    return isinstance(value, dict) and set(value) == {"function"} and isinstance(value["function"], str)
+
+
 def _qualified_name(function: Any) -> str:
     if isinstance(function, MissingCallable):
         return function.name
@@ -235,12 +241,16 @@ def _qualified_name(function: Any) -> str:
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
-    """A field as an option: the first plain type of its annotation, repeated where that is a sequence of it."""
+    """A field as an option: the first plain type of its annotation, repeated where that is a sequence or mapping."""
     alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for alternative in alternatives:
         arguments = typing.get_args(alternative)
         is_repeated = bool(arguments) and arguments[0] in (int, str)
+        is_mapping = typing.get_origin(alternative) is Mapping
         plain = arguments[0] if is_repeated else alternative
         if plain in (int, float, bool, str):
-            return Option(field.name, plain, field.default, field.metadata.get("help", ""), is_repeated)
-    raise TypeError(f"the setting {field.name!r} is {hint}: expected int, float, bool, str or a sequence of str")
+            return Option(field.name, plain, field.default, field.metadata.get("help", ""), is_repeated, is_mapping)
+    raise TypeError(
+        f"the setting {field.name!r} is {hint}: expected int, float, bool, str, a sequence of str or a mapping to such "
+        "sequences"
+    )

@@ -194,15 +194,16 @@ def relevance(result: Explanation, concepts: Sequence[str] | None = None, steps:
 
 
 def attention(result: Explanation, words: Sequence[str] | None = None, steps: Sequence[int] | None = None) -> Figure:
-    """For each step the predicted x0, and each word's cross-attention over it.
+    """For each step the predicted x0, and each word's map over it: its cross-attention, or what it changes.
 
-    `words` are by default all but stop words, at most the six with the most attention at these steps. Raises ValueError
+    `words` are by default all but stop words, at most the six with the highest maps at these steps. Raises ValueError
     for a word or step that the result does not have or has not finished.
     """
     methods = [method for method in result.maps if result.form(method) == "words"]
     if not result.words:
-        reason = f"the prompt {result.prompt!r} has no words" if methods else "explain with Attention()"
-        raise ValueError(f"the result has no attention maps of words: {reason}")
+        remedy = "explain with Counterfactual() or Attention()"
+        reason = f"the prompt {result.prompt!r} has no words" if methods else remedy
+        raise ValueError(f"the result has no maps of words: {reason}")
     steps = _table_steps(result, steps, _finished_words(result))
     names = content_words(result.words) if words is None else [words] if isinstance(words, str) else words
     maps = {name: [_word_map(result, name, step) for step in steps] for name in names}
@@ -274,7 +275,7 @@ def _word_map(result: Explanation, word: str, step: int) -> Float[ndarray, "h w"
     rows = [row for row, one in enumerate(result.words) if folded(one) == folded(word)]
     if not rows:
         known = ", ".join(dict.fromkeys(result.words)) or "none"
-        raise ValueError(f"there is no attention map of {word!r}: expected one of {known}")
+        raise ValueError(f"there is no map of the word {word!r}: expected one of {known}")
     saliency = np.asarray(result.word_maps)[rows, step].mean(0)
     if np.isnan(saliency).all():
         raise ValueError(f"step {step} of {word!r} is not computed yet")

@@ -146,7 +146,10 @@ def _word_variants(item: Explanation, words: Sequence[str], blob: Blob) -> Itera
         # `Explanation.heatmap` averages repeated words and prefers methods: such maps are addressed by their row.
         is_unique = keys.count(key) == 1 and word not in item.maps
         maps = blob.rounded(np.asarray(item.word_maps[row]))
-        yield {"name": name, "label": name, **maps, **({} if is_unique else {"row": row})}
+        more: dict[str, Any] = {} if is_unique else {"row": row}
+        if item.word_errors is not None:
+            more["error"] = blob.rounded(np.asarray(item.word_errors[row]))
+        yield {"name": name, "label": name, **maps, **more}
 
 
 def _lines(item: Explanation) -> list[dict[str, Any]]:

@@ -101,6 +101,12 @@ def vocabulary() -> list[str]:
     return sorted(words.union(*(relation.split() for relation in RELATIONS)))
 
 
+def alternatives() -> dict[str, tuple[str, ...]]:
+    """For every colour, kind, relation and background the others, in their order from it on."""
+    groups = (KINDS, tuple(COLOURS), tuple(BACKGROUNDS), RELATIONS, ("left", "right"))
+    return {one: group[at + 1 :] + group[:at] for group in groups for at, one in enumerate(group)}
+
+
 @dataclass(frozen=True)
 class Scenes:
     """n scenes as index tensors; slot 0 is the subject, slot 1 the object (absent if the relation is −1)."""

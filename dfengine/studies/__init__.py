@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 3 with their figures, ground truth, sanity and recovery: a function each, returning a study.
+"""The paper's Tables 1 to 3 with their figures, ground truth, words, sanity and recovery: a function each, for a study.
 
     study = studies.games(engine, evaluate.captions(50), table=1)
     print(study.table())
@@ -14,9 +14,11 @@ from dfengine.studies.checks import (
     RecoveryStudy,
     SanityStudy,
     TruthStudy,
+    WordsStudy,
     recovery,
     sanity,
     truth,
+    words,
 )
 from dfengine.studies.faithfulness import GamesStudy, games
 from dfengine.studies.relevance import SCHEDULES, ConceptsStudy, concepts
@@ -29,9 +31,11 @@ __all__ = [
     "SanityStudy",
     "Study",
     "TruthStudy",
+    "WordsStudy",
     "concepts",
     "games",
     "recovery",
     "sanity",
     "truth",
+    "words",
 ]

@@ -1,4 +1,4 @@
-"""Ground truth, recovery and sanity: can maps be trusted, and does the paper's first claim hold?"""
+"""Ground truth, words, recovery and sanity: can maps be trusted, and does the paper's first claim hold?"""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dfengine import evaluate
 from dfengine import figures as drawing
 from dfengine.diffusion.job import Job
 from dfengine.engine import Engine
-from dfengine.explain import Explainer
+from dfengine.explain import Counterfactual, Explainer
 from dfengine.figures import Figure
 from dfengine.prompts import Prompt
 from dfengine.shapes.world import Caption
 from dfengine.studies.base import Method, OnProgress, Study, check_request, make_jobs, no_progress, stream, texts_of
 
-TRUTH_METHODS = ("random", "lime", "rise", "cam", "relevance", "attention")
+TRUTH_METHODS = ("random", "lime", "rise", "cam", "relevance", "attention", "counterfactual")
+WORDS_METHODS = ("random", "lime", "rise", "cam", "relevance", "attention")
 RECOVERY_METHODS = ("rise", "cam")
 SANITY_METHODS = ("rise", "cam", "relevance", "attention")
 #: Masks of DF-RISE a step, and denoising steps, of the sanity checks.
@@ -65,7 +66,8 @@ def truth(
 ) -> TruthStudy:
     """Do maps lie on the subject and the object, in images of the prompts and in as many noised, rendered scenes?
 
-    Raises ValueError, before anything is computed, unless the prompts are captions of the embedded world.
+    Counterfactual maps are those of the phrases for both, unless an explainer names its words. Raises ValueError,
+    before anything is computed, unless the prompts are captions of the embedded world.
     """
     given = {"preset": preset, "num_masks": num_masks, "num_samples": num_samples}
     explainers, texts = _prepare(
@@ -74,15 +76,17 @@ def truth(
     evaluate.check_has_truth(engine.denoiser.image_shape, texts)
     captions, judge = [Caption.parse(text) for text in texts], evaluate.ConceptJudge()
     scenes = evaluate.scenes(len(texts), seed)
-    by_name = {one.name: one for one in explainers}
+    phrases = {text: _shapes_of(Caption.parse(text)) for text in [*texts, *(scene.prompt for scene in scenes)]}
+    explainers = evaluate.with_phrases(explainers, phrases)
 
     def locate(source: str, jobs: Sequence[Job], areas_of: Callable[[int, Any], Any]) -> evaluate.Localisation:
+        planned = engine.plan(jobs, explainers).jobs
         return evaluate.measure_localisation(
             stream(engine, jobs, explainers, f"explaining {source}", on_progress),
             areas_of,
             [job.prompt for job in jobs],
             jobs[0].timesteps,
-            lambda method, item: by_name[method].output_spec(engine.denoiser, jobs[item]).words,
+            lambda method, item: planned[item].outputs[method].words,
             source,
         )
 
@@ -92,6 +96,62 @@ def truth(
         [
             locate("generated images", generated, lambda item, image: judge.areas(image, captions[item])),
             locate("rendered scenes", rendered, lambda item, _: scenes[item].areas),
+        ]
+    )
+
+
+def _shapes_of(caption: Caption) -> tuple[str, ...]:
+    return tuple(phrase for role, phrase in caption.concepts.items() if role in ("subject", "object"))
+
+
+@dataclass(frozen=True)
+class WordsStudy(Study):
+    """Maps against counterfactual maps: one `WordAgreement`."""
+
+    def figures(self) -> dict[str, Figure]:
+        """ "words": each score of each method at each step."""
+        (summary,) = self.summaries
+        bands = {m: {name: [one.band for one in v] for name, v in by.items()} for m, by in summary.steps.items()}
+        return {"words": drawing.recovery(bands, summary.timesteps)}
+
+
+def words(
+    engine: Engine,
+    prompts: Sequence[str | Prompt],
+    methods: Sequence[Method] = WORDS_METHODS,
+    *,
+    preset: str = "default",
+    num_masks: int | None = None,
+    num_samples: int | None = None,
+    num_steps: int = 30,
+    seed: int = 0,
+    on_progress: OnProgress = no_progress,
+) -> WordsStudy:
+    """Do maps find what a word changes, and keep away from what another one does?
+
+    The standard are the counterfactual maps of the prompts' concepts, their words by default. Image i is generated with
+    seed + i. Raises ValueError, before anything is computed, for input that is not possible.
+    """
+    given = {"preset": preset, "num_masks": num_masks, "num_samples": num_samples}
+    explainers, texts = _prepare(
+        engine, prompts, methods, given, num_steps=num_steps, seed=seed, on_progress=on_progress
+    )
+    named = evaluate.with_concepts([one if isinstance(one, Prompt) else Prompt(one) for one in prompts])
+    phrases: dict[str, list[str]] = {}
+    for one in named:
+        phrases.setdefault(one.text, []).extend(one.concepts.values())
+    explainers = evaluate.with_phrases([Counterfactual(name=evaluate.STANDARD), *explainers], phrases)
+    jobs = make_jobs(engine, texts, seed, num_steps)
+    planned = engine.plan(jobs, explainers).jobs
+    return WordsStudy(
+        [
+            evaluate.measure_words(
+                stream(engine, jobs, explainers, "explaining", on_progress),
+                [one.concepts for one in named],
+                texts,
+                jobs[0].timesteps,
+                lambda method, item: planned[item].outputs[method].words,
+            )
         ]
     )
 

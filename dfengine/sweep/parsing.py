@@ -112,6 +112,8 @@ def parse_explainer(value: Any, preset: str) -> Explainer:
     for key, setting in settings.items():
         if key != "preset":
             setting = [setting] if key in repeated and isinstance(setting, int | str) else setting
+            if isinstance(setting, Mapping):
+                setting = {word: [others] if isinstance(others, str) else others for word, others in setting.items()}
             setting = tuple(setting) if isinstance(setting, list) else setting
             try:
                 values[key] = TypeAdapter(types[key]).validate_python(setting, strict=True)

@@ -131,7 +131,7 @@ class Worker:
         costs = []
         for index, planned in enumerate(plan.jobs):
             steps = len(planned.job.timesteps)
-            forwards = 2 * steps + sum(explainer.num_forwards(steps) for explainer in shared.explainers)
+            forwards = 2 * steps + sum(planned.num_forwards(explainer, steps) for explainer in shared.explainers)
             file_plan = plan.select([index]).file_plan(engine.denoiser, previews=shared.previews)
             costs.append(ItemCost(steps, forwards, store.nbytes(file_plan)))
         return ModelProfile(device_name(engine.denoiser.device), engine.forward_cost().seconds, tuple(costs))

@@ -124,10 +124,18 @@ class StoredItem(Explanation):
 
     @property
     def word_maps(self) -> LazyArray | None:
-        """Cross-attention map of each word, float32 [words, steps, h, w]; None if there are no words."""
-        if not self.words:
+        """The map of each word, float32 [words, steps, h, w]; None if there are no words."""
+        return self._by_word("curves/heat")
+
+    @property
+    def word_errors(self) -> LazyArray | None:
+        """Standard error of the words' maps, float32 [words, steps, h, w]; None if there are none."""
+        return self._by_word("curves/heat_error")
+
+    def _by_word(self, path: str) -> LazyArray | None:
+        if not self.words or path not in self._run.layout:
             return None
-        return LazyArray(self._open_run, "curves/heat", {"item": self.index}, {"word": len(self.words)})
+        return LazyArray(self._open_run, path, {"item": self.index}, {"word": len(self.words)})
 
     @property
     def latents(self) -> LazyArray:

@@ -64,7 +64,8 @@ class Item:
 class Method:
     """One explainer, with a map on the latent grid. `num_masks` scores are stored for each map, 0 for none.
 
-    `has_layers` marks the method whose map combines those of the plan's layers. `label` is its name in figures, `form`
+    `has_error` and `has_word_error` say whether its maps and those of its words have errors. `has_layers` marks the
+    method whose map combines those of the plan's layers. `label` is its name in figures, `form`
     says which figure suits its maps ("saliency", "layers", "tokens" or "words"), and `hot` what high values of a map
     mean. All three are empty if unknown.
     """
@@ -77,6 +78,7 @@ class Method:
     label: str = ""
     form: str = ""
     hot: str = ""
+    has_word_error: bool = False
 
 
 @dataclass(frozen=True)

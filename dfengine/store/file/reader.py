@@ -187,7 +187,7 @@ class Run:
         except ImportError:
             raise StoreError("to_xarray needs xarray: pip install 'dfengine[xarray]'") from None
         paths = (
-            *("maps/saliency", "maps/error", "scores/score", "curves/relevance", "curves/heat"),
+            *("maps/saliency", "maps/error", "scores/score", "curves/relevance", "curves/heat", "curves/heat_error"),
             *("images/rgb", "schedule/timestep", "schedule/signal", "schedule/noise", "items/done"),
         )
         datasets = [self.layout[path][0] for path in paths if path in self.layout]

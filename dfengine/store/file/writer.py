@@ -234,12 +234,17 @@ class Writer:
         *,
         relevance: Float[np.ndarray, " tokens"] | None = None,
         word_maps: Float[np.ndarray, "words h w"] | None = None,
+        word_errors: Float[np.ndarray, "words h w"] | None = None,
     ) -> None:
-        """Store one step's relevance of the item's tokens, maps of its words, or both."""
+        """Store one step's relevance of the item's tokens, maps of its words with their errors if these are in the
+        plan, or both."""
         if relevance is not None:
             self._put("relevance_done", {"item": item, "step": step}, {"curves/relevance": relevance})
         if word_maps is not None:
-            self._put("heat_done", {"item": item, "step": step}, {"curves/heat": word_maps})
+            has_errors = any(method.has_word_error for method in self.plan.methods)
+            check_presence("errors of the words' maps", word_errors is not None, has_errors)
+            errors = {} if word_errors is None else {"curves/heat_error": word_errors}
+            self._put("heat_done", {"item": item, "step": step}, {"curves/heat": word_maps, **errors})
 
     def finish(self, item: int, seconds: float) -> None:
         """Mark an item as finished and store the wall time it took."""
