@@ -742,6 +742,9 @@ def test_variations_differ_from_df_rise_in_the_setting_they_are_named_after() ->
         "rise-grid": {"mask_kind": "rise"},
         "rise-frechet": {"similarity": "frechet", "score": "global"},
         "rise-cosine": {"similarity": "cosine"},
+        "rise-mse": {"similarity": "mse"},
+        "rise-identity": {"null": "identity"},
+        "rise-frozen": {"null": "frozen"},
         "rise-contrast": {"similarity": "contrast"},
         "rise-luminance": {"similarity": "luminance"},
         "rise-contrast_structure": {"similarity": "contrast_structure"},
@@ -778,3 +781,37 @@ def test_the_embedded_model_plays_with_its_own_features() -> None:
     result = engine.explain(job.prompt, Rise(8), seed=1, num_steps=2)
     np.testing.assert_allclose(outcome.results["rise"][0].saliency, result.maps["rise"][1], rtol=1e-4, atol=1e-4)
     assert outcome.results["random"][0].curves.features.shape == (2, 17, 96)
+
+
+# In the data's distribution ------------------------------------------------------------------------------------------
+
+
+def test_refilled_games_keep_latents_in_distribution() -> None:
+    """Deletion ends where insertion begins: at the mean colour under fresh noise, scaled as the step has it."""
+    seen: list[torch.Tensor] = []
+
+    def answer(x_t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        seen.append(x_t)
+        return torch.zeros_like(x_t)
+
+    denoiser = Analytic(answer, (2, 24, 24), batch_size=4)
+    latents = torch.stack([torch.full((2, 24, 24), 9.0), torch.full((2, 24, 24), 4.0)])
+    path = dataclasses.replace(denoiser.trajectory(latents), explain_steps=(0,))
+    path = dataclasses.replace(path, signal=torch.tensor([0.6, 1.0]), noise=torch.tensor([0.8, 0.0]))
+    saliency = torch.arange(576.0).reshape(1, 24, 24)
+    play(denoiser, [path], {"it": saliency}, lambda images: images.flatten(1), refill="noise")
+    inputs = torch.cat(seen).flatten(1)
+    ends = {int((one == 9.0).sum()): one for one in inputs}
+    blank = ends[0]
+    assert blank.mean().item() == pytest.approx(0.6 * 4.0, abs=0.1)
+    assert blank.std().item() == pytest.approx(0.8, abs=0.06)
+    # Every other latent has each pixel either as it was or as in the blank one.
+    for one in inputs:
+        assert ((one == 9.0) | (one == blank) | (one == 0)).all()
+
+
+def test_an_unknown_refill_is_refused() -> None:
+    denoiser = Analytic(lambda x_t, _: x_t)
+    path = dataclasses.replace(denoiser.trajectory(torch.rand(1, 2, 6, 5)), explain_steps=(0,))
+    with pytest.raises(ValueError, match="refill 'blur' is not known: expected one of zero, noise"):
+        play(denoiser, [path], {"it": torch.rand(1, 6, 5)}, lambda images: images.flatten(1), refill="blur")

@@ -68,6 +68,10 @@ def games(
         Literal["frechet-set", "frechet-single", "features", "mse"],
         typer.Option(help="between an image and the original; frechet-set needs many images"),
     ] = "frechet-set",
+    refill: Annotated[
+        Literal["zero", "noise"],
+        typer.Option(help="what deleted pixels become: zero, or noise (a noisy latent without content)"),
+    ] = "zero",
     features: Annotated[
         Path | None,
         options.path_option(help="a transformers vision folder or Inception-v3's weights; the model's own by default"),
@@ -103,6 +107,7 @@ def games(
             seed=request.seed,
             preset=request.preset,
             distance=distance,
+            refill=refill,
             features=features,
             cache=None if request.out is None else evaluate.GameCache(request.out / "cache"),
             on_progress=on_progress,

@@ -11,7 +11,7 @@ from dfengine.evaluate.faithfulness import (
     min_max,
     summarise_games,
 )
-from dfengine.evaluate.games import GAMES, GameCurves
+from dfengine.evaluate.games import GAMES, REFILLS, GameCurves
 from dfengine.evaluate.intervals import Interval
 from dfengine.evaluate.localisation import Localisation, Scene, measure_localisation, scenes
 from dfengine.evaluate.methods import TABLES, VARIATIONS, make_methods
@@ -26,6 +26,7 @@ __all__ = [
     "DISTANCES",
     "GAMES",
     "MIN_SET_SIZE",
+    "REFILLS",
     "STANDARD",
     "TABLES",
     "VARIATIONS",

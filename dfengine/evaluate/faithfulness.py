@@ -65,6 +65,8 @@ class Faithfulness:
     preset: str
     num_items: int
     excluded: Mapping[str, int]
+    refill: str
+    """what took deleted pixels' place: zero, or noise"""
     methods: Mapping[str, Mapping[str, GameScore]] = field(default_factory=dict)
     """by method and game"""
 
@@ -108,6 +110,7 @@ def summarise_games(run: GamesRun, distance: str = "frechet-set", *, resamples: 
         preset=run.preset,
         num_items=len(items),
         excluded=run.excluded(),
+        refill=run.refill,
         methods={
             name: {
                 game: GameScore(
@@ -213,6 +216,7 @@ def _differences(summary: Faithfulness) -> list[str]:
         "the distance frechet-set": summary.distance == "frechet-set",
         "features of Inception-v3": "inception" in summary.features.casefold(),
         "its own equations (preset paper)": summary.preset == "paper",
+        "deleted pixels set to 0": summary.refill == "zero",
     }
     return [setting for setting, is_same in expected.items() if not is_same]
 
@@ -239,6 +243,7 @@ def _table(summary: Faithfulness) -> Iterator[str]:
         f"distance {summary.distance}"
         + (f" on features of {summary.features}" if summary.features != "none" else "")
         + (f"; preset {summary.preset}" if summary.preset != "default" else "")
+        + ("; deleted pixels are noise without content" if summary.refill == "noise" else "")
         + ". The distance increases: deletion is better high, insertion better low."
     )
     if differences and any(name in PAPER for name in summary.methods):

@@ -27,10 +27,12 @@ TABLES = {
     2: ("rise", "rise-frechet", "rise-cosine", "rise-contrast", "rise-grid"),
 }
 
-#: What each variation of DF-RISE changes.
+#: What each variation of DF-RISE changes; identity and frozen are what maps are held against.
 VARIATIONS: dict[str, dict[str, Any]] = {
     "rise-global": {"score": "global"},
     "rise-grid": {"mask_kind": "rise"},
+    "rise-identity": {"null": "identity"},
+    "rise-frozen": {"null": "frozen"},
     "rise-frechet": {"similarity": "frechet", "score": "global"},
     **{f"rise-{kind}": {"similarity": kind} for kind in dfkernels.SIMILARITIES if kind != "structure"},
 }

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from dfengine.checks import whole_number
+from dfengine.checks import one_of, whole_number
 from dfengine.diffusion.denoiser import Denoiser, Features
 from dfengine.diffusion.job import Job
 from dfengine.diffusion.trajectory import Trajectory
 from dfengine.evaluate.cache import GameCache, GameResult
-from dfengine.evaluate.games import play, ranks_pixels, to_latent_size
+from dfengine.evaluate.games import REFILLS, play, ranks_pixels, to_latent_size
 from dfengine.explain import Explainer
 from dfengine.explain.registry import PRESETS, describe, is_serializable
 from dfengine.plan import item_key
@@ -43,6 +43,8 @@ class GamesRun:
     preset: str
     results: Mapping[str, Sequence[GameResult]]
     """by method, one for each item"""
+    refill: str = "zero"
+    """what took deleted pixels' place: one of `games.REFILLS`"""
 
     def excluded(self) -> dict[str, int]:
         """By method, the number of items without a valid result; these items are excluded from every method."""
@@ -82,6 +84,7 @@ def play_games(
     step: int | None = None,
     features: Features | None = None,
     preset: str = "default",
+    refill: str = "zero",
     cache: GameCache | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> GamesRun:
@@ -89,13 +92,15 @@ def play_games(
 
     `sample` generates trajectories (`Engine.sample`); jobs have equally many steps. `maps` are those of another tool,
     by its name: one for each job, at the latent's or the image's size. `step` is an index into the time-steps,
-    ⌊0.75·l⌋ − 1 by default. With the preset "xdiffusion" the games are those of the released code (`play`). Results in
-    `cache` are not computed again. `on_progress` is called once for each method of each job.
+    ⌊0.75·l⌋ − 1 by default. With the preset "xdiffusion" the games are those of the released code, with
+    `refill="noise"` they stay in the data's distribution (`play`). Results in `cache` are not computed again.
+    `on_progress` is called once for each method of each job.
 
     Raises ValueError, before anything is computed, if the jobs, maps or settings are not possible.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is not known: expected one of {', '.join(PRESETS)}")
+    one_of("refill", refill, REFILLS)
     extract, extractor = resolve_features(denoiser, features)
     step = _check_jobs(jobs, step)
     methods = _check_methods(denoiser, jobs, explainers, maps or {}, positive=preset == "xdiffusion")
@@ -103,7 +108,13 @@ def play_games(
     make_key = _KeyMaker(
         denoiser,
         denoiser.fingerprint(),
-        {"step": step, "features": extractor, "dtype": str(getattr(extract, "dtype", None)), "preset": preset},
+        {
+            "step": step,
+            "features": extractor,
+            "dtype": str(getattr(extract, "dtype", None)),
+            "preset": preset,
+            "refill": refill,
+        },
         is_named=features is None or hasattr(features, "name"),
     )
     keys = {name: [make_key(job, one, item) for item, job in enumerate(jobs)] for name, one in methods.items()}
@@ -122,13 +133,14 @@ def play_games(
             for name, one in methods.items()
             if any(cache.get(keys[name][item]) is None for item in group)
         }
-        for name, results in _play_group(denoiser, trajectories, pending, extract, preset == "xdiffusion").items():
+        played = _play_group(denoiser, trajectories, pending, extract, preset == "xdiffusion", refill)
+        for name, results in played.items():
             for item, result in zip(group, results, strict=True):
                 cache.put(keys[name][item], result)
         for _ in range(len(group) * len(methods)):
             on_progress()
     by_method = {name: [_stored(cache, key) for key in of] for name, of in keys.items()}
-    return GamesRun(denoiser.name, step, jobs[0].timesteps, extractor, preset, by_method)
+    return GamesRun(denoiser.name, step, jobs[0].timesteps, extractor, preset, by_method, refill)
 
 
 def _check_jobs(jobs: Sequence[Job], step: int | None) -> int:
@@ -179,6 +191,7 @@ def _play_group(
     methods: Mapping[str, Explainer | Float[Tensor, "items h w"]],
     extract: Features,
     xdiffusion: bool,
+    refill: str,
 ) -> dict[str, list[GameResult]]:
     """By method, the result of every trajectory."""
     maps: dict[str, Tensor] = {}
@@ -198,7 +211,7 @@ def _play_group(
         for name, of in maps.items()
     }
     with denoiser.exclusive():
-        curves = play(denoiser, trajectories, playable, extract, xdiffusion=xdiffusion)
+        curves = play(denoiser, trajectories, playable, extract, xdiffusion=xdiffusion, refill=refill)
     return {
         name: [
             GameResult(one, curve if ok else None)

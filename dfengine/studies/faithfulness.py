@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from dfengine import evaluate, models
 from dfengine import figures as drawing
-from dfengine.checks import mistake, whole_number
+from dfengine.checks import mistake, one_of, whole_number
 from dfengine.diffusion.denoiser import Denoiser, Features
 from dfengine.engine import Engine
 from dfengine.explain import hot
@@ -89,6 +89,7 @@ def games(
     num_steps: int = 30,
     seed: int = 0,
     distance: str = "frechet-set",
+    refill: str = "zero",
     features: Features | str | Path | None = None,
     cache: evaluate.GameCache | None = None,
     on_progress: OnProgress = no_progress,
@@ -98,7 +99,8 @@ def games(
     Image i is generated with seed + i. `maps` are another tool's, by its name: one for each prompt, at the latent's or
     the image's size. `steps` are those to explain, from 0: by default ⌊0.75·num_steps⌋ − 1. `features` is an extractor
     or a file or folder of one's weights, by default the model's own. With the preset "xdiffusion", the games too are
-    those of the released code.
+    those of the released code. Deleted pixels become 0, or with `refill="noise"` noise without content, which keeps
+    latents in the data's distribution.
 
     Raises ValueError, before anything is computed, for input that is not possible.
     """
@@ -118,6 +120,7 @@ def games(
         raise mistake("cache", cache, "a GameCache")
     texts, maps = texts_of(prompts), maps or {}
     evaluate.check_distance(distance, len(texts))
+    one_of("refill", refill, evaluate.REFILLS)
     tables = table if isinstance(table, Sequence) and not isinstance(table, str) else [table]
     names = [*methods, *(name for number in tables for name in _table_methods(number))]
     explainers = evaluate.make_methods(
@@ -153,6 +156,7 @@ def games(
                 step=step,
                 features=extract,
                 preset=preset,
+                refill=refill,
                 cache=cache,
                 on_progress=lambda: on_progress("playing", next(done), total),
             )
