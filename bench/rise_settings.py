@@ -33,6 +33,7 @@ from dfengine.diffusion.trajectory import Trajectory, trajectories
 from dfengine.evaluate.games import GAMES, REFILLS, play
 from dfengine.evaluate.intervals import SHARES, mean_interval
 from dfengine.evaluate.localisation import localisation_scores
+from dfengine.evaluate.playing import resolve_features
 from dfengine.evaluate.truth import Areas, ConceptJudge, has_distinct_colours
 from dfengine.explain.rise_forwards import RiseForwards
 from dfengine.shapes.world import Caption, sample_scenes
@@ -179,8 +180,7 @@ def games(engine: Engine, paths: Sequence[Trajectory], maps: Float[Tensor, "item
     random = torch.rand(maps.shape, generator=torch.Generator().manual_seed(SEED))
     leads: dict[str, list[float]] = {}
     for refill in REFILLS:
-        extract = engine.denoiser.features
-        assert extract is not None
+        extract, _ = resolve_features(engine.denoiser)
         curves = play(engine.denoiser, at, {"map": maps, "random": random}, extract, refill=refill)
         for number, (game, sign) in enumerate(zip(GAMES, (1, -1), strict=True)):
             areas = {

@@ -345,8 +345,7 @@ def test_drawn_lines_are_shares_of_the_highest_word_that_is_no_stop_word() -> No
 
 
 CAPTIONS = {
-    "rise": "under the masks that keep this pixel, the prediction keeps its structure here: a base rate, "
-    "no attribution.",
+    "rise": "the predicted clean latent here keeps more of its structure with this place kept than with it hidden.",
     "relevance": "here the prompt's words bear on the prediction, by attention times its gradient.",
     "cam": "the layers' features here raise the sum of the predicted noise.",
     "attention": "the network looks the prompt's words up here, which alone does not show that they change anything.",
