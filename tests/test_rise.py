@@ -489,16 +489,17 @@ def test_the_identity_shows_the_masks_alone() -> None:
 
 def test_the_frozen_answer_leaves_the_input_alone() -> None:
     denoiser = Analytic(lambda x_t, _: x_t.roll(1, 2))
-    latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    path = denoiser.trajectory(latents)
     rise = pixels(64, output="x0", similarity="mse", window=1, estimator="contrast", null="frozen")
-    step_map = explain_one(denoiser, rise, latents)
-    a, _ = denoiser.schedule.coefficients(torch.tensor([0]))
-    # x0 = (R⊙M − b ε(R)) / a: what is missing of a dropped pixel is R/a.
-    assert_close(step_map.saliency, (latents[0] / a[0]).square().mean(0), rtol=1e-4, atol=1e-6)
-    assert denoiser.batches == [1]
+    for step, step_map in enumerate(rise.explain(denoiser, [path])):
+        # x0 = (R⊙M − b ε(R)) / a: what is missing of a dropped pixel is R/a.
+        expected = (latents[step] / path.signal[step]).square().mean(0)
+        assert_close(step_map.saliency, expected, rtol=1e-4, atol=1e-6)
+    assert denoiser.batches == [2]
     # Nothing is missing of ε.
-    epsilon = explain_one(denoiser, dataclasses.replace(rise, output="epsilon"), latents)
-    assert_close(epsilon.saliency, torch.zeros(SHAPE))
+    for step_map in dataclasses.replace(rise, output="epsilon").explain(denoiser, [path]):
+        assert_close(step_map.saliency, torch.zeros(SHAPE))
 
 
 def test_a_noise_fill_has_the_path_s_mean_and_scale() -> None:
