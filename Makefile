@@ -63,6 +63,8 @@ bench: $(VENV)/.dev-ready
 # The studies of many images: about two hours.
 studies: $(VENV)/.dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python bench/estimators.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/certainty.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/certainty.py --reduced
 	OMP_NUM_THREADS=1 $(BIN)/python bench/rise_settings.py
 	$(BIN)/python bench/games.py
 

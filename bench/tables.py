@@ -11,6 +11,7 @@ import record
 
 #: The benchmarks that record rows. Each is the name of its script and of its result, and declares TABLES.
 BENCHMARKS = (
+    "certainty",
     "concepts",
     "estimators",
     "explainers",
