@@ -205,7 +205,7 @@ def test_sweep_in_the_readme(tmp_path):
     (tmp_path / "spec.yaml").write_text(example)
     (tmp_path / "prompts.txt").write_text(CAPTION)
     spec = sweep.read(tmp_path / "spec.yaml")
-    assert spec.explainers == (Rise(num_masks=500), Cam(), Relevance())
+    assert spec.explainers == (Rise(num_masks=128), Cam(), Relevance())
     assert (spec.seeds, len(spec.schedules), len(spec.models)) == ((0, 1, 2, 3), 3, 2)
 
 
