@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent / "data/golden.npz"
 PROMPTS = ["a red circle above a blue square on a gray background", "a yellow star on a black background"]
 RISE = {
     "local": {},
-    "global": {"score": "global", "num_masks": 96},
+    "global": {"score": "global", "estimator": "ridge", "num_masks": 96},
     "sum": {"estimator": "sum"},
     "contrast": {"estimator": "contrast"},
     "rise-masks": {"mask_kind": "rise"},
@@ -35,7 +35,7 @@ def engine() -> Engine:
 
 def computed(i: int, sampling: str, steps: Sequence[int]) -> dict[str, np.ndarray]:
     """The current values, by the names in the golden file; methods with masks compute `steps` only."""
-    explainers: list[Explainer] = [Cam(), Relevance(), Attention(), Random(), Lime(num_samples=64)]
+    explainers: list[Explainer] = [Cam(), Relevance(), Attention(), Random(), Lime(num_samples=64, segmentation="quickshift")]
     explainers += [Rise.paper(**{"num_masks": 48} | kwargs, name=f"rise {name}") for name, kwargs in RISE.items()]
     job = engine().job(PROMPTS[i], num_steps=4, seed=7 + i, sampling=sampling)
     plan = engine().plan([job], explainers)
