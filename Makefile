@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 	  $(BIN)/dfengine info demo/run.h5; \
 	  echo "The demo is there already. To compute it again: make demo OVERWRITE=--overwrite"; \
 	else \
-	  $(BIN)/dfengine explain "$(DEMO_PROMPT)" -o demo/run.h5 --num-steps 30 --num-masks 256 --seed 0 $(OVERWRITE) && \
+	  $(BIN)/dfengine explain "$(DEMO_PROMPT)" -o demo/run.h5 --num-steps 30 --seed 0 $(OVERWRITE) && \
 	  $(BIN)/dfengine figures demo/run.h5 -o demo/rise.png; \
 	fi
 
