@@ -71,7 +71,7 @@ WAYS = [
 ]
 #: The map that plays the games, and the step at which it does.
 PLAYED, GAME_STEP = ("x0", "structure", "local", "contrast"), 8
-NULLS = (None, "identity", "frozen")
+BASELINES = (None, "identity", "frozen")
 
 
 class _Ways(RiseForwards):
@@ -141,17 +141,17 @@ def rows_of(engine: Engine, law: str, num_masks: int, of: Sequence[tuple[Traject
     """A row for each way of comparing the forwards of one kind of masks."""
     paths = [path for path, _ in of]
     maps, seconds = {}, []
-    for null in NULLS:
-        forwards = _Ways(Rise(num_masks=num_masks, null=null, **LAWS[law]), engine, paths)
+    for baseline in BASELINES:
+        forwards = _Ways(Rise(num_masks=num_masks, baseline=baseline, **LAWS[law]), engine, paths)
         begin = time.perf_counter()
         list(forwards.run())
         seconds.append(time.perf_counter() - begin)
-        maps[null] = forwards.maps()
+        maps[baseline] = forwards.maps()
     for way, of_network in maps[None].items():
         values: dict[str, Any] = {}
         for row, (item, step) in enumerate(forwards.rows):
             areas = of[item][1]
-            network, identity, frozen = (maps[null][way][row] for null in NULLS)
+            network, identity, frozen = (maps[baseline][way][row] for baseline in BASELINES)
             scores = localisation_scores(network.numpy(), areas["both"]) | {
                 "frozen": localisation_scores(frozen.numpy(), areas["both"])["auroc"],
                 "subject": localisation_scores(network.numpy(), areas["subject"])["auroc"],

@@ -207,10 +207,10 @@ def test_errors_of_distributions_name_the_remedy(change: dict, message: str) -> 
 def cells_scalar(mask: torch.Tensor, cell: int, shift: int = 0) -> dict[tuple[int, int], bool]:
     """The value of every cell of a mask, which must be the same at all of its pixels."""
     values: dict[tuple[int, int], bool] = {}
-    last = tuple(math.ceil(size / cell) - 1 for size in mask.shape)
+    count = [math.ceil(size / cell) for size in mask.shape]
     for y, row in enumerate(mask.tolist()):
         for x, value in enumerate(row):
-            place = min((y + shift) // cell, last[0]), min((x + shift) // cell, last[1])
+            place = (y + shift) // cell % count[0], (x + shift) // cell % count[1]
             assert values.setdefault(place, value) == value
     return values
 
@@ -250,6 +250,15 @@ def test_every_tile_of_an_orthogonal_design_is_balanced() -> None:
     # Tiles are permuted independently: no two hold the same columns.
     across = (tiles[0].T @ tiles[1]).abs()
     assert 0 < across.mean() < 32
+
+
+def test_overlapping_cells_favour_no_side() -> None:
+    """A score that is the same whichever pixels are kept has the same contrast everywhere."""
+    law = MaskDistribution(cells=(4,), shifted=True, design="orthogonal", block=32)
+    drawn = (signs(law, (16, 16), 0, 64 * 64) + 1) / 2
+    share = drawn.mean((1, 2))
+    contrast = 2 * ((2 * drawn - 1) * share[:, None, None]).mean(0)
+    assert_close(contrast, torch.full_like(contrast, 1 / 16), rtol=0, atol=0.004)
 
 
 @pytest.mark.parametrize("block", [2, 4, 16, 2048])

@@ -35,7 +35,13 @@ def engine() -> Engine:
 
 def computed(i: int, sampling: str, steps: Sequence[int]) -> dict[str, np.ndarray]:
     """The current values, by the names in the golden file; methods with masks compute `steps` only."""
-    explainers: list[Explainer] = [Cam(), Relevance(), Attention(), Random(), Lime(num_samples=64, segmentation="quickshift")]
+    explainers: list[Explainer] = [
+        Cam(),
+        Relevance(),
+        Attention(),
+        Random(),
+        Lime(num_samples=64, segmentation="quickshift"),
+    ]
     explainers += [Rise.paper(**{"num_masks": 48} | kwargs, name=f"rise {name}") for name, kwargs in RISE.items()]
     job = engine().job(PROMPTS[i], num_steps=4, seed=7 + i, sampling=sampling)
     plan = engine().plan([job], explainers)

@@ -145,7 +145,7 @@ def test_every_explainer_says_in_a_line_what_is_hot(entry) -> None:
             "under the masks that keep this place, the whole predicted noise keeps its structure.",
         ),
         (
-            Rise(null="frozen"),
+            Rise(baseline="frozen"),
             "nothing of the network, a baseline to hold its map against (f(R) whatever is masked).",
         ),
     ],

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dfengine.diffusion.path import NoiseSchedule
-from dfengine.explain import Rise, StepMap
+from dfengine.explain import Lime, Rise, StepMap, describe, rebuild
 
 #: Independent masks of pixels, and the predictions themselves.
 pixels = partial(Rise, output="epsilon", similarity="structure", cell=1, shifted=False, design="iid")
@@ -340,7 +340,7 @@ def test_too_few_masks_for_the_ridge_give_a_warning(pattern: torch.Tensor) -> No
         ({"design": "orthogonal", "keep_probability": 0.3}, "keeps half of the cells, not 0.3: use iid"),
         ({"design": "orthogonal", "mask_kind": "rise"}, "rise masks have a grid of their own"),
         ({"fill": "blur"}, "fill 'blur' is not known: expected one of zero, noise"),
-        ({"null": "random"}, "null 'random' is not known: expected one of identity, frozen"),
+        ({"baseline": "random"}, "baseline 'random' is not known: expected one of identity, frozen"),
         ({"grid": 0}, "grid 0 is not possible"),
         ({"similarity": "psnr"}, "similarity 'psnr' .* structure"),
         ({"score": "both"}, "score 'both'"),
@@ -446,7 +446,38 @@ def test_shifted_cells_overlap_by_half(pattern: torch.Tensor) -> None:
     assert_close(step_map.saliency, expected, rtol=1e-4, atol=0.02)
 
 
+def test_a_stop_by_default_saves_masks() -> None:
+    denoiser = Analytic(lambda x_t, _: 0.1 * x_t, (2, 16, 16), batch_size=64)
+    latents = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+    latents[..., 4:9, 4:9] *= 5
+    step_map = explain_one(denoiser, Rise(stop_at_error=1.0), latents)
+    assert 64 <= int(step_map.scores.isfinite().sum()) < 256
+
+
+def test_a_global_score_has_errors_by_default() -> None:
+    denoiser = Analytic(lambda x_t, _: x_t.roll(1, 2), (2, 16, 16), batch_size=64)
+    latents = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert explain_one(denoiser, Rise(score="global"), latents).error.isfinite().all()
+
+
+def test_settings_of_older_files_are_those_of_their_time() -> None:
+    old = {"explainer": "Rise", "num_masks": 9, "keep_probability": 0.5, "score": "local", "estimator": None}
+    assert rebuild(old) == Rise.paper(num_masks=9)
+    assert rebuild(old | {"score": "global"}) == Rise.paper(num_masks=9, score="global", estimator="ridge")
+    assert rebuild(describe(Rise(9))) == Rise(9)
+    assert rebuild({"explainer": "Lime", "num_samples": 9}) == Lime.paper(num_samples=9)
+
+
+def test_noise_needs_an_end_at_which_something_is_left_of_the_image() -> None:
+    denoiser = Analytic(lambda x_t, _: x_t)
+    path = dataclasses.replace(denoiser.trajectory(torch.ones(1, 2, *SHAPE)), signal=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"ends where nothing is left of the image \(a = 0\)"):
+        list(pixels(4, fill="noise").explain(denoiser, [path]))
+    assert denoiser.batches == []
+
+
 def test_the_default_design_depends_on_the_masks() -> None:
+    assert not Rise(score="global").distribution((16, 16)).shifted
     assert Rise().distribution((16, 16)).design == "orthogonal"
     assert Rise(keep_probability=0.3).distribution((16, 16)).design == "iid"
     assert Rise(mask_kind="rise").distribution((16, 16)).design == "iid"
@@ -480,7 +511,7 @@ def test_an_early_stop_of_a_design_ends_a_randomisation(pattern: torch.Tensor) -
 def test_the_identity_shows_the_masks_alone() -> None:
     denoiser = Analytic(lambda x_t, _: torch.full_like(x_t, torch.nan))
     latents = torch.randn(1, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
-    rise = pixels(64, similarity="mse", window=1, estimator="contrast", null="identity")
+    rise = pixels(64, similarity="mse", window=1, estimator="contrast", baseline="identity")
     step_map = explain_one(denoiser, rise, latents)
     # f(x) = x: a dropped pixel is off by itself, a kept one by nothing.
     assert_close(step_map.saliency, latents[0].square().mean(0), rtol=1e-5, atol=1e-6)
@@ -491,7 +522,7 @@ def test_the_frozen_answer_leaves_the_input_alone() -> None:
     denoiser = Analytic(lambda x_t, _: x_t.roll(1, 2))
     latents = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(1))
     path = denoiser.trajectory(latents)
-    rise = pixels(64, output="x0", similarity="mse", window=1, estimator="contrast", null="frozen")
+    rise = pixels(64, output="x0", similarity="mse", window=1, estimator="contrast", baseline="frozen")
     for step, step_map in enumerate(rise.explain(denoiser, [path])):
         # x0 = (R⊙M − b ε(R)) / a: what is missing of a dropped pixel is R/a.
         expected = (latents[step] / path.signal[step]).square().mean(0)

@@ -24,7 +24,8 @@ Methods = Annotated[
     typer.Option(
         "--method",
         help="random, lime, rise, cam, relevance, attention, counterfactual, rise-global, rise-grid, rise-frechet, "
-        "rise-cosine, rise-contrast, rise-luminance, rise-contrast_structure, rise-ssim; repeat for several",
+        "rise-cosine, rise-mse, rise-contrast, rise-luminance, rise-contrast_structure, rise-ssim, rise-identity, "
+        "rise-frozen; repeat for several",
     ),
 ]
 NumMasks = Annotated[

@@ -54,7 +54,15 @@ class Trajectory:
 
     @property
     def mean_colour(self) -> Float[Tensor, " c"]:
-        """Each channel's mean over pixels of the clean latent that the last step predicts."""
+        """Each channel's mean over pixels of the clean latent that the last step predicts.
+
+        Raises ValueError if nothing is left of the image there (a = 0).
+        """
+        if not self.signal[-1] > 0:
+            raise ValueError(
+                "the trajectory ends where nothing is left of the image (a = 0), so that noise cannot take hidden "
+                "places: fill them with zero, or sample on to the image"
+            )
         return ((self.latents[-1] - self.noise[-1] * self.epsilon[-1]) / self.signal[-1]).mean((1, 2))
 
     def __len__(self) -> int:

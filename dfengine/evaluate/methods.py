@@ -31,8 +31,8 @@ TABLES = {
 VARIATIONS: dict[str, dict[str, Any]] = {
     "rise-global": {"score": "global"},
     "rise-grid": {"mask_kind": "rise"},
-    "rise-identity": {"null": "identity"},
-    "rise-frozen": {"null": "frozen"},
+    "rise-identity": {"baseline": "identity"},
+    "rise-frozen": {"baseline": "frozen"},
     "rise-frechet": {"similarity": "frechet", "score": "global"},
     **{f"rise-{kind}": {"similarity": kind} for kind in dfkernels.SIMILARITIES if kind != "structure"},
 }

@@ -95,6 +95,11 @@ class Explainer(ABC):
     def name(self) -> str:
         """The name its maps are stored under; two explainers of one run need different names."""
 
+    @classmethod
+    def completed(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings of a file, with those that it is too old to have as they were in effect when it was written."""
+        return settings
+
     def num_forwards(self, num_steps: int) -> int:
         """Network evaluations of one latent that so many steps cost at most, from which running time is predicted."""
         return num_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,16 @@ class Lime(Explainer):
             raise ValueError(f"{self.num_samples} samples are not possible: expected at least 2")
         if self.target not in TARGETS:
             raise ValueError(f"target {self.target!r} is not known: expected one of {', '.join(TARGETS)}")
+
+    @classmethod
+    def paper(cls, **settings: Any) -> Lime:
+        """With quickshift's segments, the paper's "LIME implementation"."""
+        return cls(**{"segmentation": "quickshift"} | checked(cls, settings))
+
+    @classmethod
+    def completed(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Before there was a choice, segments were quickshift's."""
+        return {"segmentation": "quickshift"} | dict(settings)
 
     @classmethod
     def xdiffusion(cls, **settings: Any) -> Explainer:

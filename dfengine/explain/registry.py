@@ -208,6 +208,7 @@ def rebuild(description: Mapping[str, Any]) -> Explainer:
     if entry is None:
         known = ", ".join(one.explainer.__name__ for one in entries().values())
         raise ValueError(f"explainer {name!r} is not known: expected one of {known}, or a newer dfengine")
+    settings = dict(entry.explainer.completed(settings))
     if unknown := set(settings) - {one.name for one in dataclasses.fields(entry.explainer)}:
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))} here: read the file with a newer dfengine")
     values = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from dfengine.explain.rise_forwards import RiseForwards
 SIMILARITIES = (*dfkernels.SIMILARITIES, "frechet")
 ESTIMATORS = (*dfkernels.ESTIMATORS, "ridge")
 OUTPUTS = ("x0", "epsilon")
-NULLS = ("identity", "frozen")
+BASELINES = ("identity", "frozen")
 
 #: The settings of the paper's equations.
 PAPER: dict[str, Any] = {
@@ -49,18 +49,20 @@ PAPER: dict[str, Any] = {
 _MAX_MASKS = 2**24
 #: Cells a side of a rise mask, and the side of a window: more than any latent has pixels.
 _MAX_CELLS, _MAX_WINDOW = 4096, 4095
+#: With a stop, masks are divided into so many times more randomisations.
+_LOOKS = 4
 
 
 def _hot(rise: Rise) -> str:
     """What high values of a map of DF-RISE mean; coverage and sum of local scores are base rates."""
-    if rise.null is not None:
-        null = "f is the identity" if rise.null == "identity" else "f(R) whatever is masked"
+    if rise.baseline is not None:
+        null = "f is the identity" if rise.baseline == "identity" else "f(R) whatever is masked"
         return f"nothing of the network, a baseline to hold its map against ({null})."
     measure = rise.similarity if isinstance(rise.similarity, str) else "a function of the caller's"
     is_structure = measure == "structure"
     keeps = "keeps its structure" if is_structure else f"stays similar ({measure})"
     keeps_more = "keeps more of its structure" if is_structure else f"stays more similar ({measure})"
-    what = "clean latent" if rise.output == "x0" else "noise"
+    what = "clean latent" if rise.resolved_output == "x0" else "noise"
     predicted = "predicted" if rise.target == "conditional" else f"{rise.target} predicted"
     place = "this pixel" if rise.mask_kind == "rise" or set(rise.cells) == {1} else "this place"
     if rise.resolved_estimator in ("contrast", "ridge"):
@@ -81,8 +83,8 @@ class Rise(Explainer):
     ("coverage"), Σ M·s ("sum", as printed), or the ridge regression of a global score on the masks ("ridge"). Coverage
     and sum of local scores are base rates, not attributions: they show where structure survives anything.
 
-    Errors of an orthogonal design are the spread of its randomisations, of which it has at least four; those of
-    independent masks follow from the scores.
+    Errors of an orthogonal design are the spread of its randomisations, and infinite for fewer than four of them; those
+    of independent masks follow from the scores.
     """
 
     num_masks: int = option(256, "masks a step; with stop_at_error, at most")
@@ -96,7 +98,10 @@ class Rise(Explainer):
     cell: Sequence[int] | int = option(
         (4,), "side in latent pixels of a gaussian mask's cells; several sizes: a pyramid"
     )
-    shifted: bool = option(True, "move the grid by half a cell every other time, so that cells overlap")
+    shifted: bool = option(
+        True,
+        "move the grid by half a cell every other time, so that cells overlap; never for ridge, which needs one grid",
+    )
     design: str | None = option(
         None, "orthogonal (balanced masks) or iid (independent ones); orthogonal by default, if gaussian with p = 0.5"
     )
@@ -110,7 +115,7 @@ class Rise(Explainer):
     stop_at_error: float | None = option(
         None, "end a step once its mean standard error is this share of the signal's standard deviation, at most 1"
     )
-    null: str | None = option(
+    baseline: str | None = option(
         None, "in the network's place: identity (f(x) = x) or frozen (f(R) whatever is masked), to hold a map against"
     )
     name: str = option("rise", "name that the maps are stored under")
@@ -144,8 +149,8 @@ class Rise(Explainer):
             self._check_choice("similarity", SIMILARITIES)
         if self.estimator is not None:
             self._check_choice("estimator", ESTIMATORS)
-        if self.null is not None:
-            self._check_choice("null", NULLS)
+        if self.baseline is not None:
+            self._check_choice("baseline", BASELINES)
         if self.score == "local" and self.estimator == "ridge":
             raise ValueError("the ridge estimator regresses one score a mask: it needs score='global'")
         if self.score == "local" and self.similarity == "frechet":
@@ -155,7 +160,8 @@ class Rise(Explainer):
     @classmethod
     def paper(cls, **settings: Any) -> Rise:
         """The equations as printed: masks of independent pixels, structure of ε, the sum in its scale-free form."""
-        return cls(**PAPER | checked(cls, settings))
+        printed = PAPER if settings.get("score") != "global" else PAPER | {"estimator": None}
+        return cls(**printed | checked(cls, settings))
 
     @classmethod
     def xdiffusion(cls, **settings: Any) -> Explainer:
@@ -170,16 +176,31 @@ class Rise(Explainer):
         return self.estimator or ("contrast" if self.score == "local" else "ridge")
 
     @property
+    def resolved_output(self) -> str:
+        """What is compared: the Fréchet similarity is one of images, so of x0."""
+        return "x0" if self.similarity == "frechet" else self.output
+
+    @property
     def cells(self) -> tuple[int, ...]:
         """The sizes of cells."""
         return (self.cell,) if isinstance(self.cell, int) else tuple(self.cell)
+
+    @classmethod
+    def completed(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Before there were cells and x0, maps were those of `paper`."""
+        if "output" in settings:
+            return settings
+        estimator = settings.get("estimator") or ("ridge" if settings.get("score") == "global" else "coverage")
+        return PAPER | dict(settings) | {"estimator": estimator}
 
     def distribution(self, shape: tuple[int, int]) -> MaskDistribution:
         """What the masks of a latent of (h, w) pixels are drawn from."""
         law = self._distribution()
         if law.design == "iid":
             return law
-        return dataclasses.replace(law, block=dfkernels.orthogonal_block(self.num_masks, shape, law))
+        # A stop looks once a randomisation: there have to be some.
+        num_masks = self.num_masks if self.stop_at_error is None else self.num_masks // _LOOKS
+        return dataclasses.replace(law, block=dfkernels.orthogonal_block(num_masks, shape, law))
 
     def _distribution(self) -> MaskDistribution:
         """The distribution whatever the latent. Raises ValueError for settings that exclude each other."""
@@ -190,7 +211,7 @@ class Rise(Explainer):
             self.mask_kind,
             self.grid,
             cells=self.cells if is_gaussian else (1,),
-            shifted=self.shifted and is_gaussian,
+            shifted=self.shifted and is_gaussian and self.resolved_estimator != "ridge",
             design=self.design or by_default,
         )
 
@@ -217,7 +238,7 @@ class Rise(Explainer):
         wanted = self.min_masks(denoiser.latent_shape[1:])
         if self.num_masks < wanted:
             warnings.warn(
-                f"{self.num_masks} masks are few for the ridge of a global score on {wanted // 2} cells: "
+                f"{self.num_masks} masks are few for the ridge of a global score with {wanted // 2} unknowns: "
                 f"it wants {wanted} or more",
                 stacklevel=2,
             )

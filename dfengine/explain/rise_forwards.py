@@ -38,7 +38,7 @@ class RiseForwards(MaskedForwards):
             name=rise.name,
             num_masks=rise.num_masks,
             target=rise.target,
-            output="x0" if rise.similarity == "frechet" else rise.output,
+            output=rise.resolved_output,
             stop_at_error=rise.stop_at_error,
         )
         self.rise = rise
@@ -48,7 +48,7 @@ class RiseForwards(MaskedForwards):
         count = -(-rise.num_masks // size) if size else 0
         self.sums = dfkernels.Sums.zeros(len(self.rows), self.shape, denoiser.device, randomisations=count)
         self.fill = self._fill(trajectories) if rise.fill == "noise" else None
-        self.outputs = torch.empty_like(self.references) if rise.null == "frozen" else None
+        self.outputs = torch.empty_like(self.references) if rise.baseline == "frozen" else None
 
     def _fill(self, trajectories: Sequence[Trajectory]) -> Float[Tensor, "rows c_and_one"]:
         """a·c and b of each row: the mean and the scale of a noisy latent without content."""
@@ -60,7 +60,7 @@ class RiseForwards(MaskedForwards):
         self, masked: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"], item: int | None
     ) -> Float[Tensor, "n c h w"]:
         """The network's own output, or what a null baseline has in its place."""
-        if self.rise.null == "identity":
+        if self.rise.baseline == "identity":
             return masked
         return super().predict(masked, rows, item) if self.outputs is None else self.outputs[rows]
 

@@ -62,6 +62,7 @@ class MaskDistribution:
     """masks in one randomisation of an orthogonal design: a power of two"""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cells", (self.cells,) if isinstance(self.cells, int) else tuple(self.cells))
         if self.kind not in MASK_KINDS:
             raise ValueError(f"unknown mask kind {self.kind!r}: choose one of {', '.join(MASK_KINDS)}")
         if not 0 < self.keep_probability < 1:
@@ -173,7 +174,7 @@ def _cell_masks(
     """Masks of cells: pixel (y, x) has the value of cell ⌊(y + d)/cell⌋ · columns + ⌊(x + d)/cell⌋.
 
     Masks (of an orthogonal design: blocks of them) take the sizes of cells in turn. If cells are shifted, the b-th of a
-    size has d = (b mod 2) · ⌊cell/2⌋, otherwise d = 0. What would be a row or column of cells more belongs to the last.
+    size has d = (b mod 2) · ⌊cell/2⌋, otherwise d = 0. What is moved beyond the last cells belongs to the first.
     """
     levels = len(distribution.cells)
     blocks = indices // distribution.block if distribution.design == "orthogonal" else indices
@@ -181,7 +182,7 @@ def _cell_masks(
     rows, columns = ((size + cell - 1) // cell for size in shape)
     shift = blocks // levels % NUM_SHIFTS * (cell // 2) * int(distribution.shifted)
     y, x = (
-        ((torch.arange(size, device=seeds.device) + shift[:, None]) // cell[:, None]).minimum(count[:, None] - 1)
+        (torch.arange(size, device=seeds.device) + shift[:, None]) // cell[:, None] % count[:, None]
         for size, count in zip(shape, (rows, columns), strict=True)
     )
     number = (y * columns[:, None])[:, :, None] + x[:, None, :]

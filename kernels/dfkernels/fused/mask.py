@@ -125,7 +125,7 @@ def weights_at(
             shift = ((block // LEVELS) & 1).to(tl.int32) * (cell // 2)
             y += shift
             x += shift
-        y, x = tl.minimum(y // cell, rows - 1), tl.minimum(x // cell, columns - 1)
+        y, x = y // cell % rows, x // cell % columns
         if KIND == "orthogonal":
             place = (index & ((2 << bits) - 1).to(tl.uint32)).to(tl.int32)
             weight = _orthogonal(y, x, rows, columns, place, bits, k0, k1, step, block)
@@ -188,7 +188,7 @@ def _unit(word):
 
 @triton.jit
 def _rise(pixel, k0, k1, step, index, h, w, threshold, GRID: tl.constexpr):
-    """A RISE mask: bilinear between the four cells around each pixel, rows first as in `reference._rise_masks`.
+    """A RISE mask: bilinear between the four cells around each pixel, rows first as in `designs._rise_masks`.
 
     The complete field is drawn once and read from shared memory: 16 Philox calls for 8 × 8 cells, not four per pixel.
     """
