@@ -1,9 +1,12 @@
 """A distribution of every form of masks."""
 
 from dfkernels import MaskDistribution
+from marks import soak
 
 #: Pixels; smooth grids; overlapping cells of two sizes; a balanced design in tiles; one over all cells of two sizes.
 NAMES = ("gaussian", "rise", "cells", "orthogonal", "pyramid")
+#: Where the form of masks matters little, the newer ones are for `make soak`.
+MOST = ("gaussian", "rise", *(soak(name) for name in NAMES[2:]))
 
 
 def distribution(name: str, keep_probability: float = 0.5, grid: int = 8) -> MaskDistribution:

@@ -72,6 +72,7 @@ def test_choices_of_options_are_those_of_the_code() -> None:
         "dtype": tuple(DTYPES),
         "compression": COMPRESSIONS,
         "distance": evaluate.DISTANCES,
+        "refill": evaluate.REFILLS,
     }
 
 

@@ -192,9 +192,14 @@ class MissingCallable:
 def describe(explainer: Explainer) -> dict[str, Any]:
     """An explainer's class and settings as JSON values; a function is described by its qualified name."""
     return {"explainer": type(explainer).__name__} | {
-        name: {"function": _qualified_name(value)} if callable(value) else value
+        name: {"function": _qualified_name(value)} if callable(value) else _plain(value)
         for name, value in _settings(explainer).items()
     }
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: a tuple is a list there."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def rebuild(description: Mapping[str, Any]) -> Explainer:
