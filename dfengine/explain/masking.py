@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
+from dfkernels import reference
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.profiler import record_function
@@ -177,10 +178,9 @@ class MaskedForwards(ABC):
         self, outputs: Float[Tensor, "n c h w"], masked: Float[Tensor, "n c h w"], rows: Int[Tensor, " n"]
     ) -> Float[Tensor, "n c h w"]:
         """ε or x0, as the settings say, of outputs and the network's inputs."""
-        reading = self.reading[rows.clamp(min=0), :, None, None, None]
         if self.is_output:
             return outputs.float()
-        return reading[:, 0] * outputs.float() + reading[:, 1] * masked.float()
+        return reference.read(outputs, masked, self.reading, rows.clamp(min=0))
 
     def score(
         self,
