@@ -265,7 +265,7 @@ FINE = {
     ("negative_prompt", "'no-such'"), ("name", "'no-such'"), ("step", "0"), ("revision", "'no-such'"),
     ("variant", "'no-such'"), ("methods", "[]"), ("steps", "[]"),
     ("maps", "{}"), ("num_images", repr(2**80)), ("num_images", repr(2**80 + 1)),
-    ("methods", repr([Random(), Random()])),
+    ("methods", repr([Random(), Random()])), ("cell", "[1]"),
 }  # fmt: skip
 
 

@@ -166,7 +166,8 @@ def test_saved_and_built_pipelines_give_the_same_maps(saved: Callable[[str], Pat
     results = []
     for folder, random_weights in ((saved(name), False), (saved(name).parent / "configs", True)):
         engine = Engine.from_pretrained(folder, device="cpu", random_weights=random_weights, batch_size=4)
-        results.append(engine.explain(PROMPT, Rise(num_masks=4), num_steps=2))
+        # Of ε: where a mask hides the latent, the last step's x0 is flat, and its structure mostly rounding.
+        results.append(engine.explain(PROMPT, Rise(num_masks=4, output="epsilon"), num_steps=2))
         assert results[-1].model == f"{folder}{' (random weights)' if random_weights else ''}"
     loaded, built = results
     side = loaded.latents.shape[-1]

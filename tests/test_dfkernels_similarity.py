@@ -199,6 +199,12 @@ def test_constant_inputs(score: str) -> None:
     assert_close(luminance, torch.full_like(luminance, (0.3 + 1e-4) / (0.34 + 1e-4)), **tolerance("similarity"))
 
 
+def test_structure_stays_in_its_range_where_a_variance_is_lost_to_rounding() -> None:
+    b = 8 * images(1, 2, 8, 35)[1].float()
+    a = torch.where(torch.arange(35) < 17, 100.0, 3e-4 * b)
+    assert dfkernels.similarity(a[None], b, window=5).abs().max() <= 1 + 1e-5
+
+
 @pytest.mark.parametrize("kind", STATISTICS)
 def test_flat_regions_have_no_negative_variance(kind: str) -> None:
     # Away from the channel's mean and flat, so that E[a²] − E[a]² rounds to either side of zero.

@@ -500,7 +500,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 @pytest.mark.filterwarnings("default:drawing the first 1 of 2:UserWarning")
 def test_a_real_run_is_drawn_into_a_folder(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     engine = Engine.from_pretrained("shapes", device="cpu")
-    explainers = [Rise(8), Cam(), Relevance(), Attention()]
+    explainers = [Rise(16), Cam(), Relevance(), Attention()]
     for name in ("uniform", "early"):
         engine.explain("a red star", explainers, num_steps=2, sampling=name, out=tmp_path / f"{name}.h5")
     store.merge([tmp_path / "uniform.h5", tmp_path / "early.h5"], tmp_path / "run.h5")

@@ -369,6 +369,20 @@ def test_a_similarity_of_the_wrong_shape_is_rejected() -> None:
         explain_one(denoiser, pixels(3, similarity=lambda a, b: a.mean((0, 1))[None]))
 
 
+def test_a_similarity_that_returns_nothing_is_rejected() -> None:
+    rise = pixels(3, similarity=lambda a, b: None)
+    with pytest.raises(TypeError, match="the similarity returned NoneType, expected a tensor of scores"):
+        explain_one(Analytic(lambda x_t, _: x_t), rise)
+
+
+def test_a_cell_larger_than_the_latent_is_rejected() -> None:
+    denoiser = Analytic(lambda x_t, _: x_t)
+    job = denoiser.trajectory(torch.ones(1, *denoiser.latent_shape)).job
+    Rise(cell=(2, 6)).output_spec(denoiser, job)
+    with pytest.raises(ValueError, match="cell 7 is larger than the latent of analytic, 6×5 pixels"):
+        Rise(cell=(2, 7)).output_spec(denoiser, job)
+
+
 def test_non_finite_scores_give_a_warning() -> None:
     rise = pixels(3, score="global", estimator="sum", similarity=lambda a, b: a.mean((1, 2, 3)) * torch.nan)
     with pytest.warns(UserWarning, match="not finite"):

@@ -17,7 +17,7 @@ from dfengine.diffusion.trajectory import Trajectory
 from dfengine.explain.base import Explainer, OutputSpec, StepMap, option
 from dfengine.explain.edits import Edit, Replacements
 from dfengine.explain.registry import register
-from dfengine.runtime.batching import in_batches
+from dfengine.runtime.batching import AsyncHostCopy, in_batches
 from dfengine.tokens import concept_spans, remove
 
 #: The ways to edit a prompt, and what then happens to the word.
@@ -222,7 +222,7 @@ class _Forwards:
     def changes(self, is_pending: Sequence[bool]) -> Iterator[tuple[int, Float[Tensor, "conditions h w"]]]:
         """The pending rows, and how much each condition but the prompt changes the prediction, on the CPU.
 
-        Batches do not depend on which rows are pending.
+        Batches do not depend on which rows are pending; each is copied while the device works on the next one.
         """
         references = torch.empty_like(self._latents, dtype=torch.float32)
 
@@ -233,7 +233,7 @@ class _Forwards:
         def compare(pairs: Int[Tensor, " n"], known: range) -> Tensor:
             rows, conditions = self._pairs[pairs.clamp(min=0)].T
             outputs = self._predict(rows, self._prompts[rows] + conditions)
-            return torch.linalg.vector_norm(outputs - references[rows], dim=1)[: len(known)].cpu()
+            return torch.linalg.vector_norm(outputs - references[rows], dim=1)[: len(known)]
 
         def has_pending_rows(known: range) -> bool:
             return any(is_pending[row] for row in known)
@@ -245,15 +245,26 @@ class _Forwards:
             if outputs is not None:
                 references[known.start : known.stop] = outputs
         maps: list[Tensor] = []
-        for known, changes in in_batches(len(self.pairs), self.denoiser, compare, has_pending_pairs):
-            if changes is None:
-                continue
+
+        def complete(known: range, copy: AsyncHostCopy) -> Iterator[tuple[int, Tensor]]:
+            (changes,) = copy.wait()
             for (row, k), change in zip(self.pairs[known.start : known.stop], changes, strict=True):
                 if k == 1:
-                    maps = []
+                    maps.clear()
                 maps.append(change)
                 if is_pending[row] and k == len(self.rows[row][0].conditions) - 1:
                     yield row, torch.stack(maps)
+
+        device = self._latents.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        copied: list[tuple[range, AsyncHostCopy]] = []
+        for known, changes in in_batches(len(self.pairs), self.denoiser, compare, has_pending_pairs):
+            before = copied
+            copied = [] if changes is None else [(known, AsyncHostCopy(changes, stream=stream))]
+            for batch in before:
+                yield from complete(*batch)
+        for batch in copied:
+            yield from complete(*batch)
 
     def _predict(self, rows: Int[Tensor, " n"], conditions: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
         latents, timesteps = self._latents[rows], self._timesteps[rows]

@@ -225,8 +225,18 @@ class Rise(Explainer):
         return num_forwards(num_steps, self.num_masks, self.target)
 
     def output_spec(self, denoiser: Denoiser, job: Job) -> OutputSpec:
-        """A score a mask, and errors. Raises ValueError if the similarity needs features and the model has none."""
+        """A score a mask, and errors.
+
+        Raises ValueError if the similarity needs features and the model has none, and for a cell that is larger than
+        the latent.
+        """
         self._check_features(denoiser)
+        h, w = denoiser.latent_shape[1:]
+        if max(self.cells) > max(h, w) and self.mask_kind == "gaussian":
+            raise ValueError(
+                f"cell {max(self.cells)} is larger than the latent of {denoiser.name}, {h}×{w} pixels: a mask would "
+                "hide all or nothing"
+            )
         return OutputSpec(num_masks=self.num_masks, has_error=True)
 
     @torch.no_grad()

@@ -119,7 +119,9 @@ class RiseForwards(MaskedForwards):
         scores = outputs.new_full((len(rows), *shape), torch.nan)
         for row in rows[rows != PADDING].unique().tolist():
             some = outputs[rows == row]
-            values = torch.as_tensor(self.rise.similarity(some, self.references[row]))
+            values = self.rise.similarity(some, self.references[row])
+            if not isinstance(values, Tensor):
+                raise TypeError(f"the similarity returned {type(values).__name__}, expected a tensor of scores")
             if values.shape != (len(some), *shape):
                 raise ValueError(
                     f"the similarity returned {tuple(values.shape)} for {len(some)} masks, but "

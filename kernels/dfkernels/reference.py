@@ -140,7 +140,9 @@ def _ssim_term(a: _Statistics, b: _Statistics, kind: str, average: Average, data
 
     match kind:
         case "structure":
-            return (covariance() + c3) / ((a.variance * b.variance).sqrt() + c3)
+            deviations = (a.variance * b.variance).sqrt()
+            # |σ_ab| ≤ σ_a σ_b, whatever the rounding of a variance near 0.
+            return (covariance().clamp(-deviations, deviations) + c3) / (deviations + c3)
         case "luminance":
             return luminance()
         case "contrast":

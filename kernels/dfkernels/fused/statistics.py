@@ -30,7 +30,10 @@ def tile_pixels(tile, h, w):
 def term(KIND: tl.constexpr, mean_a, mean_b, var_a, var_b, cov, c1, c2):
     """Eq. 5, Eq. 6, Eq. 7, contrast or SSIM of one channel; see `reference.similarity`."""
     if KIND == "structure":
-        value = (cov + c2 / 2) / (tl.sqrt_rn(var_a * var_b) + c2 / 2)
+        deviations = tl.sqrt_rn(var_a * var_b)
+        # |σ_ab| ≤ σ_a σ_b, whatever the rounding of a variance near 0.
+        cov = tl.clamp(cov, -deviations, deviations, propagate_nan=tl.PropagateNan.ALL)
+        value = (cov + c2 / 2) / (deviations + c2 / 2)
     elif KIND == "contrast":
         value = (2 * tl.sqrt_rn(var_a * var_b) + c2) / (var_a + var_b + c2)
     elif KIND == "contrast_structure":
