@@ -66,6 +66,7 @@ studies: $(VENV)/.dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python bench/certainty.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/certainty.py --reduced
 	OMP_NUM_THREADS=1 $(BIN)/python bench/rise_settings.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/inner_maps.py
 	$(BIN)/python bench/games.py
 
 # On a machine with a GPU, with the packages of its own (torch, triton, jaxtyping, pytest, scipy; from gpu-shapes on also

@@ -119,10 +119,10 @@ class _Ways(RiseForwards):
         }
 
 
-def items(engine: Engine, count: int) -> list[tuple[Trajectory, Areas]]:
+def items(engine: Engine, count: int, seed: int = SEED) -> list[tuple[Trajectory, Areas]]:
     """Generations that show what their captions say, and the areas of their shapes."""
     captions: list[str] = []
-    for caption in sample_scenes(20 * count, torch.Generator().manual_seed(SEED)).captions:
+    for caption in sample_scenes(20 * count, torch.Generator().manual_seed(seed)).captions:
         if caption.object is not None and has_distinct_colours(caption) and str(caption) not in captions:
             captions.append(str(caption))
     judge, found = ConceptJudge(), []
@@ -197,8 +197,28 @@ def area_under(features: Float[Tensor, "points d"], unperturbed: Float[Tensor, "
     return float(torch.trapezoid(distance, dx=1 / (len(distance) - 1)) / distance.max().clamp(min=1e-12))
 
 
+def table_of_ways(rows: Sequence[record.Row]) -> str:
+    """Every way of comparing the default's masks, best first."""
+    law, num_masks = next(iter(LAWS)), Rise().num_masks
+    return table([row for row in rows if (row["law"], row["num_masks"]) == (law, num_masks)])
+
+
+def table_of_masks(rows: Sequence[record.Row]) -> str:
+    """Every kind and number of masks, compared by structure and squared difference, best first."""
+    of = ("x0", "local", "contrast")
+    return table(
+        [
+            row
+            for row in rows
+            if (row["output"], row["score"], row["estimator"]) == of and row["similarity"] in ("structure", "mse")
+        ]
+    )
+
+
 def table(rows: Sequence[record.Row]) -> str:
-    """Every way of comparing, best first."""
+    """Rows, the best first."""
+    if not rows:
+        return record.NOT_MEASURED
     first = rows[0]
     count, commits = (
         len(first["values"]["auroc"][str(STEPS[0])]),
@@ -267,7 +287,7 @@ def check_maps(engine: Engine, path: Trajectory) -> None:
         torch.testing.assert_close(shared, own, **tolerance("estimate"))
 
 
-TABLES = {("bench/README.md", "rise_settings"): table}
+TABLES = {("bench/README.md", "rise_settings"): table_of_ways, ("bench/README.md", "rise_masks"): table_of_masks}
 
 
 @torch.no_grad()

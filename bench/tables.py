@@ -19,6 +19,7 @@ BENCHMARKS = (
     "kernels_compiled",
     "kernels_measured",
     "profiles",
+    "inner_maps",
     "rise_settings",
     "scores",
     "shapes_model",
