@@ -1,7 +1,6 @@
 """The operations DF-RISE is built on: counter-based masks, similarity scores, running sums and map estimators."""
 
 from dfkernels.counters import philox, random_uint32
-from dfkernels.designs import DESIGNS, FILLS, MASK_KINDS, MaskDistribution, orthogonal_block
 from dfkernels.dispatch import (
     accumulate,
     add,
@@ -13,6 +12,7 @@ from dfkernels.dispatch import (
     runs_fused,
     similarity,
 )
+from dfkernels.distribution import DESIGNS, FILLS, MASK_KINDS, MaskDistribution, orthogonal_block
 from dfkernels.estimators import ESTIMATORS, Sums, estimate
 from dfkernels.games import blur, ranks
 from dfkernels.reference import SCORES, SIMILARITIES

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dfkernels import designs, estimators, games, reference
-from dfkernels.designs import MaskDistribution
+from dfkernels.distribution import MaskDistribution
 
 P = ParamSpec("P")
 T = TypeVar("T")

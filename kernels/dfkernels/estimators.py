@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from dfkernels import reference
-from dfkernels.designs import MIN_RANDOMISATIONS, PIXELS, MaskDistribution, draw_masks, masks
+from dfkernels.designs import draw_masks, masks
+from dfkernels.distribution import MIN_RANDOMISATIONS, PIXELS, MaskDistribution
 
 #: "contrast" compares kept with dropped pixels, unrelated to SSIM's contrast term (`reference.SIMILARITIES`).
 ESTIMATORS = ("sum", "coverage", "contrast")

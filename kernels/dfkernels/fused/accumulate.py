@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfkernels import estimators, reference
-from dfkernels.designs import PIXELS, MaskDistribution, check_shape
+from dfkernels.designs import check_shape
+from dfkernels.distribution import PIXELS, MaskDistribution
 from dfkernels.fused.apply_masks import DISTRIBUTIONS
 from dfkernels.fused.configuration import Configuration
 from dfkernels.fused.mask import NOT_SPECIALISED, constants, load_entry, runtime_arguments, weights_at

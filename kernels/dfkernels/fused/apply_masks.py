@@ -8,7 +8,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dfkernels.designs import PIXELS, MaskDistribution, check_shape, mask_counters
+from dfkernels.designs import check_shape, mask_counters
+from dfkernels.distribution import PIXELS, MaskDistribution
 from dfkernels.fused.configuration import Configuration
 from dfkernels.fused.mask import NOT_SPECIALISED, constants, load_entry, normal, runtime_arguments, weights
 

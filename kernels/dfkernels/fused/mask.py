@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from dfkernels.designs import MaskDistribution
+from dfkernels.distribution import MaskDistribution
 
 #: The runtime arguments of `weights`, which kernels are not specialised on.
 NOT_SPECIALISED = ["threshold", "cells", "bits"]

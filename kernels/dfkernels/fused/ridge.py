@@ -5,7 +5,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dfkernels import estimators
-from dfkernels.designs import PIXELS, MaskDistribution
+from dfkernels.distribution import PIXELS, MaskDistribution
 from dfkernels.fused.apply_masks import masks
 
 #: Masks per matrix product. Half precision represents every integer up to 2¹¹, so a sum of this many zeros and ones is
