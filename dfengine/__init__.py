@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         XDiffusionRise,
     )
     from dfengine.models.scheduler import ExponentialDDIMScheduler
+    from dfengine.tracing import Trace, replay, trace
 
 __all__ = [
     "Attention",
@@ -55,11 +56,14 @@ __all__ = [
     "Result",
     "Rise",
     "StepMap",
+    "Trace",
     "XDiffusionCam",
     "XDiffusionLime",
     "XDiffusionRise",
     "__version__",
     "exponential_timesteps",
+    "replay",
+    "trace",
 ]
 
 #: Where the public names are defined; explainers are found through their registry. `open` is not in `__all__`, so that
@@ -72,8 +76,11 @@ _MODULES = {
     "Job": "diffusion.job",
     "Result": "display",
     "StepMap": "explain",
+    "Trace": "tracing",
     "exponential_timesteps": "diffusion.path",
     "open": "display",
+    "replay": "tracing",
+    "trace": "tracing",
 }
 
 #: Subpackages that are attributes of the package without an import.

@@ -324,7 +324,34 @@ class Engine:
             gamma=gamma,
             guidance=guidance,
         )
-        plan = self.plan([job], explainers)
+        return self.explain_plan(
+            self.plan([job], explainers),
+            out=out,
+            overwrite=overwrite,
+            previews=previews,
+            compression=compression,
+            mantissa_bits=mantissa_bits,
+            on_event=on_event,
+            progress=progress,
+        )
+
+    def explain_plan(
+        self,
+        plan: Plan,
+        trajectory: Trajectory | None = None,
+        *,
+        previews: bool = True,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        compression: str = "gzip",
+        mantissa_bits: int = 23,
+        on_event: Callable[[Event], None] | None = None,
+        progress: bool | None = None,
+    ) -> Result:
+        """Carry out a plan of one job as `explain` does; its generation may exist already. Raises ValueError alike."""
+        check_arguments(previews=previews, overwrite=overwrite, compression=compression, mantissa_bits=mantissa_bits)
+        check_arguments(out=out, on_event=on_event, progress=progress)
+        job, given = plan.jobs[0].job, {} if trajectory is None else {0: trajectory}
         with (
             torch.no_grad(),
             self.denoiser.exclusive(),
@@ -344,7 +371,7 @@ class Engine:
         with file as writer:
             recorder = Recorder(self.denoiser, plan, previews=previews, writer=writer)
             with bar(len(job.timesteps) * len(plan.explainers), progress, len(recorder.done)) as show:
-                for event in self.run(plan, restored=recorder.restored, done=recorder.done):
+                for event in self.run(plan, restored=given or recorder.restored, done=recorder.done):
                     recorder.take(event)
                     show(event)
                     if on_event is not None:

@@ -17,6 +17,8 @@ import torch
 import typer.core
 import typer.main
 from commands import dfengine_command
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
 
 import dfengine
 from dfengine import Attention, Cam, Engine, Relevance, Rise, XDiffusionCam, XDiffusionRise, evaluate, sweep
@@ -65,12 +67,13 @@ def pipeline():
 def test_every_python_example_is_tested():
     counts = {str(path.relative_to(ROOT)): len(blocks(path, "python")) for path in DOCUMENTS}
     assert {name: count for name, count in counts.items() if count} == {
-        "README.md": 5,
+        "README.md": 6,
         "docs/api.md": 1,
         "docs/comparison.md": 2,
         "docs/format.md": 2,
         "docs/methods.md": 2,
         "docs/performance.md": 1,
+        "docs/pipelines.md": 1,
         "docs/sweeps.md": 1,
         "docs/xdiffusion.md": 1,
         "kernels/README.md": 1,
@@ -84,13 +87,26 @@ def test_readme(few_steps, pipeline, tmp_path, monkeypatch):
     example = "\n".join(blocks("README.md", "python")).replace("captions(12)", "captions(2)")
     example = example.replace("maps={", "num_steps=4, distance='mse', maps={")
     my_maps = np.random.default_rng(0).random((2, 16, 16))
-    names = run(example, my_maps=my_maps, pipe=pipeline)
+    pipe, sketch = StableDiffusionImg2ImgPipeline(**pipeline.components), Image.new("RGB", (64, 64), "navy")
+    names = run(example, my_maps=my_maps, pipe=pipe, sketch=sketch)
     assert (tmp_path / "run.h5").exists()
+    assert names["explained"].maps["rise"].shape == (6, 16, 16)
+    assert (tmp_path / "call.h5").exists()
     assert (tmp_path / "report.html").exists()
     assert list(names["result"].maps) == ["cam", "relevance", "attention"]
     (summary,) = names["study"].summaries
     assert list(summary.methods) == ["random", "cam", "mine"]
     assert names["pipe"].scheduler.config.stage == "early"
+
+
+@pytest.mark.slow
+def test_any_pipeline(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe, sketch = StableDiffusionImg2ImgPipeline(**pipeline.components), Image.new("RGB", (64, 64), "navy")
+    (example,) = blocks("docs/pipelines.md", "python")
+    example = example.replace("Rise()", "Rise(8)").replace("Lime()", "Lime(8)").replace("[0, 4, 7]", "[0, 5]")
+    names = run(example, pipe=pipe, sketch=sketch)
+    assert names["result"].prompt == "a cat holding a sign"
 
 
 @pytest.mark.slow

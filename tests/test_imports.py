@@ -37,6 +37,7 @@ MAY_IMPORT = {
         "plan": "diffusion explain store tokens",
         "recorder": "diffusion display events explain plan result store",
         "engine": "arguments checks diffusion display events explain models plan recorder runtime shapes store",
+        "tracing": "checks diffusion display engine events explain files models",
         "evaluate": "checks dfkernels diffusion explain files plan prompts result runtime shapes tokens",
         "studies": "arguments checks diffusion engine evaluate explain figures files models prompts result shapes",
         "profile": "dfkernels diffusion engine events explain runtime store",

@@ -1,0 +1,150 @@
+"""Explaining any call of any diffusers pipeline.
+
+    with dfengine.trace(pipe) as trace:
+        image = pipe("a cat holding a sign", image=..., num_inference_steps=8).images[0]
+    result = trace.explain(Rise(num_masks=256), out="call.h5")
+
+The call is what it would have been. Afterwards its network is asked again with the recorded arguments and masked
+latents; nothing is asked about the pipeline's class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dfengine.checks as checks
+from dfengine.diffusion.fingerprint import fingerprint
+from dfengine.display import Result
+from dfengine.engine import Engine, Explainers
+from dfengine.events import Event
+from dfengine.explain import Explainer, Rise
+from dfengine.files import published
+from dfengine.models.recorded import Call, Recorded, from_plain, kept_steps, networks_of, recorded, to_plain
+from dfengine.models.scheduler import path_of
+
+_VERSION = 1
+
+
+@contextmanager
+def trace(pipeline: Any) -> Iterator[Trace]:
+    """Record the calls of a diffusers pipeline while inside, to be explained afterwards.
+
+    Images are bit for bit what they would have been, and nothing is left behind on the pipeline. What the networks are
+    given is kept on their device, once if it is the same at every step (`Trace.nbytes`). Raises ValueError for a
+    pipeline without a network that predicts, or without a scheduler.
+    """
+    if not hasattr(pipeline, "components"):
+        raise ValueError(f"{type(pipeline).__name__} is no diffusers pipeline: give the pipeline whose call to explain")
+    with recorded(pipeline) as calls:
+        one = Trace(pipeline, calls)
+        yield one
+    one.fingerprint = fingerprint(networks_of(pipeline))
+
+
+class Trace:
+    """The recorded calls of a pipeline."""
+
+    def __init__(self, pipeline: Any, calls: Sequence[Call]) -> None:
+        self.pipeline, self.calls, self.fingerprint = pipeline, calls, ""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is recorded."""
+        return sum(call.nbytes for call in self.calls)
+
+    def explain(
+        self,
+        explainers: Explainers = Rise(),  # noqa: B008  # settings are frozen
+        *,
+        image: int = 0,
+        call: int = -1,
+        steps: str | Sequence[int] = "all",
+        batch_size: int | None = None,
+        previews: bool = True,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        on_event: Callable[[Event], None] | None = None,
+        progress: bool | None = None,
+    ) -> Result:
+        """Explain one image of a call, the last one by default, at all of its steps or some (counted from 0).
+
+        Before any map is made the network is asked what it was asked, and has to answer what it answered. Otherwise as
+        `Engine.explain`. Raises ValueError for an image, call or step that is not there, for a pipeline that has
+        changed since, and for what the numbers of the call do not tell.
+        """
+        denoiser = self.denoiser(image=image, call=call, steps=steps, batch_size=batch_size)
+        given = [explainers] if isinstance(explainers, str | Explainer) else explainers
+        for explainer in given:
+            if not isinstance(explainer, str):
+                denoiser.check_target(getattr(explainer, "target", "conditional"))
+        engine = Engine(denoiser, batch_size=batch_size)
+        return engine.explain_plan(
+            engine.plan([denoiser.job], explainers),
+            denoiser.trajectory(),
+            previews=previews and denoiser.has_previews,
+            out=out,
+            overwrite=overwrite,
+            on_event=on_event,
+            progress=progress,
+        )
+
+    def denoiser(
+        self, *, image: int = 0, call: int = -1, steps: str | Sequence[int] = "all", batch_size: int | None = None
+    ) -> Recorded:
+        """One image of a call as a network that predicts. Raises ValueError as `explain` does."""
+        checks.whole_number("image", image)
+        if not self.calls:
+            raise ValueError("no call is recorded: call the pipeline inside `with dfengine.trace(pipe)`")
+        if not -len(self.calls) <= call < len(self.calls):
+            raise ValueError(f"call {call} is not there: {len(self.calls)} are recorded, counted from 0")
+        if self.fingerprint and fingerprint(networks_of(self.pipeline)) != self.fingerprint:
+            raise ValueError("the networks' weights have changed since the call: record it again")
+        one = self.calls[call]
+        chosen = None if isinstance(steps, str) and steps == "all" else _steps(steps, len(kept_steps(one)))
+        schedule = path_of(self.pipeline.scheduler)
+        denoiser = Recorded(self.pipeline, one, schedule, image, steps=chosen, batch_size=batch_size)
+        with denoiser.exclusive():
+            denoiser.check()
+        return denoiser
+
+    def save(self, path: str | Path) -> None:
+        """Write the recorded calls, without the pipeline's weights, to be explained later by `replay`."""
+        state = {"version": _VERSION, "fingerprint": self.fingerprint, "calls": [to_plain(call) for call in self.calls]}
+        with published(Path(path).expanduser()) as new:
+            torch.save(state, new)
+
+
+def replay(pipeline: Any, path: str | Path) -> Trace:
+    """The calls that `Trace.save` wrote, of the pipeline that made them.
+
+    Raises ValueError for a file that is none of these, and FileNotFoundError where there is none.
+    """
+    networks = networks_of(pipeline)
+    device = next(next(iter(networks.values())).parameters()).device
+    try:
+        state = torch.load(Path(path).expanduser(), map_location=device, weights_only=True)
+        version = state["version"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there: write it with Trace.save") from None
+    except Exception as error:  # whatever the unpickler raises
+        raise ValueError(f"{path} is no recorded call: expected a file that Trace.save wrote") from error
+    if version != _VERSION:
+        raise ValueError(f"{path} has version {version} and this dfengine reads {_VERSION}: record the call again")
+    trace = Trace(pipeline, [from_plain(call) for call in state["calls"]])
+    trace.fingerprint = state["fingerprint"]
+    return trace
+
+
+def _steps(steps: Any, count: int) -> list[int]:
+    if isinstance(steps, str) or not isinstance(steps, Sequence) or not steps:
+        raise checks.mistake("steps", steps, "'all' or a list of steps, counted from 0")
+    for step in steps:
+        checks.whole_number("step", step)
+        if not 0 <= step < count:
+            raise ValueError(f"step {step} is outside [0, {count - 1}]: the call took {count} steps")
+    return sorted(set(steps))
