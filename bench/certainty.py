@@ -168,7 +168,7 @@ def main() -> None:
             built = reduced.reduced("sd15", Path(folder), {"unet": {"sample_size": 64}})
             engine = Engine(reduced.random_pipeline(built), batch_size=BATCH)
         model, prompts, steps = "sd15, an eighth wide, random", PROMPTS[:1], STEPS[:1]
-        limits = {"the default": 512, "the default, independent masks": 512}
+        limits = {"the default": 256, "the default, independent masks": 256}
     else:
         engine, model, prompts, steps = (
             Engine.from_pretrained("shapes", device="cpu", batch_size=BATCH),
