@@ -247,6 +247,25 @@ def test_a_saved_call_is_explained_alike(name: str, tmp_path: Path) -> None:
     assert size < 2 * trace.nbytes + 100_000
 
 
+@pytest.mark.slow
+def test_what_is_recorded_is_what_was_given_even_if_it_changes_later() -> None:
+    one = PIPELINES["stable_diffusion"]()
+
+    def spoil(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.zero_()
+
+    with dfengine.trace(one.pipeline) as trace:
+        hook = one.pipeline.unet.register_forward_hook(spoil, with_kwargs=True)
+        one.call()
+        hook.remove()
+    first, *later = (step.forwards[0].arguments["encoder_hidden_states"] for step in trace.calls[0].steps)
+    assert torch.equal(first, torch.cat([one.arguments["negative_prompt_embeds"], one.arguments["prompt_embeds"]]))
+    assert all(value.count_nonzero() == 0 for value in later)
+    assert all(step.forwards[0].arguments["sample"].count_nonzero() for step in trace.calls[0].steps)
+
+
 # What cannot be -------------------------------------------------------------------------------------------------------
 
 
