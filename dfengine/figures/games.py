@@ -34,7 +34,7 @@ _GAMES = {"deletion": ("deleted", "higher is better"), "insertion": ("inserted",
 _WIDTH, _MARGIN = 7.0, 0.1
 _PANEL, _MIN_HEIGHT, _BAR = 1.3, 0.95, (2.4, 0.12)
 #: Minimum and maximum number of characters per line of a column's title, a prompt and a row's label.
-_TITLE_LENGTH, _PROMPT_LENGTH, _LABEL_LENGTH = (9, 12), (12, 20), (8, 14)
+_TITLE_LENGTH, _PROMPT_LENGTH, _LABEL_LENGTH = (9, 14), (12, 20), (8, 14)
 
 #: A mean with the low and high end of its interval, at 0, 1/(points − 1), …, 1 of the pixels.
 Band = tuple[Float[ndarray, " points"], Float[ndarray, " points"], Float[ndarray, " points"]]
