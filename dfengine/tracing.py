@@ -4,15 +4,16 @@
         image = pipe("a cat holding a sign", image=..., num_inference_steps=8).images[0]
     result = trace.explain(Rise(num_masks=256), out="call.h5")
 
-The call is what it would have been. Afterwards its network is asked again with the recorded arguments and masked
+The call is what it would have been. Afterwards its network is called again with the recorded arguments and masked
 latents; nothing is asked about the pipeline's class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,35 +23,39 @@ from dfengine.diffusion.fingerprint import fingerprint
 from dfengine.display import Result
 from dfengine.engine import Engine, Explainers
 from dfengine.events import Event
-from dfengine.explain import Explainer, Rise
+from dfengine.explain import Rise
 from dfengine.files import published
 from dfengine.models.recorded import Call, Recorded, from_plain, kept_steps, networks_of, recorded, to_plain
-from dfengine.models.scheduler import path_of
 
 _VERSION = 1
 
 
-@contextmanager
-def trace(pipeline: Any) -> Iterator[Trace]:
-    """Record the calls of a diffusers pipeline while inside, to be explained afterwards.
+def trace(pipeline: Any) -> Trace:
+    """Record the calls of a diffusers pipeline inside `with`, to be explained afterwards.
 
     Images are bit for bit what they would have been, and nothing is left behind on the pipeline. What the networks are
     given is kept on their device, once if it is the same at every step (`Trace.nbytes`). Raises ValueError for a
     pipeline without a network that predicts, or without a scheduler.
     """
-    if not hasattr(pipeline, "components"):
-        raise ValueError(f"{type(pipeline).__name__} is no diffusers pipeline: give the pipeline whose call to explain")
-    with recorded(pipeline) as calls:
-        one = Trace(pipeline, calls)
-        yield one
-    one.fingerprint = fingerprint(networks_of(pipeline))
+    networks_of(pipeline)
+    return Trace(pipeline)
 
 
 class Trace:
-    """The recorded calls of a pipeline."""
+    """The recorded calls of a pipeline, which are recorded while inside."""
 
-    def __init__(self, pipeline: Any, calls: Sequence[Call]) -> None:
-        self.pipeline, self.calls, self.fingerprint = pipeline, calls, ""
+    def __init__(self, pipeline: Any, calls: Sequence[Call] = ()) -> None:
+        self.pipeline, self.calls = pipeline, calls
+        self._recording = ExitStack()
+
+    def __enter__(self) -> Trace:
+        self.calls = self._recording.enter_context(recorded(self.pipeline))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._recording.close()
 
     @property
     def nbytes(self) -> int:
@@ -78,13 +83,12 @@ class Trace:
         changed since, and for what the numbers of the call do not tell.
         """
         denoiser = self.denoiser(image=image, call=call, steps=steps, batch_size=batch_size)
-        given = [explainers] if isinstance(explainers, str | Explainer) else explainers
-        for explainer in given:
-            if not isinstance(explainer, str):
-                denoiser.check_target(getattr(explainer, "target", "conditional"))
         engine = Engine(denoiser, batch_size=batch_size)
+        plan = engine.plan([denoiser.job], explainers)
+        for explainer in plan.explainers:
+            denoiser.check_target(getattr(explainer, "target", "conditional"))
         return engine.explain_plan(
-            engine.plan([denoiser.job], explainers),
+            plan,
             denoiser.trajectory(),
             previews=previews and denoiser.has_previews,
             out=out,
@@ -98,23 +102,26 @@ class Trace:
     ) -> Recorded:
         """One image of a call as a network that predicts. Raises ValueError as `explain` does."""
         checks.whole_number("image", image)
+        checks.whole_number("call", call)
         if not self.calls:
             raise ValueError("no call is recorded: call the pipeline inside `with dfengine.trace(pipe)`")
         if not -len(self.calls) <= call < len(self.calls):
             raise ValueError(f"call {call} is not there: {len(self.calls)} are recorded, counted from 0")
-        if self.fingerprint and fingerprint(networks_of(self.pipeline)) != self.fingerprint:
+        one, own = self.calls[call], type(self.pipeline).__name__
+        if one.pipeline != own:
+            raise ValueError(f"the call is one of {one.pipeline}, and the pipeline {own}: give the one that made it")
+        count = len(kept_steps(one))
+        chosen = None if isinstance(steps, str) and steps == "all" else _steps(steps, count)
+        if fingerprint(networks_of(self.pipeline)) != one.weights:
             raise ValueError("the networks' weights have changed since the call: record it again")
-        one = self.calls[call]
-        chosen = None if isinstance(steps, str) and steps == "all" else _steps(steps, len(kept_steps(one)))
-        schedule = path_of(self.pipeline.scheduler)
-        denoiser = Recorded(self.pipeline, one, schedule, image, steps=chosen, batch_size=batch_size)
+        denoiser = Recorded(self.pipeline, one, image, steps=chosen, batch_size=batch_size)
         with denoiser.exclusive():
             denoiser.check()
         return denoiser
 
     def save(self, path: str | Path) -> None:
         """Write the recorded calls, without the pipeline's weights, to be explained later by `replay`."""
-        state = {"version": _VERSION, "fingerprint": self.fingerprint, "calls": [to_plain(call) for call in self.calls]}
+        state = {"version": _VERSION, "calls": [to_plain(call) for call in self.calls]}
         with published(Path(path).expanduser()) as new:
             torch.save(state, new)
 
@@ -135,16 +142,15 @@ def replay(pipeline: Any, path: str | Path) -> Trace:
         raise ValueError(f"{path} is no recorded call: expected a file that Trace.save wrote") from error
     if version != _VERSION:
         raise ValueError(f"{path} has version {version} and this dfengine reads {_VERSION}: record the call again")
-    trace = Trace(pipeline, [from_plain(call) for call in state["calls"]])
-    trace.fingerprint = state["fingerprint"]
-    return trace
+    return Trace(pipeline, [from_plain(call) for call in state["calls"]])
 
 
 def _steps(steps: Any, count: int) -> list[int]:
-    if isinstance(steps, str) or not isinstance(steps, Sequence) or not steps:
+    several = steps.tolist() if hasattr(steps, "tolist") else steps
+    if isinstance(several, str) or not isinstance(several, Sequence) or not several:
         raise checks.mistake("steps", steps, "'all' or a list of steps, counted from 0")
-    for step in steps:
+    for step in several:
         checks.whole_number("step", step)
         if not 0 <= step < count:
             raise ValueError(f"step {step} is outside [0, {count - 1}]: the call took {count} steps")
-    return sorted(set(steps))
+    return sorted(set(several))

@@ -1,12 +1,16 @@
 """Any call of any pipeline: recorded without changing it, understood from its numbers, replayed with masked latents."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import dfkernels
 import numpy as np
+import pipelines
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from marks import soak
 from pipelines import PIPELINES, Example
 from torch import Tensor
@@ -266,6 +270,128 @@ def test_what_is_recorded_is_what_was_given_even_if_it_changes_later() -> None:
     assert all(step.forwards[0].arguments["sample"].count_nonzero() for step in trace.calls[0].steps)
 
 
+# Calls that are unlike others -----------------------------------------------------------------------------------------
+
+
+def test_a_step_of_second_order_is_the_one_that_is_taken() -> None:
+    _, trace = traced("stable_diffusion_heun")
+    steps = trace.denoiser().steps
+    every = trace.calls[0].steps
+    assert [step.timestep for step in every] == [999, 666, 666, 333, 333, 0, 0]
+    assert [step.sample is every[place].sample for step, place in zip(steps, (0, 2, 4, 6), strict=True)] == [True] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "images"), [("z_image", 2), ("qwen_image", 2), ("controlnet_two", 3), ("dit", 2)])
+def test_several_images_are_explained_each(name: str, images: int) -> None:
+    one = PIPELINES[name]()
+    changes = {"class_labels": [1, 2]} if name == "dit" else {"num_images_per_prompt": images}
+    with dfengine.trace(one.pipeline) as trace:
+        pictures = one.call(**changes)
+    maps = [trace.explain(Rise(num_masks=8, cell=2), image=image).maps["rise"] for image in range(images)]
+    assert len(pictures) == images
+    assert all(np.isfinite(one).all() for one in maps)
+    assert not np.array_equal(maps[0], maps[-1])
+
+
+@pytest.mark.slow
+def test_equal_images_are_two() -> None:
+    one = PIPELINES["stable_diffusion"]()
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    with dfengine.trace(one.pipeline) as trace:
+        one.pipeline(**one.arguments, num_images_per_prompt=2, generator=generators, output_type="pt")
+    first, second = (trace.explain(Random(), image=image) for image in range(2))
+    assert np.array_equal(first.latents, second.latents)
+
+
+@pytest.mark.slow
+def test_the_scheduler_may_be_copied_or_replaced_inside() -> None:
+    one = PIPELINES["stable_diffusion_euler"]()
+    own, expected = one.pipeline.scheduler, one.call()
+    try:
+        with dfengine.trace(one.pipeline) as trace:
+            one.pipeline.scheduler = copy.deepcopy(own)
+            images = one.call()
+            inside = copy.deepcopy(one.pipeline.scheduler)
+        assert torch.equal(images, expected)
+        assert "step" not in vars(inside)
+        assert trace.explain(Random()).maps["random"].shape == (4, 8, 8)
+    finally:
+        one.pipeline.scheduler = own
+
+
+@pytest.mark.slow
+def test_a_network_compiled_in_place_is_recorded() -> None:
+    one = PIPELINES["stable_diffusion"]()
+    expected = one.call()
+    one.pipeline.unet.compile(backend="eager", fullgraph=True)
+    try:
+        with dfengine.trace(one.pipeline) as trace:
+            images = one.call()
+        assert_close(images, expected)
+        assert trace.explain(Rise(8)).maps["rise"].shape == (4, 8, 8)
+    finally:
+        one.pipeline.unet._compiled_call_impl = None
+
+
+@pytest.mark.slow
+def test_an_image_resized_after_decoding_keeps_its_previews() -> None:
+    one = PIPELINES["stable_diffusion"]()
+
+    class Resizing(type(one.pipeline)):  # type: ignore[misc]  # a class that is known at run time
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            output = super().__call__(*args, **kwargs)
+            return (F.interpolate(output.images, (25, 25)),)
+
+    pipeline = Resizing(**one.pipeline.components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    with dfengine.trace(pipeline) as trace:
+        pipeline(**one.arguments, output_type="pt")
+    result = trace.explain(Random())
+    assert result.previews is not None
+    assert result.previews.shape[1:] == result.image.shape == (25, 25, 3)
+
+
+@pytest.mark.slow
+def test_a_call_that_cannot_be_recorded_goes_on_and_says_why_later() -> None:
+    one = PIPELINES["stable_diffusion"]()
+
+    class Strange(type(one.pipeline)):  # type: ignore[misc]  # a class that is known at run time
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            super().__call__(*args, **kwargs)
+            return {"depth": 1}
+
+    class Own(DDIMScheduler):
+        def step(self, output: Tensor, t: Tensor, x: Tensor, **kwargs: object) -> object:  # type: ignore[override]
+            return super().step(output, t, x, **kwargs)
+
+    pipeline = Strange(**one.pipeline.components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    with dfengine.trace(pipeline) as trace:
+        assert pipeline(**one.arguments) == {"depth": 1}
+    with pytest.raises(ValueError, match="the call returned 0 images and its steps are of 1"):
+        trace.explain()
+    own = one.pipeline.scheduler
+    try:
+        one.pipeline.scheduler = Own.from_config(own.config)
+        with dfengine.trace(one.pipeline) as trace:
+            one.call()
+        with pytest.raises(ValueError, match="Own does not step from a model_output, which is not supported"):
+            trace.explain()
+    finally:
+        one.pipeline.scheduler = own
+
+
+@pytest.mark.slow
+def test_a_crop_is_no_map_of_the_whole_image() -> None:
+    one = PIPELINES["inpaint"]()
+    given = {"image": pipelines.image(96).crop((0, 0, 96, 64)), "mask_image": pipelines.mask(96).crop((0, 0, 96, 64))}
+    with dfengine.trace(one.pipeline) as trace:
+        one.call(**given, height=16, width=16, padding_mask_crop=2, output_type="pil")
+    with pytest.raises(ValueError, match="8×8 has not the proportions of the image, 64×96 pixels, which was cropped"):
+        trace.explain()
+
+
 # What cannot be -------------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +405,7 @@ class Empty:
 @pytest.mark.parametrize(
     ("pipeline", "message"),
     [
-        (torch.nn.Linear(1, 1), "Linear is no diffusers pipeline: give the pipeline whose call to explain"),
+        (torch.nn.Linear(1, 1), "Linear is no diffusers pipeline: give the pipeline object whose call to explain"),
         (Empty(), "Empty has no network to record: expected a component 'unet'"),
     ],
 )
@@ -325,13 +451,28 @@ def test_impossible_requests_are_one_line() -> None:
 @pytest.mark.slow
 def test_predictions_that_a_call_does_not_have_are_refused() -> None:
     _, trace = traced("perturbed_attention")
-    with pytest.raises(
-        ValueError, match=r"does not guide .*3 predictions, weights -6\.5, 10\.5, -3\): explain the cond"
-    ):
-        trace.explain(Rise(target="guided"))
+    message = (
+        r"t = 751 the call does not step with u \+ w \(c − u\).*3 predictions, weights -6\.5, 10\.5, -3\): explain"
+    )
+    for explainer in (Rise(target="guided"), "xdiffusion-rise"):
+        with pytest.raises(ValueError, match=message):
+            trace.explain(explainer)
     _, trace = traced("stable_diffusion_turbo")
-    with pytest.raises(ValueError, match="no unconditional prediction: explain the conditional one"):
+    with pytest.raises(ValueError, match="no unconditional prediction at t = 999: explain the conditional one"):
         trace.explain(Rise(target="unconditional"))
+
+    def weaken(pipeline: object, step: int, *_: object) -> dict[str, object]:
+        pipeline._guidance_scale = 2.0 + step  # type: ignore[attr-defined]
+        return {}
+
+    one = PIPELINES["stable_diffusion"]()
+    with dfengine.trace(one.pipeline) as trace:
+        one.call(callback_on_step_end=weaken)
+    with pytest.raises(
+        ValueError, match=r"t = 501 the call does not step with .* w = 7\.5 .*weights -1, 2\).* steps that"
+    ):
+        trace.explain(Rise(8, target="guided"))
+    assert np.isfinite(trace.explain(Rise(8, target="guided"), steps=[0]).maps["rise"]).all()
     one = PIPELINES["stable_diffusion"]()
     with dfengine.trace(one.pipeline) as trace:
         one.call(output_type="latent")
@@ -363,7 +504,9 @@ def test_a_network_in_training_mode_is_named() -> None:
             one.call()
     finally:
         one.pipeline.transformer.eval()
-    with pytest.raises(ValueError, match=r"does not answer as it did.*training mode: call transformer\.eval\(\)"):
+    with pytest.raises(
+        ValueError, match=r"does not return what it returned.*training mode: call transformer\.eval\(\)"
+    ):
         trace.explain()
 
 
@@ -374,7 +517,7 @@ def test_replaced_processors_are_named() -> None:
     one.pipeline.unet.set_attn_processor(Doubling())
     try:
         with pytest.raises(
-            ValueError, match=r"does not answer as it did.*attention processors are not those of the call"
+            ValueError, match=r"does not return what it returned.*attention processors are not those of the call"
         ):
             trace.explain()
     finally:
@@ -391,6 +534,16 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     for name in ("text", "weights.pt"):
         with pytest.raises(ValueError, match=rf"{name} is no recorded call: expected a file that Trace\.save wrote"):
             dfengine.replay(pipeline, tmp_path / name)
+    _, trace = traced("flux_true_cfg")
+    trace.save(tmp_path / "flux")
+    with pytest.raises(
+        ValueError, match="the call is one of FluxPipeline, and the pipeline StableDiffusionPipeline: give"
+    ):
+        dfengine.replay(pipeline, tmp_path / "flux").explain()
+    with pytest.raises(ValueError, match="UNet2DConditionModel is no diffusers pipeline"):
+        dfengine.replay(pipeline.unet, tmp_path / "flux")
+    with pytest.raises(ValueError, match="StableDiffusionPipeline is a class: give the pipeline object"):
+        dfengine.trace(type(pipeline))
     with pytest.raises(ValueError, match="later has version 9 and this dfengine reads 1: record the call again"):
         dfengine.replay(pipeline, tmp_path / "later")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ class XDiffusionRise(Explainer):
     f is the guided prediction, x_next the latent that the unmasked step leads to (the paper: f(R) itself), s is
     `released_similarity`, and every mask keeps half of the pixels. The masks are those of `Rise`.
     """
+
+    #: The prediction that is explained.
+    target: ClassVar[str] = "guided"
 
     num_masks: int = option(500, "masks a step")
     similarity: str = option("structure", "structure; contrast, which is structure again; or cosine over channels")

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from dfengine.diffusion.denoiser import Condition, Denoiser
 from dfengine.diffusion.job import Job
-from dfengine.diffusion.path import NoiseSchedule
 from dfengine.diffusion.trajectory import Trajectory
+from dfengine.models.recorded.arguments import call as call_network
+from dfengine.models.recorded.arguments import with_rows
+from dfengine.models.recorded.call import Call, Forward, first_of, kept_steps
 from dfengine.models.recorded.layout import Decoding, Layout
-from dfengine.models.recorded.recording import (
-    Call,
-    Forward,
-    Step,
-    first_of,
-    networks_of,
-    processors_of,
-    unwrapped,
-)
+from dfengine.models.recorded.recording import networks_of, processors_of, unwrapped
 from dfengine.models.recorded.roles import Row, roles_of
 
 #: Latent pixels of one forward, at most: 64 latents of 64×64.
 _MAX_PIXELS = 64 * 64 * 64
-#: Arguments that all rows share though their first axis may be as long as the batch, unless they have three axes.
-_SHARED = ("img_ids", "txt_ids", "image_rotary_emb", "rope", "position_ids")
 #: The largest difference of a replay from the recording, as a share of its range, by the bytes of a number.
 _REPLAY = {2: 2e-2, 4: 1e-4, 8: 1e-8}
 
@@ -48,18 +40,18 @@ class Recorded(Denoiser):
         self,
         pipeline: Any,
         call: Call,
-        schedule: NoiseSchedule,
         image: int = 0,
         *,
         steps: Sequence[int] | None = None,
         batch_size: int | None = None,
     ) -> None:
-        """`steps` are those to keep, all by default. Raises ValueError where the numbers do not tell what they did."""
+        """`steps` are those to keep, all by default. Raises ValueError where it cannot be inferred what they did."""
         self._networks = networks_of(pipeline)
-        self._codec = pipeline.components.get("vae")
-        self.name, self.schedule = type(pipeline).__name__, schedule
+        self._codec = pipeline.components.get(call.codec) if call.codec else None
+        self.name = call.pipeline
         kept = kept_steps(call)
-        self.num_steps = len(kept)
+        assert call.schedule is not None  # a step has one
+        self.schedule = call.schedule
         self.steps = kept if steps is None else [kept[step] for step in steps]
         self.roles = [roles_of(step) for step in self.steps]
         self.num_images = 1 + max(row.image for row in self.roles[0].rows)
@@ -79,6 +71,7 @@ class Recorded(Denoiser):
         self.batch_size = batch_size or max(1, min(128, _MAX_PIXELS // math.prod(self.latent_shape[1:])))
         self._timesteps = torch.tensor([step.timestep for step in self.steps], dtype=torch.float64)
         self._decoding = self._find_decoding(call)
+        self._has_unconditional = True
         self.job = self._job(call)
 
     def _job(self, call: Call) -> Job:
@@ -103,16 +96,19 @@ class Recorded(Denoiser):
         return (roles.unconditional(self.image) if role else None) or roles.conditional(self.image)
 
     def check_target(self, target: str) -> None:
-        """Raises ValueError for a prediction that the call does not have."""
-        roles = self.roles[0]
-        if target == "unconditional" and roles.unconditional(self.image) is None:
-            raise ValueError("the call has no unconditional prediction: explain the conditional one")
-        count = len(roles.of(self.image))
-        if target == "guided" and count > 1 and roles.guidance(self.image) == 1:
-            raise ValueError(
-                f"the call does not guide as c + w (c − u) does ({count} predictions, weights "
-                f"{', '.join(f'{row.weight:.3g}' for row in roles.of(self.image))}): explain the conditional one"
-            )
+        """Raises ValueError for a prediction that a step of the call does not have."""
+        for step, roles in zip(self.steps, self.roles, strict=True):
+            rows, where = roles.of(self.image), f"at t = {step.timestep:g}"
+            if target == "unconditional" and (not self._has_unconditional or roles.unconditional(self.image) is None):
+                raise ValueError(f"the call has no unconditional prediction {where}: explain the conditional one")
+            is_alike = abs(roles.guidance(self.image) - self.job.guidance) < 1e-3 * self.job.guidance
+            is_plain = len(rows) == 1 and abs(abs(rows[0].weight) - 1) < 1e-3
+            if target == "guided" and not (is_alike and (is_plain or self.job.guidance != 1)):
+                raise ValueError(
+                    f"{where} the call does not step with u + w (c − u), w = {self.job.guidance:.3g} ({len(rows)} "
+                    f"predictions, weights {', '.join(f'{row.weight:.3g}' for row in rows)}): explain the conditional "
+                    "one, or steps that are alike"
+                )
 
     def condition(self, jobs: Sequence[Job], *, negative: bool = False) -> Condition:
         """What the call told about its own prompt. Raises ValueError for another one."""
@@ -149,22 +145,27 @@ class Recorded(Denoiser):
     ) -> Float[Tensor, "n c h w"]:
         """One recorded forward with other latents, each in a copy of the row of its index."""
         forward, roles = self.steps[step].forwards[number], self.roles[step]
-        name, recorded = forward.inputs
-        count = len(recorded)
-        arguments = {key: select(value, indices, count, key) for key, value in forward.arguments.items()}
-        arguments[name] = roles.latent.put(select(recorded, indices, count), self.layout.to_own(x))
-        output = first_of(_call(self._networks[forward.network], arguments))
+        arguments, (name, _) = with_rows(forward, indices), forward.inputs
+        arguments[name] = roles.latent.put(arguments[name], self.layout.to_own(x))
+        output = first_of(call_network(self._networks[forward.network], arguments))
         return roles.sign * self.layout.to_latents(roles.output.of(output)).float()
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 H W"]:
-        """Images in [0, 1], by what the codec was seen to be given; pixels themselves where there is no codec."""
-        if self._decoding is None:
-            if self._codec is None and self.latent_shape[0] == 3:
+        """Images in [0, 1], by what the codec was seen to be given; pixels themselves where there is no codec.
+
+        Resized to the call's image, if the pipeline has done so.
+        """
+        if self._decoding is None or self._codec is None:
+            if self._is_pixels:
                 return (latents / 2 + 0.5).clamp(0, 1)
             raise ValueError(f"{self.name} was not seen decoding its latents: there are no previews of its steps")
-        given = self._decoding(latents.float().cpu()).to(self.device, self.dtype)
-        images = [first_of(self._codec.decode(one[None], return_dict=False)) for one in given]
-        return (torch.cat(images).reshape(len(latents), -1, *self.image_shape)[:, :3].float() / 2 + 0.5).clamp(0, 1)
+        given, codec = self._decoding(latents.float()), self._codec
+        with _in_dtype(codec, given.dtype):
+            images = torch.cat([first_of(codec.decode(one[None], return_dict=False)) for one in given]).float()
+        images = images.reshape(len(latents), -1, *images.shape[-2:])[:, :3]
+        if images.shape[-2:] != self.image_shape:
+            images = F.interpolate(images, self.image_shape, mode="bilinear", antialias=True)
+        return (images / 2 + 0.5).clamp(0, 1)
 
     def encode(self, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
         raise ValueError("a recorded call has its own image: record the call with another one")
@@ -183,7 +184,11 @@ class Recorded(Denoiser):
     @property
     def has_previews(self) -> bool:
         """Whether latents can be decoded."""
-        return self._decoding is not None or (self._codec is None and self.latent_shape[0] == 3)
+        return (self._decoding is not None and self._codec is not None) or self._is_pixels
+
+    @property
+    def _is_pixels(self) -> bool:
+        return self._codec is None and self.latent_shape == (3, *self.image_shape)
 
     # The trajectory ---------------------------------------------------------------------------------------------------
 
@@ -221,27 +226,39 @@ class Recorded(Denoiser):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise ValueError unless the network, given what it was given, answers what it answered.
+        """Raise ValueError unless the network returns for the recorded arguments what it returned.
 
-        Of every step both rows, two in a batch, so that a batch of masks changes nothing but the latent.
+        Of every step both rows, two in a batch, so that a batch of masks changes nothing but the latent. Where only
+        unconditional rows differ, which a pipeline may compute with other attention, the call has none.
         """
-        for step, roles in enumerate(self.roles):
-            for role in (0, 1):
-                row, timestep = self.row(step, role), self.steps[step].timestep
-                forward = self.steps[step].forwards[row.forward]
-                latents = self._latent(step)[None].expand(2, -1, -1, -1)
-                timesteps = torch.full((2,), timestep, dtype=torch.float64)
-                replayed = self.predict(latents, timesteps, self._role(2, role))
-                output = roles.output.of(forward.output[row.index : row.index + 1])
-                recorded = roles.sign * self.layout.to_latents(output).float()
-                difference = float(
-                    (replayed - recorded).abs().max() / (recorded.max() - recorded.min()).clamp(min=1e-30)
-                )
-                if not difference <= _REPLAY[output.element_size()]:
-                    raise ValueError(
-                        f"the network does not answer as it did: at t = {timestep:g} its prediction differs by "
-                        f"{difference:.1g} of its range; {self._cause(forward)}"
-                    )
+        for step in range(len(self.steps)):
+            self._check_row(step, 0)
+        try:
+            for step in range(len(self.steps)):
+                self._check_row(step, 1)
+        except ValueError:
+            self._has_unconditional = False
+
+    def _check_row(self, step: int, role: int) -> None:
+        roles, row, timestep = self.roles[step], self.row(step, role), self.steps[step].timestep
+        forward = self.steps[step].forwards[row.forward]
+        latents = self._latent(step)[None].expand(2, -1, -1, -1)
+        try:
+            replayed = self.predict(latents, torch.full((2,), timestep, dtype=torch.float64), self._role(2, role))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{forward.network} cannot be called with a batch of recorded arguments "
+                f"({str(error).splitlines()[0]}): one of them has its rows elsewhere, which is not supported"
+            ) from error
+        output = roles.output.of(forward.output[row.index : row.index + 1])
+        recorded = roles.sign * self.layout.to_latents(output).float()
+        spread = (recorded.max() - recorded.min()).clamp(min=1e-30)
+        difference = float((replayed - recorded).abs().max() / spread)
+        if not difference <= _REPLAY[output.element_size()]:
+            raise ValueError(
+                f"the network does not return what it returned: at t = {timestep:g} its prediction differs by "
+                f"{difference:.1g} of its range; {self._cause(forward)}"
+            )
 
     def _cause(self, forward: Forward) -> str:
         """Why a replay may differ, and what to do."""
@@ -254,69 +271,23 @@ class Recorded(Denoiser):
             return "it was called under autocast: record the call without"
         if forward.state.is_training:
             return f"{forward.network} was in training mode: call {forward.network}.eval() before recording"
-        return "something that is no argument of it has changed since, such as the scale of a LoRA or a hook"
+        return (
+            "either something that is no argument of it has changed since, such as the scale of a LoRA or a hook, or "
+            "its output depends on the rest of the batch"
+        )
 
 
-def kept_steps(call: Call) -> list[Step]:
-    """The steps of a call that go on to a lower time-step.
-
-    Samplers of second order predict twice at one time-step, the second time from another latent.
-    """
-    steps: list[Step] = []
-    is_doubled = _is_doubled(call.steps)
-    for step in call.steps:
-        if step.forwards and (not steps or step.timestep < steps[-1].timestep):
-            steps.append(_first_half(step) if is_doubled else step)
-    if not steps:
-        raise ValueError("the call took no step with a network: there is nothing to explain")
-    return steps
-
-
-def _is_doubled(steps: Sequence[Step]) -> bool:
-    """Whether the scheduler steps every image twice, as DiT's does: once for each half of the guidance."""
-
-    def has_equal_halves(values: Tensor) -> bool:
-        first, second = values.chunk(2) if len(values) % 2 == 0 else (values, values[:0])
-        return torch.equal(first, second)
-
-    return all(has_equal_halves(value) for step in steps for value in (step.sample, step.model_output))
-
-
-def _first_half(step: Step) -> Step:
-    half = len(step.sample) // 2
-    return dataclasses.replace(step, sample=step.sample[:half], model_output=step.model_output[:half])
-
-
-def select(value: Any, rows: Sequence[int], count: int, name: str = "") -> Any:
-    """An argument of `count` rows for some of them, in this order and as often as they are named.
-
-    Every tensor or list as long as the batch has a row each, and what is in tuples and dicts likewise; a copy each,
-    because networks change what they are given.
-    """
-    if isinstance(value, Tensor):
-        is_shared = name in _SHARED and value.ndim < 3
-        if value.ndim and len(value) == count and not is_shared:
-            return value[torch.tensor(rows, device=value.device)]
-        return value
-    if isinstance(value, Mapping):
-        return {key: select(one, rows, count, key) for key, one in value.items()}
-    if isinstance(value, tuple):
-        return tuple(select(one, rows, count, name) for one in value)
-    if isinstance(value, list):
-        has_tensors_of_batches = any(one.ndim and len(one) == count for one in value if isinstance(one, Tensor))
-        if len(value) == count and not (has_tensors_of_batches and count > 1):
-            return [value[row] for row in rows]
-        return [select(one, rows, count, name) for one in value]
-    return value
-
-
-def _call(network: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """The network with arguments by name; *args and **kwargs of its forward are given as such."""
-    named = dict(arguments)
-    kinds = {one.kind: one.name for one in inspect.signature(network.forward).parameters.values()}
-    positional = named.pop(kinds.get(inspect.Parameter.VAR_POSITIONAL, ""), ())
-    named |= named.pop(kinds.get(inspect.Parameter.VAR_KEYWORD, ""), {})
-    return network(*positional, **named)
+@contextmanager
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While inside, a module has a dtype: a codec may be one that its pipeline casts for its use."""
+    own = next(module.parameters()).dtype
+    if own != dtype:
+        nn.Module.to(module, dtype)
+    try:
+        yield
+    finally:
+        if own != dtype:
+            nn.Module.to(module, own)
 
 
 def _first_channels(output: Tensor, sample: Tensor) -> Tensor:

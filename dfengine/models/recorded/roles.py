@@ -1,4 +1,4 @@
-"""What a recorded step means, told from its numbers alone: where the latent is, whose each row is, and its weight.
+"""What a recorded step means, inferred from its tensors alone: where the latent is, whose each row is, and its weight.
 
 The scheduler's `sample` x is what the step started from, and `model_output` o what the pipeline made of the networks'
 outputs. A row of a network's input is therefore image j's if a part of it is α·x_j, and the weights of the outputs are
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfengine.models.recorded.recording import Forward, Step
+from dfengine.models.recorded.call import Forward, Step
 
 #: Largest residual of weights that are those of guidance.
 _LINEAR = 2e-2
@@ -132,10 +132,10 @@ def _find_latent(forward: Forward, samples: Sequence[Tensor]) -> tuple[Part, flo
     for part in _parts(rows[0].shape, samples[0].shape):
         images, residuals, factors = [], [], []
         for number, row in enumerate(part.of(rows)):
-            x = row.double().flatten()
+            x = row.cpu().double().flatten()
             fits = []
             for image, sample in enumerate(samples):
-                s = sample.double().flatten()
+                s = sample.cpu().double().flatten()
                 factor = float(x @ s / (s @ s).clamp(min=1e-30))
                 residual = float((x - factor * s).norm() / x.norm().clamp(min=1e-30))
                 # Equal latents are told apart by their place: rows repeat the images in order.
@@ -172,10 +172,11 @@ def _find_weights(step: Step, rows: Sequence[tuple[int, int, int]]) -> tuple[Par
         system, target = [], []
         for image, places in enumerate(by_image):
             of_image = [outputs[number][index : index + 1] for number, index, _ in (rows[place] for place in places)]
-            system.append(torch.stack([part.of(one).double().flatten() for one in of_image], 1))
-            target.append(expected[image].double().flatten())
+            system.append(torch.stack([part.of(one).cpu().double().flatten() for one in of_image], 1))
+            target.append(expected[image].cpu().double().flatten())
         a, o = torch.cat(system), torch.cat(target)
-        weights = torch.linalg.lstsq(a, o[:, None]).solution[:, 0]
+        # By the pseudo-inverse, which divides the weight of equal rows among them.
+        weights = torch.linalg.pinv(a.T @ a, rtol=1e-12, hermitian=True) @ (a.T @ o)
         residual = float((a @ weights - o).norm() / o.norm().clamp(min=1e-30))
         if best is None or residual < best[0]:
             best = residual, part, weights
