@@ -46,7 +46,19 @@ WEIGHTS = {
 }
 
 #: These add no mechanism to the others.
-VARIANTS = ("stable_diffusion_euler_a", "stable_diffusion_dpm", "inpaint", "controlnet_one", "flux", "pixart_sigma")
+VARIANTS = (
+    "stable_diffusion_euler_a",
+    "stable_diffusion_heun",
+    "stable_diffusion_dpm",
+    "stable_diffusion_turbo",
+    "latent_consistency",
+    "img2img",
+    "inpaint",
+    "controlnet_one",
+    "flux",
+    "pixart_sigma",
+    "sana",
+)
 
 
 def marked(name: str) -> object:
