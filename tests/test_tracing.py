@@ -97,7 +97,7 @@ def test_a_traced_call_is_the_same_and_leaves_nothing_behind(name: str) -> None:
 
 
 @examples
-def test_rows_and_weights_are_told_from_the_numbers(name: str) -> None:
+def test_rows_and_weights_are_inferred_from_the_tensors(name: str) -> None:
     _, trace = traced(name)
     denoiser = trace.denoiser()
     if name == "qwen_image":  # its guidance is rescaled, which is not linear
@@ -498,7 +498,7 @@ def test_predictions_that_a_call_does_not_have_are_refused() -> None:
         (Cam(), "StableDiffusionPipeline does not expose .*: DF-CAM is not possible with it"),
         (Attention(), "StableDiffusionPipeline does not expose its attention: attention is"),
         (Relevance(), "StableDiffusionPipeline does not expose its attention: relevance is"),
-        (Counterfactual(words=["image"]), "a recorded call was told about one prompt"),
+        (Counterfactual(words=["image"]), "a recorded call has one prompt"),
     ],
 )
 def test_explainers_that_need_more_say_so(explainer: Explainer, message: str) -> None:

@@ -88,7 +88,7 @@ class Recorded(Denoiser):
             guidance=self.roles[0].guidance(self.image),
         )
 
-    # What it was told -------------------------------------------------------------------------------------------------
+    # Conditions ------------------------------------------------------------------------------------------------------
 
     def row(self, step: int, role: int) -> Row:
         """The conditional (0) or unconditional (1) row of a step; the conditional one where there is but one."""
@@ -111,10 +111,10 @@ class Recorded(Denoiser):
                 )
 
     def condition(self, jobs: Sequence[Job], *, negative: bool = False) -> Condition:
-        """What the call told about its own prompt. Raises ValueError for another one."""
+        """The recorded rows, of the call's own prompt. Raises ValueError for another one."""
         if any(job.prompt != self.job.prompt for job in jobs):
             raise ValueError(
-                "a recorded call was told about one prompt, so that what others change is not known: load the model "
+                "a recorded call has one prompt, so that what others change is not known: load the model "
                 "with Engine, or record a call with each prompt"
             )
         return self._role(len(jobs), int(negative))

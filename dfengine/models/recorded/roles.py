@@ -138,7 +138,7 @@ def _find_latent(forward: Forward, samples: Sequence[Tensor]) -> tuple[Part, flo
                 s = sample.cpu().double().flatten()
                 factor = float(x @ s / (s @ s).clamp(min=1e-30))
                 residual = float((x - factor * s).norm() / x.norm().clamp(min=1e-30))
-                # Equal latents are told apart by their place: rows repeat the images in order.
+                # Equal latents differ by their place: rows repeat the images in order.
                 fits.append((round(residual, 7), (number - image) % len(samples) != 0, image, factor, residual))
             _, _, image, factor, residual = min(fits)
             images.append(image)
